@@ -1,0 +1,308 @@
+"""The artifact directory: the one contract between export and run time.
+
+An artifact is a directory that can be copied to any device. `manifest.json` describes it and lists
+every other file with size and digest; nothing in it is executable code, and no path in it leaves
+the directory. This module is the manifest's schema, its reader, its writer and its checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from edge_kv.config import ModelConfig
+from edge_kv.errors import ArtifactError, EdgeKVError
+from edge_kv.kv_plan import KVPlan, plan_kv
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG_ADAPTER: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Schema):
+    """Size in bytes and SHA-256 of one file of the artifact."""
+
+    size: int
+    sha256: str
+
+
+class PlanEntry(_Schema):
+    """What `plan_kv` was asked for; the buffers are stored too, for readers that do not plan."""
+
+    ctx: int
+    chunk: int
+    kv: str
+    buffers: list[dict[str, Any]]
+
+
+class TensorReport(_Schema):
+    """How one tensor was stored: bits, block and ||w - q(w)|| / ||w||."""
+
+    bits: int
+    block: int
+    error: float
+
+
+class QuantEntry(_Schema):
+    """Weight storage: `scheme` int4 | int8 | none, and the error of every quantised tensor."""
+
+    scheme: str
+    block_size: int
+    tensors: dict[str, TensorReport]
+
+
+class PleEntry(_Schema):
+    """Layout of the per-layer embedding file: one row a token, read by row outside the graph.
+
+    A row is n_layers * dim values (bits 4: two in a byte, low nibble first, stored + 8; bits 8:
+    int8; bits 32: f32) and then, below 32 bits, one f16 scale for every `block` values.
+    """
+
+    file: str
+    rows: int
+    n_layers: int
+    dim: int
+    bits: int
+    block: int
+
+    @property
+    def values(self) -> int:
+        return self.n_layers * self.dim
+
+    @property
+    def data_bytes(self) -> int:
+        return self.values * self.bits // 8
+
+    @property
+    def row_bytes(self) -> int:
+        scales = 0 if self.bits == 32 else self.values // self.block * 2
+        return self.data_bytes + scales
+
+
+class TensorIO(_Schema):
+    """One graph input or output; a symbolic size is a name ("chunk", "live")."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Program(_Schema):
+    """One exported graph and its contract."""
+
+    file: str
+    inputs: list[TensorIO]
+    outputs: list[TensorIO]
+
+
+class Backend(_Schema):
+    """Programs of one runtime: `prefill` (writes state, no logits) and `decode`."""
+
+    programs: dict[str, Program]
+    files: list[str]  # everything this backend needs beside the manifest
+    details: dict[str, Any] = {}
+
+
+class TokenizerEntry(_Schema):
+    """Where the tokenizer and the chat template lie; ids come from the model config."""
+
+    file: str
+    chat_template: str | None = None
+    add_bos: bool = True
+    stop_ids: list[int] = []  # turn ends beside the config's eos_ids
+
+
+class Manifest(_Schema):
+    """`manifest.json`."""
+
+    schema_version: int
+    edge_kv: str
+    name: str
+    model: dict[str, Any]
+    plan: PlanEntry
+    quant: QuantEntry
+    ple: PleEntry | None
+    backends: dict[str, Backend]
+    tokenizer: TokenizerEntry | None
+    files: dict[str, FileEntry]
+    made: dict[str, Any]
+    parity: dict[str, Any]
+    memory: dict[str, Any]
+
+    def config(self) -> ModelConfig:
+        """The model config; raises ArtifactError when it does not describe a model."""
+        try:
+            return CONFIG_ADAPTER.validate_python(self.model)
+        except (ValidationError, EdgeKVError) as e:
+            raise ArtifactError(f"The manifest's model config is not valid: {_first(e)}") from e
+
+    def kv_plan(self) -> KVPlan:
+        """Plan the state anew; raises ArtifactError when the stored buffers differ."""
+        plan = plan_kv(self.config(), ctx=self.plan.ctx, chunk=self.plan.chunk, kv=self.plan.kv)
+        if plan_entry(plan) != self.plan:
+            raise ArtifactError(
+                "The manifest's KV plan is not the one its model config asks for; "
+                "the manifest was edited or comes from another edge-kv; export again."
+            )
+        return plan
+
+
+class Artifact:
+    """An opened artifact directory: manifest read, sizes checked (digests by `check_digests`)."""
+
+    def __init__(self, root: Path, manifest: Manifest):
+        self.root = root
+        self.manifest = manifest
+        self.config = manifest.config()
+        self.plan = manifest.kv_plan()
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file the manifest lists."""
+        return self.root / name
+
+    def backend(self, engine: str) -> Backend:
+        """Programs for `engine`; raises ArtifactError when it was exported without them."""
+        try:
+            return self.manifest.backends[engine]
+        except KeyError:
+            have = ", ".join(sorted(self.manifest.backends)) or "none"
+            raise ArtifactError(
+                f"{self.root} has no programs for {engine!r} (it has: {have}); "
+                f"export again with --backend {engine}."
+            ) from None
+
+    def check_digests(self) -> Iterator[tuple[str, int]]:
+        """Verify every file's SHA-256, yielding (name, bytes) as each one passes.
+
+        Raises:
+            ArtifactError: a file's content is not what the manifest says.
+        """
+        for name, entry in self.manifest.files.items():
+            digest = sha256_file(self.path(name))
+            if digest != entry.sha256:
+                raise ArtifactError(
+                    f"{name} has SHA-256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: "
+                    "the file was changed; copy or export the artifact again."
+                )
+            yield name, entry.size
+
+
+def read_artifact(root: str | Path) -> Artifact:
+    """Open an artifact directory, checking schema, version, paths and sizes (not digests).
+
+    Raises:
+        ArtifactError: no such directory, not an artifact, another version, a path that leaves the
+            directory, or a file that is missing or of another size.
+    """
+    root = Path(root)
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise ArtifactError(f"{root} is not a directory; give the directory `edge-kv export` made.")
+    if not path.is_file():
+        raise ArtifactError(f"{root} has no {MANIFEST}; it is not an edge-kv artifact.")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ArtifactError(f"{path} is not valid JSON ({e}); the artifact is damaged.") from e
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"{path} is not a JSON object; the artifact is damaged.")
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema_version {version!r}, this edge-kv reads {SCHEMA_VERSION}; "
+            "update edge-kv or export again."
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as e:
+        raise ArtifactError(f"{path} is not a valid manifest: {_first(e)}") from e
+    for name, entry in manifest.files.items():
+        _check_file(root, name, entry)
+    for name in _named_files(manifest):
+        if name not in manifest.files:
+            raise ArtifactError(f"{path} uses {name!r} but does not list its size and digest.")
+    return Artifact(root, manifest)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` beside and rename it: readers see the old one or the whole new one."""
+    path = root / MANIFEST
+    part = path.with_suffix(".part")
+    with part.open("w") as f:
+        f.write(manifest.model_dump_json(indent=1) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+
+
+def plan_entry(plan: KVPlan) -> PlanEntry:
+    """The stored form of a KV plan."""
+    buffers = [
+        {**asdict(b), "shape": list(b.shape), "readers": list(b.readers), "bytes": b.bytes}
+        for b in plan.buffers
+    ]
+    return PlanEntry(ctx=plan.ctx, chunk=plan.chunk, kv=plan.kv, buffers=buffers)
+
+
+def model_fingerprint(manifest: Manifest) -> str:
+    """What ties a KV snapshot to a model: config, quantisation and every file's digest."""
+    parts = [manifest.model, manifest.quant.scheme, manifest.quant.block_size]
+    parts += sorted((n, f.sha256) for n, f in manifest.files.items() if not n.startswith("verify"))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _named_files(manifest: Manifest) -> Iterator[str]:
+    for backend in manifest.backends.values():
+        yield from backend.files
+        yield from (p.file for p in backend.programs.values())
+    if manifest.ple:
+        yield manifest.ple.file
+    if manifest.tokenizer:
+        yield manifest.tokenizer.file
+        if manifest.tokenizer.chat_template:
+            yield manifest.tokenizer.chat_template
+
+
+def _check_file(root: Path, name: str, entry: FileEntry) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise ArtifactError(f"The manifest names {name!r}, a path outside the artifact; refused.")
+    path = root / name
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; copy or export the artifact again.")
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ArtifactError(f"{path} is a link that leaves the artifact; refused.")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise ArtifactError(
+            f"{path} has {size} bytes, the manifest says {entry.size}; "
+            "it is cut off or changed; copy or export the artifact again."
+        )
+
+
+def _first(e: Exception) -> str:
+    if isinstance(e, ValidationError):
+        error = e.errors()[0]
+        where = ".".join(str(x) for x in error["loc"]) or "value"
+        return f"{where}: {error['msg']}"
+    return str(e)
