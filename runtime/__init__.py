@@ -1,0 +1,87 @@
+"""edge_kv.runtime: run an artifact with numpy and one engine; never imports torch.
+
+from edge_kv.runtime import generate, load
+
+with load("e2b-32768") as session:
+    for token in generate(session, ids, max_new_tokens=64):
+        ...
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_kv.artifact import Artifact
+    from edge_kv.runtime.chat import Chat, Reply
+    from edge_kv.runtime.generation import Slide, generate
+    from edge_kv.runtime.meter import Memory, read_memory, reset_peak
+    from edge_kv.runtime.sampling import Sampler
+    from edge_kv.runtime.session import Session, Stats
+    from edge_kv.runtime.text import TextStream, Tokenizer
+
+__all__ = [
+    "ENGINES",
+    "Chat",
+    "Memory",
+    "Reply",
+    "Sampler",
+    "Session",
+    "Slide",
+    "Stats",
+    "TextStream",
+    "Tokenizer",
+    "generate",
+    "load",
+    "read_memory",
+    "reset_peak",
+]
+
+# Engine -> its module and session class; imported when an artifact is loaded with it.
+ENGINES = {"onnx": ("edge_kv.runtime.onnx_session", "OnnxSession")}
+
+_HOMES = {
+    "Chat": "chat",
+    "Memory": "meter",
+    "Reply": "chat",
+    "Sampler": "sampling",
+    "Session": "session",
+    "Slide": "generation",
+    "Stats": "session",
+    "TextStream": "text",
+    "Tokenizer": "text",
+    "generate": "generation",
+    "read_memory": "meter",
+    "reset_peak": "meter",
+}
+
+
+def load(path: str | Path | Artifact, engine: str = "onnx", threads: int | None = None) -> Session:
+    """Open an artifact directory and start a session on `engine`.
+
+    `threads` defaults to the physical cores this process may use.
+
+    Raises:
+        ConfigError: an unknown engine; the message names the closest one.
+        ArtifactError: not an artifact, damaged, or exported without programs for `engine`.
+        MemoryLimitError: the weights do not fit.
+    """
+    from edge_kv.artifact import Artifact, read_artifact
+    from edge_kv.errors import ConfigError, did_you_mean
+
+    if engine not in ENGINES:
+        raise ConfigError(f"Unknown engine {engine!r}.{did_you_mean(engine, ENGINES)}")
+    artifact = path if isinstance(path, Artifact) else read_artifact(path)
+    artifact.backend(engine)  # before the engine is imported: a missing backend is the likely error
+    module, name = ENGINES[engine]
+    session: Session = getattr(import_module(module), name)(artifact, threads=threads)
+    return session
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, each imported from its module when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

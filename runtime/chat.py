@@ -1,0 +1,231 @@
+"""Chat: turns in, streamed text out, over a session that keeps what it has already read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NoReturn
+
+from edge_kv.artifact import Artifact
+from edge_kv.errors import ArtifactError, ConfigError, PromptError
+from edge_kv.runtime.generation import Slide, generate
+from edge_kv.runtime.session import Session
+from edge_kv.runtime.text import TextStream, Tokenizer
+
+RAW_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""No roles and no marks: the model continues the text of all turns."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How replies are generated; meaning and limits as in `generate`."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    on_full: str = "stop"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One finished turn: its text, and what it cost."""
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_tokens: int  # length of the whole conversation up to the reply
+    reused_tokens: int  # of those, how many the session still held
+    first_token_seconds: float  # from the question to its first token
+    seconds: float
+
+
+class Template:
+    """A Jinja chat template in the conventions of Hugging Face, in a sandbox."""
+
+    def __init__(self, source: str, name: str = "chat template") -> None:
+        """Compile `source`.
+
+        Raises:
+            ArtifactError: it is not a valid template.
+        """
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._name = name
+        try:
+            self._template: Any = environment.from_string(source)
+        except TemplateError as e:
+            raise ArtifactError(f"The {name} is not a valid Jinja template: {e}.") from e
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Template | None:
+        """The chat template of an artifact; None when it has none (a base model)."""
+        entry = artifact.manifest.tokenizer
+        if entry is None or entry.chat_template is None:
+            return None
+        path = artifact.path(entry.chat_template)
+        try:
+            return cls(path.read_text(encoding="utf-8"), path.name)
+        except (OSError, UnicodeDecodeError) as e:
+            raise ArtifactError(f"Cannot read the chat template {path}: {e}.") from e
+
+    def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
+        """The text of a conversation, ready for the model's next turn.
+
+        Raises:
+            PromptError: the template refuses the conversation (roles out of order, …).
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self._template.render(
+                messages=messages, add_generation_prompt=True, **variables
+            )
+        except (TemplateError, TypeError, ValueError) as e:
+            raise PromptError(f"The {self._name} refuses this conversation: {e}.") from e
+        return text
+
+
+class Chat:
+    """A conversation: history, template, streaming text.
+
+    The ids of a turn are those of the turn before, as generated, followed by the encoding of the
+    new text only, whenever the template renders the earlier turns as before: then nothing is read
+    twice. Otherwise the whole conversation is encoded and `generate` reuses the common prefix.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer | None = None,
+        template: Template | None = None,
+        *,
+        options: Options | None = None,
+        system: str | None = None,
+        on_slide: Callable[[Slide], None] | None = None,
+    ) -> None:
+        """Tokenizer and template default to those of the session's artifact.
+
+        Raises:
+            ArtifactError: the artifact has no tokenizer.
+            ConfigError: it has no chat template (pass `Template(RAW_TEMPLATE)` for a base model).
+        """
+        artifact = session.artifact
+        template = template or Template.of(artifact)
+        if template is None:
+            raise ConfigError(
+                f"{artifact.root} has no chat template: it is a base model; use --raw, which "
+                "continues the text as it stands."
+            )
+        self.session = session
+        self.tokenizer = tokenizer or Tokenizer.of(artifact)
+        self.template = template
+        self.options = options or Options()
+        self.on_slide = on_slide
+        self.messages: list[dict[str, str]] = []
+        self.last: Reply | None = None
+        self._system = system
+        self._text = ""  # conversation as rendered, with the reply as it was generated
+        self._ids: list[int] = []  # the ids of that text
+        entry = artifact.manifest.tokenizer
+        self._stop = {*session.config.eos_ids, *(entry.stop_ids if entry else ())}
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new conversation; the session keeps what it can reuse."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._text, self._ids, self.last = "", [], None
+
+    def send(self, content: str) -> Iterator[str]:
+        """Ask and yield the reply in pieces of whole characters; `last` describes it at the end.
+
+        When the caller stops early (Ctrl-C, closing the iterator), the text so far is the reply.
+
+        Raises:
+            PromptError: the turn is empty, or the template refuses the conversation.
+            ContextFullError: the conversation does not fit the context.
+        """
+        begin = time.perf_counter()
+        messages = [*self.messages, {"role": "user", "content": content}]
+        text = self.template.render(
+            messages, bos_token=self.tokenizer.bos_token, eos_token=self._eos_token()
+        )
+        ids = self._encode(text)
+        options = self.options
+        tokens = generate(
+            self.session,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=options.seed,
+            stop=self._stop,
+            on_full=options.on_full,
+            on_slide=self.on_slide,
+        )
+        return self._stream(tokens, messages, text, ids, begin)
+
+    def _stream(
+        self,
+        tokens: Iterator[int],
+        messages: list[dict[str, str]],
+        text: str,
+        ids: list[int],
+        begin: float,
+    ) -> Iterator[str]:
+        stream = TextStream(self.tokenizer)
+        made: list[int] = []
+        pieces: list[str] = []
+        held, reused, first = self.session.tokens, 0, 0.0
+        try:
+            for token in tokens:
+                if not made:
+                    first = time.perf_counter() - begin
+                    reused = _common(held, ids)
+                made.append(token)
+                if piece := stream.feed(token):
+                    pieces.append(piece)
+                    yield piece
+            if piece := stream.flush():
+                pieces.append(piece)
+                yield piece
+        finally:
+            reply = "".join(pieces)
+            self.messages = [*messages, {"role": "assistant", "content": reply}]
+            self._text, self._ids = text + reply, ids + made
+            seconds = time.perf_counter() - begin
+            self.last = Reply(reply, tuple(made), len(ids), reused, first, seconds)
+
+    def _encode(self, text: str) -> list[int]:
+        if self._ids and text.startswith(self._text):
+            return self._ids + self.tokenizer.encode(text[len(self._text) :], start=False)
+        return self.tokenizer.encode(text)
+
+    def _eos_token(self) -> str:
+        eos = self.session.config.eos_ids
+        return self.tokenizer.token(eos[0]) if eos else ""
+
+
+def _common(a: tuple[int, ...], b: list[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _refuse(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)

@@ -1,0 +1,201 @@
+"""OnnxSession: the programs of an artifact on ONNX Runtime's CPU provider.
+
+State is bound in place: every state input and its output are the same memory, so TensorScatter
+writes rows without copying a buffer. Append buffers are bound one head at a time as a prefix of
+`plan.live_rows(end)` rows, so that the cost of a step follows the live length, not ctx; names and
+shapes come from `state_views(plan)`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from edge_kv.artifact import Artifact, Program
+from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
+from edge_kv.kv_plan import state_views
+from edge_kv.runtime.ple import PleTable
+from edge_kv.runtime.session import Ids, Logits, Session
+from edge_kv.runtime.threads import thread_count
+
+WARNING, ERROR = 2, 3  # onnxruntime's log severities
+_TYPES: dict[str, tuple[str, type[np.generic]]] = {
+    "f32": ("tensor(float)", np.float32),
+    "f16": ("tensor(float16)", np.float16),
+    "int8": ("tensor(int8)", np.int8),
+    "uint8": ("tensor(uint8)", np.uint8),
+    "int64": ("tensor(int64)", np.int64),
+}
+
+
+def create_engine(model: Path, threads: int, log_severity: int) -> Any:
+    """An onnxruntime InferenceSession for one program, weights mapped from beside it.
+
+    Raises:
+        ArtifactError: onnxruntime refuses the file.
+        MemoryLimitError: the weights do not fit.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = log_severity
+    try:
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime's exceptions share no base of their own
+        raise _fault(e, ArtifactError(f"onnxruntime cannot load {model}: {_line(e)}")) from e
+
+
+class OnnxSession(Session):
+    """A session on onnxruntime; both programs are loaded at once and share the state."""
+
+    engine = "onnx"
+
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, log_severity: int = ERROR
+    ) -> None:
+        """Load the programs of `artifact`.
+
+        `threads` defaults to the physical cores; `log_severity` WARNING makes onnxruntime report
+        state that it had to copy.
+
+        Raises:
+            ArtifactError: no onnx programs, or they do not have the inputs the plan asks for.
+            MemoryLimitError: the weights do not fit.
+        """
+        begin = time.perf_counter()
+        super().__init__(artifact)
+        programs = artifact.backend(self.engine).programs
+        entry = artifact.manifest.ple
+        self.threads = thread_count(threads)
+        self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
+        self._prefill = _Bound(self, "prefill", programs, self.plan.chunk, log_severity)
+        self._decode = _Bound(self, "decode", programs, 1, log_severity)
+        self.stats.load_seconds = time.perf_counter() - begin
+
+    def _run_prefill(self, ids: Ids, pos: int) -> None:
+        ple = self._ple.rows(ids, self.config.n_own) if self._ple else None
+        self._prefill.run(ids, pos, ple)
+
+    def _run_decode(self, token: int, pos: int) -> Logits:
+        ids = np.array([token], np.int64)
+        ple = self._ple.rows(ids, self.config.n_layers) if self._ple else None
+        self._decode.run(ids, pos, ple)
+        logits: Logits = self._decode.logits.copy()
+        return logits
+
+    def _close_engine(self) -> None:
+        if self._ple:
+            self._ple.close()
+        del self._prefill, self._decode
+
+
+class _Bound:
+    """One program with its inputs and outputs bound to fixed memory."""
+
+    def __init__(
+        self,
+        session: OnnxSession,
+        name: str,
+        programs: dict[str, Program],
+        width: int,
+        log_severity: int,
+    ) -> None:
+        if name not in programs:
+            raise ArtifactError(f"{session.artifact.root} has no {name} program; export again.")
+        config, plan = session.config, session.plan
+        program = programs[name]
+        path = session.artifact.path(program.file)
+        layers = config.n_layers if name == "decode" else config.n_own
+        self._name = name
+        self._plan = plan
+        self._state = session.state
+        self._views = state_views(plan)
+        self._engine = create_engine(path, session.threads, log_severity)
+        self._dtypes = _check_contract(self._engine, program, path)
+        self._ids = np.zeros(width, np.int64)
+        self._pos = np.zeros(1, np.int64)
+        self._ple = np.zeros((width, layers, config.ple_dim), np.float32)
+        self._has_ple = "ple" in self._dtypes
+        self.logits: Logits = np.zeros(config.vocab_size if name == "decode" else 0, np.float32)
+        fed = ["ids", "pos", *(["ple"] if self._has_ple else []), *(v.name for v in self._views)]
+        if sorted(fed) != sorted(self._dtypes) or self._has_ple != bool(config.ple_dim):
+            odd = sorted(set(fed) ^ set(self._dtypes)) or ["ple"]
+            raise ArtifactError(
+                f"{path} does not have the inputs its KV plan asks for ({', '.join(odd)}); "
+                "export again."
+            )
+        self._binding = self._engine.io_binding()
+        self._bound = (0, 0)
+
+    def run(self, ids: Ids, pos: int, ple: npt.NDArray[np.float32] | None) -> None:
+        """Run over `ids` at `pos`: state is updated in place, logits are in `self.logits`."""
+        n = len(ids)
+        self._ids[:n] = ids
+        self._pos[0] = pos
+        if ple is not None:
+            self._ple[:n] = ple
+        shape = (n, self._plan.live_rows(pos + n))
+        try:
+            if shape != self._bound:
+                self._bind(*shape)
+            self._engine.run_with_iobinding(self._binding)
+        except Exception as e:  # onnxruntime's exceptions share no base of their own
+            message = f"onnxruntime failed in {self._name} at position {pos}: {_line(e)}"
+            raise _fault(e, RuntimeFault(message)) from e
+
+    def _bind(self, n: int, live: int) -> None:
+        self._bound = (0, 0)  # a failure half way must not look like a finished binding
+        self._put("ids", self._ids[:n])
+        self._put("pos", self._pos)
+        if self._has_ple:
+            self._put("ple", self._ple[:n])
+        for view in self._views:
+            shape = [live if size == "live" else size for size in view.shape]
+            rows = self._state[view.buffer.name]
+            address = rows.ctypes.data if view.head is None else rows[view.head].ctypes.data
+            at = ("cpu", 0, self._dtypes[view.name], shape, address)
+            self._binding.bind_input(view.name, *at)
+            self._binding.bind_output(f"{view.name}.out", *at)
+        if self.logits.size:
+            address = self.logits.ctypes.data
+            self._binding.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, address)
+        self._bound = (n, live)
+
+    def _put(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _check_contract(engine: Any, program: Program, path: Path) -> dict[str, type[np.generic]]:
+    """Compare the graph's real inputs and outputs with the manifest; the inputs' dtypes."""
+    real = [(t.name, t.type) for t in (*engine.get_inputs(), *engine.get_outputs())]
+    said = [
+        (t.name, _TYPES.get(t.dtype, (t.dtype, np.void))[0])
+        for t in (*program.inputs, *program.outputs)
+    ]
+    if sorted(real) != sorted(said):
+        name = sorted(set(real) ^ set(said))[0][0]
+        raise ArtifactError(
+            f"{path} and the manifest disagree about {name!r}; copy or export the artifact again."
+        )
+    return {t.name: _TYPES[t.dtype][1] for t in program.inputs}
+
+
+def _fault(e: Exception, otherwise: EdgeKVError) -> EdgeKVError:
+    if isinstance(e, EdgeKVError):
+        return e
+    if isinstance(e, MemoryError) or "allocate memory" in str(e) or "bad_alloc" in str(e):
+        return MemoryLimitError(
+            f"onnxruntime ran out of memory ({_line(e)}); close other programs, or export with "
+            "a smaller --ctx, --quant int4 or --kv int8."
+        )
+    return otherwise
+
+
+def _line(e: Exception) -> str:
+    """The first line of an engine's message, without its status prefix."""
+    text = (str(e).strip() or type(e).__name__).splitlines()[0]
+    return text.removeprefix("[ONNXRuntimeError] : ").strip()

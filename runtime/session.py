@@ -1,0 +1,281 @@
+"""Session: the contract every engine implements, and everything about it that no engine decides.
+
+A session owns the state buffers of one artifact, the ids fed so far and the rules of moving back.
+Engines subclass it and run programs over the buffers: `_run_prefill` and `_run_decode`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_kv.artifact import Artifact, model_fingerprint
+from edge_kv.errors import ContextFullError, PromptError, RewindError, RuntimeFault, SnapshotError
+from edge_kv.kv_plan import StateBuffer
+from edge_kv.runtime import snapshot as snapshots
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+_Self = TypeVar("_Self", bound="Session")
+_Result = TypeVar("_Result")
+
+# Storage of a plan dtype. int8 rows may be unsigned to an engine; the bytes are its own affair.
+_STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+_LATENCIES = 16_384  # newest decode latencies kept for the percentiles
+
+
+@dataclass
+class Stats:
+    """What a session has done since it was loaded; times in seconds of wall clock."""
+
+    load_seconds: float = 0.0
+    kv_bytes: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES), repr=False)
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second; 0 before the first."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Decoded tokens a second; 0 before the first."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def latency(self, percent: float) -> float:
+        """Seconds a decoded token took at `percent` (50: median); 0 before the first."""
+        return float(np.percentile(np.array(self.latencies), percent)) if self.latencies else 0.0
+
+
+class Session(ABC):
+    """One running model: state buffers, position, and the two programs.
+
+    The last token of a prompt goes through `decode`, the others through `prefill`. A session is
+    used from one thread. After Ctrl-C or an error it stands where the last finished step left it.
+    """
+
+    engine: ClassVar[str]
+
+    def __init__(self, artifact: Artifact) -> None:
+        """Allocate the state of `artifact`; memory is touched only as rows are written."""
+        self.artifact = artifact
+        self.config = artifact.config
+        self.plan = artifact.plan
+        self.stats = Stats(kv_bytes=self.plan.bytes)
+        self.state: dict[str, npt.NDArray[Any]] = {b.name: _allocate(b) for b in self.plan.buffers}
+        self._tokens: list[int] = []
+        self._written = 0
+        self._closed = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids fed so far, in order."""
+        return tuple(self._tokens)
+
+    @property
+    def pos(self) -> int:
+        """Position of the next token: how many were fed."""
+        return len(self._tokens)
+
+    @property
+    def written(self) -> int:
+        """High-water mark: positions below it may have been written since the last reset.
+
+        It does not fall when rewinding: a ring slot keeps the newest position written to it, and
+        writing on from an earlier position meets that same slot again with that same position, so
+        the rings hold `[written - slots, written)` whatever was rewound in between.
+        """
+        return self._written
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def prefill(self, ids: Iterable[int]) -> None:
+        """Feed `ids` (any number, none included) in chunks of `plan.chunk`; yields no logits.
+
+        Each chunk is a step of its own: after Ctrl-C the finished ones stay fed.
+
+        Raises:
+            PromptError: something in `ids` is not a token id of the model.
+            ContextFullError: they do not fit behind `pos`.
+        """
+        row = self._checked(ids)
+        for start in range(0, len(row), self.plan.chunk):
+            part = row[start : start + self.plan.chunk]
+            begin = time.perf_counter()
+            self._step(part, self._run_prefill)
+            self.stats.prefill_seconds += time.perf_counter() - begin
+            self.stats.prefill_tokens += len(part)
+
+    def decode(self, token: int) -> Logits:
+        """Feed one id and return the logits of its successor, float32 [vocab], a fresh array.
+
+        Raises:
+            PromptError: `token` is not a token id of the model.
+            ContextFullError: the context is full.
+        """
+        row = self._checked((token,))
+        begin = time.perf_counter()
+        logits = self._step(row, lambda ids, pos: self._run_decode(int(ids[0]), pos))
+        seconds = time.perf_counter() - begin
+        self.stats.decode_seconds += seconds
+        self.stats.decode_tokens += 1
+        self.stats.latencies.append(seconds)
+        return logits
+
+    def rewind(self, n: int) -> None:
+        """Forget the last `n` tokens; costs nothing, the rows are masked by position.
+
+        Raises:
+            RewindError: `n` is negative or beyond `max_rewind`.
+        """
+        self._check_open()
+        to = self.pos - n
+        if n < 0 or not self.plan.can_rewind(to, self._written):
+            raise RewindError(
+                f"Cannot rewind {n} tokens from position {self.pos}: the rings reach back "
+                f"{self.max_rewind}; rewind at most that far, or reset and prefill again."
+            )
+        del self._tokens[to:]
+        if to == 0:
+            self._written = 0
+
+    @property
+    def max_rewind(self) -> int:
+        """How many tokens `rewind` can go back without starting over."""
+        oldest = self.plan.oldest_retained(self._written)
+        return self.pos - (oldest + self.plan.window - 1) if oldest else self.pos
+
+    def reset(self) -> None:
+        """Forget everything; buffers stay allocated."""
+        self._check_open()
+        self._tokens.clear()
+        self._written = 0
+
+    def snapshot(self, path: str | Path) -> None:
+        """Write the live rows and the ids to `path` (written beside, then renamed).
+
+        Raises:
+            SnapshotError: the file cannot be written.
+        """
+        self._check_open()
+        snapshots.write(
+            Path(path), self._identity(), self.plan, self.state, self._tokens, self._written
+        )
+
+    def restore(self, path: str | Path) -> None:
+        """Continue from a snapshot: the next logits are bit for bit those of the session it is of.
+
+        Raises:
+            SnapshotError: missing, cut off, changed, or of another model, plan or engine; the
+                session is then as it was (empty if the file failed after it had been verified).
+        """
+        self._check_open()
+        with snapshots.verified(Path(path), self._identity(), self.plan) as held:
+            self.reset()
+            try:
+                held.load(self.state)
+            except OSError as e:
+                raise SnapshotError(f"Cannot read {path} ({e.strerror}); session emptied.") from e
+            self._tokens = list(held.tokens)
+            self._written = held.written
+
+    def close(self) -> None:
+        """Free buffers and engine; closing twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            self._close_engine()
+            self.state.clear()
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _run_prefill(self, ids: Ids, pos: int) -> None:
+        """Write the rows of `ids` (int64 [n], 1 <= n <= plan.chunk) at positions pos … pos+n-1."""
+
+    @abstractmethod
+    def _run_decode(self, token: int, pos: int) -> Logits:
+        """Write the rows of `token` at `pos` and return a fresh float32 [vocab]."""
+
+    def _close_engine(self) -> None:  # noqa: B027 - an engine without resources has nothing to do
+        """Release what the engine holds."""
+
+    def _identity(self) -> snapshots.Identity:
+        return snapshots.Identity(
+            engine=self.engine,
+            model=model_fingerprint(self.artifact.manifest),
+            plan=snapshots.plan_digest(self.plan),
+        )
+
+    def _step(self, ids: Ids, run: Callable[[Ids, int], _Result]) -> _Result:
+        """Run one program over `ids` and commit them.
+
+        The high-water mark rises before the run: an interrupted one may have written its rows.
+        Its positions can still be written again, since ring slots = window + chunk - 1.
+        """
+        pos = self.pos
+        self._written = max(self._written, pos + len(ids))
+        result = run(ids, pos)
+        self._tokens.extend(ids.tolist())
+        return result
+
+    def _checked(self, ids: Iterable[int]) -> Ids:
+        """`ids` as int64 [n], open, in range and within the context."""
+        self._check_open()
+        raw = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        if raw.size == 0:
+            return np.zeros(0, np.int64)
+        if raw.ndim != 1 or raw.dtype.kind not in "iu":
+            raise PromptError(
+                f"Token ids must be a flat list of whole numbers, not {raw.dtype} {raw.shape}."
+            )
+        bad = np.flatnonzero((raw < 0) | (raw >= self.config.vocab_size))
+        if bad.size:
+            raise PromptError(
+                f"Token id {raw[bad[0]]} at index {bad[0]} is outside 0 … "
+                f"{self.config.vocab_size - 1}; encode the text with this model's tokenizer."
+            )
+        if self.pos + len(raw) > self.plan.ctx:
+            raise ContextFullError(
+                f"{len(raw)} more tokens do not fit at position {self.pos} of a context of "
+                f"{self.plan.ctx}; shorten the prompt, rewind or reset, or export a larger --ctx."
+            )
+        return raw.astype(np.int64)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeFault("This session is closed; load the artifact again.")
+
+
+def _allocate(buffer: StateBuffer) -> npt.NDArray[Any]:
+    """Zeroed page-aligned memory [heads, slots, dim] that costs RAM only where it is written."""
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, buffer.bytes)
+    else:  # private: a shared mapping would be counted as shmem, not as anonymous memory
+        pages = mmap.mmap(-1, buffer.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, _STORAGE[buffer.dtype]).reshape(buffer.shape)

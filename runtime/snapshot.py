@@ -1,0 +1,218 @@
+"""Snapshot files: the live rows of a session, so that a long prompt is read once.
+
+    magic "EDGEKVSN" | u32 version | u32 header bytes | header (JSON) | sections | SHA-256 of it all
+
+Integers are little-endian. The header names engine, model fingerprint, plan digest, pos, written
+and the sections with their bytes; the first section is the ids (int32), then one follows for every
+buffer in plan order: per head the rows that are held, oldest first. Rows stream between file and
+buffers: there is never a second copy of the state in memory. A file is verified before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_kv.artifact import plan_entry
+from edge_kv.errors import SnapshotError
+from edge_kv.kv_plan import RING, KVPlan, StateBuffer
+
+MAGIC = b"EDGEKVSN"
+VERSION = 1
+_PREFIX = struct.Struct("<8sII")
+_DIGEST_BYTES = 32
+_MAX_HEADER = 1 << 24
+_BLOCK = 1 << 20
+State = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a snapshot belongs to: it is refused anywhere else."""
+
+    engine: str
+    model: str
+    plan: str
+
+
+def plan_digest(plan: KVPlan) -> str:
+    """SHA-256 of the stored form of a plan."""
+    return hashlib.sha256(plan_entry(plan).model_dump_json().encode()).hexdigest()
+
+
+def write(
+    path: Path,
+    identity: Identity,
+    plan: KVPlan,
+    state: State,
+    tokens: Sequence[int],
+    written: int,
+) -> None:
+    """Stream the live rows to `path`, written beside and renamed.
+
+    Raises:
+        SnapshotError: the file cannot be written.
+    """
+    pos = len(tokens)
+    header = {
+        **asdict(identity),
+        "pos": pos,
+        "written": written,
+        "sections": _sections(plan, pos, written),
+    }
+    text = json.dumps(header, sort_keys=True).encode()
+    part = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
+    try:
+        with part.open("wb") as f:
+
+            def put(data: bytes | memoryview) -> None:
+                digest.update(data)
+                f.write(data)
+
+            put(_PREFIX.pack(MAGIC, VERSION, len(text)))
+            put(text)
+            put(np.asarray(tokens, "<i4").tobytes())
+            for rows in _held(plan, state, pos, written):
+                put(rows)
+            f.write(digest.digest())
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except OSError as e:
+        raise SnapshotError(f"Cannot write the snapshot {path}: {e.strerror}.") from e
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+class Held:
+    """A verified snapshot, open at its rows."""
+
+    def __init__(self, file: BinaryIO, plan: KVPlan, tokens: Sequence[int], written: int) -> None:
+        self._file = file
+        self._plan = plan
+        self.tokens = tokens
+        self.written = written
+
+    def load(self, state: State) -> None:
+        """Read the rows into the buffers of a session."""
+        for rows in _held(self._plan, state, len(self.tokens), self.written):
+            if self._file.readinto(rows) != rows.nbytes:  # type: ignore[attr-defined]
+                raise OSError(0, "the file shrank while it was read")
+
+
+@contextmanager
+def verified(path: Path, identity: Identity, plan: KVPlan) -> Iterator[Held]:
+    """Open a snapshot after checking all of it: digest, owner, and that its rows fit `plan`.
+
+    Raises:
+        SnapshotError: missing, cut off, changed, or of another version, model, plan or engine.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as e:
+        raise SnapshotError(f"Cannot open the snapshot {path}: {e.strerror}.") from e
+    with file:
+        header, body = _verify(file, path)
+        _check_owner(path, header, identity)
+        pos, written = _positions(path, header, body, plan)
+        tokens = np.frombuffer(file.read(4 * pos), "<i4").tolist()
+        yield Held(file, plan, tokens, written)
+
+
+def _verify(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """Check framing and digest: the header and the bytes of all sections, `file` at the first."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(_PREFIX.size)
+    if len(prefix) < _PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
+        raise SnapshotError(f"{path} is not an edge-kv snapshot; give a file `--snapshot` wrote.")
+    _, version, length = _PREFIX.unpack(prefix)
+    if version != VERSION:
+        raise SnapshotError(
+            f"{path} is a snapshot of version {version}, this edge-kv reads {VERSION}; "
+            "take it again."
+        )
+    damaged = SnapshotError(f"{path} is cut off or changed (its digest differs); take it again.")
+    body = size - _PREFIX.size - _DIGEST_BYTES
+    if not 0 < length <= min(body, _MAX_HEADER):
+        raise damaged
+    sections = body - length
+    digest = hashlib.sha256(prefix)
+    file.seek(_PREFIX.size)
+    while body > 0 and (block := file.read(min(_BLOCK, body))):
+        digest.update(block)
+        body -= len(block)
+    if file.read(_DIGEST_BYTES) != digest.digest():
+        raise damaged
+    file.seek(_PREFIX.size)
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as e:
+        raise SnapshotError(f"{path} has a header that is not JSON; take it again.") from e
+    if not isinstance(header, dict):
+        raise SnapshotError(f"{path} has a header that is not an object; take it again.")
+    return header, sections
+
+
+def _check_owner(path: Path, header: dict[str, Any], identity: Identity) -> None:
+    for key, mine in asdict(identity).items():
+        theirs = header.get(key)
+        if theirs != mine:
+            raise SnapshotError(
+                f"{path} belongs to another {key} ({str(theirs)[:12]}, this one is {mine[:12]}); "
+                "restore it where it was taken, or prefill again."
+            )
+
+
+def _positions(path: Path, header: dict[str, Any], body: int, plan: KVPlan) -> tuple[int, int]:
+    pos, written = header.get("pos"), header.get("written")
+    if (
+        not isinstance(pos, int)
+        or not isinstance(written, int)
+        or not 0 <= pos <= written <= plan.ctx
+        or not plan.can_rewind(pos, written)
+        or header.get("sections") != _sections(plan, pos, written)
+        or sum(s["bytes"] for s in header["sections"]) != body
+    ):
+        raise SnapshotError(f"{path} does not hold the rows its plan asks for; take it again.")
+    return pos, written
+
+
+def _sections(plan: KVPlan, pos: int, written: int) -> list[dict[str, Any]]:
+    sections: list[dict[str, Any]] = [{"name": "tokens", "rows": pos, "bytes": 4 * pos}]
+    for b in plan.buffers:
+        rows = len(_positions_held(b, pos, written))
+        sections.append({"name": b.name, "rows": rows, "bytes": rows * b.row_bytes})
+    return sections
+
+
+def _positions_held(buffer: StateBuffer, pos: int, written: int) -> range:
+    """Positions below `pos` that a buffer still holds: rings lose all below written - slots."""
+    first = max(0, written - buffer.slots) if buffer.kind == RING else 0
+    return range(min(first, pos), pos)
+
+
+def _held(plan: KVPlan, state: State, pos: int, written: int) -> Iterator[memoryview]:
+    """The live rows as contiguous pieces of the buffers, in file order."""
+    for b in plan.buffers:
+        held = _positions_held(b, pos, written)
+        if not held:
+            continue
+        first = held.start % b.slots
+        before_wrap = min(len(held), b.slots - first)
+        for head in range(b.heads):
+            rows = state[b.name][head]
+            for piece in (rows[first : first + before_wrap], rows[: len(held) - before_wrap]):
+                if piece.size:
+                    yield memoryview(piece).cast("B")
