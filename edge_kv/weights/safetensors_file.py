@@ -1,0 +1,107 @@
+"""Row ranges of a safetensors file as f32, memory-mapped and without torch.
+
+The safetensors package reads bf16, the type Gemma is published in, only through torch: numpy has
+no such type. The format is a JSON header and raw little-endian data, so the header is read here
+and bf16 is widened by hand (it is the upper half of an f32).
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_kv.errors import WeightsError
+from edge_kv.weights.source import Array, Stored
+
+_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file by name; data is mapped, nothing is read yet.
+
+    Raises:
+        WeightsError: not a safetensors file, cut off, or a header that points outside the file.
+    """
+    header, begin, size = _read_header(path)
+    data = np.memmap(path, np.uint8, mode="r")
+    return {
+        name: _stored(path, data, name, entry, begin, size)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header, offset of the data, file size)."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise WeightsError(
+                    f"{path} is cut off or not a safetensors file: its header needs {length} "
+                    f"bytes, the file has {size}; download it again."
+                )
+            text = f.read(length)
+    except OSError as e:
+        raise WeightsError(f"{path} cannot be read ({e.strerror}).") from e
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(
+            f"{path} has a header that is not JSON ({e}); it is damaged, download it again."
+        ) from e
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path} has a header that is not a JSON object; download it again.")
+    return header, 8 + length, size
+
+
+def _stored(
+    path: Path, data: NDArray[np.uint8], name: str, entry: Any, begin: int, size: int
+) -> Stored:
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        first, last = entry["data_offsets"]
+        sound = all(isinstance(i, int) and i >= 0 for i in (*shape, first, last))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound or first > last:
+        raise WeightsError(f"{path} describes {name!r} wrongly; it is damaged, download it again.")
+    if begin + last > size:
+        raise WeightsError(
+            f"{path} is cut off: {name!r} ends at byte {begin + last}, the file has {size}; "
+            "download it again."
+        )
+    if dtype in _BYTES and last - first != prod(shape) * _BYTES[dtype]:
+        raise WeightsError(
+            f"{path} gives {name!r} {last - first} bytes, its shape {shape} in {dtype} needs "
+            f"{prod(shape) * _BYTES[dtype]}; the file is damaged, download it again."
+        )
+    fault = "" if dtype in _STORAGE else f"stored as {dtype}; F32, F16 and BF16 can be read"
+
+    def rows(start: int, stop: int) -> Array:
+        stride = prod(shape[1:]) * _BYTES[dtype]
+        at = begin + first
+        raw = data[at + start * stride : at + stop * stride].view(_STORAGE[dtype])
+        return _widen(raw, dtype).reshape(stop - start, *shape[1:])
+
+    return Stored(shape, rows, fault)
+
+
+def _widen(raw: NDArray[Any], dtype: str) -> Array:
+    """A fresh f32 array of stored values."""
+    if dtype != "BF16":
+        return raw.astype(np.float32)
+    wide = raw.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
