@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from edge_kv.config import ModelConfig
+from edge_kv.errors import ConfigError, did_you_mean
 
 EMBED = "embed"  # token table [vocab, hidden], tied to the LM head: one region serves both
 PLE_TABLE = "ple_table"  # per-layer token table [vocab, n_layers * ple_dim]: a file of its own
@@ -92,3 +93,33 @@ def _layer_tensors(config: ModelConfig, i: int) -> list[TensorSpec]:
     if config.family == "gemma4":
         rows.append(("scalar", (1,), FLOAT))
     return [TensorSpec(at + name, shape, kind) for name, shape, kind in rows]
+
+
+SCHEMES = ("int4", "int8", "none")
+_BITS = {
+    "int4": {EMBED: 4, LINEAR: 4, EXPERT: 4, PLE_TABLE: 4, PLE_LINEAR: 8},
+    "int8": {EMBED: 8, LINEAR: 8, EXPERT: 8, PLE_TABLE: 8, PLE_LINEAR: 8},
+    "none": {},
+}
+
+
+def stored_bits(kind: str, scheme: str) -> int:
+    """Bits a value of a tensor of `kind` takes under quantisation `scheme`; 32 is float.
+
+    PLE gates and projections keep 8 bits under int4: they are 2 % of the weights, and quantising
+    them further doubles the divergence from the float model (exllamav3 issue 253).
+
+    Raises:
+        ConfigError: unknown scheme.
+    """
+    if scheme not in _BITS:
+        raise ConfigError(f"Unknown quantisation {scheme!r}.{did_you_mean(scheme, SCHEMES)}")
+    return _BITS[scheme].get(kind, 32)
+
+
+def block_for(width: int, block_size: int) -> int:
+    """The largest supported block, at most `block_size`, that divides rows of `width` values.
+
+    Returns 0 when no block of 32, 64 or 128 fits: such a tensor stays float.
+    """
+    return next((b for b in (128, 64, 32) if b <= block_size and width % b == 0), 0)

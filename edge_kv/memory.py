@@ -1,0 +1,199 @@
+"""Predicted memory: weight files, state, and peak RAM of each phase, before anything is built.
+
+Anonymous memory (heap, state) cannot be reclaimed; file memory is mapped weights, clean pages the
+kernel may drop. The model below is how onnxruntime's CPU provider was seen to behave: every program
+packs its matrices on the heap when it is loaded and keeps the original scales mapped; state costs
+RAM as far as rows were written; arenas keep the largest workspace they ever needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edge_kv.config import FULL, ModelConfig
+from edge_kv.errors import ConfigError
+from edge_kv.kv_plan import KVPlan
+from edge_kv.tensors import (
+    EMBED,
+    FLOAT,
+    PLE_TABLE,
+    TensorSpec,
+    block_for,
+    stored_bits,
+    tensor_table,
+)
+
+PLE_BLOCK = 32  # values that share a scale in the PLE file
+SCALE_BYTES = 4  # weight scales are f32
+PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
+BASE_ANON = 60 << 20  # interpreter, numpy, onnxruntime and tokenizer: heap
+BASE_FILE = 60 << 20  # … and their mapped libraries
+ACTIVATIONS = 4  # f32 rows of the widest layer alive at once in a forward pass
+DEQUANTISED = 3  # f32 copies of a layer's live rows alive while int8 rows become float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Peak bytes of one phase: anonymous and file-backed."""
+
+    anon: int
+    file: int
+
+    @property
+    def total(self) -> int:
+        return self.anon + self.file
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the bytes of one export lie, on disk and in RAM at `depth` tokens of context."""
+
+    quant: str
+    block_size: int
+    depth: int
+    weights: dict[str, int]  # bytes in the weight file by tensor kind
+    ple_file: int
+    state: int  # allocated
+    touched: int  # of it, holding rows at `depth`
+    phases: dict[str, Phase]  # load, prefill, decode
+
+    @property
+    def weight_file(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def peak(self) -> int:
+        """Highest total of all phases."""
+        return max(p.total for p in self.phases.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: everything above, in bytes."""
+        return {
+            "quant": self.quant,
+            "block_size": self.block_size,
+            "depth": self.depth,
+            "weight_file": self.weight_file,
+            "weights": self.weights,
+            "ple_file": self.ple_file,
+            "state": self.state,
+            "state_touched": self.touched,
+            "peak": self.peak,
+            "phases": {
+                name: {"anon": p.anon, "file": p.file, "total": p.total}
+                for name, p in self.phases.items()
+            },
+        }
+
+
+def predict_memory(
+    config: ModelConfig,
+    plan: KVPlan,
+    quant: str = "int4",
+    block_size: int = 32,
+    depth: int | None = None,
+) -> MemoryPlan:
+    """Predict files and peak RAM for `plan` with weights stored as `quant` in `block_size` blocks.
+
+    `depth` is how many tokens of context are used; the whole context when left out.
+
+    Raises:
+        ConfigError: an unknown quantisation.
+    """
+    depth = plan.ctx if depth is None else min(depth, plan.ctx)
+    kinds: dict[str, int] = {}
+    packed = mapped = 0
+    for spec in tensor_table(config):
+        if spec.kind == PLE_TABLE:
+            continue
+        stored, heap, kept = _tensor_bytes(spec, quant, block_size)
+        kinds[spec.kind] = kinds.get(spec.kind, 0) + stored
+        programs = _programs(config, spec)
+        packed += heap * programs
+        mapped += kept  # both programs map the same file
+    touched = plan.touched_bytes(depth)
+    load = Phase(BASE_ANON + packed, BASE_FILE + mapped)
+    chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
+    step = _workspace(config, plan, 1, depth) + 2 * 4 * config.vocab_size
+    return MemoryPlan(
+        quant=quant,
+        block_size=block_size,
+        depth=depth,
+        weights=kinds,
+        ple_file=_ple_file(config, quant),
+        state=plan.bytes,
+        touched=touched,
+        phases={
+            "load": load,
+            "prefill": Phase(load.anon + touched + chunk, load.file),
+            "decode": Phase(load.anon + touched + chunk + step, load.file),
+        },
+    )
+
+
+def _tensor_bytes(spec: TensorSpec, quant: str, block_size: int) -> tuple[int, int, int]:
+    """Bytes of one tensor in the weight file, on the heap of a program, and left mapped."""
+    bits = stored_bits(spec.kind, quant)
+    block = block_for(spec.shape[-1], block_size) if bits < 32 else 0
+    if not block:
+        size = 4 * spec.elements
+        return (size, 0, size) if spec.kind == FLOAT else (size, size, 0)
+    values, blocks = spec.elements * bits // 8, spec.elements // block
+    return values + SCALE_BYTES * blocks, values + PACKED_SCALE_BYTES * blocks, SCALE_BYTES * blocks
+
+
+def _programs(config: ModelConfig, spec: TensorSpec) -> int:
+    """How many programs pack a tensor: prefill runs the owning layers and needs no head."""
+    if spec.kind == EMBED:
+        return 1
+    layer = spec.name.split(".")[1] if spec.name.startswith("layers.") else None
+    return 1 if layer is not None and not config.owns(int(layer)) else 2
+
+
+def _ple_file(config: ModelConfig, quant: str) -> int:
+    if not config.ple_dim:
+        return 0
+    values = config.n_layers * config.ple_dim
+    bits = stored_bits(PLE_TABLE, quant)
+    block = block_for(config.ple_dim, PLE_BLOCK) if bits < 32 else 0
+    row = values * bits // 8 + 2 * values // block if block else 4 * values
+    return config.vocab_size * row
+
+
+def _workspace(config: ModelConfig, plan: KVPlan, rows: int, depth: int) -> int:
+    """Bytes a program needs beside weights and state to run `rows` tokens at `depth`.
+
+    The widest moment of one layer: its MLP activations, or ring scores [q_heads, rows, slots] and
+    their softmax, or, for a chunk over int8 append buffers, its live rows as float.
+    """
+    widths = [config.hidden, *(config.mlp(i) for i in range(config.n_layers))]
+    widths += [config.spec(i).q_width for i in range(config.n_layers)]
+    most = ACTIVATIONS * 4 * rows * max(widths)
+    live = plan.live_rows(depth)
+    for layer in plan.layers:
+        if layer.skip_in_prefill and rows > 1:
+            continue
+        if config.pattern[layer.layer] != FULL:
+            most = max(most, 2 * 4 * layer.q_heads * rows * plan.ring_slots)
+            continue
+        most = max(most, 2 * 4 * layer.q_heads * rows * live if rows == 1 else 0)
+        if rows > 1 and plan.by_name[layer.k].dtype != "f32":
+            most = max(most, DEQUANTISED * 4 * live * layer.kv_heads * layer.head_dim)
+    return most + 4 * rows * config.n_layers * config.ple_dim
+
+
+def parse_bytes(text: str) -> int:
+    """`1500m`, `2g`, `2GiB` or plain bytes as a number of bytes (k, m, g are powers of 1024).
+
+    Raises:
+        ConfigError: not a positive number with an optional unit.
+    """
+    unit = text.strip().lower().removesuffix("b").removesuffix("i")
+    factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(unit[-1:], 1)
+    try:
+        size = float(unit[:-1] if factor > 1 else unit) * factor
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < float("inf"):
+        raise ConfigError(f"{text!r} is not an amount of memory; write for example 1500m or 2g.")
+    return int(size)
