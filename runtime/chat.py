@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Template:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._name = name
@@ -175,6 +177,7 @@ class Chat:
             seed=options.seed,
             stop=self._stop,
             on_full=options.on_full,
+            keep_first=self._keep_first(text),
             on_slide=self.on_slide,
         )
         return self._stream(tokens, messages, text, ids, begin)
@@ -190,12 +193,14 @@ class Chat:
         stream = TextStream(self.tokenizer)
         made: list[int] = []
         pieces: list[str] = []
-        held, reused, first = self.session.tokens, 0, 0.0
+        read_before = self.session.stats.prefill_tokens
+        reused, first, finished = 0, 0.0, False
         try:
             for token in tokens:
                 if not made:
                     first = time.perf_counter() - begin
-                    reused = _common(held, ids)
+                    read = self.session.stats.prefill_tokens - read_before
+                    reused = max(0, len(ids) - 1 - read)
                 made.append(token)
                 if piece := stream.feed(token):
                     pieces.append(piece)
@@ -203,29 +208,39 @@ class Chat:
             if piece := stream.flush():
                 pieces.append(piece)
                 yield piece
+            finished = True
         finally:
-            reply = "".join(pieces)
-            self.messages = [*messages, {"role": "assistant", "content": reply}]
-            self._text, self._ids = text + reply, ids + made
-            seconds = time.perf_counter() - begin
-            self.last = Reply(reply, tuple(made), len(ids), reused, first, seconds)
+            if finished or made:  # a question that failed before its reply was not asked
+                reply = "".join(pieces)
+                self.messages = [*messages, {"role": "assistant", "content": reply}]
+                self._text, self._ids = text + reply, ids + made[: stream.done]
+                seconds = time.perf_counter() - begin
+                self.last = Reply(reply, tuple(made), len(ids), reused, first, seconds)
 
     def _encode(self, text: str) -> list[int]:
         if self._ids and text.startswith(self._text):
             return self._ids + self.tokenizer.encode(text[len(self._text) :], start=False)
         return self.tokenizer.encode(text)
 
+    def _keep_first(self, text: str) -> int:
+        """Tokens that sliding never forgets: up to the end of the system prompt."""
+        at = text.find(self._system.strip()) if self._system else -1
+        if at < 0 or not self._system:
+            return 1
+        head = self.tokenizer.encode(text[: at + len(self._system.strip())])
+        return min(len(head), self.session.plan.ctx // 2)
+
     def _eos_token(self) -> str:
         eos = self.session.config.eos_ids
         return self.tokenizer.token(eos[0]) if eos else ""
-
-
-def _common(a: tuple[int, ...], b: list[int]) -> int:
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _refuse(message: str) -> NoReturn:
     from jinja2 import TemplateError
 
     raise TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    """Jinja's own filter escapes HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from edge_kv.errors import ConfigError, ContextFullError, PromptError, did_you_mean
@@ -94,6 +94,7 @@ def _run(
 ) -> Iterator[int]:
     """`history` is prompt and yielded ids; all but the newest are in the session."""
     ctx = session.plan.ctx
+    held = False
     for made in range(max_new_tokens):
         full = len(history) > ctx
         if full and on_full == "stop":
@@ -105,9 +106,12 @@ def _run(
             )
         if full:
             history, slide = _slide(history, ctx, keep_first)
+            held = False
             if on_slide:
                 on_slide(slide)
-        feed(session, history[:-1])
+        if not held:
+            feed(session, history[:-1])
+            held = True
         token = sampler(session.decode(history[-1]), history)
         if token in stop:
             return
@@ -115,20 +119,24 @@ def _run(
         yield token
 
 
-def feed(session: Session, ids: list[int]) -> None:
-    """Make `session.tokens` equal to `ids`, reusing the longest common prefix the rings allow."""
+def feed(session: Session, ids: Sequence[int]) -> None:
+    """Make `session.tokens` equal `ids`, reusing their common prefix as far as the rings allow.
+
+    Raises:
+        PromptError: something in `ids` is not a token id of the model.
+        ContextFullError: `ids` is longer than the context.
+    """
     held = session.tokens
-    if len(held) < len(ids) and tuple(ids[: len(held)]) == held:
-        common = len(held)
-    else:
-        pairs = enumerate(zip(held, ids, strict=False))
-        common = next((i for i, (a, b) in pairs if a != b), min(len(held), len(ids)))
-    if common < len(held):
-        if len(held) - common <= session.max_rewind:
-            session.rewind(len(held) - common)
-        else:
-            session.reset()
-            common = 0
+    common = next(
+        (i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b),
+        min(len(held), len(ids)),
+    )
+    back = len(held) - common
+    if back > session.max_rewind:
+        session.reset()
+        common = 0
+    elif back:
+        session.rewind(back)
     session.prefill(ids[common:])
 
 

@@ -24,12 +24,12 @@ from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 
 WARNING, ERROR = 2, 3  # onnxruntime's log severities
-_TYPES: dict[str, tuple[str, type[np.generic]]] = {
-    "f32": ("tensor(float)", np.float32),
-    "f16": ("tensor(float16)", np.float16),
-    "int8": ("tensor(int8)", np.int8),
-    "uint8": ("tensor(uint8)", np.uint8),
-    "int64": ("tensor(int64)", np.int64),
+_TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
+    "float": np.float32,
+    "float16": np.float16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "int64": np.int64,
 }
 
 
@@ -171,17 +171,20 @@ class _Bound:
 
 def _check_contract(engine: Any, program: Program, path: Path) -> dict[str, type[np.generic]]:
     """Compare the graph's real inputs and outputs with the manifest; the inputs' dtypes."""
-    real = [(t.name, t.type) for t in (*engine.get_inputs(), *engine.get_outputs())]
-    said = [
-        (t.name, _TYPES.get(t.dtype, (t.dtype, np.void))[0])
-        for t in (*program.inputs, *program.outputs)
-    ]
-    if sorted(real) != sorted(said):
-        name = sorted(set(real) ^ set(said))[0][0]
+    real = {(t.name, t.type) for t in (*engine.get_inputs(), *engine.get_outputs())}
+    said = {(t.name, f"tensor({t.dtype})") for t in (*program.inputs, *program.outputs)}
+    if real != said:
+        name = min(real ^ said)[0]
         raise ArtifactError(
             f"{path} and the manifest disagree about {name!r}; copy or export the artifact again."
         )
-    return {t.name: _TYPES[t.dtype][1] for t in program.inputs}
+    unread = [t for t in program.inputs if t.dtype not in _TYPES]
+    if unread:
+        raise ArtifactError(
+            f"{path} wants {unread[0].name!r} as {unread[0].dtype}, which this edge-kv does not "
+            "feed; export again."
+        )
+    return {t.name: _TYPES[t.dtype] for t in program.inputs}
 
 
 def _fault(e: Exception, otherwise: EdgeKVError) -> EdgeKVError:

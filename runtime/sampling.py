@@ -1,7 +1,8 @@
 """Sampling: one row of logits -> one id.
 
-In this order: repetition penalty, temperature, top-k, top-p, min-p. The filters are those of Hugging Face's logits processors (ties broken by the lower id), computed
-over the few candidates they leave instead of a sorted vocabulary.
+In this order: repetition penalty, temperature, top-k, top-p, min-p. The filters are those of
+Hugging Face's logits processors (ties broken by the lower id), computed over the few candidates
+they leave instead of a sorted vocabulary.
 """
 
 from __future__ import annotations

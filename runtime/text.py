@@ -1,4 +1,4 @@
-"""Text: the artifact's tokenizer, and streaming ids back into text without splitting a character."""
+"""Text: the artifact's tokenizer, and ids streamed back into text, never splitting a character."""
 
 from __future__ import annotations
 
@@ -85,7 +85,12 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._context = 0  # where decoding starts
-        self._done = 0  # ids whose text was given out
+        self._done = 0
+
+    @property
+    def done(self) -> int:
+        """How many ids' text was given out."""
+        return self._done
 
     def feed(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""

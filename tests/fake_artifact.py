@@ -242,9 +242,10 @@ def _build(path: Path, name: str, config: ModelConfig, plan: KVPlan, toy: Toy) -
     from onnx import TensorProto, helper, numpy_helper
 
     types = {
-        "f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "int8": TensorProto.INT8,
+        "float": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int8": TensorProto.INT8,
         "uint8": TensorProto.UINT8, "int64": TensorProto.INT64,
     }  # fmt: skip
+    storage = {"f32": "float", "f16": "float16", "int8": "int8"}
     decode = name == "decode"
     n: int | str = 1 if decode else "chunk"
     layers = config.n_layers if decode else config.n_own
@@ -253,15 +254,12 @@ def _build(path: Path, name: str, config: ModelConfig, plan: KVPlan, toy: Toy) -
     nodes: list = []
     inputs = [("ids", "int64", [n]), ("pos", "int64", [1])]
     if config.ple_dim:
-        inputs.append(("ple", "f32", [n, layers, DIM]))
-    outputs = [("logits", "f32", [VOCAB])] if decode else []
+        inputs.append(("ple", "float", [n, layers, DIM]))
+    outputs = [("logits", "float", [VOCAB])] if decode else []
 
     def dtype(view) -> str:
-        return (
-            "uint8"
-            if view.buffer.dtype == "int8" and view.buffer.role == "k"
-            else (view.buffer.dtype)
-        )
+        unsigned = view.buffer.dtype == "int8" and view.buffer.role == "k"
+        return "uint8" if unsigned else storage[view.buffer.dtype]
 
     for view in views:
         inputs.append((view.name, dtype(view), list(view.shape)))
