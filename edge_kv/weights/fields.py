@@ -90,10 +90,7 @@ class Fields:
 
 
 def _show(value: object) -> str:
-    text = {None: "absent", True: "true", False: "false"}.get(value) if _plain(value) else None
-    text = text or repr(value)
+    if value is None or isinstance(value, bool):
+        return {None: "absent", True: "true", False: "false"}[value]
+    text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, bool)

@@ -109,14 +109,16 @@ def _gemma3(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
     scalar = fields.number("query_pre_attn_scalar")
     if scalar <= 0:
         raise fields.fault("query_pre_attn_scalar", "a positive number")
-    heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads")
+    q_heads, kv_heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads")
     dim = fields.integer("head_dim")
     rope = _gemma3_rope(fields)
+    sliding = _rope(fields, rope, "sliding_attention", dim)
+    full = _rope(fields, rope, "full_attention", dim)
     return _config(
         "gemma3", fields, eos_ids,
         pattern=_pattern(fields, n_layers, fields.integer("sliding_window_pattern")),
-        sliding=AttentionSpec(*heads, dim, *_rope(fields, rope, "sliding_attention", dim)),
-        full=AttentionSpec(*heads, dim, *_rope(fields, rope, "full_attention", dim)),
+        sliding=AttentionSpec(q_heads, kv_heads, dim, *sliding),
+        full=AttentionSpec(q_heads, kv_heads, dim, *full),
         attention_scale=scalar**-0.5,
         v_norm=False,
     )  # fmt: skip

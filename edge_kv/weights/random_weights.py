@@ -28,7 +28,9 @@ class RandomWeights(Readable):
         self._seed = seed
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        return self.load(name, start, stop)  # finite by construction: no second look at 4.6 G values
+        return self.load(
+            name, start, stop
+        )  # finite by construction: no second look at 4.6 G values
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         spec, stop = self._request(name, start, stop)

@@ -1,0 +1,212 @@
+"""The GGUF container: metadata, and every tensor's rows dequantised to f32, memory-mapped.
+
+The gguf package dequantises; its own reader is not used because it makes several array views for
+every element of a metadata array, some 15 seconds for Gemma's vocabulary where one pass takes
+half a second. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from edge_kv.errors import WeightsError
+from edge_kv.weights.source import Array, Stored
+
+_SCALARS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
+    12: "<d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_VERSIONS = (2, 3)
+_MAX_DIMS = 4
+
+
+class GGUFFile:
+    """An opened GGUF file.
+
+    Attributes:
+        metadata: key -> number, bool, str, or list of them.
+        tensors: every tensor under its own name, outermost axis first.
+
+    Raises:
+        WeightsError: not GGUF, of another version, cut off, or a header that makes no sense.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            size = path.stat().st_size
+            self._data = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
+        except OSError as e:
+            raise WeightsError(f"{path} cannot be read ({e.strerror}).") from e
+        self._bytes = memoryview(self._data)  # type: ignore[arg-type]
+        self._at = 0
+        self.metadata, infos = self._header()
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            self._damaged(f"its alignment is {alignment!r}")
+        begin = -(-self._at // alignment) * alignment
+        self.tensors = {
+            name: self._tensor(name, shape, kind, begin + offset)
+            for name, (shape, kind, offset) in infos.items()
+        }
+
+    def _header(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
+        if bytes(self._take(4)) != b"GGUF":
+            raise WeightsError(f"{self._path} is not a GGUF file: it does not begin with 'GGUF'.")
+        version = self._number("<I")
+        if version not in _VERSIONS:
+            raise WeightsError(
+                f"{self._path} has GGUF version {version}; edge-kv reads little-endian versions "
+                f"{' and '.join(map(str, _VERSIONS))}, convert it with a current llama.cpp."
+            )
+        n_tensors, n_keys = self._number("<Q"), self._number("<Q")
+        metadata: dict[str, Any] = {}
+        for _ in range(n_keys):
+            key = self._string()
+            metadata[key] = self._value(self._number("<I"))
+        infos = {}
+        for _ in range(n_tensors):
+            name = self._string()
+            n_dims = self._number("<I")
+            if n_dims > _MAX_DIMS:
+                self._damaged(f"{name!r} has {n_dims} dimensions")
+            # GGUF lists the innermost axis first.
+            shape = tuple(reversed([self._number("<Q") for _ in range(n_dims)]))
+            infos[name] = (shape, self._number("<I"), self._number("<Q"))
+        return metadata, infos
+
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, at: int) -> Stored:
+        storage = _storage(kind)
+        if storage is None:
+            return Stored(shape, _no_rows, f"stored as GGML type {kind}, which is not known")
+        label, block, block_bytes, decode = storage
+        if not shape or shape[-1] % block:
+            self._damaged(f"{name!r} of shape {shape} cannot be stored as {label}")
+        row = shape[-1] // block * block_bytes
+        stride = prod(shape[1:-1]) * row if len(shape) > 1 else row // shape[0]
+        end = at + prod(shape[:-1]) * row
+        if end > self._data.size:
+            raise WeightsError(
+                f"{self._path} is cut off: {name!r} ends at byte {end}, the file has "
+                f"{self._data.size}; download it again."
+            )
+        if decode is None:
+            return Stored(shape, _no_rows, f"stored as {label}, which gguf does not dequantise")
+
+        def rows(start: int, stop: int) -> Array:
+            raw = self._data[at + start * stride : at + stop * stride]
+            values = decode(raw if len(shape) == 1 else raw.reshape(-1, row))
+            return np.array(values, np.float32).reshape(stop - start, *shape[1:])
+
+        return Stored(shape, rows)
+
+    def _value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            self._damaged(f"a metadata value has type {kind}")
+        item, n = self._number("<I"), self._number("<Q")
+        if item in _SCALARS:
+            layout = _SCALARS[item]
+            raw = self._take(n * struct.calcsize(layout))
+            return np.frombuffer(raw, layout).tolist()
+        if item == _STRING:
+            return self._strings(n)
+        if item != _ARRAY:
+            self._damaged(f"a metadata array has items of type {item}")
+        return [self._value(_ARRAY) for _ in range(n)]
+
+    def _strings(self, n: int) -> list[str]:
+        # Vocabularies have 262144 entries and their merges twice as many: no call for each.
+        view, at, size = self._bytes, self._at, self._data.size
+        unpack = struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(n):
+            if at + 8 > size:
+                self._cut_off()
+            begin = at + 8
+            at = begin + unpack(view, at)[0]
+            if at > size:
+                self._cut_off()
+            found.append(self._text(view[begin:at]))
+        self._at = at
+        return found
+
+    def _string(self) -> str:
+        return self._text(self._take(self._number("<Q")))
+
+    def _text(self, raw: memoryview) -> str:
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            self._damaged(f"it holds text that is not UTF-8 ({bytes(raw[:20])!r})")
+
+    def _number(self, layout: str) -> Any:
+        return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+
+    def _take(self, n: int) -> memoryview:
+        begin, self._at = self._at, self._at + n
+        if self._at > self._data.size:
+            self._cut_off()
+        return self._bytes[begin : self._at]
+
+    def _cut_off(self) -> NoReturn:
+        raise WeightsError(
+            f"{self._path} is cut off: its header needs more than the {self._data.size} bytes "
+            "there are; download it again."
+        )
+
+    def _damaged(self, what: str) -> NoReturn:
+        raise WeightsError(f"{self._path} is damaged: {what}; download it again.")
+
+
+_Storage = tuple[str, int, int, Callable[[Any], Any] | None]
+_STORAGES: dict[int, _Storage | None] = {}
+
+
+def _storage(kind: int) -> _Storage | None:
+    """(name, values in a block, bytes of a block, decoder) of a GGML type; None: unknown."""
+    if kind not in _STORAGES:
+        _STORAGES[kind] = _find_storage(kind)
+    return _STORAGES[kind]
+
+
+def _find_storage(kind: int) -> _Storage | None:
+    try:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError as e:
+        raise WeightsError(
+            "GGUF files are read with the gguf package: pip install 'edge-kv[export]'."
+        ) from e
+    try:
+        qtype = GGMLQuantizationType(kind)
+    except ValueError:
+        return None
+    block, block_bytes = GGML_QUANT_SIZES[qtype]
+
+    def decode(raw: Any) -> Any:
+        return dequantize(raw, qtype)
+
+    if qtype == GGMLQuantizationType.F16:  # gguf views plain types only as their own dtype
+        return qtype.name, block, block_bytes, lambda raw: raw.view("<f2")
+    if qtype == GGMLQuantizationType.F32:
+        return qtype.name, block, block_bytes, lambda raw: raw.view("<f4")
+    try:
+        decode(np.zeros((1, block_bytes), np.uint8))
+    except NotImplementedError:
+        return qtype.name, block, block_bytes, None
+    return qtype.name, block, block_bytes, decode
+
+
+def _no_rows(start: int, stop: int) -> Array:
+    raise WeightsError("This tensor's storage type cannot be read.")

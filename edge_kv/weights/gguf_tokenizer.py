@@ -1,0 +1,189 @@
+"""A Hugging Face `tokenizer.json` from GGUF metadata.
+
+Gemma's tokenizer is one SentencePiece BPE in two GGUF spellings. Gemma 3 files ("llama") store a
+score for each piece: SentencePiece merges the neighbours whose union scores best, which is a BPE
+whose merges are ranked by the score of what they make. Gemma 4 files ("gemma4") store merges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from edge_kv.errors import WeightsError
+from edge_kv.weights.fields import Fields
+
+_SPACE = "▁"
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types
+
+
+def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
+    """Content of a `tokenizer.json` that gives the same ids; None without a tokenizer.
+
+    Args:
+        metadata: the GGUF file's key-value pairs.
+        where: what messages call the file.
+
+    Raises:
+        WeightsError: another tokenizer model, or lists that do not fit each other.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model is None:
+        return None
+    if model not in ("llama", "gemma4"):
+        raise WeightsError(
+            f"{where}: tokenizer.ggml.model {model!r} is not supported; "
+            "edge-kv reads 'llama' (SentencePiece) and 'gemma4'."
+        )
+    tokens = _strings(metadata, "tokens", where)
+    # llama.cpp's converter writes runs of spaces as spaces; the pieces are runs of ▁.
+    tokens = [t if t.strip(" ") else t.replace(" ", _SPACE) for t in tokens]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise WeightsError(f"{where}: tokenizer.ggml.tokens repeats a token; convert it again.")
+    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise WeightsError(
+            f"{where}: tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} "
+            "tokens; convert it again."
+        )
+    if model == "llama":
+        merges = _merges_of_scores(
+            tokens, vocab, kinds, metadata.get("tokenizer.ggml.scores"), where
+        )
+    else:
+        merges = _stored_merges(_strings(metadata, "merges", where), vocab, where)
+    fields = Fields(metadata, where, {"unknown_token_id": 3, "bos_token_id": 2}, "tokenizer.ggml.")
+    unknown = fields.integer("unknown_token_id")
+    if not 0 <= unknown < len(tokens):
+        raise WeightsError(f"{where}: the unknown token {unknown} is not one of {len(tokens)}.")
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": _added_tokens(tokens, kinds),
+            "normalizer": _normalizer(fields),
+            "pre_tokenizer": None,
+            "post_processor": _post_processor(fields, tokens),
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": tokens[unknown],
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "ignore_merges": False,
+                "vocab": vocab,
+                "merges": merges,
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+def _merges_of_scores(
+    tokens: list[str], vocab: dict[str, int], kinds: list[int], scores: Any, where: str
+) -> list[tuple[str, str]]:
+    """Every way to make a piece from two others, best piece first, longest left part first.
+
+    SentencePiece finds user-defined pieces (runs of spaces, newlines, tags) before it merges
+    anything, so that what makes them ranks above every score.
+    """
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise WeightsError(
+            f"{where}: tokenizer.ggml.scores must hold a score for each of {len(tokens)} tokens; "
+            "convert it again."
+        )
+    best = max(scores, default=0.0) + 1
+    rank = [best if k == _USER_DEFINED else s for k, s in zip(kinds, scores, strict=True)]
+    merges: list[tuple[str, str]] = []
+    for i in sorted(range(len(tokens)), key=lambda i: -rank[i]):  # stable: ties keep id order
+        token = tokens[i]
+        for cut in range(len(token) - 1, 0, -1):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                merges.append((left, right))
+    return merges
+
+
+def _stored_merges(merges: list[str], vocab: dict[str, int], where: str) -> list[tuple[str, str]]:
+    """`left right` lines."""
+    found: list[tuple[str, str]] = []
+    for line in merges:
+        cut = line.find(" ", 1)
+        left, right = line[:cut], line[cut + 1 :]
+        if cut < 0 or not (left in vocab and right in vocab and left + right in vocab):
+            raise WeightsError(
+                f"{where}: the merge {line!r} does not join two tokens to a third; "
+                "convert it again."
+            )
+        found.append((left, right))
+    return found
+
+
+def _added_tokens(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:
+    """Control and user-defined pieces: found in the raw text before anything is merged.
+
+    Not runs of ▁: in raw text they are spaces, and the first merges make them.
+    """
+    return [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != _USER_DEFINED,
+        }
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token.strip(_SPACE)
+    ]
+
+
+def _normalizer(fields: Fields) -> dict[str, Any]:
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if not fields.flag("add_space_prefix"):
+        return spaces
+    return {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, spaces]}
+
+
+def _post_processor(fields: Fields, tokens: list[str]) -> dict[str, Any] | None:
+    """`<bos>` before a text, unless the file says otherwise (Gemma's tokenizer adds it)."""
+    if fields.get("add_bos_token") is not None and not fields.flag("add_bos_token"):
+        return None
+    bos = fields.integer("bos_token_id")
+    if not 0 <= bos < len(tokens):
+        raise fields.fault("bos_token_id", f"one of {len(tokens)} tokens")
+    name = tokens[bos]
+
+    def template(part: str, kind: int) -> list[dict[str, Any]]:
+        return [
+            {"SpecialToken": {"id": name, "type_id": kind}},
+            {"Sequence": {"id": part, "type_id": kind}},
+        ]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": template("A", 0),
+        "pair": template("A", 0) + template("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+    }
+
+
+def _strings(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:
+    found = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
+        raise WeightsError(f"{where}: tokenizer.ggml.{key} must be a list of texts; convert again.")
+    return found
