@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 from edge_kv.artifact import Artifact
@@ -149,6 +150,27 @@ class Chat:
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
         self._text, self._ids, self.last = "", [], None
 
+    def save(self, path: str | Path) -> None:
+        """Snapshot the session together with the conversation.
+
+        Raises:
+            SnapshotError: the file cannot be written.
+        """
+        note = {"messages": self.messages, "text": self._text, "ids": self._ids}
+        self.session.snapshot(path, note)
+
+    def load(self, path: str | Path) -> None:
+        """Take up a saved conversation; a bare session snapshot counts as text already read.
+
+        Raises:
+            SnapshotError: it cannot be restored here.
+        """
+        note = self.session.restore(path)
+        self.reset()
+        self.messages = note.get("messages", self.messages)
+        self._text = note.get("text", "")
+        self._ids = note.get("ids", list(self.session.tokens))
+
     def send(self, content: str) -> Iterator[str]:
         """Ask and yield the reply in pieces of whole characters; `last` describes it at the end.
 
@@ -218,9 +240,12 @@ class Chat:
                 self.last = Reply(reply, tuple(made), len(ids), reused, first, seconds)
 
     def _encode(self, text: str) -> list[int]:
-        if self._ids and text.startswith(self._text):
-            return self._ids + self.tokenizer.encode(text[len(self._text) :], start=False)
-        return self.tokenizer.encode(text)
+        if not self._ids or not text.startswith(self._text):
+            return self.tokenizer.encode(text)
+        new = text[len(self._text) :]
+        if not self._text:  # the context was restored without a conversation: it has its start
+            new = new.removeprefix(self.tokenizer.bos_token)
+        return self._ids + self.tokenizer.encode(new, start=False)
 
     def _keep_first(self, text: str) -> int:
         """Tokens that sliding never forgets: up to the end of the system prompt."""

@@ -168,19 +168,29 @@ class Session(ABC):
         self._tokens.clear()
         self._written = 0
 
-    def snapshot(self, path: str | Path) -> None:
+    def snapshot(self, path: str | Path, note: dict[str, Any] | None = None) -> None:
         """Write the live rows and the ids to `path` (written beside, then renamed).
+
+        `note` is kept with them for whoever restores: anything JSON can say.
 
         Raises:
             SnapshotError: the file cannot be written.
         """
         self._check_open()
         snapshots.write(
-            Path(path), self._identity(), self.plan, self.state, self._tokens, self._written
+            Path(path),
+            self._identity(),
+            self.plan,
+            self.state,
+            self._tokens,
+            self._written,
+            note or {},
         )
 
-    def restore(self, path: str | Path) -> None:
+    def restore(self, path: str | Path) -> dict[str, Any]:
         """Continue from a snapshot: the next logits are bit for bit those of the session it is of.
+
+        Returns the note it was taken with.
 
         Raises:
             SnapshotError: missing, cut off, changed, or of another model, plan or engine; the
@@ -195,6 +205,7 @@ class Session(ABC):
                 raise SnapshotError(f"Cannot read {path} ({e.strerror}); session emptied.") from e
             self._tokens = list(held.tokens)
             self._written = held.written
+            return held.note
 
     def close(self) -> None:
         """Free buffers and engine; closing twice is allowed."""

@@ -2,10 +2,11 @@
 
     magic "EDGEKVSN" | u32 version | u32 header bytes | header (JSON) | sections | SHA-256 of it all
 
-Integers are little-endian. The header names engine, model fingerprint, plan digest, pos, written
-and the sections with their bytes; the first section is the ids (int32), then one follows for every
-buffer in plan order: per head the rows that are held, oldest first. Rows stream between file and
-buffers: there is never a second copy of the state in memory. A file is verified before it is used.
+Integers are little-endian. The header names engine, model fingerprint, plan digest, pos, written,
+the caller's note and the sections with their bytes. The first section is the ids (int32), then one
+follows for every buffer in plan order: per head the rows that are held, oldest first. Rows stream
+between file and buffers: there is never a second copy of the state in memory. A file is verified
+before it is used.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def write(
     state: State,
     tokens: Sequence[int],
     written: int,
+    note: dict[str, Any],
 ) -> None:
     """Stream the live rows to `path`, written beside and renamed.
 
@@ -68,6 +70,7 @@ def write(
         **asdict(identity),
         "pos": pos,
         "written": written,
+        "note": note,
         "sections": _sections(plan, pos, written),
     }
     text = json.dumps(header, sort_keys=True).encode()
@@ -99,11 +102,19 @@ def write(
 class Held:
     """A verified snapshot, open at its rows."""
 
-    def __init__(self, file: BinaryIO, plan: KVPlan, tokens: Sequence[int], written: int) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        plan: KVPlan,
+        tokens: Sequence[int],
+        written: int,
+        note: dict[str, Any],
+    ) -> None:
         self._file = file
         self._plan = plan
         self.tokens = tokens
         self.written = written
+        self.note = note
 
     def load(self, state: State) -> None:
         """Read the rows into the buffers of a session."""
@@ -128,7 +139,8 @@ def verified(path: Path, identity: Identity, plan: KVPlan) -> Iterator[Held]:
         _check_owner(path, header, identity)
         pos, written = _positions(path, header, body, plan)
         tokens = np.frombuffer(file.read(4 * pos), "<i4").tolist()
-        yield Held(file, plan, tokens, written)
+        note = header.get("note")
+        yield Held(file, plan, tokens, written, note if isinstance(note, dict) else {})
 
 
 def _verify(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:

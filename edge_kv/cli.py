@@ -1,0 +1,465 @@
+"""The `edge-kv` command: each command parses, calls one function and prints.
+
+Heavy imports happen inside commands; nothing here but `export` ever imports torch. Deliberate
+errors are caught in one place and shown as one line on stderr, exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from edge_kv import __version__
+from edge_kv.errors import (
+    ConfigError,
+    EdgeKVError,
+    MemoryLimitError,
+    ParityError,
+    PromptError,
+)
+
+if TYPE_CHECKING:
+    from edge_kv.config import ModelConfig
+    from edge_kv.runtime.chat import Chat
+    from edge_kv.runtime.generation import Slide
+    from edge_kv.runtime.session import Session
+
+
+class _Commands(TyperGroup):
+    """The one place where errors become a line and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeKVError as e:
+            typer.echo(f"Error: {e}", err=True)
+            raise typer.Exit(1) from e
+        except KeyboardInterrupt as e:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(130) from e
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="KV-efficient language models from checkpoint to phone, with the memory known first.",
+)
+
+
+def main() -> None:
+    """Entry point of the `edge-kv` script."""
+    app(prog_name="edge-kv")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edge-kv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="A preset: e2b, e4b, 12b, 26b-a4b, 31b, tiny, …")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", help="HF directory, .gguf file, hub id, or random[:SEED]."),
+]
+Ctx = Annotated[str, typer.Option("--ctx", help="Context in tokens: 32768 or 32k.")]
+Chunk = Annotated[str, typer.Option("--chunk", help="Tokens a prefill step takes.")]
+Kv = Annotated[str, typer.Option("--kv", help="State storage: f32, f16 or int8 (rings stay f32).")]
+Quant = Annotated[str, typer.Option("--quant", help="Weight storage: int4, int8 or none.")]
+Block = Annotated[
+    int | None, typer.Option("--block-size", help="Weights that share a scale: 32, 64 or 128.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Engine = Annotated[str, typer.Option("--engine", help="Which runtime runs the artifact.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads; default: the physical cores.")
+]
+ArtifactDir = Annotated[Path, typer.Argument(help="The directory `edge-kv export` made.")]
+DEFAULT_BLOCK = 32
+
+
+@app.command()
+def plan(
+    ctx: Ctx,
+    model: Model = None,
+    weights: Weights = None,
+    chunk: Chunk = "128",
+    kv: Kv = "int8",
+    quant: Quant = "int4",
+    block_size: Block = None,
+    as_json: Json = False,
+) -> None:
+    """What will it cost? State, weights and peak RAM, before anything is built."""
+    from edge_kv.kv_plan import parse_size, plan_kv
+    from edge_kv.memory import predict_memory
+    from edge_kv.report import plan_data, print_plan
+    from edge_kv.terminal import output
+
+    config, name = _config(model, weights)
+    layout = plan_kv(config, ctx=parse_size(ctx), chunk=parse_size(chunk), kv=kv)
+    memory = predict_memory(config, layout, quant, block_size or DEFAULT_BLOCK)
+    data = plan_data(config, layout, memory, name)
+    if as_json:
+        _print_json(data)
+    else:
+        print_plan(data, output())
+
+
+@app.command()
+def export(
+    ctx: Ctx,
+    model: Model = None,
+    weights: Weights = None,
+    chunk: Chunk = "128",
+    kv: Kv = "int8",
+    quant: Quant = "int4",
+    block_size: Block = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="Programs to export: onnx, executorch or both.")
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory to make; default: NAME-CTX.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the parity prompts.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Checkpoint -> artifact directory, parity proven. Prints the directory."""
+    from edge_kv.kv_plan import parse_size
+
+    length, step = parse_size(ctx), parse_size(chunk)
+    name = _name(model, weights)
+    try:
+        from edge_kv.export import export_model
+    except ModuleNotFoundError as e:
+        raise ConfigError(
+            f"Exporting needs {e.name}, which is not installed; run: pip install 'edge-kv[export]'."
+        ) from e
+    from edge_kv.terminal import Bar
+
+    with Bar() as bar:
+        root = export_model(
+            model=model,
+            weights=weights,
+            ctx=length,
+            chunk=step,
+            kv=kv,
+            quant=quant,
+            block_size=block_size,
+            backends=("onnx", "executorch") if backend == "both" else (backend,),
+            out=out or Path(f"{name}-{length}"),
+            progress=bar,
+            seed=seed,
+        )
+    if as_json:
+        from edge_kv.artifact import read_artifact
+        from edge_kv.report import artifact_data
+
+        _print_json({"artifact": str(root), **artifact_data(read_artifact(root))})
+    else:
+        typer.echo(root)
+
+
+@app.command()
+def run(
+    artifact: ArtifactDir,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Left out: read --file or stdin, or chat on a terminal.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Read the prompt from here.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template: continue the text.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Longest reply.", min=1)
+    ] = 512,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Likeliest ids kept; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Probability kept.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Kept against the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1 avoids what was said.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
+    on_full: Annotated[
+        str, typer.Option("--on-full", help="Context full: stop, or slide (forget the middle).")
+    ] = "stop",
+    engine: Engine = "onnx",
+    threads: Threads = None,
+    ram_limit: Annotated[
+        str | None, typer.Option("--ram-limit", help="Refuse when more RAM is planned: 2g.")
+    ] = None,
+    restore: Annotated[
+        Path | None, typer.Option("--restore", help="Take up a saved conversation first.")
+    ] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option("--snapshot", help="Save the conversation at the end.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Stream tokens on this machine: one reply, or a conversation."""
+    from edge_kv.artifact import read_artifact
+    from edge_kv.runtime import load
+    from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Options, Template
+
+    text = _prompt(prompt, file)
+    if text is None and as_json:
+        raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
+    opened = read_artifact(artifact)
+    if ram_limit:
+        _check_ram(opened, ram_limit)
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        on_full=on_full,
+    )
+    with load(opened, engine, threads) as session:
+        chat = Chat(
+            session,
+            template=Template(RAW_TEMPLATE) if raw else None,
+            options=options,
+            system=system,
+            on_slide=_say_slide,
+        )
+        if restore:
+            chat.load(restore)
+        if text is None:
+            from edge_kv.repl import converse
+
+            converse(chat, lambda line: _answer(chat, line), lambda s: typer.echo(s, err=True))
+        elif as_json:
+            for _ in chat.send(text):
+                pass
+        else:
+            _answer(chat, text)
+        if snapshot:
+            chat.save(snapshot)
+        summary = _summary(chat)
+    if as_json:
+        _print_json(summary)
+    elif summary["decode_tokens"]:
+        _print_summary(summary)
+
+
+@app.command()
+def inspect(artifact: ArtifactDir, as_json: Json = False) -> None:
+    """What is in an artifact: layers, buffers, bytes, who reads what."""
+    from edge_kv.artifact import read_artifact
+    from edge_kv.report import artifact_data, print_artifact
+    from edge_kv.terminal import output
+
+    data = artifact_data(read_artifact(artifact))
+    if as_json:
+        _print_json(data)
+    else:
+        print_artifact(data, output())
+
+
+@app.command()
+def verify(
+    artifact: ArtifactDir,
+    engine: Engine = "onnx",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Integrity and parity again, on this device: digests, then the stored reference logits."""
+    from dataclasses import asdict
+
+    from edge_kv.artifact import read_artifact
+    from edge_kv.runtime import load
+    from edge_kv.runtime.verify import verify as compare
+    from edge_kv.terminal import Bar
+
+    opened = read_artifact(artifact)
+    with Bar() as bar:
+        bar.stage("digests")
+        total, done = sum(f.size for f in opened.manifest.files.values()), 0
+        for name, count in opened.check_digests():
+            done += count
+            bar.advance(name, done, total)
+        bar.stage("parity")
+        with load(opened, engine, threads) as session:
+            parity = compare(session, lambda step, steps: bar.advance("steps", step, steps))
+    data = {
+        "artifact": str(artifact),
+        "engine": engine,
+        "files": len(opened.manifest.files),
+        "bytes": total,
+        **asdict(parity),
+        "passed": parity.passed,
+    }
+    line = (
+        f"max |Δlogit| {parity.max_abs:.3g}, KL mean {parity.mean_kl:.3g} max {parity.max_kl:.3g} "
+        f"(limit {parity.limit_kl:.3g}), top-1 {parity.top1:.1%} (limit {parity.limit_top1:.1%}) "
+        f"over {parity.steps} steps"
+    )
+    if as_json:
+        _print_json(data)
+    elif parity.passed:
+        typer.echo(f"{len(opened.manifest.files)} files unchanged; {line}.")
+    if not parity.passed:
+        raise ParityError(f"{artifact} computes something else on this machine: {line}.")
+
+
+def _config(model: str | None, weights: str | None) -> tuple[ModelConfig, str]:
+    """The config `--model` or `--weights` describes, and its name; weights are not read."""
+    from edge_kv.presets import get_preset
+
+    name = _name(model, weights)
+    preset = get_preset(model).config if model else None
+    if weights is None:
+        assert preset is not None
+        return preset, name
+    from edge_kv.weights import open_weights
+
+    return open_weights(weights, preset).config, name
+
+
+def _name(model: str | None, weights: str | None) -> str:
+    if model:
+        return model
+    if not weights:
+        raise ConfigError("Name a model: --model e2b (a preset) or --weights DIR.")
+    return Path(weights).name.removesuffix(".gguf") or weights
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str | None:
+    """The prompt from the argument, --file or stdin; None to converse on a terminal."""
+    if prompt is not None and file is not None:
+        raise PromptError("Both a prompt and --file were given; give one of them.")
+    if prompt is not None:
+        return prompt
+    try:
+        if file is not None:
+            text = file.read_text(encoding="utf-8")
+        elif sys.stdin.isatty():
+            return None
+        else:
+            text = sys.stdin.buffer.read().decode("utf-8")
+    except OSError as e:
+        raise PromptError(f"Cannot read the prompt from {file}: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise PromptError(
+            f"The prompt is not UTF-8 text (byte {e.start}); convert it first."
+        ) from e
+    if not text.strip():
+        raise PromptError("The prompt is empty; give some text.")
+    return text
+
+
+def _check_ram(artifact: Any, limit: str) -> None:
+    from edge_kv.memory import parse_bytes, predict_memory
+    from edge_kv.terminal import size
+
+    allowed = parse_bytes(limit)
+    quant = artifact.manifest.quant
+    planned = predict_memory(artifact.config, artifact.plan, quant.scheme, quant.block_size).peak
+    if planned > allowed:
+        raise MemoryLimitError(
+            f"{artifact.root} is planned to need {size(planned)} of RAM, the limit is "
+            f"{size(allowed)}; export with a smaller --ctx, --quant int4 or --kv int8."
+        )
+
+
+def _answer(chat: Chat, text: str) -> None:
+    """Stream one reply; Ctrl-C ends it and keeps what was said."""
+    from edge_kv.terminal import Stream
+
+    pieces = chat.send(text)
+    with Stream(lambda: _status(chat.session)) as stream:
+        for piece in pieces:
+            stream.write(piece)
+
+
+def _status(session: Session) -> str:
+    from edge_kv.runtime.meter import resident
+    from edge_kv.terminal import size
+
+    rate = session.stats.decode_rate
+    memory = resident()
+    return (
+        f"{rate:.1f} tokens/s · {session.pos:,}/{session.plan.ctx:,} tokens"
+        f"{f' · {size(memory)}' if memory else ''}"
+    )
+
+
+def _say_slide(slide: Slide) -> None:
+    typer.echo(
+        f"(context full: kept the first {slide.kept_first} and the last {slide.kept_last} tokens, "
+        f"forgot {slide.forgotten} between)",
+        err=True,
+    )
+
+
+def _summary(chat: Chat) -> dict[str, Any]:
+    """What the run was and cost; seconds, bytes, tokens a second."""
+    from edge_kv.memory import predict_memory
+    from edge_kv.runtime.meter import read_memory
+
+    session, reply = chat.session, chat.last
+    stats, manifest = session.stats, session.artifact.manifest
+    quant = manifest.quant
+    depth = max(1, session.written)
+    planned = predict_memory(session.config, session.plan, quant.scheme, quant.block_size, depth)
+    return {
+        "text": reply.text if reply else "",
+        "ids": list(reply.ids) if reply else [],
+        "prompt_tokens": reply.prompt_tokens if reply else 0,
+        "reused_tokens": reply.reused_tokens if reply else 0,
+        "first_token_seconds": reply.first_token_seconds if reply else 0.0,
+        "load_seconds": stats.load_seconds,
+        "prefill_tokens": stats.prefill_tokens,
+        "prefill_rate": stats.prefill_rate,
+        "decode_tokens": stats.decode_tokens,
+        "decode_rate": stats.decode_rate,
+        "latency_p50": stats.latency(50),
+        "latency_p95": stats.latency(95),
+        "ctx_used": session.pos,
+        "ctx": session.plan.ctx,
+        "kv_bytes": stats.kv_bytes,
+        "peak_bytes": read_memory().peak,
+        "planned_peak_bytes": planned.peak,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from edge_kv.terminal import size
+
+    peak = summary["peak_bytes"]
+    typer.echo(
+        f"first token {summary['first_token_seconds']:.2f} s · "
+        f"prefill {summary['prefill_rate']:.1f} tokens/s · "
+        f"decode {summary['decode_rate']:.1f} tokens/s "
+        f"(p50 {1e3 * summary['latency_p50']:.1f} ms, p95 {1e3 * summary['latency_p95']:.1f} ms) · "
+        f"{summary['ctx_used']:,}/{summary['ctx']:,} tokens · "
+        f"peak RSS {size(peak) if peak else 'unknown'}, "
+        f"planned {size(summary['planned_peak_bytes'])}",
+        err=True,
+    )
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, ensure_ascii=False, default=str))

@@ -1,0 +1,199 @@
+"""Plans and artifacts as tables for people and as plain data for `--json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edge_kv.artifact import Artifact
+from edge_kv.config import ModelConfig
+from edge_kv.kv_plan import KVPlan, state_elements
+from edge_kv.memory import MemoryPlan
+from edge_kv.terminal import layers, size
+
+F16_BYTES = 2  # baselines are counted in the 16-bit storage that other runtimes use
+BASELINES = {
+    "every_layer_full": "every layer full length",
+    "sharing_only": "sharing only",
+    "rings_only": "rings only",
+    "sharing_and_rings": "sharing and rings",
+}
+
+
+def plan_data(config: ModelConfig, plan: KVPlan, memory: MemoryPlan, name: str) -> dict[str, Any]:
+    """Everything `plan` prints, as JSON data; bytes throughout."""
+    return {
+        "model": name,
+        "ctx": plan.ctx,
+        "chunk": plan.chunk,
+        "kv": plan.kv,
+        "quant": memory.quant,
+        "buffers": [
+            {
+                "name": b.name,
+                "kind": b.kind,
+                "shape": list(b.shape),
+                "dtype": b.dtype,
+                "bytes": b.bytes,
+                "writer": b.writer,
+                "readers": list(b.readers),
+            }
+            for b in plan.buffers
+        ],
+        "totals": {
+            "bytes": plan.bytes,
+            "baselines_f16": {
+                key: F16_BYTES * state_elements(config, plan.ctx, sharing=s, rings=r)
+                for key, s, r in zip(
+                    BASELINES, (False, True, False, True), (False, False, True, True), strict=True
+                )
+            },
+            "read_traffic_per_token": plan.read_traffic(memory.depth),
+        },
+        "memory": memory.as_dict(),
+    }
+
+
+def print_plan(data: dict[str, Any], console: Console) -> None:
+    """`plan_data` as tables."""
+    console.print(
+        f"[bold]{data['model']}[/]  ctx {data['ctx']:,}  chunk {data['chunk']}  "
+        f"kv {data['kv']}  quant {data['quant']}"
+    )
+    console.print(buffer_table(data["buffers"]))
+    totals, memory = data["totals"], data["memory"]
+    state = Table("state", box=None, pad_edge=False)
+    state.add_column("bytes", justify="right")
+    state.add_column("share", justify="right")
+    naive = totals["baselines_f16"]["every_layer_full"]
+    state.add_row("this plan", size(totals["bytes"]), f"{totals['bytes'] / naive:.1%}")
+    for key, label in BASELINES.items():
+        value = totals["baselines_f16"][key]
+        state.add_row(f"f16, {label}", size(value), f"{value / naive:.1%}")
+    console.print(state)
+    console.print(
+        f"Read traffic of one token at {memory['depth']:,} tokens: "
+        f"{size(totals['read_traffic_per_token'])} of state."
+    )
+    parts = ", ".join(f"{kind} {size(n)}" for kind, n in memory["weights"].items())
+    console.print(f"Weights: {size(memory['weight_file'])} ({parts}).")
+    if memory["ple_file"]:
+        console.print(f"PLE rows: {size(memory['ple_file'])} on disk, read row by row.")
+    console.print(phase_table(memory))
+
+
+def buffer_table(buffers: list[dict[str, Any]]) -> Table:
+    """One row a state buffer."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("buffer", "kind", "shape", "dtype"):
+        table.add_column(name)
+    for name in ("bytes", "writer"):
+        table.add_column(name, justify="right")
+    table.add_column("readers")
+    for b in buffers:
+        shape = " × ".join(str(n) for n in b["shape"])
+        readers = layers(b["readers"])
+        table.add_row(
+            b["name"], b["kind"], shape, b["dtype"], size(b["bytes"]), str(b["writer"]), readers
+        )
+    return table
+
+
+def phase_table(memory: dict[str, Any]) -> Table:
+    """Predicted peak RAM of each phase."""
+    table = Table("predicted peak", box=None, pad_edge=False)
+    for name in ("anonymous", "file-backed", "total"):
+        table.add_column(name, justify="right")
+    for name, phase in memory["phases"].items():
+        table.add_row(name, size(phase["anon"]), size(phase["file"]), size(phase["total"]))
+    return table
+
+
+def artifact_data(artifact: Artifact) -> dict[str, Any]:
+    """What is in an artifact, as JSON data."""
+    manifest, config = artifact.manifest, artifact.config
+    errors = sorted(t.error for t in manifest.quant.tensors.values())
+    worst = sorted(manifest.quant.tensors.items(), key=lambda item: -item[1].error)[:5]
+    return {
+        "name": manifest.name,
+        "edge_kv": manifest.edge_kv,
+        "made": manifest.made,
+        "model": {
+            "family": config.family,
+            "layers": config.n_layers,
+            "pattern": config.pattern,
+            "kv_owners": config.n_own,
+            "window": config.sliding_window,
+            "hidden": config.hidden,
+            "vocab": config.vocab_size,
+            "ple_dim": config.ple_dim,
+        },
+        "ctx": artifact.plan.ctx,
+        "chunk": artifact.plan.chunk,
+        "kv": artifact.plan.kv,
+        "state_bytes": artifact.plan.bytes,
+        "buffers": manifest.plan.buffers,
+        "engines": {
+            name: {"programs": {n: p.file for n, p in b.programs.items()}, "details": b.details}
+            for name, b in manifest.backends.items()
+        },
+        "quant": {
+            "scheme": manifest.quant.scheme,
+            "block_size": manifest.quant.block_size,
+            "tensors": len(errors),
+            "median_error": errors[len(errors) // 2] if errors else None,
+            "worst": {n: t.error for n, t in worst},
+        },
+        "ple": manifest.ple.model_dump() if manifest.ple else None,
+        "tokenizer": manifest.tokenizer.model_dump() if manifest.tokenizer else None,
+        "files": {n: f.size for n, f in manifest.files.items()},
+        "parity": manifest.parity,
+        "memory": manifest.memory,
+    }
+
+
+def print_artifact(data: dict[str, Any], console: Console) -> None:
+    """`artifact_data` as tables."""
+    model, quant = data["model"], data["quant"]
+    console.print(
+        f"[bold]{data['name']}[/]  {model['family']}, {model['layers']} layers "
+        f"({model['kv_owners']} own keys and values), window {model['window']}, "
+        f"ctx {data['ctx']:,}, chunk {data['chunk']}"
+    )
+    console.print(f"Layers: {model['pattern']} (S sliding, F full)")
+    console.print(buffer_table(data["buffers"]))
+    console.print(f"State: {size(data['state_bytes'])} ({data['kv']}).")
+    for name, engine in data["engines"].items():
+        files = ", ".join(f"{n} ({f})" for n, f in engine["programs"].items())
+        console.print(f"Engine {name}: {files}.")
+    if quant["tensors"]:
+        worst = ", ".join(f"{n} {e:.3g}" for n, e in quant["worst"].items())
+        console.print(
+            f"Weights: {quant['scheme']}, blocks of {quant['block_size']}, {quant['tensors']} "
+            f"tensors, relative error {quant['median_error']:.3g} (median); worst: {worst}."
+        )
+    else:
+        console.print(f"Weights: {quant['scheme']}.")
+    listing = Table("file", box=None, pad_edge=False)
+    listing.add_column("bytes", justify="right")
+    for name, count in data["files"].items():
+        listing.add_row(name, size(count))
+    listing.add_row("total", size(sum(data["files"].values())))
+    console.print(listing)
+    if data["parity"]:
+        console.print("Parity: " + _inline(data["parity"]) + ".")
+    if data["memory"].get("phases"):
+        console.print(phase_table(data["memory"]))
+
+
+def _inline(value: Any) -> str:
+    """Nested results on one line: `lowering (max_abs 1e-05, …), vectors verify.npz`."""
+    if isinstance(value, dict):
+        parts = [
+            f"{k} ({_inline(v)})" if isinstance(v, dict) else f"{k} {_inline(v)}"
+            for k, v in value.items()
+        ]
+        return ", ".join(parts)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

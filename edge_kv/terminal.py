@@ -1,0 +1,160 @@
+"""What the command line draws: a progress bar for exports, streamed text with a status line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+_REFRESH = 0.1  # seconds between two drawings of the status line
+_PIPE_WIDTH = 132  # columns of a table that goes to a file
+
+
+def output() -> Console:
+    """A console on stdout; wide enough for tables when stdout is not a terminal."""
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as in data sheets."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count:.0f} GB"
+
+
+def layers(numbers: tuple[int, ...] | list[int]) -> str:
+    """Layer numbers with runs drawn together: `13, 15-18, 20`."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+class Bar:
+    """`edge_kv.progress.Progress` as a bar on stderr; draws nothing where that is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description:14}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[what]}"),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def stage(self, name: str) -> None:
+        self._finish()
+        self._task = self._bar.add_task(name, total=None, what="")
+
+    def advance(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        if self._task is None:
+            self.stage("working")
+        self._bar.update(self._task, completed=done_bytes, total=total_bytes, what=what)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            task = self._bar.tasks[self._task]
+            total = task.total or 1
+            self._bar.update(self._task, total=total, completed=total, what="")
+
+
+class Stream:
+    """Text that grows on stdout, above a status line on a terminal.
+
+    Finished rows scroll away like any output; only the row being written and the status are
+    redrawn. Where stdout is a file, text goes there plainly and the status stays on stderr.
+    """
+
+    def __init__(self, status: Callable[[], str]) -> None:
+        self._status = status
+        self._row = ""
+        self._drawn = 0.0
+        self._text_here = sys.stdout.isatty() and sys.stderr.isatty()
+        self._live: Live | None = None
+        if sys.stderr.isatty():
+            self._live = Live(
+                console=Console(stderr=not self._text_here, highlight=False, markup=False),
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+
+    def __enter__(self) -> Stream:
+        if self._live:
+            self._live.start()
+            self._draw()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        if self._text_here and self._live:
+            self._live.console.print(Text(self._row))
+        else:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+    def write(self, piece: str) -> None:
+        """Show more text."""
+        if not self._text_here:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        elif self._live:
+            console = self._live.console
+            *done, self._row = (self._row + piece).split("\n")
+            rows = Text(self._row).wrap(console, console.width)
+            if len(rows) > 1:
+                done += [row.plain for row in rows[:-1]]
+                self._row = rows[-1].plain
+            for row in done:
+                console.print(Text(row))
+        if self._live and (self._text_here or time.monotonic() - self._drawn > _REFRESH):
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._live:
+            status = Text(self._status(), style="dim", no_wrap=True)
+            shown = Group(Text(self._row), status) if self._text_here else status
+            self._live.update(shown, refresh=True)
+            self._drawn = time.monotonic()

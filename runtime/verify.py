@@ -1,0 +1,110 @@
+"""Parity on the device: the stored reference logits against what this machine computes, no torch.
+
+An artifact keeps the ids and logits of a reference run (`parity["vectors"]`, a .npz of `ids` int32
+[n], `prompt`: how many of them are prefilled, and `logits` [n - prompt, vocab]) and the limits its
+programs met when it was made (`parity["verify"]`).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_kv.artifact import Artifact
+from edge_kv.errors import ArtifactError
+from edge_kv.runtime.session import Session
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the logits of this machine are from the reference, over all stored steps."""
+
+    steps: int
+    max_abs: float  # largest |Δlogit|
+    mean_kl: float  # KL(reference || here) in nats
+    max_kl: float
+    top1: float  # share of steps with the same likeliest id
+    limit_kl: float
+    limit_top1: float
+
+    @property
+    def passed(self) -> bool:
+        """Within the limits; a NaN is not."""
+        return self.max_kl <= self.limit_kl and self.top1 >= self.limit_top1
+
+
+def verify(session: Session, on_step: Callable[[int, int], None] | None = None) -> Parity:
+    """Replay the stored vectors of the session's artifact and compare.
+
+    `on_step` is told (done, total) steps.
+
+    Raises:
+        ArtifactError: no vectors or limits, or they cannot be read.
+    """
+    ids, prompt, reference, limits = _vectors(session.artifact)
+    session.reset()
+    session.prefill(ids[:prompt])
+    worst, agree = 0.0, 0
+    divergences = []
+    for i, token in enumerate(ids[prompt:].tolist()):
+        here = session.decode(token).astype(np.float64)
+        there = reference[i].astype(np.float64)
+        worst = max(worst, float(np.abs(here - there).max()))
+        divergences.append(_divergence(there, here))
+        agree += int(here.argmax() == there.argmax())
+        if on_step:
+            on_step(i + 1, len(reference))
+    return Parity(
+        steps=len(reference),
+        max_abs=worst,
+        mean_kl=float(np.mean(divergences)),
+        max_kl=float(np.max(divergences)),
+        top1=agree / len(reference),
+        limit_kl=limits[0],
+        limit_top1=limits[1],
+    )
+
+
+def _divergence(there: Floats, here: Floats) -> float:
+    """KL(softmax(there) || softmax(here)) in nats."""
+    p, q = _log_softmax(there), _log_softmax(here)
+    return float((np.exp(p) * (p - q)).sum())
+
+
+def _log_softmax(x: Floats) -> Floats:
+    shifted = x - x.max()
+    logs: Floats = shifted - np.log(np.exp(shifted).sum())
+    return logs
+
+
+def _vectors(
+    artifact: Artifact,
+) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[Any], tuple[float, float]]:
+    parity = artifact.manifest.parity
+    name, limits = parity.get("vectors"), parity.get("verify")
+    if name not in artifact.manifest.files or not isinstance(limits, dict):
+        raise ArtifactError(f"{artifact.root} holds no reference vectors to verify; export again.")
+    try:
+        bounds = float(limits["max_kl"]), float(limits["min_top1"])
+        with np.load(artifact.path(name), allow_pickle=False) as arrays:
+            ids = arrays["ids"].astype(np.int64)
+            prompt = int(arrays["prompt"])
+            logits = arrays["logits"]
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as e:
+        raise ArtifactError(
+            f"The reference vectors of {artifact.root} cannot be read ({e}); export again."
+        ) from e
+    steps = len(ids) - prompt
+    if steps < 1 or prompt < 0 or logits.shape != (steps, artifact.config.vocab_size):
+        raise ArtifactError(
+            f"The reference vectors of {artifact.root} are {logits.shape} logits for {steps} "
+            "steps; export again."
+        )
+    return ids, prompt, logits, bounds
