@@ -1,0 +1,74 @@
+"""Which rows of which tensor each module parameter holds.
+
+The decoder has a few parameters that are row blocks of one tensor (the LM head of the embedding,
+the two parts of the per-layer projection). Loading an eager model and placing a graph's
+initializers in the weight file both follow this one mapping.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edge_kv.config import ModelConfig
+from edge_kv.model.decoder import head_blocks
+
+SUFFIXES = ("weight", "packed", "scales")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` … of stored array `region` ("layers.0.attn.q_proj.packed", "embed.scales")."""
+
+    region: str
+    start: int = 0
+
+
+def parameter_rows(config: ModelConfig, path: str) -> Rows:
+    """The stored rows behind the decoder parameter at `path` ("head.3.packed")."""
+    if match := re.fullmatch(r"head\.(\d+)\.(\w+)", path):
+        start, _ = head_blocks(config.vocab_size)[int(match[1])]
+        return Rows(f"embed.{match[2]}", start)
+    if match := re.fullmatch(r"ple\.proj\.(own|shared)\.(\w+)", path):
+        start = 0 if match[1] == "own" else config.n_own * config.ple_dim
+        return Rows(f"ple_proj.{match[2]}", start)
+    if path == "ple.norm.weight":
+        return Rows("ple_norm.weight")
+    if match := re.fullmatch(r"(layers\.\d+\.moe)\.experts\.(gate_up|down)(?:_(packed|scales))?", path):
+        return Rows(f"{match[1]}.{match[2]}" + (f".{match[3]}" if match[3] else ""))
+    return Rows(path)
+
+
+ReadRows = Callable[[str, int, int], Tensor]  # (region, start row, stop row) -> tensor
+
+
+def load_parameters(module: nn.Module, config: ModelConfig, read: ReadRows, at: str = "") -> None:
+    """Fill every parameter and persistent buffer of `module` (on meta or not) from stored rows.
+
+    `at` is the module's own path in the decoder, with a trailing dot ("layers.3.").
+    """
+    for name, value in module.state_dict().items():
+        rows = parameter_rows(config, at + name)
+        tensor = read(rows.region, rows.start, rows.start + value.shape[0])
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        if leaf in parent._parameters:
+            parent._parameters[leaf] = nn.Parameter(tensor.view(value.shape), requires_grad=False)
+        else:
+            parent._buffers[leaf] = tensor.view(value.shape)
+
+
+def unload_parameters(module: nn.Module) -> None:
+    """Put every parameter and persistent buffer of `module` back on the meta device."""
+    for name, value in module.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        empty = torch.empty_like(value, device="meta")
+        if leaf in parent._parameters:
+            parent._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        else:
+            parent._buffers[leaf] = empty

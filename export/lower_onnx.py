@@ -1,0 +1,236 @@
+"""Lowers the decoder to ONNX: two programs, `prefill` and `decode`, over one external weight file.
+
+Graphs are traced on the meta device, so a full-size graph costs no weight memory; initializers
+then become references into the weight file that `weight_file` streamed.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from torch import Tensor, nn
+
+from edge_kv.artifact import Program, TensorIO
+from edge_kv.config import ModelConfig
+from edge_kv.errors import ExportError
+from edge_kv.export.onnx_ops import OPSET, TRANSLATIONS
+from edge_kv.export.onnx_state import K_ZERO, OnnxDecodeState, OnnxPrefillState, OnnxState
+from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.weight_file import Region, WeightLayout
+from edge_kv.kv_plan import APPEND, KVPlan, state_views
+from edge_kv.model.binding import parameter_rows
+from edge_kv.model.decoder import Decoder
+from edge_kv.model.state import TORCH_DTYPES
+
+IR_VERSION = 11
+INLINE_BYTES = 1024  # constants below this live in the graph, where the optimiser can see them
+IR_DTYPES = {"f32": ir.DataType.FLOAT, "u8": ir.DataType.UINT8}
+
+
+class DecodeProgram(nn.Module):
+    """ids [1], pos [1], ple [1, n_layers, dim], state views -> logits [vocab], state views."""
+
+    def __init__(self, decoder: Decoder, plan: KVPlan):
+        super().__init__()
+        self.decoder, self.plan = decoder, plan
+
+    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None, *views: Tensor) -> Any:
+        state = OnnxDecodeState(self.plan, list(views))
+        return self.decoder.decode(ids, pos, ple, state), *state.outputs()
+
+
+class PrefillProgram(nn.Module):
+    """ids [chunk], pos [1], ple [chunk, n_own, dim], state views -> state views."""
+
+    def __init__(self, decoder: Decoder, plan: KVPlan):
+        super().__init__()
+        self.decoder, self.plan = decoder, plan
+
+    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None, *views: Tensor) -> Any:
+        state: OnnxState = OnnxPrefillState(self.plan, list(views))
+        self.decoder.prefill(ids, pos, ple, state)
+        return tuple(state.outputs())
+
+
+PROGRAMS: dict[str, Callable[[Decoder, KVPlan], nn.Module]] = {
+    "prefill": PrefillProgram,
+    "decode": DecodeProgram,
+}
+
+
+def lower_onnx(
+    config: ModelConfig, plan: KVPlan, layout: WeightLayout, folder: Path, weights: str
+) -> dict[str, Program]:
+    """Write `prefill.onnx` and `decode.onnx` into `folder`, over the file `weights` beside them.
+
+    Raises:
+        ExportError: torch could not trace or translate the decoder.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config, plan, QuantFormat(layout)).eval()
+    programs = {}
+    for name, build in PROGRAMS.items():
+        try:
+            model = _trace(build(decoder, plan), plan, config, name)
+        except Exception as e:
+            raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
+        _name_io(model, plan, name, has_ple=bool(config.ple_dim))
+        _simplify(model)
+        _place_weights(model, decoder, config, layout, folder, weights)
+        path = folder / f"{name}.onnx"
+        ir.save(model, path)
+        programs[name] = Program(
+            file=f"{folder.name}/{path.name}",
+            inputs=[_describe(v) for v in model.graph.inputs],
+            outputs=[_describe(v) for v in model.graph.outputs],
+        )
+    return programs
+
+
+def _trace(module: nn.Module, plan: KVPlan, config: ModelConfig, name: str) -> ir.Model:
+    decode = name == "decode"
+    tokens = 1 if decode else 3  # any example length: the chunk is dynamic
+    layers = config.n_layers if decode else config.n_own
+    chunk = torch.export.Dim("chunk", min=1, max=plan.chunk)
+    live = torch.export.Dim("live", min=1, max=plan.ctx)
+    with torch.device("meta"), torch.no_grad():
+        views = [
+            torch.empty(
+                [min(256, plan.ctx) if isinstance(d, str) else d for d in v.shape],
+                dtype=_view_dtype(v.buffer.role, v.buffer.dtype),
+            )
+            for v in state_views(plan)
+        ]
+        ple = torch.empty(tokens, layers, config.ple_dim) if config.ple_dim else None
+        args = (
+            torch.empty(tokens, dtype=torch.int64),
+            torch.empty(1, dtype=torch.int64),
+            ple,
+            *views,
+        )
+        grows = None if decode or plan.chunk == 1 else {0: chunk}
+        shapes = (
+            grows,
+            None,
+            grows if ple is not None else None,
+            tuple(
+                {1: live} if v.buffer.kind == APPEND and plan.ctx > 1 else None
+                for v in state_views(plan)
+            ),
+        )
+        with _quiet():
+            exported = torch.export.export(module, args, dynamic_shapes=shapes)
+            program = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=TRANSLATIONS,
+                optimize=False,
+                verbose=False,
+            )
+    assert program is not None
+    return program.model
+
+
+class _quiet:
+    """torch.export warns about torchvision and pytree internals that do not concern us."""
+
+    def __enter__(self) -> None:
+        self.catch = warnings.catch_warnings()
+        self.catch.__enter__()
+        warnings.simplefilter("ignore")
+        self.logger = logging.getLogger("torch.onnx")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc: Any) -> None:
+        self.logger.setLevel(self.level)
+        self.catch.__exit__(*exc)
+
+
+def _view_dtype(role: str, dtype: str) -> torch.dtype:
+    return torch.uint8 if role == "k" and dtype == "int8" else TORCH_DTYPES[dtype]
+
+
+def _name_io(model: ir.Model, plan: KVPlan, name: str, *, has_ple: bool) -> None:
+    views = state_views(plan)
+    inputs = ["ids", "pos", *(["ple"] if has_ple else []), *(v.name for v in views)]
+    outputs = [*(["logits"] if name == "decode" else []), *(f"{v.name}.out" for v in views)]
+    shapes: dict[str, tuple[int | str, ...]] = {v.name: v.shape for v in views}
+    shapes |= {f"{v.name}.out": v.shape for v in views}
+    if name == "prefill":
+        shapes["ids"] = ("chunk",)
+    for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        if len(values) != len(names):
+            raise ExportError(f"The {name} graph has {len(values)} values, {len(names)} expected.")
+        for value, new in zip(values, names, strict=True):
+            value.name = new
+            if new in shapes:
+                value.shape = ir.Shape(shapes[new])
+            elif new == "ple" and name == "prefill":
+                assert value.shape is not None
+                value.shape = ir.Shape(("chunk", *list(value.shape)[1:]))
+
+
+def _simplify(model: ir.Model) -> None:
+    model.ir_version = IR_VERSION
+    for run in (
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        run(model)
+    model.opset_imports.setdefault("com.microsoft", 1)
+
+
+def _place_weights(
+    model: ir.Model, decoder: Decoder, config: ModelConfig, layout: WeightLayout, folder: Path,
+    weights: str,
+) -> None:  # fmt: skip
+    """Point every initializer at its rows in the weight file; small ones become constants."""
+    ropes = Decoder.rope_tables(config)
+    for name, value in list(model.graph.initializers.items()):
+        path = name.removeprefix("decoder.")
+        assert value.shape is not None
+        shape = [int(d) for d in value.shape]  # type: ignore[arg-type]
+        if path.startswith("rope."):
+            value.const_value = ir.tensor(ropes.get_buffer(path.removeprefix("rope.")).numpy())
+            continue
+        rows = parameter_rows(config, path)
+        region = layout.regions[rows.region]
+        value.const_value = _external(region, rows.start, shape, folder, weights, name)
+        if value.const_value.nbytes <= INLINE_BYTES:
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
+
+
+def _external(
+    region: Region, start: int, shape: list[int], folder: Path, weights: str, name: str
+) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        location=weights,
+        offset=region.offset + start * region.row_bytes,
+        length=shape[0] * region.row_bytes,
+        dtype=IR_DTYPES[region.dtype],
+        shape=ir.Shape(shape),
+        name=name,
+        base_dir=str(folder),
+    )
+
+
+def _describe(value: ir.Value) -> TensorIO:
+    assert value.name and value.shape is not None and value.dtype is not None
+    shape = [d if isinstance(d, int) else str(d) for d in value.shape]
+    return TensorIO(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
+
+
+DETAILS = {"opset": OPSET, "k_zero_point": K_ZERO}

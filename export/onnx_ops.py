@@ -1,0 +1,186 @@
+"""The primitives of the ONNX lowering: torch ops with an eager meaning and one ONNX translation each.
+
+`TRANSLATIONS` also maps the decoder's own quantised ops (`edge_kv.model.ops`). Standard operators
+are used wherever ONNX Runtime has a fast kernel for them; `com.microsoft` only for MatMulNBits,
+GatherBlockQuantized and GroupQueryAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+from onnxscript.values import Opset
+from torch import Tensor
+from torch.library import custom_op
+
+OPSET = 24
+CONTRIB = "com.microsoft"
+
+# ONNX Runtime's contrib operators have no schema in the onnx package: name -> (inputs, attributes).
+_CONTRIB_OPS: dict[str, tuple[str, str]] = {
+    "MatMulNBits": ("A B scales", "K N bits block_size accuracy_level"),
+    "GatherBlockQuantized": ("data indices scales", "bits block_size gather_axis quantize_axis"),
+    "GroupQueryAttention": (
+        "query key value past_key past_value seqlens_k total_sequence_length",
+        "num_heads kv_num_heads scale",
+    ),
+}
+
+
+def _declare(name: str, inputs: str, attributes: str) -> None:
+    schema, any_type = onnx.defs.OpSchema, ["tensor(float)", "tensor(uint8)", "tensor(int8)"]
+    any_type += ["tensor(int32)", "tensor(int64)"]
+    kinds = {"scale": schema.AttrType.FLOAT}
+    given = inputs.split()
+    onnx.defs.register_schema(
+        schema(
+            name,
+            CONTRIB,
+            1,
+            inputs=[schema.FormalParameter(n, f"T{i}") for i, n in enumerate(given)],
+            outputs=[schema.FormalParameter("output", "TO")],
+            type_constraints=[(f"T{i}", any_type, "") for i in range(len(given))]
+            + [("TO", ["tensor(float)"], "")],
+            attributes=[
+                schema.Attribute(a, kinds.get(a, schema.AttrType.INT), "", required=False)
+                for a in attributes.split()
+            ],
+        )
+    )
+
+
+for _name, (_inputs, _attributes) in _CONTRIB_OPS.items():
+    if not onnx.defs.has(_name, CONTRIB):
+        _declare(_name, _inputs, _attributes)
+
+onnx_op: Any = Opset("", OPSET)
+ms_op: Any = Opset(CONTRIB, 1)
+
+
+@custom_op("edge_kv::write_rows", mutates_args=())
+def write_rows(buffer: Tensor, rows: Tensor, pos: Tensor, axis: int, ring: bool) -> Tensor:
+    """Rows placed at pos, pos+1, … along `axis` (modulo its length for a ring)."""
+    out = buffer.clone()
+    at = pos + torch.arange(rows.shape[axis])
+    out.index_copy_(axis, at % buffer.shape[axis] if ring else at, rows)
+    return out
+
+
+@write_rows.register_fake
+def _(buffer: Tensor, rows: Tensor, pos: Tensor, axis: int, ring: bool) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+def _write_rows(buffer: Any, rows: Any, pos: Any, axis: int, ring: bool) -> Any:
+    mode = "circular" if ring else "linear"
+    return onnx_op.TensorScatter(buffer, rows, pos, mode=mode, axis=axis)
+
+
+@custom_op("edge_kv::rope", mutates_args=())
+def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate halves of each head: x [T, heads*head_dim], cos and sin [T, head_dim/2]."""
+    a, b = x.unflatten(-1, (heads, -1)).chunk(2, -1)
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((a * c - b * s, b * c + a * s), -1).flatten(-2)
+
+
+@rope.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _rope(x: Any, cos: Any, sin: Any, heads: int) -> Any:
+    batch = onnx_op.Constant(value_ints=[0])
+    out = onnx_op.RotaryEmbedding(
+        onnx_op.Unsqueeze(x, batch),
+        onnx_op.Unsqueeze(cos, batch),
+        onnx_op.Unsqueeze(sin, batch),
+        num_heads=heads,
+    )
+    return onnx_op.Squeeze(out, batch)
+
+
+@custom_op("edge_kv::matmul_int8", mutates_args=())
+def matmul_int8(a: Tensor, b: Tensor, a_zero: int) -> Tensor:
+    """(a - a_zero) @ b with a uint8 [M, K], b int8 [K, N], accumulated in int32."""
+    return (a.to(torch.int64) - a_zero).to(torch.float64).matmul(b.to(torch.float64)).to(torch.int32)
+
+
+@matmul_int8.register_fake
+def _(a: Tensor, b: Tensor, a_zero: int) -> Tensor:
+    return torch.empty(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
+
+
+def _matmul_int8(a: Any, b: Any, a_zero: int) -> Any:
+    if a_zero == 0:
+        return onnx_op.MatMulInteger(a, b)
+    zero = onnx_op.Cast(onnx_op.Constant(value_int=a_zero), to=2)  # 2: uint8
+    return onnx_op.MatMulInteger(a, b, zero)
+
+
+@custom_op("edge_kv::attend_chunk", mutates_args=())
+def attend_chunk(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    """Causal attention of T new queries over rows 0 … pos+T-1 of one KV head, no mask tensor.
+
+    q [T, heads, D] (scaled), k and v [1, live, D]; the rows of this chunk are already written.
+    """
+    t = q.shape[0]
+    at = pos + torch.arange(t)
+    scores = torch.einsum("thd,sd->hts", q, k[0])
+    seen = torch.arange(k.shape[1]).unsqueeze(0) <= at.unsqueeze(1)
+    return torch.einsum("hts,sd->thd", scores.masked_fill(~seen, -1e30).softmax(-1), v[0])
+
+
+@attend_chunk.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _attend_chunk(q: Any, k: Any, v: Any, pos: Any) -> Any:
+    heads, dim = q.shape[1], q.shape[2]
+    batch, head = onnx_op.Constant(value_ints=[0]), onnx_op.Constant(value_ints=[1])
+    flat = onnx_op.Reshape(q, onnx_op.Constant(value_ints=[1, -1, heads * dim]))
+    end = onnx_op.Add(pos, onnx_op.Shape(q, start=0, end=1))  # [1]
+    total = onnx_op.Cast(onnx_op.Squeeze(end, batch), to=6)  # 6: int32
+    last = onnx_op.Cast(onnx_op.Sub(end, head), to=6)
+    none = onnx_op.ConstantOfShape(onnx_op.Constant(value_ints=[1, 0, dim]))
+    out = ms_op.GroupQueryAttention(
+        flat, none, none, onnx_op.Unsqueeze(k, head), onnx_op.Unsqueeze(v, head), last, total,
+        num_heads=heads, kv_num_heads=1, scale=1.0,
+    )  # fmt: skip
+    return onnx_op.Reshape(out, onnx_op.Constant(value_ints=[-1, heads, dim]))
+
+
+def _linear_q(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
+    n_out, n_blocks = scales.shape
+    return ms_op.MatMulNBits(
+        x, packed, scales, K=n_blocks * block, N=n_out, bits=bits, block_size=block,
+        accuracy_level=4,
+    )  # fmt: skip
+
+
+def _embed_q(ids: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
+    return ms_op.GatherBlockQuantized(
+        packed, ids, scales, bits=bits, block_size=block, gather_axis=0, quantize_axis=1
+    )
+
+
+def _arange(end: Any, **kwargs: Any) -> Any:
+    """0 … end-1 as int64: torch's own translation leaves a CastLike that ORT cannot fold."""
+    stop = onnx_op.Constant(value_int=end) if isinstance(end, int) else onnx_op.Cast(end, to=7)
+    return onnx_op.Range(onnx_op.Constant(value_int=0), stop, onnx_op.Constant(value_int=1))
+
+
+_OPS = torch.ops.edge_kv
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    _OPS.write_rows.default: _write_rows,
+    _OPS.rope.default: _rope,
+    _OPS.matmul_int8.default: _matmul_int8,
+    _OPS.attend_chunk.default: _attend_chunk,
+    _OPS.linear_q.default: _linear_q,
+    _OPS.embed_q.default: _embed_q,
+    torch.ops.aten.arange.default: _arange,
+}

@@ -1,0 +1,281 @@
+"""Streams a checkpoint into the artifact's weight file and PLE file, one block of rows at a time.
+
+The layout is fixed before the first byte is read, each finished tensor is noted in a journal, and
+every write lands at its own offset: a killed export continues after the last finished tensor and
+ends byte-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_kv.artifact import PleEntry, TensorReport
+from edge_kv.config import ModelConfig
+from edge_kv.errors import ExportError
+from edge_kv.export.quantize import quantize
+from edge_kv.model.ops import unpack_blocks
+from edge_kv.progress import Progress
+from edge_kv.tensors import PLE_TABLE, TensorSpec, block_for, stored_bits, tensor_table
+
+if TYPE_CHECKING:
+    from edge_kv.weights import WeightSource
+
+PAGE = 4096
+ROW_BLOCK_BYTES = 64 << 20  # f32 bytes of rows held at a time
+NUMPY = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
+TORCH = {"f32": torch.float32, "u8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class Region:
+    """One stored array in the weight file: dtype f32 or u8, row-major, page-aligned."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.shape[1:]) * NUMPY[self.dtype].itemsize
+
+    @property
+    def bytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How one tensor is kept: bits 32 is float, else packed values and scales."""
+
+    spec: TensorSpec
+    bits: int
+    block: int
+
+
+class WeightLayout:
+    """Where every tensor of a model lies in the weight file, for one quantisation."""
+
+    def __init__(self, config: ModelConfig, scheme: str, block_size: int):
+        self.config, self.scheme, self.block_size = config, scheme, block_size
+        self.tensors = [
+            _stored(spec, scheme, block_size)
+            for spec in tensor_table(config)
+            if spec.kind != PLE_TABLE
+        ]
+        self.by_name = {t.spec.name: t for t in self.tensors}
+        self.regions: dict[str, Region] = {}
+        at = 0
+        for t in self.tensors:
+            for name, dtype, shape in _arrays(t):
+                self.regions[name] = Region(name, dtype, shape, at)
+                at += -(-self.regions[name].bytes // PAGE) * PAGE
+        self.bytes = at
+
+
+def _stored(spec: TensorSpec, scheme: str, block_size: int) -> StoredTensor:
+    bits = stored_bits(spec.kind, scheme)
+    block = 0 if bits == 32 else block_for(spec.shape[-1], block_size)
+    return StoredTensor(spec, bits if block else 32, block)
+
+
+def _arrays(t: StoredTensor) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    if t.bits == 32:
+        yield t.spec.name, "f32", t.spec.shape
+        return
+    base, width = t.spec.name.removesuffix(".weight"), t.spec.shape[-1]
+    blocks = (*t.spec.shape[:-1], width // t.block)
+    yield f"{base}.packed", "u8", (*blocks, t.block * t.bits // 8)
+    yield f"{base}.scales", "f32", blocks
+
+
+class Journal:
+    """One JSON line for every finished tensor; a torn last line is ignored and redone."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.done: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            for line in path.read_text(errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.done[entry["name"]] = entry
+                except (ValueError, KeyError, TypeError):
+                    break
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(e) + "\n" for e in self.done.values()))
+        part.replace(self.path)
+
+    def add(self, name: str, **entry: Any) -> None:
+        self.done[name] = {"name": name, **entry}
+        with self.path.open("a") as f:
+            f.write(json.dumps(self.done[name]) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def write_weights(
+    source: WeightSource, layout: WeightLayout, path: Path, journal: Journal, progress: Progress
+) -> dict[str, TensorReport]:
+    """Quantise every tensor of `source` into `path`; returns the error of each quantised one.
+
+    Raises:
+        WeightsError: a tensor that is not finite or cannot be read.
+        ExportError: the disk is full.
+    """
+    total = sum(t.spec.elements for t in layout.tensors) * 4
+    done = 0
+    with _sized_file(path, layout.bytes) as fd:
+        for t in layout.tensors:
+            name = t.spec.name
+            if name not in journal.done:
+                error = _write_tensor(source, t, layout, fd)
+                os.fsync(fd)
+                journal.add(name, error=error)
+            done += t.spec.elements * 4
+            progress.advance(name, done, total)
+    return {
+        t.spec.name: TensorReport(
+            bits=t.bits, block=t.block, error=journal.done[t.spec.name]["error"]
+        )
+        for t in layout.tensors
+        if t.bits != 32
+    }
+
+
+def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, fd: int) -> float:
+    """Stream one tensor; returns ||w - q(w)|| / ||w||."""
+    lost = size = 0.0
+    rows = max(1, ROW_BLOCK_BYTES // (4 * max(1, prod(t.spec.shape[1:]))))
+    for start in range(0, t.spec.shape[0], rows):
+        stop = min(start + rows, t.spec.shape[0])
+        values = torch.from_numpy(source.read(t.spec.name, start, stop))
+        if t.bits == 32:
+            _put(fd, layout.regions[t.spec.name], start, values)
+            continue
+        size += float(values.square().sum(dtype=torch.float64))
+        packed, scales, error = quantize(values.flatten(0, -2), t.bits, t.block)
+        lost += error
+        base = t.spec.name.removesuffix(".weight")
+        _put(fd, layout.regions[f"{base}.packed"], start, packed)
+        _put(fd, layout.regions[f"{base}.scales"], start, scales)
+    return round((lost / size) ** 0.5, 7) if size else 0.0
+
+
+def _put(fd: int, region: Region, start: int, values: Tensor) -> None:
+    data = memoryview(np.ascontiguousarray(values.numpy())).cast("B")
+    _write_at(fd, data, region.offset + start * region.row_bytes)
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    try:
+        while data:
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+    except OSError as e:
+        raise ExportError(
+            f"Writing the weights failed ({e.strerror}); free some disk space and run the same "
+            "command again: it continues where it stopped."
+        ) from e
+
+
+class _sized_file:
+    """Opens a file for positioned writes at its full length, keeping what it already holds."""
+
+    def __init__(self, path: Path, size: int):
+        self.path, self.size = path, size
+
+    def __enter__(self) -> int:
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self.fd, self.size)
+        return self.fd
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self.fd)
+
+
+def ple_layout(config: ModelConfig, scheme: str, file: str = "ple.bin") -> PleEntry | None:
+    """The PLE file's layout; None for a model without per-layer embeddings."""
+    if not config.ple_dim:
+        return None
+    bits = stored_bits(PLE_TABLE, scheme)
+    block = block_for(config.ple_dim, 32) if bits < 32 else 0
+    return PleEntry(
+        file=file,
+        rows=config.vocab_size,
+        n_layers=config.n_layers,
+        dim=config.ple_dim,
+        bits=bits if block else 32,
+        block=block,
+    )
+
+
+def write_ple(
+    source: WeightSource, entry: PleEntry, path: Path, journal: Journal, progress: Progress
+) -> float:
+    """Stream the per-layer embedding table into its row file; returns the relative error."""
+    rows = max(1, ROW_BLOCK_BYTES // (4 * entry.values))
+    name = "ple_embed.weight"
+    with _sized_file(path, entry.rows * entry.row_bytes) as fd:
+        for start in range(0, entry.rows, rows):
+            stop = min(start + rows, entry.rows)
+            key = f"{name}[{start}:{stop}]"
+            if key not in journal.done:
+                values = torch.from_numpy(source.read(name, start, stop))
+                data, lost = encode_ple(values, entry)
+                _write_at(fd, memoryview(data).cast("B"), start * entry.row_bytes)
+                os.fsync(fd)
+                size = float(values.square().sum(dtype=torch.float64))
+                journal.add(key, lost=lost, size=size)
+            progress.advance(name, stop * entry.values * 4, entry.rows * entry.values * 4)
+    parts = [e for k, e in journal.done.items() if k.startswith(f"{name}[")]
+    total = sum(e["size"] for e in parts)
+    return round((sum(e["lost"] for e in parts) / total) ** 0.5, 7) if total else 0.0
+
+
+def encode_ple(values: Tensor, entry: PleEntry) -> tuple[np.ndarray[Any, Any], float]:
+    """PLE rows [n, values] f32 -> bytes [n, row_bytes] and the squared error."""
+    if entry.bits == 32:
+        return np.ascontiguousarray(values.numpy()).view(np.uint8), 0.0
+    packed, scales, _ = quantize(values, entry.bits, entry.block)
+    scales = scales.to(torch.float16)
+    kept = unpack_blocks(packed, scales.to(torch.float32), entry.bits)
+    lost = float((values - kept).square().sum(dtype=torch.float64))
+    data = packed.flatten(1).numpy()
+    if entry.bits == 8:
+        data = data ^ 0x80  # PLE rows hold plain int8
+    return np.concatenate([data, scales.numpy().view(np.uint8)], 1), lost
+
+
+class StoredWeights:
+    """Reads regions of a finished weight file as tensors, without keeping them resident."""
+
+    def __init__(self, layout: WeightLayout, path: Path):
+        self.layout, self.path = layout, path
+
+    def read(self, region: str, start: int, stop: int) -> Tensor:
+        """Rows start … stop-1 of a region (`binding.ReadRows`)."""
+        r = self.layout.regions[region]
+        with self.path.open("rb") as f:
+            f.seek(r.offset + start * r.row_bytes)
+            data = f.read((stop - start) * r.row_bytes)
+        values = np.frombuffer(bytearray(data), NUMPY[r.dtype])
+        return torch.from_numpy(values).view(stop - start, *r.shape[1:])
+
+
+def describe(layout: WeightLayout) -> dict[str, Any]:
+    """What must not change between an interrupted export and its continuation."""
+    return {"config": asdict(layout.config), "quant": [layout.scheme, layout.block_size]}
