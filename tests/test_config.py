@@ -1,0 +1,248 @@
+"""config.json and GGUF metadata -> ModelConfig: every style read, everything else refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+from weights_gguf import write_gguf
+from weights_models import NAMES, layer_types, tiny_config, tiny_hf
+
+from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
+from edge_kv.errors import ConfigError
+from edge_kv.presets import get_preset
+from edge_kv.weights import open_weights
+from edge_kv.weights.hf_config import config_from_hf
+
+EXPECTED = {
+    "e2b": ModelConfig(
+        family="gemma4",
+        vocab_size=128,
+        hidden=64,
+        pattern="SSFSSFSF",
+        sliding_window=8,
+        sliding=AttentionSpec(4, 1, 16, 1e4, 8),
+        full=AttentionSpec(4, 1, 32, 1e6, 4),
+        mlp_width=96,
+        shared_mlp_width=192,
+        max_ctx=512,
+        n_kv_shared=4,
+        ple_dim=32,
+        final_softcap=30.0,
+        eos_ids=(1, 106),
+    )
+}
+EXPECTED["e4b"] = replace(
+    EXPECTED["e2b"],
+    pattern="SSSFSSSFSF",
+    sliding=AttentionSpec(4, 2, 16, 1e4, 8),
+    full=AttentionSpec(4, 2, 32, 1e6, 4),
+    shared_mlp_width=0,
+    n_kv_shared=3,
+)
+EXPECTED["12b"] = replace(
+    EXPECTED["e4b"],
+    pattern="SSFSSF",
+    full=AttentionSpec(4, 1, 32, 1e6, 4, k_eq_v=True),
+    n_kv_shared=0,
+    ple_dim=0,
+)
+EXPECTED["26b"] = replace(EXPECTED["12b"], moe=MoESpec(8, 3, 32))
+EXPECTED["31b"] = replace(
+    EXPECTED["12b"],
+    pattern="SSSFSSF",
+    sliding=AttentionSpec(8, 4, 16, 1e4, 8),
+    full=AttentionSpec(8, 2, 32, 1e6, 4, k_eq_v=True),
+)
+EXPECTED["gemma3"] = ModelConfig(
+    family="gemma3",
+    vocab_size=96,
+    hidden=64,
+    pattern="SSFSSS",
+    sliding_window=8,
+    sliding=AttentionSpec(4, 1, 32, 1e4, 16),
+    full=AttentionSpec(4, 1, 32, 1e6, 16, rope_factor=4.0),
+    mlp_width=128,
+    max_ctx=512,
+    attention_scale=24**-0.5,
+    v_norm=False,
+    eos_ids=(1, 106),
+)
+
+
+def saved(name: str) -> dict:
+    """config.json as transformers writes it."""
+    return json.loads(tiny_config(name).to_json_string())
+
+
+def hub_style(name: str) -> dict:
+    """The same config with global_head_dim / num_global_key_value_heads, as on the hub."""
+    raw = saved(name)
+    full = raw.pop("per_layer_config")[str(raw["layer_types"].index("full_attention"))]
+    raw["global_head_dim"] = full["head_dim"]
+    raw["num_global_key_value_heads"] = full.get("num_key_value_heads")
+    return raw
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_by_transformers(name):
+    assert config_from_hf(saved(name)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "gemma3"])
+def test_hub_style_says_the_same(name):
+    assert config_from_hf(hub_style(name)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_multimodal_nesting(name):
+    text = saved(name)
+    text["eos_token_id"] = 1
+    outer = {"model_type": text["model_type"].removesuffix("_text"), "text_config": text,
+             "vision_config": {"hidden_size": 1}, "eos_token_id": [1, 106]}  # fmt: skip
+    assert config_from_hf(outer) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gguf_metadata(name, tmp_path):
+    source = open_weights(str(write_gguf(tmp_path / "m.gguf", tiny_hf(name))))
+    want = replace(EXPECTED[name], eos_ids=(1,))
+    if name == "gemma3":  # GGUF has no query_pre_attn_scalar: llama.cpp's rule is head_dim
+        want = replace(want, attention_scale=32**-0.5)
+    assert source.config == want
+
+
+def test_gemma3_older_fields_and_sparse_text_config():
+    """gemma-3-4b style: most fields left to defaults, rope as rope_scaling beside thetas."""
+    config = config_from_hf(
+        {
+            "model_type": "gemma3",
+            "eos_token_id": [1, 106],
+            "text_config": {
+                "model_type": "gemma3_text",
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+        }
+    )
+    assert config.pattern == ("SSSSSF" * 6)[:34]
+    assert config.full == AttentionSpec(8, 4, 256, 1e6, 128, rope_factor=8.0)
+    assert config.sliding == AttentionSpec(8, 4, 256, 1e4, 128)
+    assert (config.vocab_size, config.max_ctx) == (262_208, 131_072)
+    assert config.attention_scale == 256**-0.5
+
+
+def test_gemma3_270m_text_only_hub_file_is_the_preset():
+    raw = {
+        "model_type": "gemma3_text", "vocab_size": 262_144, "hidden_size": 640,
+        "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256,
+        "sliding_window": 512, "_sliding_window_pattern": 6, "max_position_embeddings": 32_768,
+        "layer_types": layer_types("SSSSSF" * 3), "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "rope_scaling": None, "eos_token_id": [1, 106], "use_bidirectional_attention": False,
+    }  # fmt: skip
+    assert config_from_hf(raw) == get_preset("gemma3-270m").config
+
+
+@pytest.mark.parametrize("name", ["e2b", "e4b", "12b", "26b-a4b", "31b"])
+def test_presets_are_what_transformers_would_save(name):
+    """A preset written in Hugging Face words at full size reads back as itself."""
+    config = get_preset(name).config
+    kind = "gemma4_unified_text" if name == "12b" else "gemma4_text"
+    raw = {
+        "model_type": kind, "vocab_size": config.vocab_size, "hidden_size": config.hidden,
+        "intermediate_size": config.mlp_width, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.sliding.q_heads, "head_dim": 256, "global_head_dim": 512,
+        "num_key_value_heads": config.sliding.kv_heads,
+        "num_global_key_value_heads": config.full.kv_heads if config.full.k_eq_v else None,
+        "sliding_window": config.sliding_window, "layer_types": layer_types(config.pattern),
+        "max_position_embeddings": config.max_ctx, "final_logit_softcapping": 30.0,
+        "attention_k_eq_v": config.full.k_eq_v, "num_kv_shared_layers": config.n_kv_shared,
+        "use_double_wide_mlp": config.shared_mlp_width > 0, "eos_token_id": [1, 106],
+        "hidden_size_per_layer_input": config.ple_dim,
+        "enable_moe_block": config.moe is not None, "num_experts": 128, "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    }  # fmt: skip
+    assert config_from_hf(raw) == config
+
+
+def test_last_layer_is_forced_to_full_as_in_transformers():
+    raw = hub_style("31b")
+    raw["layer_types"][-1] = "sliding_attention"
+    assert config_from_hf(raw) == EXPECTED["31b"]
+
+
+BAD = [
+    ("e2b", {"model_type": "llama"}, "model_type 'llama' is not supported"),
+    ("e2b", {"model_type": "gemma4_txt"}, "Did you mean 'gemma4_text'"),
+    ("e2b", {"model_type": None}, "model_type None is not supported"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+    ("e4b", {"attention_bias": True}, "attention_bias = true is not supported"),
+    ("e4b", {"hidden_activation": "silu"}, "hidden_activation = 'silu' is not supported"),
+    ("31b", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
+    ("31b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("31b", {"tie_word_embeddings": False}, "tie_word_embeddings = false is not supported"),
+    ("e2b", {"vocab_size_per_layer_input": 64}, "vocab_size_per_layer_input = 64"),
+    ("e2b", {"layer_types": ["sliding_attention"]}, "expected a list of 8 layer types"),
+    ("e2b", {"layer_types": [*layer_types("SSFSSFSF")[:-1], "linear_attention"]},
+     "layer_types = 'linear_attention' is not supported"),
+    ("e2b", {"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
+    ("e2b", {"num_hidden_layers": 0}, "expected a positive whole number"),
+    ("e2b", {"num_kv_shared_layers": 7}, "have no owner to read from"),
+    ("e2b", {"num_attention_heads": 0}, "must be positive"),
+    ("31b", {"num_attention_heads": 6}, "must be a multiple of kv_heads"),
+    ("e2b", {"eos_token_id": "x"}, "expected a token id or a list of token ids"),
+    ("31b", {"per_layer_config": {"3": {"sliding_window": 4}}}, "sliding_window = 4"),
+    ("31b", {"per_layer_config": {"3": {"head_dim": 64}}}, "one (KV heads, head_dim) for each"),
+    ("26b", {"num_experts": None}, "num_experts is absent, expected a whole number"),
+    ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is"),
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4}}},
+     "rope_type = 'yarn' is not supported; edge-kv supports default, linear and proportional"),
+    ("gemma3", {"query_pre_attn_scalar": 0}, "expected a positive number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change, message", BAD)
+def test_refused_by_name(name, change, message):
+    raw = copy.deepcopy(saved(name)) | change
+    with pytest.raises(ConfigError) as error:
+        config_from_hf(raw, "here/config.json")
+    assert message in str(error.value)
+    assert "here/config.json" in str(error.value)
+
+
+def test_multimodal_without_text_config_is_refused():
+    with pytest.raises(ConfigError, match="no text_config"):
+        config_from_hf({"model_type": "gemma4", "vision_config": {}})
+
+
+BAD_GGUF = [
+    ("e2b", {"gemma4.rope.scaling.type": "yarn"}, "gemma4.rope.scaling.type = 'yarn'"),
+    ("e2b", {"gemma4.attention.causal": False}, "gemma4.attention.causal = false"),
+    ("e2b", {"gemma4.rope.dimension_count_swa": 4}, "gemma4.rope.dimension_count_swa = 4"),
+    ("e2b", {"gemma4.attention.value_length": 8}, "gemma4.attention.value_length = 8"),
+    ("e2b", {"gemma4.attention.sliding_window_pattern": None}, "a flag for each layer"),
+    ("e2b", {"gemma4.attention.head_count_kv": [1, 2, 1, 1, 1, 1, 1, 1]}, "= [1, 2] is not"),
+    ("e2b", {"gemma4.block_count": 0}, "gemma4.block_count is 0"),
+    ("e2b", {"gemma4.embedding_length": None}, "gemma4.embedding_length is absent"),
+    ("e2b", {"split.count": 3}, "split.count = 3 is not supported"),
+    ("e2b", {"gemma4.attention.key_length": 64, "gemma4.attention.value_length": 64,
+             "gemma4.rope.dimension_count": 64}, "rope_freqs.weight is (16,), expected 32"),
+    ("gemma3", {"gemma3.rope.freq_base": -1.0}, "gemma3.rope.freq_base is -1.0"),
+    ("gemma3", {"general.architecture": "gemma2"}, "general.architecture 'gemma2'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change, message", BAD_GGUF)
+def test_gguf_refused_by_name(name, change, message, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny_hf(name), metadata=change)
+    with pytest.raises(ConfigError) as error:
+        open_weights(str(path))
+    assert message in str(error.value)
+    assert "m.gguf" in str(error.value)
