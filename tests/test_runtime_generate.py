@@ -1,0 +1,186 @@
+"""generate: stops, limits, prefix reuse, and what a full context does."""
+
+import numpy as np
+import pytest
+from fake_artifact import VOCAB, NumpySession, oracle, write_artifact
+
+from edge_kv.artifact import read_artifact
+from edge_kv.errors import ConfigError, ContextFullError, PromptError
+from edge_kv.runtime import generate, load
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generate") / "a"
+    return read_artifact(write_artifact(root, programs=False, verify=False))
+
+
+@pytest.fixture
+def session(artifact):
+    return NumpySession(artifact)
+
+
+def naive(session, ids, n, stop=()):
+    """Greedy continuation from scratch by the stateless oracle."""
+    ids = list(ids)
+    out = []
+    while len(out) < n and len(ids) <= session.plan.ctx:
+        token = int(oracle(session.toy, session.plan, ids).argmax())
+        if token in stop:
+            break
+        out.append(token)
+        ids.append(token)
+    return out
+
+
+def test_greedy_equals_the_oracle(session):
+    assert list(generate(session, [2, 9, 40, 77], max_new_tokens=20)) == naive(
+        session, [2, 9, 40, 77], 20
+    )
+
+
+def test_the_last_prompt_token_is_decoded_and_the_last_new_one_is_not_fed(session):
+    out = list(generate(session, [2, 9, 40], max_new_tokens=3))
+    assert session.tokens == (2, 9, 40, *out[:-1])
+    assert session.stats.prefill_tokens == 2 and session.stats.decode_tokens == 3
+
+
+def test_stop_ids_end_it_and_are_not_yielded(session):
+    prompts = ([2, 9, 40, n] for n in range(VOCAB))
+    prompt, free = next((p, f) for p in prompts if len(set(f := naive(session, p, 20))) > 1)
+    stop = next(t for t in free if t != free[0])
+    got = list(generate(session, prompt, max_new_tokens=20, stop=[stop]))
+    assert got == free[: free.index(stop)] and got
+
+
+def test_no_tokens_wanted_no_work_done(session):
+    assert list(generate(session, [2], max_new_tokens=0)) == []
+    assert session.stats.decode_tokens == session.pos == 0
+
+
+def test_sampling_is_seeded_by_the_call(session):
+    def draw(seed):
+        session.reset()
+        return list(generate(session, [2, 9], max_new_tokens=12, temperature=5.0, seed=seed))
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_longer_prompt_reuses_what_was_read(session):
+    first = [2, *range(10, 30)]
+    out = list(generate(session, first, max_new_tokens=5))
+    second = [*first, *out, 90, 91, 92]
+    before = session.stats.prefill_tokens
+    assert list(generate(session, second, max_new_tokens=5)) == naive(session, second, 5)
+    assert session.stats.prefill_tokens - before == 3  # the last reply token and all but 92
+
+
+def test_a_prompt_that_differs_late_rewinds(session):
+    first = [2, *range(10, 30)]
+    list(generate(session, first, max_new_tokens=1))
+    second = [*first[:-1], 99]
+    before = session.stats.prefill_tokens
+    assert list(generate(session, second, max_new_tokens=4)) == naive(session, second, 4)
+    assert session.stats.prefill_tokens == before
+
+
+def test_a_prompt_that_differs_too_early_starts_over(session):
+    first = [2, *range(10, 30)]
+    list(generate(session, first, max_new_tokens=1))
+    second = [2, *range(10, 20), 5, *range(21, 30)]
+    before = session.stats.prefill_tokens
+    assert list(generate(session, second, max_new_tokens=4)) == naive(session, second, 4)
+    assert session.stats.prefill_tokens - before == len(second) - 1
+
+
+def test_the_same_prompt_again_costs_one_step(session):
+    prompt = [2, *range(10, 30)]
+    want = list(generate(session, prompt, max_new_tokens=1))
+    before = session.stats.prefill_tokens
+    assert list(generate(session, prompt, max_new_tokens=1)) == want
+    assert session.stats.prefill_tokens == before
+
+
+def test_full_context_stops(session):
+    prompt = list(range(60))
+    out = list(generate(session, prompt, max_new_tokens=50))
+    assert out == naive(session, prompt, 50) and len(out) == 5  # 64 - 60, and one not fed
+    assert session.pos == 64
+
+
+def test_full_context_errors_when_asked_to(session):
+    tokens = generate(session, range(62), max_new_tokens=50, on_full="error")
+    assert len([next(tokens), next(tokens), next(tokens)]) == 3
+    with pytest.raises(ContextFullError, match="context of 64 tokens is full after 3 new ones"):
+        next(tokens)
+
+
+def test_full_context_slides_and_says_what_it_forgot(session):
+    slides = []
+    prompt = list(range(60))
+    out = list(
+        generate(
+            session, prompt, max_new_tokens=80, on_full="slide", keep_first=4,
+            on_slide=slides.append,
+        )
+    )  # fmt: skip
+    assert len(out) == 80 and len(slides) == 3
+    first = slides[0]
+    assert (first.kept_first, first.forgotten, first.kept_last) == (4, 31, 30)
+    history = prompt + out[:5]
+    kept = history[:4] + history[-30:]
+    assert out[5:12] == naive(session, kept, 7)
+    assert session.tokens[:4] == (0, 1, 2, 3)
+
+
+def test_prompt_longer_than_the_context(session):
+    with pytest.raises(ContextFullError, match="prompt has 65 tokens, the context 64"):
+        generate(session, range(65), max_new_tokens=1)
+    slides = []
+    out = list(
+        generate(session, range(100), max_new_tokens=3, on_full="slide", on_slide=slides.append)
+    )
+    assert out == naive(session, [0, *range(69, 100)], 3) and slides[0].forgotten == 68
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"ids": []}, PromptError, "prompt is empty"),
+        ({"on_full": "slid"}, ConfigError, "Did you mean 'slide'"),
+        ({"max_new_tokens": -1}, ConfigError, "max_new_tokens -1"),
+        ({"on_full": "slide", "keep_first": 63}, ConfigError, "keep_first 63"),
+        ({"top_p": 7}, ConfigError, "top_p 7"),
+    ],
+)
+def test_arguments_are_checked_before_any_work(session, kwargs, error, message):
+    arguments = {"ids": [1], "max_new_tokens": 1, **kwargs}
+    with pytest.raises(error, match=message):
+        generate(session, arguments.pop("ids"), **arguments)
+
+
+def test_ids_out_of_range_leave_the_session_clean(session):
+    with pytest.raises(PromptError, match="outside 0"):
+        list(generate(session, [1, VOCAB, 2], max_new_tokens=1))
+    assert session.pos == 0
+
+
+def test_stopping_half_way_leaves_a_session_that_goes_on(session):
+    tokens = generate(session, [2, 3, 4], max_new_tokens=50)
+    some = [next(tokens) for _ in range(4)]
+    tokens.close()
+    prompt = [2, 3, 4, *some, 11]
+    assert list(generate(session, prompt, max_new_tokens=4)) == naive(session, prompt, 4)
+
+
+def test_real_engine_agrees_with_the_oracle(tmp_path):
+    root = write_artifact(tmp_path / "a", kv="int8")
+    with load(root, threads=1) as session, NumpySession(read_artifact(root)) as toy:
+        got = list(generate(session, [2, 9, 40, 77], max_new_tokens=40))
+        assert got == naive(toy, [2, 9, 40, 77], 40)
+        np.testing.assert_array_equal(session.tokens, [2, 9, 40, 77, *got[:-1]])
+
+
+def test_engine_typo(tmp_path):
+    with pytest.raises(ConfigError, match=r"Unknown engine 'onx'. Did you mean 'onnx'"):
+        load(tmp_path, engine="onx")
