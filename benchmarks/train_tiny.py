@@ -357,12 +357,12 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("edge_kv/data/tiny"), help="directory of the model")
     add("--report", type=Path, default=Path("benchmarks/results/tiny_training.json"))
     add("--text", type=Path, help="output of `bible -f Gen1:1-Rev22:21` (default: run it)")
-    add("--steps", type=int, default=2400)
+    add("--steps", type=int, default=1500)
     add("--batch-tokens", type=int, default=2048, help="tokens per step")
     add("--lr", type=float, default=6e-3, help="peak learning rate")
     add("--seed", type=int, default=1611)
     add("--threads", type=int, default=1)
-    add("--save-every", type=int, default=300, help="steps between saved models")
+    add("--save-every", type=int, default=450, help="steps between saved models")
     return parser.parse_args()
 
 
