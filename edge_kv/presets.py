@@ -21,6 +21,11 @@ class Preset:
     about: str
     weights: Path | None = None  # shipped with the package
 
+    @property
+    def source(self) -> str:
+        """What `--weights` would say: the shipped directory, else the official checkpoint."""
+        return str(self.weights) if self.weights else self.hub_id
+
 
 def _gemma4(
     pattern: str, hidden: int, q_heads: int, kv_sliding: int, kv_full: int, mlp_width: int,
@@ -87,6 +92,26 @@ PRESETS: dict[str, Preset] = {
     "31b": Preset(_31B, "google/gemma-4-31B-it", "Gemma 4 31B, dense"),
     "gemma3-270m": Preset(
         _gemma3("SSSSSF" * 3, 640, 4, 2048, 32_768), "google/gemma-3-270m-it", "Gemma 3 270M"
+    ),
+    "tiny": Preset(
+        ModelConfig(
+            family="gemma4",
+            vocab_size=2048,
+            hidden=128,
+            pattern="SSSF" * 2,
+            sliding_window=64,
+            sliding=AttentionSpec(4, 1, 32, 1e4, 16),
+            full=AttentionSpec(4, 1, 64, 1e6, 8),
+            mlp_width=256,
+            shared_mlp_width=512,
+            n_kv_shared=4,
+            ple_dim=32,
+            max_ctx=32_768,
+            final_softcap=30.0,
+        ),
+        "",
+        "A 2.4 M parameter Gemma 4 trained for this project; ships with it",
+        weights=Path(__file__).parent / "data" / "tiny",
     ),
     "gemma3-1b": Preset(
         _gemma3("SSSSSF" * 4 + "SS", 1152, 4, 6912, 32_768), "google/gemma-3-1b-it", "Gemma 3 1B"

@@ -117,9 +117,13 @@ def stored_bits(kind: str, scheme: str) -> int:
     return _BITS[scheme].get(kind, 32)
 
 
+BLOCK_SIZES = (128, 64, 32)
+DEFAULT_BLOCK = 32
+
+
 def block_for(width: int, block_size: int) -> int:
     """The largest supported block, at most `block_size`, that divides rows of `width` values.
 
     Returns 0 when no block of 32, 64 or 128 fits: such a tensor stays float.
     """
-    return next((b for b in (128, 64, 32) if b <= block_size and width % b == 0), 0)
+    return next((b for b in BLOCK_SIZES if b <= block_size and width % b == 0), 0)

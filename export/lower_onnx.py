@@ -30,6 +30,7 @@ from edge_kv.model.decoder import Decoder
 from edge_kv.model.state import TORCH_DTYPES
 
 IR_VERSION = 11
+EXACT = ".exact"  # suffix of the variant with float kernels, which only the parity gate runs
 INLINE_BYTES = 1024  # constants below this live in the graph, where the optimiser can see them
 IR_DTYPES = {"f32": ir.DataType.FLOAT, "u8": ir.DataType.UINT8}
 
@@ -84,10 +85,11 @@ def lower_onnx(
         _name_io(model, plan, name, has_ple=bool(config.ple_dim))
         _simplify(model)
         _place_weights(model, decoder, config, layout, folder, weights)
-        path = folder / f"{name}.onnx"
-        ir.save(model, path)
+        ir.save(model, folder / f"{name}.onnx")
+        _exact(model)
+        ir.save(model, folder / f"{name}{EXACT}.onnx")
         programs[name] = Program(
-            file=f"{folder.name}/{path.name}",
+            file=f"{folder.name}/{name}.onnx",
             inputs=[_describe(v) for v in model.graph.inputs],
             outputs=[_describe(v) for v in model.graph.outputs],
         )
@@ -225,6 +227,13 @@ def _external(
         name=name,
         base_dir=str(folder),
     )
+
+
+def _exact(model: ir.Model) -> None:
+    """Let quantised matrices multiply in float: what is left against PyTorch is the lowering."""
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
 
 
 def _describe(value: ir.Value) -> TensorIO:

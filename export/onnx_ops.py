@@ -16,6 +16,8 @@ from onnxscript.values import Opset
 from torch import Tensor
 from torch.library import custom_op
 
+from edge_kv.model import ops as model_ops
+
 OPSET = 24
 CONTRIB = "com.microsoft"
 
@@ -106,7 +108,9 @@ def _rope(x: Any, cos: Any, sin: Any, heads: int) -> Any:
 @custom_op("edge_kv::matmul_int8", mutates_args=())
 def matmul_int8(a: Tensor, b: Tensor, a_zero: int) -> Tensor:
     """(a - a_zero) @ b with a uint8 [M, K], b int8 [K, N], accumulated in int32."""
-    return (a.to(torch.int64) - a_zero).to(torch.float64).matmul(b.to(torch.float64)).to(torch.int32)
+    return (
+        (a.to(torch.int64) - a_zero).to(torch.float64).matmul(b.to(torch.float64)).to(torch.int32)
+    )
 
 
 @matmul_int8.register_fake
@@ -180,7 +184,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _OPS.rope.default: _rope,
     _OPS.matmul_int8.default: _matmul_int8,
     _OPS.attend_chunk.default: _attend_chunk,
-    _OPS.linear_q.default: _linear_q,
-    _OPS.embed_q.default: _embed_q,
+    model_ops.linear_q._opoverload: _linear_q,
+    model_ops.embed_q._opoverload: _embed_q,
     torch.ops.aten.arange.default: _arange,
 }

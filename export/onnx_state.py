@@ -83,7 +83,11 @@ class OnnxState:
         mask = self._ring_mask(layer, t, pos, keys.shape[2])
         scores = scores.reshape(kv_heads, group, -1, keys.shape[2]) + mask
         out = scores.softmax(-1).reshape(1, kv_heads, -1, keys.shape[2]) @ values
-        return out.reshape(kv_heads, group, -1, dim).permute(2, 0, 1, 3).reshape(-1, layer.q_heads * dim)
+        return (
+            out.reshape(kv_heads, group, -1, dim)
+            .permute(2, 0, 1, 3)
+            .reshape(-1, layer.q_heads * dim)
+        )
 
     def _ring_mask(self, layer: LayerPlan, t: int, pos: Tensor, slots: int) -> Tensor:
         if "ring" not in self._masks:

@@ -30,7 +30,9 @@ class QuantFormat(WeightFormat):
 
     def embedding(self, vocab: int, dim: int) -> nn.Module:
         t = self._stored("embed.weight")
-        return Embedding(vocab, dim) if t.bits == 32 else QuantEmbedding(vocab, dim, t.bits, t.block)
+        return (
+            Embedding(vocab, dim) if t.bits == 32 else QuantEmbedding(vocab, dim, t.bits, t.block)
+        )
 
     def experts(self, name: str, config: ModelConfig) -> nn.Module:
         into, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from edge_kv.artifact import Artifact, Program
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import state_views
-from edge_kv.runtime.ple import PleTable
+from edge_kv.ple import PleTable
 from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 

@@ -38,7 +38,9 @@ def parameter_rows(config: ModelConfig, path: str) -> Rows:
         return Rows(f"ple_proj.{match[2]}", start)
     if path == "ple.norm.weight":
         return Rows("ple_norm.weight")
-    if match := re.fullmatch(r"(layers\.\d+\.moe)\.experts\.(gate_up|down)(?:_(packed|scales))?", path):
+    if match := re.fullmatch(
+        r"(layers\.\d+\.moe)\.experts\.(gate_up|down)(?:_(packed|scales))?", path
+    ):
         return Rows(f"{match[1]}.{match[2]}" + (f".{match[3]}" if match[3] else ""))
     return Rows(path)
 
@@ -46,29 +48,31 @@ def parameter_rows(config: ModelConfig, path: str) -> Rows:
 ReadRows = Callable[[str, int, int], Tensor]  # (region, start row, stop row) -> tensor
 
 
-def load_parameters(module: nn.Module, config: ModelConfig, read: ReadRows, at: str = "") -> None:
+def load_parameters(
+    module: nn.Module, config: ModelConfig, read: ReadRows, at: str = "", rows: int | None = None
+) -> None:
     """Fill every parameter and persistent buffer of `module` (on meta or not) from stored rows.
 
-    `at` is the module's own path in the decoder, with a trailing dot ("layers.3.").
+    `at` is the module's own path in the decoder, with a trailing dot ("layers.3."). `rows` cuts
+    tables to as many rows as `read` is going to yield.
     """
     for name, value in module.state_dict().items():
-        rows = parameter_rows(config, at + name)
-        tensor = read(rows.region, rows.start, rows.start + value.shape[0])
-        owner, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(owner)
-        if leaf in parent._parameters:
-            parent._parameters[leaf] = nn.Parameter(tensor.view(value.shape), requires_grad=False)
-        else:
-            parent._buffers[leaf] = tensor.view(value.shape)
+        held = parameter_rows(config, at + name)
+        shape = value.shape if rows is None else (rows, *value.shape[1:])
+        tensor = read(held.region, held.start, held.start + shape[0]).reshape(shape)
+        _replace(module, name, tensor)
 
 
 def unload_parameters(module: nn.Module) -> None:
     """Put every parameter and persistent buffer of `module` back on the meta device."""
     for name, value in module.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(owner)
-        empty = torch.empty_like(value, device="meta")
-        if leaf in parent._parameters:
-            parent._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-        else:
-            parent._buffers[leaf] = empty
+        _replace(module, name, torch.empty_like(value, device="meta"))
+
+
+def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    if leaf in parent._parameters:
+        parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        parent._buffers[leaf] = tensor

@@ -49,10 +49,11 @@ def oracle_logits(
         return module
 
     decoder.rope = Decoder.rope_tables(config)
-    loaded("embed")
     if config.ple_dim:
         loaded("ple")
-    x, ple = decoder.embed_tokens(ids, ple_rows(ids) if ple_rows else None)
+    unique, rank = ids.unique(return_inverse=True)
+    load_parameters(decoder.embed, config, _only(read, unique), "embed.", rows=len(unique))
+    x, ple = decoder.embed_tokens(rank, ple_rows(ids) if ple_rows else None)
     unload_parameters(decoder.embed)
     rope = decoder.ropes(x, pos)
     for i in range(config.n_layers):
@@ -64,12 +65,15 @@ def oracle_logits(
     normed = decoder.norm(x[start:])
     return decoder.softcap(
         torch.cat(
-            [
-                _run_and_drop(loaded(f"head.{i}"), normed) for i in range(len(decoder.head))
-            ],
+            [_run_and_drop(loaded(f"head.{i}"), normed) for i in range(len(decoder.head))],
             -1,
         )
     )
+
+
+def _only(read: ReadRows, ids: Tensor) -> ReadRows:
+    """Just the token rows of a prompt: the table of a full-size model is over a gigabyte in f32."""
+    return lambda region, start, stop: torch.cat([read(region, int(i), int(i) + 1) for i in ids])
 
 
 def _run_and_drop(module: torch.nn.Module, x: Tensor) -> Tensor:

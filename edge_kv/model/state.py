@@ -156,7 +156,9 @@ class StaticState:
         pos: Tensor,
     ) -> Tensor:  # fmt: skip
         at = pos + torch.arange(q.shape[0])
-        for name, rows in zip((layer.k, layer.v), prepare_kv(layer, k, v, norms, rope), strict=True):
+        for name, rows in zip(
+            (layer.k, layer.v), prepare_kv(layer, k, v, norms, rope), strict=True
+        ):
             self._write(name, rows, at)
         return self.attend_shared(layer, q, norms, rope, pos)
 

@@ -5,8 +5,8 @@ Nothing here imports torch, and a format's own libraries are imported when such 
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from dataclasses import fields
 from pathlib import Path
 
 from edge_kv.config import ModelConfig
@@ -117,7 +117,7 @@ def _same_model(source: WeightSource, config: ModelConfig | None) -> WeightSourc
         return source
     differ = [
         f"{f.name} is {getattr(source.config, f.name)}, expected {getattr(config, f.name)}"
-        for f in fields(ModelConfig)
+        for f in dataclasses.fields(ModelConfig)
         if f.name not in _FREE and getattr(source.config, f.name) != getattr(config, f.name)
     ]
     if differ:

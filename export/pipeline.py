@@ -1,0 +1,316 @@
+"""export_model: checkpoint -> artifact directory, in stages that a killed run takes up again.
+
+Everything happens in a hidden directory beside the target, which is renamed to it at the end:
+weights, PLE file, tokenizer, programs, parity gate, manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_kv import __version__
+from edge_kv.artifact import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Backend,
+    FileEntry,
+    Manifest,
+    PleEntry,
+    Program,
+    QuantEntry,
+    TensorReport,
+    TokenizerEntry,
+    plan_entry,
+    sha256_file,
+    write_manifest,
+)
+from edge_kv.config import ModelConfig
+from edge_kv.errors import ConfigError, ExportError, did_you_mean
+from edge_kv.export import gate
+from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
+from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.weight_file import (
+    Journal,
+    StoredWeights,
+    WeightLayout,
+    ple_layout,
+    write_ple,
+    write_weights,
+)
+from edge_kv.kv_plan import KVPlan, plan_kv
+from edge_kv.memory import predict_memory
+from edge_kv.model.oracle import oracle_logits
+from edge_kv.ple import PleTable
+from edge_kv.presets import get_preset
+from edge_kv.progress import Progress, Silent
+from edge_kv.tensors import BLOCK_SIZES, DEFAULT_BLOCK
+from edge_kv.weights import WeightSource, check_weights, open_weights
+
+BACKENDS = ("onnx",)
+WEIGHTS, JOURNAL, REQUEST = "weights.bin", "journal.jsonl", "request.json"
+
+
+def export_model(
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    ctx: int,
+    chunk: int = 128,
+    kv: str = "int8",
+    quant: str = "int4",
+    block_size: int | None = None,
+    backends: tuple[str, ...] = BACKENDS,
+    out: Path,
+    open_session: gate.OpenSession,
+    progress: Progress | None = None,
+) -> Path:
+    """Export a model to the artifact directory `out`; returns `out`.
+
+    Args:
+        model: preset name; its official checkpoint is used when `weights` is left out.
+        weights: directory, `.gguf`, hub id or `random[:seed]`.
+        ctx, chunk: positions of context, tokens of a prefill step.
+        kv: state storage f32 | f16 | int8. quant: weight storage int4 | int8 | none.
+        block_size: weights that share a scale, 32 | 64 | 128.
+        open_session: opens an artifact directory for an engine; the parity gate runs on it.
+
+    Raises:
+        ConfigError, PlanError, WeightsError: the request cannot be served.
+        ExportError: lowering or writing failed. ParityError: the result is not the model.
+    """
+    progress = progress or Silent()
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise ConfigError(f"Unknown backend {backend!r}.{did_you_mean(backend, BACKENDS)}")
+    block = block_size or DEFAULT_BLOCK
+    if block not in BLOCK_SIZES:
+        raise ConfigError(f"block size {block} is not supported; use one of {BLOCK_SIZES}.")
+    if out.exists():
+        raise ExportError(f"{out} already exists; remove it or choose another --out.")
+    preset = get_preset(model) if model else None
+    if preset is None and weights is None:
+        raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
+    source = open_weights(
+        weights or (preset.source if preset else ""), preset.config if preset else None
+    )
+    plan = plan_kv(source.config, ctx=ctx, chunk=chunk, kv=kv)
+    layout = WeightLayout(source.config, quant, block)
+    check_weights(source)
+    job = _Job(source, plan, layout, out, open_session, progress)
+    job.run()
+    return out
+
+
+class _Job:
+    """One export: the paths and facts its stages share."""
+
+    def __init__(
+        self, source: WeightSource, plan: KVPlan, layout: WeightLayout, out: Path,
+        open_session: gate.OpenSession, progress: Progress,
+    ):  # fmt: skip
+        self.source, self.plan, self.layout, self.out = source, plan, layout, out
+        self.config: ModelConfig = source.config
+        self.open_session, self.progress = open_session, progress
+        self.root = out.parent / f".{out.name}.part"
+        self.onnx = self.root / "onnx"
+
+    def run(self) -> None:
+        self._begin()
+        try:
+            reports, ple = self._weights()
+            tokenizer = self._tokenizer()
+            self.progress.stage("programs")
+            programs = lower_onnx(self.config, self.plan, self.layout, self.onnx, WEIGHTS)
+            self._finish(reports, ple, tokenizer, programs)
+        except gate.ParityError:
+            shutil.rmtree(self.root)
+            raise
+        except OSError as e:
+            raise ExportError(
+                f"Writing {self.root} failed ({e.strerror}); free some disk space and run the "
+                "same command again: it continues where it stopped."
+            ) from e
+
+    def _begin(self) -> None:
+        """Continue an interrupted export of the very same request, else start over."""
+        request = json.dumps(
+            {
+                "edge_kv": __version__,
+                "source": self.source.label,
+                "model": asdict(self.config),
+                "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
+                "quant": [self.layout.scheme, self.layout.block_size],
+            },
+            sort_keys=True,
+        )
+        held = self.root / REQUEST
+        if self.root.exists() and not (held.is_file() and held.read_text() == request):
+            shutil.rmtree(self.root)
+        try:
+            self.onnx.mkdir(parents=True, exist_ok=True)
+            held.write_text(request)
+        except OSError as e:
+            raise ExportError(f"Cannot write beside {self.out} ({e.strerror}).") from e
+
+    def _weights(self) -> tuple[dict[str, TensorReport], PleEntry | None]:
+        journal = Journal(self.root / JOURNAL)
+        self.progress.stage("weights")
+        path = self.onnx / WEIGHTS
+        reports = write_weights(self.source, self.layout, path, journal, self.progress)
+        ple = ple_layout(self.config, self.layout.scheme)
+        if ple:
+            self.progress.stage("per-layer embeddings")
+            error = write_ple(self.source, ple, self.root / ple.file, journal, self.progress)
+            if ple.bits < 32:
+                reports["ple_embed.weight"] = TensorReport(
+                    bits=ple.bits, block=ple.block, error=error
+                )
+        return reports, ple
+
+    def _tokenizer(self) -> TokenizerEntry | None:
+        content, template = self.source.tokenizer_json(), self.source.chat_template()
+        if content is None:
+            return None
+        (self.root / "tokenizer.json").write_text(content, encoding="utf-8")
+        if template is not None:
+            (self.root / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return TokenizerEntry(
+            file="tokenizer.json",
+            chat_template="chat_template.jinja" if template is not None else None,
+            stop_ids=self.source.stop_ids(),
+        )
+
+    def _finish(
+        self,
+        reports: dict[str, TensorReport],
+        ple: PleEntry | None,
+        tokenizer: TokenizerEntry | None,
+        programs: dict[str, Program],
+    ) -> None:
+        def manifest(variant: str, parity: dict[str, Any], *, digests: bool) -> Manifest:
+            files = _files(self.root, digests=digests)
+            named = {
+                name: p.model_copy(update={"file": p.file.replace(".onnx", f"{variant}.onnx")})
+                for name, p in programs.items()
+            }
+            needed = [f"onnx/{WEIGHTS}", *(p.file for p in named.values())]
+            return Manifest(
+                schema_version=SCHEMA_VERSION,
+                edge_kv=__version__,
+                name=self.out.name,
+                model=json.loads(json.dumps(asdict(self.config))),
+                plan=plan_entry(self.plan),
+                quant=QuantEntry(
+                    scheme=self.layout.scheme, block_size=self.layout.block_size, tensors=reports
+                ),
+                ple=ple,
+                backends={"onnx": Backend(programs=named, files=needed, details=DETAILS)},
+                tokenizer=tokenizer,
+                files=files,
+                made={"source": self.source.label, "torch": torch.__version__},
+                parity=parity,
+                memory=predict_memory(
+                    self.config, self.plan, self.layout.scheme, self.layout.block_size
+                ).as_dict(),
+            )
+
+        def logits_of(variant: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+            write_manifest(self.root, manifest(variant, {}, digests=False))
+            session = self.open_session(self.root, "onnx")
+            try:
+                return gate.replay(session, run)
+            finally:
+                session.close()
+
+        run = gate.plan_run(self.plan, self.config.vocab_size, self._encoder(tokenizer))
+        self.progress.stage("parity: float reference")
+        source_logits = self._oracle(run, stored=False, ple=ple)
+        self.progress.stage("parity: stored weights")
+        stored_logits = self._oracle(run, stored=True, ple=ple)
+        self.progress.stage("parity: programs")
+        parity = gate.judge(
+            run,
+            self.plan,
+            exact=logits_of(EXACT),
+            shipped=logits_of(""),
+            stored=stored_logits,
+            source=source_logits,
+        )
+        for name in programs:
+            (self.onnx / f"{name}{EXACT}.onnx").unlink()
+        gate.write_vectors(self.root / parity["vectors"], run, stored_logits)
+        for name in (JOURNAL, REQUEST, MANIFEST):
+            (self.root / name).unlink()
+        self.progress.stage("digests")
+        write_manifest(self.root, manifest("", parity, digests=True))
+        self.root.rename(self.out)
+
+    def _oracle(self, run: gate.GateRun, *, stored: bool, ple: PleEntry | None) -> torch.Tensor:
+        layers = self.config.n_layers
+        kwargs: dict[str, Any] = {
+            "ids": torch.from_numpy(run.ids),
+            "start": run.prompt,
+            "on_layer": lambda i: self.progress.advance(f"layer {i}", i + 1, layers),
+        }
+        if not stored:
+            rows = gate.float_rows(self.config, self.source.read) if ple else None
+            return oracle_logits(
+                self.config,
+                self.plan,
+                lambda region, a, b: torch.from_numpy(self.source.read(region, a, b)),
+                ple_rows=rows,
+                **kwargs,
+            )
+        kept = StoredWeights(self.layout, self.onnx / WEIGHTS)
+        table = PleTable(self.root / ple.file, ple) if ple else None
+
+        def table_rows(ids: torch.Tensor) -> torch.Tensor:
+            assert table
+            return torch.from_numpy(table.rows(ids.numpy(), layers))
+
+        try:
+            return oracle_logits(
+                self.config,
+                self.plan,
+                kept.read,
+                fmt=QuantFormat(self.layout),
+                ple_rows=table_rows if table else None,
+                exact_state=False,
+                **kwargs,
+            )
+        finally:
+            if table:
+                table.close()
+
+    def _encoder(self, entry: TokenizerEntry | None) -> Callable[[str], list[int]] | None:
+        if entry is None:
+            return None
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.root / entry.file))
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+            return [self.config.bos_id, *ids]
+
+        return encode
+
+
+def _files(root: Path, *, digests: bool) -> dict[str, FileEntry]:
+    """Every file of the artifact, with its digest (empty while the gate runs)."""
+    skip = {MANIFEST, JOURNAL, REQUEST}
+    return {
+        str(path.relative_to(root).as_posix()): FileEntry(
+            size=path.stat().st_size, sha256=sha256_file(path) if digests else ""
+        )
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in skip
+    }
