@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from edge_kv.config import ModelConfig
-from edge_kv.errors import ArtifactError, EdgeKVError
+from edge_kv.errors import ArtifactError, EdgeKVError, PlanError
 from edge_kv.kv_plan import KVPlan, plan_kv
 
 SCHEMA_VERSION = 1
@@ -149,7 +149,11 @@ class Manifest(_Schema):
 
     def kv_plan(self) -> KVPlan:
         """Plan the state anew; raises ArtifactError when the stored buffers differ."""
-        plan = plan_kv(self.config(), ctx=self.plan.ctx, chunk=self.plan.chunk, kv=self.plan.kv)
+        config = self.config()
+        try:
+            plan = plan_kv(config, ctx=self.plan.ctx, chunk=self.plan.chunk, kv=self.plan.kv)
+        except PlanError as e:
+            raise ArtifactError(f"The manifest's KV plan is not valid: {e}") from e
         if plan_entry(plan) != self.plan:
             raise ArtifactError(
                 "The manifest's KV plan is not the one its model config asks for; "

@@ -1,0 +1,142 @@
+"""The manifest: round trip, and every kind of damage refused with one sentence."""
+
+import json
+import os
+
+import pytest
+from fake_artifact import edit_manifest, write_artifact
+
+from edge_kv.artifact import (
+    MANIFEST,
+    PleEntry,
+    model_fingerprint,
+    read_artifact,
+    write_manifest,
+)
+from edge_kv.errors import ArtifactError
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_artifact(tmp_path / "a", programs=False, kv="int8")
+
+
+def manifest(root):
+    return json.loads((root / MANIFEST).read_text())
+
+
+def change(root, *path, to):
+    """Set one nested field of the manifest."""
+    raw = manifest(root)
+    at = raw
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = to
+    (root / MANIFEST).write_text(json.dumps(raw))
+
+
+def test_round_trip(root):
+    artifact = read_artifact(root)
+    assert artifact.config.pattern == "SFS" and artifact.plan.ctx == 64
+    before = (root / MANIFEST).read_text()
+    write_manifest(root, artifact.manifest)
+    assert (root / MANIFEST).read_text() == before
+    assert not list(root.glob("*.part"))
+    listed = dict(artifact.check_digests())
+    assert listed == {n: (root / n).stat().st_size for n in artifact.manifest.files}
+
+
+def test_buffers_in_the_manifest_are_the_plans(root):
+    artifact = read_artifact(root)
+    for stored, planned in zip(
+        manifest(root)["plan"]["buffers"], artifact.plan.buffers, strict=True
+    ):
+        assert stored["name"] == planned.name and stored["bytes"] == planned.bytes
+        assert tuple(stored["shape"]) == planned.shape
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "message"),
+    [
+        (("schema_version",), 2, "schema_version 2, this edge-kv reads 1; update edge-kv"),
+        (("schema_version",), None, "schema_version None"),
+        (("plan", "ctx"), 65, "KV plan is not the one"),
+        (("plan", "ctx"), "many", "plan.ctx"),
+        (("plan", "chunk"), 0, "chunk 0"),
+        (("plan", "buffers"), [], "KV plan is not the one"),
+        (("model", "pattern"), "SXS", "pattern 'SXS'"),
+        (("model", "hidden"), "wide", "hidden"),
+        (("model", "sliding_window"), 6, "KV plan is not the one"),
+        (("surprise",), 1, "surprise"),
+        (("files", "ple.bin"), {"size": 1, "sha256": ""}, "manifest says 1; it is cut off"),
+        (("files", "../secret"), {"size": 1, "sha256": ""}, "path outside the artifact"),
+        (("files", "/etc/passwd"), {"size": 1, "sha256": ""}, "path outside the artifact"),
+        (("files", "a\\..\\b"), {"size": 1, "sha256": ""}, "path outside the artifact"),
+        (("files", ""), {"size": 1, "sha256": ""}, "path outside the artifact"),
+        (("files", "gone.bin"), {"size": 1, "sha256": ""}, "gone.bin is missing"),
+        (("tokenizer", "file"), "other.json", "uses 'other.json' but does not list"),
+        (("ple", "file"), "../ple.bin", "uses '../ple.bin' but does not list"),
+        (("ple", "bits"), "four", "ple.bits"),
+    ],
+)
+def test_changed_manifests_are_refused(root, path, to, message):
+    change(root, *path, to=to)
+    with pytest.raises(ArtifactError, match=message) as e:
+        read_artifact(root)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b"3"])
+def test_manifests_that_are_no_json_object(root, content):
+    (root / MANIFEST).write_bytes(content)
+    with pytest.raises(ArtifactError, match="the artifact is damaged"):
+        read_artifact(root)
+
+
+def test_directories_that_are_no_artifact(tmp_path):
+    with pytest.raises(ArtifactError, match="is not a directory"):
+        read_artifact(tmp_path / "none")
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
+        read_artifact(tmp_path)
+
+
+def test_truncated_file_is_found_when_opened(root):
+    with (root / "ple.bin").open("r+b") as f:
+        f.truncate(7)
+    with pytest.raises(ArtifactError, match=r"ple\.bin has 7 bytes"):
+        read_artifact(root)
+
+
+def test_changed_file_of_the_same_size_is_found_by_its_digest(root):
+    raw = bytearray((root / "ple.bin").read_bytes())
+    raw[100] ^= 1
+    (root / "ple.bin").write_bytes(raw)
+    artifact = read_artifact(root)
+    with pytest.raises(ArtifactError, match=r"ple.bin has SHA-256 .* the file was changed"):
+        list(artifact.check_digests())
+
+
+def test_links_that_leave_the_artifact_are_refused(root, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes((root / "ple.bin").read_bytes())
+    (root / "ple.bin").unlink()
+    os.symlink(outside, root / "ple.bin")
+    with pytest.raises(ArtifactError, match="a link that leaves the artifact"):
+        read_artifact(root)
+
+
+def test_fingerprint_follows_what_changes_logits(tmp_path, root):
+    mine = model_fingerprint(read_artifact(root).manifest)
+    assert len(mine) == 64
+    edit_manifest(root, name="renamed", made={"when": "later"})
+    assert model_fingerprint(read_artifact(root).manifest) == mine
+    other = write_artifact(tmp_path / "b", kv="int8", programs=False, seed=1)
+    assert model_fingerprint(read_artifact(other).manifest) != mine
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "row"), [(4, 32, 4480 + 560), (8, 32, 8960 + 560), (32, 0, 4 * 8960)]
+)
+def test_ple_rows_of_e2b(bits, block, row):
+    entry = PleEntry(file="p", rows=262_144, n_layers=35, dim=256, bits=bits, block=block)
+    assert entry.values == 8960 and entry.row_bytes == row

@@ -1,0 +1,91 @@
+"""Predicted memory: byte counts against plain arithmetic, and how it moves."""
+
+import dataclasses
+
+import pytest
+from fake_artifact import make_config
+
+from edge_kv.artifact import PleEntry
+from edge_kv.errors import ConfigError
+from edge_kv.kv_plan import plan_kv
+from edge_kv.memory import parse_bytes, predict_memory
+from edge_kv.presets import PRESETS
+from edge_kv.tensors import tensor_table
+
+E2B = PRESETS["e2b"].config
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_weight_file_of_e2b(block):
+    memory = predict_memory(E2B, plan_kv(E2B, ctx=1024), "int4", block)
+    count = {}
+    for t in tensor_table(E2B):
+        count[t.kind] = count.get(t.kind, 0) + t.elements
+    want = (count["embed"] + count["linear"]) * (0.5 + 4 / block)
+    want += count["ple_linear"] * (1 + 4 / block) + 4 * count["float"]
+    assert memory.weight_file == want
+    entry = PleEntry(file="p", rows=262_144, n_layers=35, dim=256, bits=4, block=32)
+    assert memory.ple_file == 262_144 * entry.row_bytes
+
+
+def test_schemes_order_and_none_is_four_bytes_a_weight():
+    plan = plan_kv(E2B, ctx=1024)
+    sizes = [predict_memory(E2B, plan, q) for q in ("int4", "int8", "none")]
+    assert sizes[0].weight_file < sizes[1].weight_file < sizes[2].weight_file
+    assert sizes[0].peak < sizes[1].peak < sizes[2].peak
+    elements = sum(t.elements for t in tensor_table(E2B) if t.kind != "ple_table")
+    assert sizes[2].weight_file == 4 * elements
+    assert sizes[2].ple_file == 4 * 262_144 * 8960
+
+
+def test_rows_no_block_divides_stay_float():
+    config = make_config()  # hidden 8, mlp 16: nothing to quantise in blocks of 32
+    plan = plan_kv(config, ctx=64)
+    assert (
+        predict_memory(config, plan, "int4").weights == predict_memory(config, plan, "none").weights
+    )
+
+
+def test_phases_grow_and_depth_counts_only_written_rows():
+    plan = plan_kv(E2B, ctx=32_768)
+    full, shallow = predict_memory(E2B, plan), predict_memory(E2B, plan, depth=512)
+    assert full.phases["load"].total < full.phases["prefill"].total <= full.phases["decode"].total
+    assert full.phases["load"] == shallow.phases["load"]
+    assert (full.touched, shallow.touched) == (plan.bytes, plan.touched_bytes(512))
+    gap = full.phases["decode"].anon - shallow.phases["decode"].anon
+    assert gap >= full.touched - shallow.touched
+    assert full.peak == full.phases["decode"].total
+    assert predict_memory(E2B, plan, depth=10**9).depth == 32_768
+
+
+@pytest.mark.parametrize(("block", "factor"), [(32, 1.41), (128, 1.11)])
+def test_a_layer_in_one_program_costs_what_onnxruntime_was_measured_to_hold(block, factor):
+    """Bytes held for each byte stored, seen by adding layers that only `decode` runs."""
+    config = dataclasses.replace(E2B, ple_dim=0)
+    longer = dataclasses.replace(config, pattern=config.pattern + "SSSSF", n_kv_shared=25)
+    plan = plan_kv(config, ctx=512)
+    short, long = (predict_memory(c, plan, "int4", block) for c in (config, longer))
+    held = long.phases["load"].total - short.phases["load"].total
+    assert abs(held / (long.weight_file - short.weight_file) - factor) < 0.02
+
+
+def test_dictionary_is_complete():
+    data = predict_memory(E2B, plan_kv(E2B, ctx=512)).as_dict()
+    assert set(data["phases"]) == {"load", "prefill", "decode"}
+    assert data["peak"] == max(p["total"] for p in data["phases"].values())
+    assert data["weight_file"] == sum(data["weights"].values())
+
+
+def test_unknown_scheme():
+    with pytest.raises(ConfigError, match="Unknown quantisation 'int5'"):
+        predict_memory(E2B, plan_kv(E2B, ctx=64), "int5")
+
+
+def test_amounts_of_memory():
+    texts = ("1500m", "2g", "2GiB", "2 GB", "1.5G", "4096", "64k")
+    assert [parse_bytes(t) for t in texts] == [
+        1500 << 20, 2 << 30, 2 << 30, 2 << 30, 3 << 29, 4096, 64 << 10,
+    ]  # fmt: skip
+    for bad in ("", "g", "-1g", "lots", "0", "nan", "inf", "1e400g"):
+        with pytest.raises(ConfigError, match="not an amount of memory"):
+            parse_bytes(bad)
