@@ -180,7 +180,7 @@ def test_last_layer_is_forced_to_full_as_in_transformers():
 BAD = [
     ("e2b", {"model_type": "llama"}, "model_type 'llama' is not supported"),
     ("e2b", {"model_type": "gemma4_txt"}, "Did you mean 'gemma4_text'"),
-    ("e2b", {"model_type": None}, "model_type None is not supported"),
+    ("e2b", {"model_type": None}, "model_type 'None' is not supported"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
     ("e4b", {"attention_bias": True}, "attention_bias = true is not supported"),
     ("e4b", {"hidden_activation": "silu"}, "hidden_activation = 'silu' is not supported"),
@@ -193,7 +193,7 @@ BAD = [
     ("e2b", {"layer_types": [*layer_types("SSFSSFSF")[:-1], "linear_attention"]},
      "layer_types = 'linear_attention' is not supported"),
     ("e2b", {"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
-    ("e2b", {"num_hidden_layers": 0}, "expected a positive whole number"),
+    ("e2b", {"num_hidden_layers": 0}, "expected a whole number from 1 to 1000"),
     ("e2b", {"num_kv_shared_layers": 7}, "have no owner to read from"),
     ("e2b", {"num_attention_heads": 0}, "must be positive"),
     ("31b", {"num_attention_heads": 6}, "must be a multiple of kv_heads"),
@@ -204,6 +204,8 @@ BAD = [
     ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is"),
     ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4}}},
      "rope_type = 'yarn' is not supported; edge-kv supports default, linear and proportional"),
+    ("gemma3", {"rope_parameters": {"full_attention": 3}}, "one object a layer type"),
+    ("e2b", {"num_hidden_layers": 10**30, "layer_types": None}, "from 1 to 1000"),
     ("gemma3", {"query_pre_attn_scalar": 0}, "expected a positive number"),
 ]  # fmt: skip
 
@@ -215,6 +217,20 @@ def test_refused_by_name(name, change, message):
         config_from_hf(raw, "here/config.json")
     assert message in str(error.value)
     assert "here/config.json" in str(error.value)
+
+
+ODD = [[], {}, -1, 0, 3, 10**30, "x", 1e300, float("nan"), float("inf"), True, [[1]], {"3": 4}]
+
+
+@pytest.mark.parametrize("name", ["26b", "e2b", "gemma3"])
+def test_odd_values_never_escape_as_other_errors(name):
+    raw = saved(name)
+    for key in raw:
+        for odd in ODD:
+            try:
+                config_from_hf(raw | {key: odd})
+            except ConfigError as error:
+                assert "config.json" in str(error)
 
 
 def test_multimodal_without_text_config_is_refused():
@@ -234,6 +250,7 @@ BAD_GGUF = [
     ("e2b", {"split.count": 3}, "split.count = 3 is not supported"),
     ("e2b", {"gemma4.attention.key_length": 64, "gemma4.attention.value_length": 64,
              "gemma4.rope.dimension_count": 64}, "rope_freqs.weight is (16,), expected 32"),
+    ("e2b", {"gemma4.rope.freq_base": None}, "rope.freq_base is absent, expected a finite"),
     ("gemma3", {"gemma3.rope.freq_base": -1.0}, "gemma3.rope.freq_base is -1.0"),
     ("gemma3", {"general.architecture": "gemma2"}, "general.architecture 'gemma2'"),
 ]  # fmt: skip

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from edge_kv.errors import ConfigError
+
+_MAX_LAYERS = 1000
 
 
 class Fields:
@@ -41,13 +44,13 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.fault(key, "a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            raise self.fault(key, "a finite number")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
-        if value not in (True, False, None):
+        if not (value is None or isinstance(value, bool)):
             raise self.fault(key, "true or false")
         return bool(value)
 
@@ -58,6 +61,13 @@ class Fields:
         if any(isinstance(i, bool) or not isinstance(i, int) for i in found):
             raise self.fault(key, "a token id or a list of token ids")
         return tuple(found)
+
+    def n_layers(self, key: str) -> int:
+        """A number of layers; bounded, because lists of that length are made from it."""
+        value = self.integer(key)
+        if not 0 < value <= _MAX_LAYERS:
+            raise self.fault(key, f"a whole number from 1 to {_MAX_LAYERS}")
+        return value
 
     def per_layer(self, key: str, n_layers: int) -> list[int]:
         """A value for each layer; one number stands for all of them."""

@@ -90,7 +90,7 @@ class GGUFFile:
         if not shape or shape[-1] % block:
             self._damaged(f"{name!r} of shape {shape} cannot be stored as {label}")
         row = shape[-1] // block * block_bytes
-        stride = prod(shape[1:-1]) * row if len(shape) > 1 else row // shape[0]
+        stride = prod(shape[1:-1]) * row
         end = at + prod(shape[:-1]) * row
         if end > self._data.size:
             raise WeightsError(
@@ -101,9 +101,10 @@ class GGUFFile:
             return Stored(shape, _no_rows, f"stored as {label}, which gguf does not dequantise")
 
         def rows(start: int, stop: int) -> Array:
-            raw = self._data[at + start * stride : at + stop * stride]
-            values = decode(raw if len(shape) == 1 else raw.reshape(-1, row))
-            return np.array(values, np.float32).reshape(stop - start, *shape[1:])
+            if len(shape) == 1:  # a vector is one row of blocks
+                return np.array(decode(self._data[at:end])[start:stop], np.float32)
+            raw = self._data[at + start * stride : at + stop * stride].reshape(-1, row)
+            return np.array(decode(raw), np.float32).reshape(stop - start, *shape[1:])
 
         return Stored(shape, rows)
 
@@ -119,11 +120,9 @@ class GGUFFile:
             layout = _SCALARS[item]
             raw = self._take(n * struct.calcsize(layout))
             return np.frombuffer(raw, layout).tolist()
-        if item == _STRING:
-            return self._strings(n)
-        if item != _ARRAY:
+        if item != _STRING:  # arrays of arrays exist in the format, not in models
             self._damaged(f"a metadata array has items of type {item}")
-        return [self._value(_ARRAY) for _ in range(n)]
+        return self._strings(n)
 
     def _strings(self, n: int) -> list[str]:
         # Vocabularies have 262144 entries and their merges twice as many: no call for each.

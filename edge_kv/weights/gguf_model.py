@@ -119,8 +119,8 @@ def config_from_gguf(file: GGUFFile, where: str) -> ModelConfig:
         )
     everywhere = Fields(file.metadata, where, _token_defaults())
     everywhere.refuse_unless("split.count", 0, 1)
-    fields = Fields(file.metadata, where, {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4,
-                                           "rope.scaling.factor": 1.0}, f"{arch}.")  # fmt: skip
+    defaults = {"rope.freq_base_swa": 1e4, "rope.scaling.factor": 1.0}  # llama.cpp's own
+    fields = Fields(file.metadata, where, defaults, f"{arch}.")
     fields.refuse_unless("attention.causal", True)
     fields.refuse_unless("rope.scaling.type", "none", "linear")
     softcap = fields.get("final_logit_softcapping")
@@ -161,7 +161,7 @@ def _vocab_size(fields: Fields, file: GGUFFile) -> int:
 
 
 def _gemma3(fields: Fields, tensors: dict[str, Stored], **common: object) -> ModelConfig:
-    n_layers = _n_layers(fields)
+    n_layers = fields.n_layers("block_count")
     q_heads = fields.integer("attention.head_count")
     kv_heads = _uniform(fields, "attention.head_count_kv", range(n_layers), n_layers)
     dim = _head_dim(fields, "")
@@ -189,7 +189,7 @@ def _gemma3(fields: Fields, tensors: dict[str, Stored], **common: object) -> Mod
 
 
 def _gemma4(fields: Fields, tensors: dict[str, Stored], **common: object) -> ModelConfig:
-    n_layers = _n_layers(fields)
+    n_layers = fields.n_layers("block_count")
     pattern = _pattern(fields, n_layers, 0)
     shared = fields.get("attention.shared_kv_layers")
     n_shared = 0 if shared is None else fields.integer("attention.shared_kv_layers")
@@ -228,13 +228,6 @@ def _gemma4(fields: Fields, tensors: dict[str, Stored], **common: object) -> Mod
         moe=_moe(fields),
         **common,  # type: ignore[arg-type]
     )  # fmt: skip
-
-
-def _n_layers(fields: Fields) -> int:
-    n_layers = fields.integer("block_count")
-    if n_layers < 1:
-        raise fields.fault("block_count", "a positive whole number")
-    return n_layers
 
 
 def _pattern(fields: Fields, n_layers: int, period: int) -> str:

@@ -76,7 +76,7 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     Raises:
         ConfigError: an unknown architecture, an unsupported field or a wrong value, by name.
     """
-    kind = raw.get("model_type")
+    kind = str(raw.get("model_type"))
     text = raw
     if kind in _NESTED:
         text = raw.get("text_config")  # type: ignore[assignment]
@@ -84,11 +84,11 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
             raise ConfigError(
                 f"{where}: model_type {kind!r} has no text_config object; the file is damaged."
             )
-        kind = text.get("model_type", _NESTED[kind])
+        kind = str(text.get("model_type", _NESTED[kind]))
     if kind not in _TEXT:
         raise ConfigError(
             f"{where}: model_type {kind!r} is not supported."
-            + did_you_mean(str(kind), [*_NESTED, *_TEXT])
+            + did_you_mean(kind, [*_NESTED, *_TEXT])
         )
     family, defaults = _TEXT[kind]
     fields = Fields(text, where, defaults)
@@ -105,7 +105,7 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
 
 def _gemma3(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
     fields.refuse_unless("use_bidirectional_attention", False)
-    n_layers = fields.integer("num_hidden_layers")
+    n_layers = fields.n_layers("num_hidden_layers")
     scalar = fields.number("query_pre_attn_scalar")
     if scalar <= 0:
         raise fields.fault("query_pre_attn_scalar", "a positive number")
@@ -144,7 +144,7 @@ def _gemma3_rope(fields: Fields) -> dict[str, dict[str, Any]]:
 
 def _gemma4(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
     fields.refuse_unless("use_bidirectional_attention", "vision", False)  # text stays causal
-    n_layers = fields.integer("num_hidden_layers")
+    n_layers = fields.n_layers("num_hidden_layers")
     # transformers forces the last layer to full attention, whatever layer_types says.
     pattern = _pattern(fields, n_layers, 6)[:-1] + FULL
     k_eq_v = fields.flag("attention_k_eq_v")
@@ -206,8 +206,6 @@ def _config(family: str, fields: Fields, eos_ids: tuple[int, ...], **kwargs: Any
 
 def _pattern(fields: Fields, n_layers: int, period: int) -> str:
     """`layer_types` as letters; without it every `period`-th layer is full."""
-    if n_layers < 1:
-        raise fields.fault("num_hidden_layers", "a positive whole number")
     types = fields.get("layer_types")
     if types is None:
         if period < 1:
@@ -216,7 +214,7 @@ def _pattern(fields: Fields, n_layers: int, period: int) -> str:
     if not isinstance(types, list) or len(types) != n_layers:
         raise fields.fault("layer_types", f"a list of {n_layers} layer types")
     for t in types:
-        if t not in _LAYER_TYPES:
+        if not isinstance(t, str) or t not in _LAYER_TYPES:
             raise fields.unsupported("layer_types", t, " and ".join(_LAYER_TYPES))
     return "".join(_LAYER_TYPES[t] for t in types)
 
@@ -239,7 +237,10 @@ def _heads(fields: Fields, pattern: str, letter: str, k_eq_v: bool) -> tuple[int
         raise fields.fault("per_layer_config", "an object with one object a layer")
     found = set()
     for i in (i for i, kind in enumerate(pattern) if kind == letter):
-        layer = Fields(overrides.get(str(i)) or {}, f"{fields.where}: per_layer_config[{i}]",
+        override = overrides.get(str(i)) or {}
+        if not isinstance(override, dict):
+            raise fields.fault("per_layer_config", "an object with one object a layer")
+        layer = Fields(override, f"{fields.where}: per_layer_config[{i}]",
                        {"num_key_value_heads": base[0], "head_dim": base[1]})  # fmt: skip
         for key in layer.values:
             if key not in ("num_key_value_heads", "head_dim"):
@@ -259,7 +260,10 @@ def _nested_rope(fields: Fields) -> dict[str, dict[str, Any]]:
         given = {}
     if not isinstance(given, dict) or set(given) - set(_LAYER_TYPES):
         raise fields.fault("rope_parameters", "an object with " + " and ".join(_LAYER_TYPES))
-    return {t: dict(given.get(t) or {}) for t in _LAYER_TYPES}
+    nested = {t: given.get(t) or {} for t in _LAYER_TYPES}
+    if not all(isinstance(entry, dict) for entry in nested.values()):
+        raise fields.fault("rope_parameters", "an object with one object a layer type")
+    return {t: dict(entry) for t, entry in nested.items()}
 
 
 def _rope(

@@ -1,0 +1,693 @@
+"""Checkpoint readers against the models that were saved, and every way a checkpoint can be bad."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from weights_gguf import gemma3_270m, write_gguf
+from weights_models import NAMES, canonical_tensors, tiny_hf
+
+from edge_kv.errors import ConfigError, EdgeKVError, WeightsError
+from edge_kv.presets import get_preset
+from edge_kv.tensors import tensor_table
+from edge_kv.weights import check_weights, hub, open_weights
+from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
+from edge_kv.weights.random_weights import RandomWeights
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def saved(request, tmp_path_factory):
+    """(model, directory) of every family."""
+    model = tiny_hf(request.param)
+    root = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(root)
+    return model, root
+
+
+@pytest.fixture
+def e2b(tmp_path):
+    """A fresh directory to damage."""
+    tiny_hf("e2b").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def assert_same(source, model, tolerance=0.0):
+    want = canonical_tensors(model)
+    assert [s.name for s in tensor_table(source.config)] == sorted(
+        want, key=[s.name for s in tensor_table(source.config)].index
+    )
+    check_weights(source, values=True)
+    for name, value in want.items():
+        got = source.read(name)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, value.float().numpy(), atol=tolerance, rtol=0, err_msg=name)
+
+
+def rewrite(root: Path, edit) -> None:
+    """Load a directory's tensors, let `edit` change the dict, save."""
+    tensors = load_file(root / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, root / "model.safetensors")
+
+
+def edit_config(root: Path, **changes) -> None:
+    path = root / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- Hugging Face directories -------------------------------------------------------------------
+
+
+def test_directory_equals_model(saved):
+    model, root = saved
+    assert_same(open_weights(str(root)), model)
+
+
+def test_row_ranges_equal_the_full_read(saved):
+    source = open_weights(str(saved[1]))
+    for spec in tensor_table(source.config):
+        whole, n = source.read(spec.name), spec.shape[0]
+        for start, stop in ((0, n), (0, 1), (n // 3, n), (n - 1, n), (n, n)):
+            np.testing.assert_array_equal(source.read(spec.name, start, stop), whole[start:stop])
+
+
+def test_sharded(tmp_path):
+    model = tiny_hf("e4b")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same(open_weights(str(tmp_path)), model)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(WeightsError, match="lacks 1 of"):
+        open_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_widens_exactly(tmp_path, dtype):
+    model = tiny_hf("26b").to(dtype)
+    model.save_pretrained(tmp_path)
+    assert_same(open_weights(str(tmp_path)), model)
+
+
+def test_gemma3_bf16_norms_get_their_one_in_f32(tmp_path):
+    model = tiny_hf("gemma3").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    want = model.model.norm.weight.float().detach().numpy() + 1  # not bf16(w + 1)
+    np.testing.assert_array_equal(open_weights(str(tmp_path)).read("norm.weight"), want)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
+def test_multimodal_prefixes_and_towers(e2b, prefix):
+    def nest(tensors):
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        tensors["model.vision_tower.encoder.layers.0.self_attn.k_proj.weight"] = torch.ones(2)
+        tensors["model.embed_audio.embedding_projection.weight"] = torch.ones(2, 2)
+        tensors["lm_head.weight"] = torch.ones(128, 64)  # a tied copy
+        # Published checkpoints keep the dead keys and values of the sharing layers.
+        for dead in ("k_proj", "v_proj", "k_norm"):
+            tensors[f"{prefix}layers.5.self_attn.{dead}.weight"] = torch.ones(3)
+
+    rewrite(e2b, nest)
+    assert_same(open_weights(str(e2b)), tiny_hf("e2b"))
+
+
+def test_texts_beside_the_weights(e2b):
+    source = open_weights(str(e2b))
+    assert (source.tokenizer_json(), source.chat_template(), source.stop_ids()) == (None, None, [])
+    added = [{"id": 1, "content": "<eos>"}, {"id": 99, "content": "<turn|>"}]
+    (e2b / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    (e2b / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 50, 106]}))
+    named = [{"name": "tool", "template": "T"}, {"name": "default", "template": "{{ D }}"}]
+    (e2b / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    source = open_weights(str(e2b))
+    assert json.loads(source.tokenizer_json() or "")["added_tokens"] == added
+    assert source.chat_template() == "{{ D }}"
+    assert source.stop_ids() == [50, 99]  # 1 and 106 are the config's
+    (e2b / "chat_template.jinja").write_text("{{ file }}")
+    assert source.chat_template() == "{{ file }}"
+
+
+# --- GGUF ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gguf_equals_model(name, tmp_path):
+    model = tiny_hf(name)
+    source = open_weights(str(write_gguf(tmp_path / "m.gguf", model)))
+    assert_same(source, model)
+    for spec in tensor_table(source.config):
+        n = spec.shape[0]
+        whole = source.read(spec.name)
+        np.testing.assert_array_equal(source.read(spec.name, n // 3, n), whole[n // 3 :])
+
+
+def test_gguf_with_gate_and_up_experts_apart(tmp_path):
+    model = tiny_hf("26b")
+    source = open_weights(str(write_gguf(tmp_path / "m.gguf", model, split_experts=True)))
+    assert_same(source, model)
+    np.testing.assert_array_equal(
+        source.read("layers.1.moe.gate_up", 2, 5), source.read("layers.1.moe.gate_up")[2:5]
+    )
+
+
+def test_gguf_dead_sharers_are_expected(tmp_path):
+    """A converter run on a hub checkpoint keeps the sharing layers' keys and values."""
+    source = open_weights(str(write_gguf(tmp_path / "m.gguf", tiny_hf("e2b"))))
+    source._stored["blk.6.attn_k.weight"] = source._stored["blk.0.attn_k.weight"]
+    check_weights(source)
+
+
+QUANTS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
+
+
+@pytest.mark.parametrize("kind", QUANTS)
+def test_gguf_quant_types(kind, tmp_path):
+    qtype = gguf.GGMLQuantizationType[kind]
+    model = tiny_hf("26b")
+    source = open_weights(str(write_gguf(tmp_path / "m.gguf", model, storage=qtype)))
+    check_weights(source, values=True)
+    for name in ("layers.0.mlp.down_proj.weight", "layers.1.moe.gate_up", "embed.weight"):
+        value = canonical_tensors(model)[name].numpy()
+        want = dequantize(quantize(value, qtype), qtype).reshape(value.shape)
+        np.testing.assert_array_equal(source.read(name), want)
+        np.testing.assert_array_equal(source.read(name, 1, 4), want[1:4])
+
+
+@pytest.fixture(scope="module")
+def gemma3():
+    return open_weights(str(gemma3_270m()))
+
+
+def test_real_gemma3_file(gemma3):
+    preset = get_preset("gemma3-270m").config
+    assert open_weights(str(gemma3_270m()), preset).config.pattern == preset.pattern
+    check_weights(gemma3)
+    assert gemma3.config.eos_ids == (1,)
+    assert gemma3.stop_ids() == [106]
+    assert gemma3.chat_template() is None  # this file has none
+    # Q4_K, Q6_K, Q5_0 here, Q8_0 and F32 below.
+    for name, rows in (("attn.o_proj", 640), ("mlp.down_proj", 640), ("attn.q_proj", 1024)):
+        whole = gemma3.read(f"layers.0.{name}.weight")
+        part = gemma3.read(f"layers.0.{name}.weight", 100, 133)
+        np.testing.assert_array_equal(part, whole[100:133])
+        assert whole.shape[0] == rows
+        assert 0.01 < whole.std() < 0.1
+    rows = gemma3.read("embed.weight", 262_140, 262_144)
+    assert rows.shape == (4, 640)
+    assert gemma3.read("norm.weight").mean() > 1  # 1 + w is in the file already
+
+
+def test_real_gemma3_tokenizer(gemma3):
+    """Ids that transformers 5.23's own conversion and llama.cpp's llama-tokenize both give."""
+    cases = json.loads((Path(__file__).parent / "weights_gemma3_ids.json").read_text())
+    tokenizer = Tokenizer.from_str(gemma3.tokenizer_json())
+    assert len(cases) > 50
+    for text, ids in cases:
+        assert tokenizer.encode(text).ids == ids, text
+        content = tokenizer.decode(ids, skip_special_tokens=False).removeprefix("<bos>")
+        if "\ufeff" not in text and "▁" not in text:  # ▁ is how the model writes a space
+            assert content == text
+
+
+ALPHABET = "abcde  \n\té中😀▁<b>"
+
+
+def sentencepiece_oracle(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's BPE, literally: join the best-scored neighbours, leftmost first."""
+    parts = list(text.replace(" ", "▁"))
+    while True:
+        joins = [
+            (-scores[parts[i] + parts[i + 1]], i)
+            for i in range(len(parts) - 1)
+            if parts[i] + parts[i + 1] in scores
+        ]
+        if not joins:
+            return parts
+        _, i = min(joins)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_scores_become_the_merges_of_sentencepiece():
+    rng = random.Random(3)
+    pieces = list("abcd▁")
+    while len(pieces) < 60:  # every piece is the union of two earlier ones
+        joined = rng.choice(pieces) + rng.choice(pieces)
+        if joined not in pieces and len(joined) < 7 and len(set(joined)) > 1:
+            pieces.append(joined)
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = specials + pieces
+    scores = [0.0] * 4 + [-float(i) for i in range(len(pieces))]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [3, 3, 3, 2] + [1] * len(pieces),
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    tokenizer = Tokenizer.from_str(hf_tokenizer_json(metadata, "x.gguf") or "")
+    by_piece = dict(zip(pieces, scores[4:], strict=True))
+    for _ in range(500):
+        text = "".join(rng.choice("abcd ") for _ in range(rng.randrange(1, 30)))
+        assert tokenizer.encode(text).tokens == sentencepiece_oracle(text, by_piece)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A small BPE with Gemma's normaliser and byte fallback, and its GGUF metadata."""
+    original = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    original.normalizer = normalizers.Replace(" ", "▁")
+    original.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn|>"]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials + byte_tokens)
+    text = Path(__file__).read_text().replace("\n", " ")
+    original.train_from_iterator([text], trainer)
+    raw = json.loads(original.to_str())
+    raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] in specials]
+    original = Tokenizer.from_str(json.dumps(raw))
+    tokens = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    metadata = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in raw["model"]["merges"]],
+        "tokenizer.ggml.token_type": [
+            3 if t in specials else 6 if t in byte_tokens else 1 for t in tokens
+        ],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": "{{ bos_token }}",
+    }
+    return original, metadata
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60) | st.text(ALPHABET, max_size=60))
+def test_gemma4_tokenizer_is_recovered(bpe, text):
+    original, metadata = bpe
+    ours = Tokenizer.from_str(hf_tokenizer_json(metadata, "x.gguf") or "")
+    got = ours.encode(text)
+    assert got.ids == [2, *original.encode(text).ids]
+    assert ours.decode(got.ids) == original.decode(original.encode(text).ids)
+
+
+def test_gemma4_gguf_brings_its_texts(bpe, tmp_path):
+    original, metadata = bpe
+    model = tiny_hf("31b", vocab_size=original.get_vocab_size())
+    source = open_weights(str(write_gguf(tmp_path / "m.gguf", model, metadata=metadata)))
+    check_weights(source)
+    tokenizer = Tokenizer.from_str(source.tokenizer_json() or "")
+    assert tokenizer.get_vocab() == original.get_vocab()
+    assert source.chat_template() == "{{ bos_token }}"
+    assert source.stop_ids() == [4]
+
+
+# --- random -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_random_rows_do_not_depend_on_the_range(data):
+    source = RandomWeights(get_preset("e2b").config, 7)
+    name = data.draw(st.sampled_from(["ple_embed.weight", "layers.3.mlp.up_proj.weight", "scalar"]))
+    if name == "scalar":
+        name = "layers.3.scalar"
+    rows = {s.name: s.shape[0] for s in tensor_table(source.config)}[name]
+    start = data.draw(st.integers(0, rows - 1))
+    stop = data.draw(st.integers(start, min(rows, start + 200)))
+    cut = data.draw(st.integers(start, stop))
+    whole = source.read(name, start, stop)
+    parts = [source.read(name, start, cut), source.read(name, cut, stop)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_random_is_the_same_in_every_process_and_differs_by_seed_and_name():
+    config = get_preset("e2b").config
+    a, b = open_weights("random", config), open_weights("random:1", config)
+    row = a.read("layers.0.attn.q_proj.weight", 5, 6)
+    # Pinned: a stored artifact of random weights must be reproducible by later versions.
+    np.testing.assert_allclose(row[0, :4], PINNED, rtol=1e-6)
+    assert not np.array_equal(row, b.read("layers.0.attn.q_proj.weight", 5, 6))
+    assert not np.array_equal(row, a.read("layers.1.attn.q_proj.weight", 5, 6))
+    check_weights(a)
+
+
+PINNED = [-0.0224611089, 0.0014648549, -0.0227052514, 0.0048828498]
+
+
+def test_random_activations_stay_sane():
+    config = get_preset("e2b").config
+    source = open_weights("random", config)
+    x = np.random.default_rng(0).standard_normal((64, config.hidden), np.float32)
+    for name in ("attn.q_proj", "mlp.up_proj", "ple.gate"):
+        y = x @ source.read(f"layers.4.{name}.weight").T
+        assert 0.9 < y.std() < 1.1
+    for layer in (3, 4):  # head_dim 256 and 512
+        q, k = (source.read(f"layers.{layer}.attn.{n}_norm.weight") for n in "qk")
+        unit = np.random.default_rng(1).standard_normal((2, 4096, len(q)), np.float32)
+        scores = (unit[0] * q * unit[1] * k).sum(-1) * config.attention_scale
+        assert 1.5 < scores.std() < 2.5
+    scalars = [source.read(f"layers.{i}.scalar")[0] for i in range(config.n_layers)]
+    assert 0.85 < min(scalars) < 1 < max(scalars) < 1.15
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def test_one_error_lists_missing_surplus_shape_dtype_and_nan(e2b):
+    def damage(tensors):
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        tensors["model.layers.0.mlp.extra.weight"] = torch.ones(2)
+        tensors["model.norm.weight"] = torch.ones(63)
+        tensors["model.layers.1.layer_scalar"] = torch.ones(1, dtype=torch.int32)
+        tensors["model.layers.2.self_attn.q_proj.weight"][3, 5] = float("nan")
+        tensors["model.embed_tokens_per_layer.weight"][127, 1] = float("-inf")
+
+    rewrite(e2b, damage)
+    source = open_weights(str(e2b))
+    with pytest.raises(WeightsError) as error:
+        check_weights(source, values=True)
+    text = str(error.value)
+    assert "6 tensors are wrong" in text
+    assert "model.layers.0.mlp.up_proj.weight is missing" in text
+    assert "model.layers.0.mlp.extra.weight is not part of the model" in text
+    assert "model.norm.weight has shape (63,), expected (64,)" in text
+    assert "model.layers.1.layer_scalar is stored as I32" in text
+    assert "model.layers.2.self_attn.q_proj.weight is not finite at [3, 5]" in text
+    assert "model.embed_tokens_per_layer.weight is not finite at [127, 1]" in text
+    with pytest.raises(WeightsError, match=r"not finite at \[3, 5\]"):
+        source.read("layers.2.attn.q_proj.weight", 2, 4)
+    source.read("layers.2.attn.q_proj.weight", 4, 8)
+    for name, message in (
+        ("layers.0.mlp.up_proj.weight", "has no tensor"),
+        ("norm.weight", "has shape"),
+        ("layers.1.scalar", "stored as I32"),
+        ("layers.9.scalar", "not a tensor of this model"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            source.read(name)
+    with pytest.raises(WeightsError, match="has rows 0 to 128, asked for 100 to 129"):
+        source.read("embed.weight", 100, 129)
+
+
+def test_a_long_list_is_cut(e2b):
+    edit_config(e2b, hidden_size=32)
+    with pytest.raises(WeightsError) as error:
+        check_weights(open_weights(str(e2b)))
+    assert str(error.value).count("expected") == 20
+    assert "more." in str(error.value)
+
+
+def test_padded_vocabulary_is_an_error(e2b):
+    edit_config(e2b, vocab_size=120, vocab_size_per_layer_input=120)
+    with pytest.raises(WeightsError, match=r"embed_tokens.weight has shape \(128, 64\), expected"):
+        check_weights(open_weights(str(e2b)))
+
+
+def cut(n):
+    def apply(root):
+        path = root / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:n])
+
+    return apply
+
+
+def header(edit):
+    """Rewrite the safetensors header."""
+
+    def apply(root):
+        path = root / "model.safetensors"
+        raw = path.read_bytes()
+        n = struct.unpack("<Q", raw[:8])[0]
+        entries = json.loads(raw[8 : 8 + n])
+        edit(entries)
+        text = json.dumps(entries).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + n :])
+
+    return apply
+
+
+def entry(**changes):
+    return header(lambda entries: entries["model.norm.weight"].update(changes))
+
+
+def index(weight_map):
+    def apply(root):
+        path = root / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": weight_map}))
+
+    return apply
+
+
+def duplicate(root):
+    (root / "other.safetensors").write_bytes((root / "model.safetensors").read_bytes())
+
+
+def text(name, content):
+    return lambda root: (root / name).write_bytes(content)
+
+
+def remove(name):
+    return lambda root: (root / name).unlink()
+
+
+BAD_DIRECTORY = [
+    ("no config.json", remove("config.json"), "has no config.json"),
+    ("no safetensors", remove("model.safetensors"), "has no .safetensors file"),
+    ("config.json not JSON", text("config.json", b"{'model_type'"), "is not valid JSON"),
+    ("config.json not UTF-8", text("config.json", b"\xff\xfe{}"), "cannot be read as text"),
+    ("config.json a list", text("config.json", b"[]"), "is not a JSON object"),
+    ("config.json nested too deep", text("config.json", b"[" * 100_000), "is not valid JSON"),
+    ("empty file", cut(0), "is cut off or not a safetensors file"),
+    ("cut in the header", cut(100), "is cut off or not a safetensors file"),
+    ("cut in the data", cut(100_000), "is cut off: '"),
+    ("not safetensors", text("model.safetensors", b"PK\x03\x04" + b"\0" * 99), "cut off or not"),
+    ("header not JSON", text("model.safetensors", b"\4" + b"\0" * 7 + b"abcd"), "not JSON"),
+    ("header a list", text("model.safetensors", b"\2" + b"\0" * 7 + b"[]"), "not a JSON object"),
+    ("no dtype", header(lambda e: e["model.norm.weight"].pop("dtype")), "describes 'model.norm"),
+    ("negative size", entry(shape=[-64]), "describes 'model.norm.weight' wrongly"),
+    ("offsets reversed", entry(data_offsets=[64, 0]), "describes 'model.norm.weight' wrongly"),
+    ("offsets outside", entry(data_offsets=[10**9, 10**9 + 256]), "ends at byte 1000"),
+    ("wrong byte count", entry(shape=[65]), "its shape (65,) in F32 needs 260"),
+    ("shard outside", index({"a": "../model.safetensors"}), "a path outside the directory"),
+    ("shard missing", index({"a": "model-1.safetensors"}), "lacks 1 of 1 shards"),
+    ("no weight_map", index(None), "has no weight_map"),
+    ("same tensor twice", duplicate, "of another shard"),
+]
+
+
+@pytest.mark.parametrize("what, damage, message", BAD_DIRECTORY, ids=[b[0] for b in BAD_DIRECTORY])
+def test_bad_directory(e2b, what, damage, message):
+    damage(e2b)
+    with pytest.raises(WeightsError) as error:
+        open_weights(str(e2b))
+    assert message in str(error.value)
+    assert str(e2b) in str(error.value)
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    return write_gguf(tmp_path / "m.gguf", tiny_hf("e2b"))
+
+
+def test_gguf_cut_off_anywhere(gguf_file):
+    raw = gguf_file.read_bytes()
+    for n in (4, 8, 23, 30, 200, 1500, 5000, len(raw) // 2, len(raw) - 40_000):
+        gguf_file.write_bytes(raw[:n])
+        with pytest.raises(WeightsError, match="is cut off"):
+            open_weights(str(gguf_file))
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda raw: b"", "is cut off"),
+        (lambda raw: b"GGML" + raw[4:], "is not a GGUF file"),
+        (lambda raw: raw[:4] + struct.pack(">I", 3) + raw[8:], "has GGUF version 50331648"),
+        (lambda raw: raw[:4] + struct.pack("<I", 1) + raw[8:], "has GGUF version 1"),
+        (lambda raw: raw[:16] + struct.pack("<Q", 2**60) + raw[24:], "damaged|cut off"),
+        (lambda raw: raw.replace(b"general.arch", b"general.ar\xff\xff"), "not UTF-8"),
+    ],
+)
+def test_bad_gguf(gguf_file, edit, message):
+    gguf_file.write_bytes(edit(gguf_file.read_bytes()))
+    with pytest.raises(WeightsError, match=message):
+        open_weights(str(gguf_file))
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors"])
+def test_flipped_header_bytes_never_escape_as_other_errors(kind, e2b, tmp_path):
+    path = e2b / "model.safetensors"
+    if kind == "gguf":
+        path = write_gguf(tmp_path / "m.gguf", tiny_hf("e2b"))
+    whole = path.read_bytes()
+    rng = random.Random(1)
+    refused = 0
+    for _ in range(300):
+        raw = bytearray(whole)
+        raw[rng.randrange(min(len(raw), 6000))] = rng.randrange(256)
+        path.write_bytes(raw)
+        try:
+            check_weights(open_weights(str(path if kind == "gguf" else e2b)))
+        except EdgeKVError:
+            refused += 1
+    assert refused > 200
+
+
+def test_gguf_faults_are_listed_by_their_own_names(tmp_path):
+    model = tiny_hf("e2b")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[2, 3] = float("inf")
+    path = write_gguf(tmp_path / "m.gguf", model)
+    raw = path.read_bytes()
+    assert raw.count(b"blk.1.ffn_up.weight") == 1
+    path.write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    with pytest.raises(WeightsError) as error:
+        check_weights(open_weights(str(path)), values=True)
+    assert "3 tensors are wrong" in str(error.value)
+    assert "blk.0.ffn_up.weight is not finite at [2, 3]" in str(error.value)
+    assert "blk.1.ffn_up.weight is missing" in str(error.value)
+    assert "blk.1.ffn_xx.weight is not part of the model" in str(error.value)
+
+
+@pytest.mark.parametrize("code, message", [(99, "GGML type 99, which is not known"),
+                                           (24, "stored as I8")])  # fmt: skip
+def test_gguf_storage_that_cannot_be_read(gguf_file, code, message):
+    raw = gguf_file.read_bytes()
+    at = raw.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 16
+    gguf_file.write_bytes(raw[:at] + struct.pack("<I", code) + raw[at + 4 :])
+    with pytest.raises(WeightsError, match=message):
+        check_weights(open_weights(str(gguf_file)))
+
+
+BAD_TOKENIZER = [
+    ({"tokenizer.ggml.model": "gpt2"}, "'gpt2' is not supported"),
+    ({"tokenizer.ggml.tokens": None}, "tokens must be a list of texts"),
+    ({"tokenizer.ggml.merges": ["a"]}, "the merge 'a' does not join"),
+    ({"tokenizer.ggml.merges": ["q zzz"]}, "the merge 'q zzz' does not join"),
+    ({"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries for"),
+    ({"tokenizer.ggml.tokens": ["a", "a"]}, "repeats a token"),
+    ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]}, "a score for each of"),
+    ({"tokenizer.ggml.unknown_token_id": 10**6}, "the unknown token 1000000"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_TOKENIZER)
+def test_bad_gguf_tokenizer(bpe, change, message):
+    with pytest.raises(WeightsError, match=message):
+        hf_tokenizer_json(bpe[1] | change, "x.gguf")
+
+
+def test_no_tokenizer_is_not_an_error(gguf_file):
+    assert open_weights(str(gguf_file)).tokenizer_json() is None
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("no/such/directory/here", "does not exist; give a directory"),
+        ("missing.gguf", "does not exist; give a directory"),
+        ("", "does not exist; give a directory|has no config.json"),
+        ("random", "name a model"),
+    ],
+)
+def test_bad_spec(spec, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=message):
+        open_weights(spec)
+
+
+@pytest.mark.parametrize("seed", ["x", "-1", "1.5"])
+def test_bad_seed(seed):
+    with pytest.raises(WeightsError, match="expected a whole number"):
+        open_weights(f"random:{seed}", get_preset("e2b").config)
+
+
+def test_a_file_that_is_not_gguf(e2b):
+    with pytest.raises(WeightsError, match="is a file but not a"):
+        open_weights(str(e2b / "model.safetensors"))
+
+
+def test_another_model_than_the_one_named(e2b):
+    with pytest.raises(ConfigError) as error:
+        open_weights(str(e2b), get_preset("e2b").config)
+    assert "vocab_size is 128, expected 262144" in str(error.value)
+
+
+# --- hub ----------------------------------------------------------------------------------------
+
+
+def test_hub_unreachable_names_the_alternatives(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Name or service\nnot known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(WeightsError) as error:
+        open_weights("google/gemma-4-E2B-it")
+    assert "'google/gemma-4-E2B-it'" in str(error.value)
+    assert "Name or service not known" in str(error.value)
+    for alternative in ("local directory", ".gguf", "`random`"):
+        assert alternative in str(error.value)
+
+
+def test_hub_snapshot_is_read_like_a_directory(monkeypatch, e2b):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(repo, **kwargs):
+        asked.update(kwargs, repo=repo)
+        return str(e2b)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    source = open_weights("org/tiny")
+    assert_same(source, tiny_hf("e2b"))
+    assert source.label == "hub org/tiny"
+    assert asked["allow_patterns"] == ["*.json", "*.jinja", "*.safetensors"]
+    (e2b / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"has no \.safetensors file"):
+        open_weights("org/tiny")
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_hub_repository_of_ggufs(monkeypatch, tmp_path, gguf_file, n):
+    import huggingface_hub
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    files = [f"m{i}.gguf" for i in range(n)]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(empty))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a: ["README.md", *files])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a: str(gguf_file))
+    if n == 1:
+        return assert_same(hub.open_hub("org/one"), tiny_hf("e2b"))
+    with pytest.raises(WeightsError, match=f"no config.json and {n} GGUF files"):
+        hub.open_hub("org/one")
+    return None
+
+
+def test_opening_weights_imports_no_torch(e2b):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from edge_kv.weights import *; s = open_weights(sys.argv[1]); "
+        "s.read('embed.weight'); check_weights(s); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(e2b)], check=True)
