@@ -6,8 +6,7 @@
 The model has every feature of Gemma 4 E2B at small scale (sliding and full layers, KV sharing,
 per-layer embeddings, multi-query attention, double-wide MLPs, partial rotary embedding) and
 learns the King James Bible with its own byte-level BPE tokenizer. Five books are held out for
-validation. The run is seeded; with one thread it repeats exactly on the same machine and
-library versions, only the wall time varies.
+validation. Initial weights, batches and samples all follow from --seed.
 
 Written to --out: config.json, model.safetensors (bf16), tokenizer.json, chat_template.jinja and
 README.md; the training record goes to --report. A running average of the weights is saved every
@@ -60,8 +59,9 @@ A language model of {params:.2f} million parameters with the architecture of Gem
 from scratch for edge-kv. It continues text in the style of the King James Bible; it follows no
 instructions. It contains no weights and no text of any released Gemma model.
 
-- Made by: `{command}` (seed {seed}, {steps} steps, {tokens:,} training tokens,
-  {minutes:.0f} minutes on a shared 2-core {machine}).
+- Made by: `{command}`
+  (seed {seed}; saved after {steps_done} of {steps} steps, {tokens:,} training tokens,
+  {minutes:.0f} minutes on {threads} thread(s) of a shared {machine}).
 - Corpus: the Authorized (King James) Version as packed in Debian's `bible-kjv-text` {package}.
   The copyright of the text is expired (public domain); the weights fall under the licence of
   edge-kv. Book, chapter and verse numbers are removed; one verse per line, an empty line between
@@ -303,9 +303,11 @@ def write_readme(record: dict[str, Any], config: Gemma4TextConfig, out: Path) ->
         params=record["parameters"] / 1e6,
         command=record["command"],
         seed=run["seed"],
-        steps=run["steps_done"],
+        steps=run["steps"],
+        steps_done=run["steps_done"],
         tokens=run["tokens"],
         minutes=run["wall_seconds"] / 60,
+        threads=record["machine"]["threads"],
         machine=record["machine"]["cpu"],
         package=record["corpus"]["package_version"],
         held_out=", ".join(HELD_OUT),
