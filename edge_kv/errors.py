@@ -6,7 +6,7 @@ EdgeKVError                what the CLI catches: one sentence, exit status 1
 ├── WeightsError           a checkpoint that is missing, cut off, wrongly shaped or not finite
 ├── ExportError            a lowering that failed
 │   └── ParityError        the exported programs do not compute what the model computes
-├── ArtifactError          an artifact directory that is missing, tampered with or of another version
+├── ArtifactError          an artifact directory that is missing, changed or of another version
 ├── SnapshotError          a KV snapshot that belongs to another model or plan, or is cut off
 └── RuntimeFault           the runtime cannot go on
     ├── PromptError        a prompt that is empty, too long or holds unknown token ids

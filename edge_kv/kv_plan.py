@@ -170,7 +170,7 @@ def plan_kv(config: ModelConfig, *, ctx: int, chunk: int = 128, kv: str = "int8"
         raise PlanError(
             f"ctx {ctx} is outside 1 … {config.max_ctx}, the positions this model was made for."
         )
-    if not 1 <= chunk:
+    if chunk < 1:
         raise PlanError(f"chunk {chunk} must be at least 1 token.")
     chunk = min(chunk, ctx)
     window = min(config.sliding_window, ctx)

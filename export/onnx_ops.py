@@ -1,4 +1,4 @@
-"""The primitives of the ONNX lowering: torch ops with an eager meaning and one ONNX translation each.
+"""The primitives of the ONNX lowering: torch ops with an eager meaning and an ONNX translation.
 
 `TRANSLATIONS` also maps the decoder's own quantised ops (`edge_kv.model.ops`). Standard operators
 are used wherever ONNX Runtime has a fast kernel for them; `com.microsoft` only for MatMulNBits,

@@ -33,7 +33,7 @@ from edge_kv.artifact import (
     write_manifest,
 )
 from edge_kv.config import ModelConfig
-from edge_kv.errors import ConfigError, ExportError, did_you_mean
+from edge_kv.errors import ConfigError, ExportError, ParityError, did_you_mean
 from edge_kv.export import gate
 from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
 from edge_kv.export.quant_format import QuantFormat
@@ -130,7 +130,7 @@ class _Job:
             self.progress.stage("programs")
             programs = lower_onnx(self.config, self.plan, self.layout, self.onnx, WEIGHTS)
             self._finish(reports, ple, tokenizer, programs)
-        except gate.ParityError:
+        except ParityError:
             shutil.rmtree(self.root)
             raise
         except OSError as e:

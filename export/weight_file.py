@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 ROW_BLOCK_BYTES = 64 << 20  # f32 bytes of rows held at a time
-NUMPY = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
-TORCH = {"f32": torch.float32, "u8": torch.uint8}
+NUMPY: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, f
 
 
 def _put(fd: int, region: Region, start: int, values: Tensor) -> None:
-    data = memoryview(np.ascontiguousarray(values.numpy())).cast("B")
+    data = np.ascontiguousarray(values.numpy()).data.cast("B")
     _write_at(fd, data, region.offset + start * region.row_bytes)
 
 
@@ -236,7 +235,7 @@ def write_ple(
             if key not in journal.done:
                 values = torch.from_numpy(source.read(name, start, stop))
                 data, lost = encode_ple(values, entry)
-                _write_at(fd, memoryview(data).cast("B"), start * entry.row_bytes)
+                _write_at(fd, data.data.cast("B"), start * entry.row_bytes)
                 os.fsync(fd)
                 size = float(values.square().sum(dtype=torch.float64))
                 journal.add(key, lost=lost, size=size)

@@ -1,1 +1,1 @@
-"""The decoder in plain PyTorch, written once: `decoder` reads top to bottom, `state` is its seam."""
+"""The decoder in plain PyTorch, written once; `state` is the seam to every backend."""

@@ -28,7 +28,7 @@ MASKED = -1e30  # finite, so that a fully masked row stays finite
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Per-head RMS norms of one layer: q and k have weights [head_dim], v has none or is not normed."""
+    """Per-head RMS norms of one layer: weights [head_dim] of q and k; v is normed without one."""
 
     q: Tensor
     k: Tensor | None
@@ -93,14 +93,14 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int) -> Tensor:
-    """Which keys a query may see, [T, S]: not unwritten (negative), not later, within the window."""
+    """Which keys a query may see, [T, S]: written (not negative), not later, within the window."""
     distance = q_pos.unsqueeze(1) - k_pos.unsqueeze(0)
     seen = (distance >= 0) & (k_pos >= 0).unsqueeze(0)
     return seen & (distance < window) if window else seen
 
 
 def ring_positions(last: Tensor, slots: int) -> Tensor:
-    """Absolute position held by each slot when `last` [1] is the newest; negative: never written."""
+    """Absolute position in each slot when `last` [1] is the newest; negative: never written."""
     return last - torch.remainder(last - torch.arange(slots, device=last.device), slots)
 
 
