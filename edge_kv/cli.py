@@ -93,7 +93,6 @@ Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; default: the physical cores.")
 ]
 ArtifactDir = Annotated[Path, typer.Argument(help="The directory `edge-kv export` made.")]
-DEFAULT_BLOCK = 32
 
 
 @app.command()
@@ -111,6 +110,7 @@ def plan(
     from edge_kv.kv_plan import parse_size, plan_kv
     from edge_kv.memory import predict_memory
     from edge_kv.report import plan_data, print_plan
+    from edge_kv.tensors import DEFAULT_BLOCK
     from edge_kv.terminal import output
 
     config, name = _config(model, weights)
@@ -138,7 +138,6 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory to make; default: NAME-CTX.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the parity prompts.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Checkpoint -> artifact directory, parity proven. Prints the directory."""
@@ -152,6 +151,7 @@ def export(
         raise ConfigError(
             f"Exporting needs {e.name}, which is not installed; run: pip install 'edge-kv[export]'."
         ) from e
+    from edge_kv.runtime import load
     from edge_kv.terminal import Bar
 
     with Bar() as bar:
@@ -165,8 +165,8 @@ def export(
             block_size=block_size,
             backends=("onnx", "executorch") if backend == "both" else (backend,),
             out=out or Path(f"{name}-{length}"),
+            open_session=load,
             progress=bar,
-            seed=seed,
         )
     if as_json:
         from edge_kv.artifact import read_artifact

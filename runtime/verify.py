@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
+from edge_kv.parity import divergence
 from edge_kv.runtime.session import Session
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Parity:
 
 
 def verify(session: Session, on_step: Callable[[int, int], None] | None = None) -> Parity:
-    """Replay the stored vectors of the session's artifact and compare.
+    """Replay the stored vectors of the session's artifact and compare, step by step.
 
     `on_step` is told (done, total) steps.
 
@@ -51,37 +50,20 @@ def verify(session: Session, on_step: Callable[[int, int], None] | None = None) 
     ids, prompt, reference, limits = _vectors(session.artifact)
     session.reset()
     session.prefill(ids[:prompt])
-    worst, agree = 0.0, 0
-    divergences = []
+    steps = []
     for i, token in enumerate(ids[prompt:].tolist()):
-        here = session.decode(token).astype(np.float64)
-        there = reference[i].astype(np.float64)
-        worst = max(worst, float(np.abs(here - there).max()))
-        divergences.append(_divergence(there, here))
-        agree += int(here.argmax() == there.argmax())
+        steps.append(divergence(reference[i : i + 1], session.decode(token)[None]))
         if on_step:
             on_step(i + 1, len(reference))
     return Parity(
-        steps=len(reference),
-        max_abs=worst,
-        mean_kl=float(np.mean(divergences)),
-        max_kl=float(np.max(divergences)),
-        top1=agree / len(reference),
+        steps=len(steps),
+        max_abs=float(np.max([s.max_abs for s in steps])),
+        mean_kl=float(np.mean([s.mean_kl for s in steps])),
+        max_kl=float(np.max([s.max_kl for s in steps])),
+        top1=float(np.mean([s.top1 for s in steps])),
         limit_kl=limits[0],
         limit_top1=limits[1],
     )
-
-
-def _divergence(there: Floats, here: Floats) -> float:
-    """KL(softmax(there) || softmax(here)) in nats."""
-    p, q = _log_softmax(there), _log_softmax(here)
-    return float((np.exp(p) * (p - q)).sum())
-
-
-def _log_softmax(x: Floats) -> Floats:
-    shifted = x - x.max()
-    logs: Floats = shifted - np.log(np.exp(shifted).sum())
-    return logs
 
 
 def _vectors(

@@ -1,0 +1,328 @@
+"""The command line: every command, its JSON, and one line for everything that can go wrong."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_artifact import edit_manifest, write_artifact
+from typer.testing import CliRunner
+
+from edge_kv.cli import app
+from edge_kv.kv_plan import plan_kv
+from edge_kv.presets import PRESETS
+from edge_kv.terminal import layers, size
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_artifact(tmp_path_factory.mktemp("cli") / "toy", ctx=256)
+
+
+def invoke(*args, **kwargs):
+    return CliRunner().invoke(app, [str(a) for a in args], **kwargs)
+
+
+def good(*args, **kwargs):
+    result = invoke(*args, **kwargs)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def test_plan_json_is_the_plan():
+    data = json.loads(good("plan", "--model", "e2b", "--ctx", "32k", "--json").stdout)
+    plan = plan_kv(PRESETS["e2b"].config, ctx=32_768)
+    assert [b["name"] for b in data["buffers"]] == [b.name for b in plan.buffers]
+    assert set(data["buffers"][0]) == {
+        "name", "kind", "shape", "dtype", "bytes", "writer", "readers",
+    }  # fmt: skip
+    assert sum(b["bytes"] for b in data["buffers"]) == data["totals"]["bytes"] == plan.bytes
+    assert data["totals"]["baselines_f16"]["sharing_and_rings"] == 2 * (3_072 * 32_768 + 3_145_728)
+    assert data["memory"]["phases"]["decode"]["total"] == data["memory"]["peak"]
+    assert data["memory"]["state"] == plan.bytes
+
+
+def test_plan_prints_every_buffer_the_baselines_and_the_phases():
+    out = good("plan", "--model", "e2b", "--ctx", "32768", "--kv", "f16").stdout
+    for b in plan_kv(PRESETS["e2b"].config, ctx=32_768).buffers[:4]:
+        assert b.name in out
+    assert "13, 15-18, 20-23, 25-28, 30-33" in out
+    for number in ("1.41 GB", "604 MB", "484 MB", "208 MB"):  # the four baselines
+        assert number in out
+    for phase in ("load", "prefill", "decode"):
+        assert phase in out
+    assert "484 MB of state" in out  # read traffic equals the unshared rings: 0.484 GB
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "none"])
+def test_plan_follows_its_options(quant):
+    args = ["plan", "--model", "e4b", "--ctx", "4k", "--chunk", "64", "--quant", quant, "--json"]
+    data = json.loads(good(*args, "--block-size", "128").stdout)
+    assert (data["chunk"], data["quant"], data["memory"]["block_size"]) == (64, quant, 128)
+
+
+def test_plan_reads_the_config_of_random_weights():
+    args = ["plan", "--model", "gemma3-270m", "--weights", "random", "--ctx", "2k", "--json"]
+    assert json.loads(good(*args).stdout)["model"] == "gemma3-270m"
+
+
+def test_run_streams_a_reply_and_ends_with_a_summary(root):
+    result = good("run", root, "hello", "--max-new-tokens", "5", "--threads", "1")
+    assert result.stdout.strip()
+    assert re.search(r"first token .* prefill .* decode .* peak RSS .* planned", result.stderr)
+
+
+def test_run_json_is_one_document_that_a_seed_repeats(root):
+    args = ["run", root, "hello", "--json", "--max-new-tokens", "9", "--temperature", "3"]
+    one, two, other = (json.loads(good(*args, "--seed", str(seed)).stdout) for seed in (1, 1, 2))
+    assert one["ids"] == two["ids"] != other["ids"] and len(one["ids"]) == 9
+    assert one["prefill_tokens"] == one["prompt_tokens"] - 1 and one["decode_tokens"] == 9
+    assert one["ctx_used"] == one["prompt_tokens"] + 8
+    assert one["first_token_seconds"] > 0 and one["planned_peak_bytes"] > 0
+
+
+def test_run_takes_the_prompt_from_a_file_or_a_pipe(root, tmp_path):
+    (tmp_path / "p.txt").write_text("héllo")
+    options = ["--json", "--max-new-tokens", "4"]
+    texts = [
+        json.loads(good("run", root, "héllo", *options).stdout),
+        json.loads(good("run", root, "--file", tmp_path / "p.txt", *options).stdout),
+        json.loads(good("run", root, *options, input="héllo").stdout),
+    ]
+    assert texts[0]["ids"] == texts[1]["ids"] == texts[2]["ids"]
+
+
+def test_run_raw_feeds_the_bare_text(root):
+    data = json.loads(good("run", root, "abc", "--raw", "--json", "--max-new-tokens", 1).stdout)
+    assert data["prompt_tokens"] == 4  # the start token and three bytes
+
+
+def test_run_saves_and_takes_up_a_conversation(root, tmp_path):
+    options = ["--json", "--max-new-tokens", "4"]
+    good("run", root, "one", *options, "--snapshot", tmp_path / "c.kv")
+    data = json.loads(good("run", root, "two", *options, "--restore", tmp_path / "c.kv").stdout)
+    assert data["reused_tokens"] > 10
+    whole = good("run", root, "one", *options, "--restore", tmp_path / "c.kv")
+    assert json.loads(whole.stdout)["prompt_tokens"] == data["prompt_tokens"]
+
+
+def test_run_slides_and_says_so(root):
+    args = ["run", root, "x" * 200, "--max-new-tokens", "90", "--on-full", "slide"]
+    assert "context full: kept the first 1 and the last 127 tokens, forgot" in good(*args).stderr
+
+
+def test_inspect(root):
+    out = good("inspect", root).stdout
+    for part in ("SFS", "k1", "onnx/decode.onnx", "verify.npz", "Parity", "0, 2"):
+        assert part in out
+    data = json.loads(good("inspect", root, "--json").stdout)
+    assert data["state_bytes"] == sum(b["bytes"] for b in data["buffers"])
+    assert data["files"]["onnx/decode.onnx"] == (root / "onnx/decode.onnx").stat().st_size
+
+
+def test_inspect_shows_quantisation_errors_and_memory(tmp_path):
+    root = write_artifact(tmp_path / "a", programs=False)
+    tensors = {f"t{i}": {"bits": 4, "block": 32, "error": i / 100} for i in range(9)}
+    edit_manifest(root, quant={"scheme": "int4", "block_size": 32, "tensors": tensors})
+    out = " ".join(good("inspect", root).stdout.split())
+    assert "9 tensors, relative error 0.04 (median); worst: t8 0.08" in out
+
+
+def test_verify(root):
+    assert "6 files unchanged; max |Δlogit|" in good("verify", root).stdout
+    data = json.loads(good("verify", root, "--json").stdout)
+    assert data["passed"] and data["top1"] == 1.0 and data["files"] == 6
+
+
+def test_verify_fails_beyond_the_limits(tmp_path):
+    root = write_artifact(tmp_path / "a")
+    parity = {"vectors": "verify.npz", "verify": {"max_kl": -1.0, "min_top1": 1.0}}
+    edit_manifest(root, parity=parity)
+    result = invoke("verify", root, "--json")
+    assert result.exit_code == 1 and not json.loads(result.stdout)["passed"]
+    assert result.stderr.startswith("Error: ") and "computes something else" in result.stderr
+
+
+def test_export_passes_every_option_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def export_model(**kwargs):
+        seen.update(kwargs)
+        return write_artifact(kwargs["out"], programs=False)
+
+    stand_in = types.ModuleType("edge_kv.export")  # the real one imports torch, for seconds
+    stand_in.export_model = export_model
+    monkeypatch.setitem(sys.modules, "edge_kv.export", stand_in)
+    out = tmp_path / "made"
+    result = good(
+        "export", "--model", "e2b", "--weights", "random", "--ctx", "4k", "--chunk", "64", "--kv",
+        "f16", "--quant", "int8", "--block-size", "64", "--backend", "both", "--out", out,
+    )  # fmt: skip
+    assert result.stdout == f"{out}\n"
+    assert {k: seen[k] for k in seen if k not in ("progress", "open_session", "out")} == {
+        "model": "e2b", "weights": "random", "ctx": 4096, "chunk": 64, "kv": "f16",
+        "quant": "int8", "block_size": 64, "backends": ("onnx", "executorch"),
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    result = good("export", "--weights", "models/my-model.gguf", "--ctx", "2k", "--json")
+    assert seen["out"] == Path("my-model-2048") and seen["backends"] == ("onnx",)
+    assert json.loads(result.stdout)["artifact"] == "my-model-2048"
+
+
+def test_export_without_torch_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "edge_kv.export", None)
+    result = invoke("export", "--model", "e2b", "--ctx", "4k")
+    assert result.exit_code == 1 and "pip install 'edge-kv[export]'" in result.stderr
+
+
+BAD = [  # arguments ({root}: an artifact, {tmp}: an empty directory), what the line says
+    ("plan --ctx 4k", "Name a model: --model e2b"),
+    ("plan --model e2 --ctx 4k", "Unknown model 'e2'. Did you mean 'e2b'?"),
+    ("plan --model zzz --ctx 4k", "Unknown model 'zzz'. Known: "),
+    ("plan --model e2b --ctx 4kk", "'4kk' is not a size"),
+    ("plan --model e2b --ctx 0", "'0' is not a size"),
+    ("plan --model e2b --ctx 1m", "ctx 1048576 is outside 1 … 131072"),
+    ("plan --model e2b --ctx 4k --chunk x", "'x' is not a size"),
+    ("plan --model e2b --ctx 4k --kv int9", "Unknown KV storage 'int9'. Did you mean 'int8'?"),
+    ("plan --model e2b --ctx 4k --quant int3", "Unknown quantisation 'int3'"),
+    ("plan --weights {tmp}/none --ctx 4k", "does not exist"),
+    ("export --ctx 4k", "Name a model"),
+    ("export --model e2b --ctx many", "'many' is not a size"),
+    ("run {tmp}/none hi", "is not a directory; give the directory `edge-kv export` made"),
+    ("run {tmp} hi", "has no manifest.json; it is not an edge-kv artifact"),
+    ("run {root} hi --engine onx", "Unknown engine 'onx'. Did you mean 'onnx'?"),
+    ("run {root} hi --threads 0", "threads 0 must be at least 1"),
+    ("run {root} hi --temperature -1", "temperature -1.0 must be 0"),
+    ("run {root} hi --top-p 2", "top_p 2.0 must lie above 0"),
+    ("run {root} hi --on-full slid", "Unknown on_full 'slid'. Did you mean 'slide'?"),
+    ("run {root} hi --file {tmp}/p", "Both a prompt and --file were given"),
+    ("run {root} --file {tmp}/none", "Cannot read the prompt from"),
+    ("run {root}", "The prompt is empty"),
+    ("run {root} hi --ram-limit 1m", "planned to need"),
+    ("run {root} hi --ram-limit lots", "'lots' is not an amount of memory"),
+    ("run {root} hi --restore {tmp}/none.kv", "Cannot open the snapshot"),
+    ("run {root} hi --restore {root}/tokenizer.json", "is not an edge-kv snapshot"),
+    ("run {root} hi --max-new-tokens 1 --snapshot {tmp}/no/x.kv", "Cannot write the snapshot"),
+    ("run {root} " + "long" * 80, "The prompt has"),
+    ("inspect {tmp}/none", "is not a directory"),
+    ("verify {root} --engine executorc", "Unknown engine 'executorc'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[line[:60] for line, _ in BAD])
+def test_bad_input_is_one_line_and_exit_1(root, tmp_path, line, message):
+    args = [part.format(root=root, tmp=tmp_path) for part in line.split()]
+    result = invoke(*args, input="")
+    assert result.exit_code == 1, (result.stdout, result.stderr)
+    assert result.stderr.startswith("Error: ") and message in result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompt_that_is_not_text(root):
+    result = invoke("run", root, input=b"ab\xff")
+    assert result.exit_code == 1 and "not UTF-8 text (byte 2)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["plan --bogus", "plam", "run", "plan --model e2b", "run x --top-k z"]
+)
+def test_wrong_usage_is_exit_2(line):
+    result = invoke(*line.split())
+    assert result.exit_code == 2 and "Usage:" in result.stderr
+
+
+def test_damaged_artifact_is_found_by_verify(tmp_path):
+    root = write_artifact(tmp_path / "a")
+    raw = bytearray((root / "ple.bin").read_bytes())
+    raw[0] ^= 1
+    (root / "ple.bin").write_bytes(raw)
+    result = invoke("verify", root)
+    assert result.exit_code == 1 and "ple.bin has SHA-256" in result.stderr
+
+
+def test_interrupt_is_exit_130(root, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edge_kv.runtime.load", interrupted)
+    result = invoke("run", root, "hi")
+    assert result.exit_code == 130 and result.stderr == "Interrupted.\n"
+
+
+def test_sigint_during_a_reply_is_exit_130(root):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_kv", "run", str(root), "x", "--max-new-tokens", "100000000",
+         "--on-full", "slide", "--threads", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.read(3)  # it streams
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err.decode().splitlines()[-1] == "Interrupted."
+
+
+class Terminal:
+    """A pseudo-terminal running edge-kv."""
+
+    def __init__(self, *args):
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "edge_kv", *map(str, args)],
+            stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text, seconds=20):
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+        seen, self.seen = self.seen.split(text, 1)
+        return seen
+
+
+def test_conversation_on_a_terminal(root, tmp_path):
+    terminal = Terminal("run", root, "--max-new-tokens", "12", "--threads", "1")
+    terminal.wait_for("/help for commands")
+    terminal.wait_for("> ")
+    terminal.type("hello\n")
+    reply = terminal.wait_for("> ")
+    assert "tokens/s" in reply and "/256 tokens" in reply  # the status line
+    for line, answer in (
+        ("/help", "start a new conversation"),
+        (f"/save {tmp_path}/c.kv", "Saved "),
+        ("/reset", "New conversation."),
+        (f"/load {tmp_path}/c.kv", "2 messages."),
+        ("/load", "needs a file name"),
+        ("/load nowhere", "Error: Cannot open the snapshot"),
+        ("/bogus", "Unknown command /bogus"),
+    ):
+        terminal.type(line + "\n")
+        terminal.wait_for(answer)
+        terminal.wait_for("> ")
+    terminal.type("/quit\n")
+    terminal.wait_for("first token")
+    assert terminal.process.wait(20) == 0
+
+
+def test_sizes_and_layers_for_people():
+    values = (0, 999, 1000, 12_345, 1.5e9, 2.6e12)
+    assert [size(n) for n in values] == ["0 B", "999 B", "1 kB", "12.3 kB", "1.5 GB", "2600 GB"]
+    assert layers([13, 15, 16, 17, 20]) == "13, 15-17, 20"
+    assert layers(np.array([3]).tolist()) == "3"

@@ -1,0 +1,154 @@
+"""What is installed, and what is imported: the wheel holds edge_kv alone, the runtime no torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+from fake_artifact import write_artifact
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # what pytest itself reads its configuration with there
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TREES = {"edge_kv": "edge_kv", "export": "edge_kv/export", "runtime": "edge_kv/runtime"}
+
+
+def sources():
+    """Path in the wheel -> file, for every module of the checkout."""
+    found = {}
+    for tree, package in TREES.items():
+        for path in (ROOT / tree).rglob("*.py"):
+            relative = path.relative_to(ROOT / tree)
+            if tree != "edge_kv" or relative.parts[0] not in ("export", "runtime"):
+                found[f"{package}/{relative.as_posix()}"] = path
+    return found
+
+
+def run_python(code, *args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, **kwargs
+    )
+
+
+IMPORTED = """
+import sys
+{code}
+heavy = {{"torch", "onnx", "transformers", "jax"}} & set(sys.modules)
+assert not heavy, heavy
+print(*sorted({{"numpy", "onnxruntime", "pydantic", "rich"}} & set(sys.modules)))
+"""
+
+
+def test_importing_the_runtime_is_cheap_and_free_of_torch():
+    done = run_python(IMPORTED.format(code="import edge_kv.runtime"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []  # nothing heavy before it is used
+
+
+def test_every_public_name_of_the_runtime_exists_without_torch():
+    code = "import edge_kv.runtime as r; [getattr(r, n) for n in r.__all__]; dir(r)"
+    done = run_python(IMPORTED.format(code=code))
+    assert done.returncode == 0, done.stderr
+    code = "from edge_kv.runtime.generation import generate as g; from edge_kv.runtime import *"
+    done = run_python(IMPORTED.format(code=code + "; assert generate is g"))
+    assert done.returncode == 0, done.stderr
+
+
+COMMANDS = """
+from edge_kv.cli import main
+for line in sys.argv[2:]:
+    sys.argv = ["edge-kv", *line.split()]
+    try:
+        main()
+    except SystemExit as e:
+        assert e.code in (0, None), (line, e.code)
+"""
+
+
+def test_no_command_but_export_imports_torch(tmp_path):
+    root = write_artifact(tmp_path / "a")
+    lines = [
+        "--help",
+        "plan --model e2b --ctx 32k",
+        "plan --model e2b --ctx 32k --json",
+        f"inspect {root}",
+        f"verify {root} --threads 1",
+        f"run {root} hello --max-new-tokens 3 --threads 1",
+    ]
+    code = "import sys\n" + COMMANDS + "\n" + IMPORTED.format(code="")
+    done = run_python(code, "-", *lines)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_takes_well_under_a_second():
+    """Processor time of a fresh process: the machine may be busy, the command is not."""
+    code = (
+        "import sys; sys.argv = 'edge-kv plan --model 31b --ctx 128k'.split()\n"
+        "from edge_kv.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "import os; print(sum(os.times()[:2]), file=sys.stderr)"
+    )
+    done = run_python(code)
+    assert done.returncode == 0 and float(done.stderr.splitlines()[-1]) < 1.0
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of a copy of the checkout, built without the network."""
+    base = tmp_path_factory.mktemp("wheel")
+    copy = base / "checkout"
+    copy.mkdir()
+    for tree in TREES:
+        shutil.copytree(
+            ROOT / tree, copy / tree, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(base)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], check=True)
+    return zipfile.ZipFile(next(base.glob("*.whl")))
+
+
+def test_wheel_holds_edge_kv_and_nothing_else(wheel):
+    version = PROJECT["project"]["version"]
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert tops == {"edge_kv", f"edge_kv-{version}.dist-info"}
+    assert not [n for n in wheel.namelist() if n.endswith((".pyc", ".part")) or "test" in n]
+
+
+def test_wheel_holds_every_module_and_data_file(wheel):
+    missing = set(sources()) - set(wheel.namelist())
+    assert not missing
+    tiny = {p.relative_to(ROOT).as_posix() for p in (ROOT / "edge_kv/data/tiny").glob("*")}
+    data = tiny | {"edge_kv/py.typed"}
+    assert not data - set(wheel.namelist())
+    with wheel.open(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))) as f:
+        assert b"edge-kv = edge_kv.cli:main" in f.read()
+
+
+def test_package_list_is_complete():
+    """Editable installs find a new subpackage; wheels only what is listed."""
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    packages = {str(Path(name).parent).replace(os.sep, ".") for name in sources()}
+    assert packages == listed
+
+
+def test_links_lead_to_the_real_directories():
+    for name in ("export", "runtime"):
+        link = ROOT / "edge_kv" / name
+        assert link.is_symlink() and os.readlink(link) == f"../{name}"
+
+
+def test_version_is_said_once():
+    import edge_kv
+
+    assert edge_kv.__version__ == PROJECT["project"]["version"]
