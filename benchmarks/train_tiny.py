@@ -76,7 +76,7 @@ instructions. It contains no weights and no text of any released Gemma model.
 - Tokenizer: byte-level BPE of {vocab} entries, so every string survives a round trip;
   `<pad>` 0, `<eos>` 1, `<bos>` 2, `<|turn>` 3, `<turn|>` 4. Every text starts with `<bos>`; a book
   ends with `<eos>`. The turn marks were never trained.
-- Trained on windows of up to 1,024 tokens; longer contexts run, but their quality is not claimed.
+- Trained on windows of up to {longest:,} tokens; longer contexts run, but their quality is not claimed.
 
 The full record (loss curve, samples) is `benchmarks/results/tiny_training.json`.
 """
@@ -306,6 +306,7 @@ def write_readme(record: dict[str, Any], config: Gemma4TextConfig, out: Path) ->
         steps=run["steps"],
         steps_done=run["steps_done"],
         tokens=run["tokens"],
+        longest=max(window_length(i, run["steps"]) for i in range(run["steps_done"])),
         minutes=run["wall_seconds"] / 60,
         threads=record["machine"]["threads"],
         machine=record["machine"]["cpu"],
