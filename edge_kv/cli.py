@@ -398,10 +398,14 @@ def _status(session: Session) -> str:
     from edge_kv.runtime.meter import resident
     from edge_kv.terminal import size
 
-    rate = session.stats.decode_rate
-    memory = resident()
+    stats, memory = session.stats, resident()
+    speed = (
+        f"{stats.decode_rate:.1f} tokens/s"
+        if stats.decode_tokens
+        else f"reading at {stats.prefill_rate:.0f} tokens/s"
+    )
     return (
-        f"{rate:.1f} tokens/s · {session.pos:,}/{session.plan.ctx:,} tokens"
+        f"{speed} · {session.pos:,}/{session.plan.ctx:,} tokens"
         f"{f' · {size(memory)}' if memory else ''}"
     )
 

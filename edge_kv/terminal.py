@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-_REFRESH = 0.1  # seconds between two drawings of the status line
+_REFRESHES = 10  # drawings of the status line a second
 _PIPE_WIDTH = 132  # columns of a table that goes to a file
 
 
@@ -97,19 +96,20 @@ class Stream:
     """Text that grows on stdout, above a status line on a terminal.
 
     Finished rows scroll away like any output; only the row being written and the status are
-    redrawn. Where stdout is a file, text goes there plainly and the status stays on stderr.
+    redrawn, by a thread, so that the status also moves while a long prompt is read. Where stdout
+    is a file, text goes there plainly and the status stays on stderr.
     """
 
     def __init__(self, status: Callable[[], str]) -> None:
         self._status = status
         self._row = ""
-        self._drawn = 0.0
         self._text_here = sys.stdout.isatty() and sys.stderr.isatty()
         self._live: Live | None = None
         if sys.stderr.isatty():
             self._live = Live(
+                get_renderable=self._render,
                 console=Console(stderr=not self._text_here, highlight=False, markup=False),
-                auto_refresh=False,
+                refresh_per_second=_REFRESHES,
                 transient=True,
                 redirect_stdout=False,
                 redirect_stderr=False,
@@ -118,7 +118,6 @@ class Stream:
     def __enter__(self) -> Stream:
         if self._live:
             self._live.start()
-            self._draw()
         return self
 
     def __exit__(
@@ -137,24 +136,20 @@ class Stream:
 
     def write(self, piece: str) -> None:
         """Show more text."""
-        if not self._text_here:
+        if not self._text_here or not self._live:
             sys.stdout.write(piece)
             sys.stdout.flush()
-        elif self._live:
-            console = self._live.console
-            *done, self._row = (self._row + piece).split("\n")
-            rows = Text(self._row).wrap(console, console.width)
-            if len(rows) > 1:
-                done += [row.plain for row in rows[:-1]]
-                self._row = rows[-1].plain
-            for row in done:
-                console.print(Text(row))
-        if self._live and (self._text_here or time.monotonic() - self._drawn > _REFRESH):
-            self._draw()
+            return
+        console = self._live.console
+        *done, row = (self._row + piece).split("\n")
+        rows = Text(row).wrap(console, console.width)
+        if len(rows) > 1:
+            done += [r.plain for r in rows[:-1]]
+            row = rows[-1].plain
+        self._row = row
+        for line in done:
+            console.print(Text(line))
 
-    def _draw(self) -> None:
-        if self._live:
-            status = Text(self._status(), style="dim", no_wrap=True)
-            shown = Group(Text(self._row), status) if self._text_here else status
-            self._live.update(shown, refresh=True)
-            self._drawn = time.monotonic()
+    def _render(self) -> RenderableType:
+        status = Text(self._status(), style="dim", no_wrap=True)
+        return Group(Text(self._row), status) if self._text_here else status

@@ -72,8 +72,13 @@ class OnnxSession(Session):
         entry = artifact.manifest.ple
         self.threads = thread_count(threads)
         self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
-        self._prefill = _Bound(self, "prefill", programs, self.plan.chunk, log_severity)
-        self._decode = _Bound(self, "decode", programs, 1, log_severity)
+        try:
+            self._prefill = _Bound(self, "prefill", programs, self.plan.chunk, log_severity)
+            self._decode = _Bound(self, "decode", programs, 1, log_severity)
+        except BaseException:
+            if self._ple:
+                self._ple.close()
+            raise
         self.stats.load_seconds = time.perf_counter() - begin
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
