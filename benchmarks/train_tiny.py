@@ -76,7 +76,8 @@ instructions. It contains no weights and no text of any released Gemma model.
 - Tokenizer: byte-level BPE of {vocab} entries, so every string survives a round trip;
   `<pad>` 0, `<eos>` 1, `<bos>` 2, `<|turn>` 3, `<turn|>` 4. Every text starts with `<bos>`; a book
   ends with `<eos>`. The turn marks were never trained.
-- Trained on windows of up to {longest:,} tokens; longer contexts run, but their quality is not claimed.
+- Trained on windows of up to {longest:,} tokens; longer contexts run, but their
+  quality is not claimed.
 
 The full record (loss curve, samples) is `benchmarks/results/tiny_training.json`.
 """
