@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 _REFRESHES = 10  # drawings of the status line a second
+_SMOOTH = 0.03  # seconds between two drawings of growing text
 _PIPE_WIDTH = 132  # columns of a table that goes to a file
 
 
@@ -103,6 +105,7 @@ class Stream:
     def __init__(self, status: Callable[[], str]) -> None:
         self._status = status
         self._row = ""
+        self._drawn = 0.0
         self._text_here = sys.stdout.isatty() and sys.stderr.isatty()
         self._live: Live | None = None
         if sys.stderr.isatty():
@@ -147,6 +150,10 @@ class Stream:
             done += [r.plain for r in rows[:-1]]
             row = rows[-1].plain
         self._row = row
+        now = time.monotonic()
+        if done or now - self._drawn > _SMOOTH:
+            self._drawn = now
+            self._live.refresh()  # before rows are printed: printing redraws what was drawn last
         for line in done:
             console.print(Text(line))
 

@@ -1,5 +1,6 @@
 """The command line: every command, its JSON, and one line for everything that can go wrong."""
 
+import contextlib
 import json
 import os
 import pty
@@ -271,14 +272,55 @@ def test_sigint_during_a_reply_is_exit_130(root):
     assert process.returncode == 130 and err.decode().splitlines()[-1] == "Interrupted."
 
 
-class Terminal:
-    """A pseudo-terminal running edge-kv."""
+def screen(output):
+    """What a terminal shows after `output`: the few control sequences that are in use."""
+    rows, row, column = [""], 0, 0
+    for token in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[^\x1b]", output):
+        if token == "\r":
+            column = 0
+        elif token == "\n":
+            row += 1
+            rows += [""] * (row + 1 - len(rows))
+        elif token.startswith("\x1b") and token.endswith("A"):
+            row -= int(token[2:-1])
+        elif token == "\x1b[2K":
+            rows[row] = ""
+        elif not token.startswith("\x1b"):
+            rows[row] = rows[row].ljust(column)[:column] + token + rows[row][column + 1 :]
+            column += 1
+    return [r.rstrip() for r in rows]
 
-    def __init__(self, *args):
+
+STREAMED = """
+import sys, time
+from edge_kv.terminal import Stream
+with Stream(lambda: "status here") as stream:
+    for piece in sys.argv[1].split("|"):
+        stream.write(piece)
+        time.sleep(0.005)
+"""
+
+
+def test_streamed_text_is_whole_on_the_screen():
+    words = "|".join(f"word{i} " for i in range(60))
+    terminal = Terminal(code=STREAMED, args=[words + "|\nse|cond\n|\nla|st"])
+    shown = screen(terminal.rest())
+    assert terminal.process.wait(20) == 0
+    assert "status here" not in shown
+    end = shown.index("second")
+    assert " ".join(" ".join(shown[:end]).split()) == words.replace("|", "").strip()
+    assert all(len(r) <= 100 for r in shown)
+    assert shown[end : end + 3] == ["second", "", "last"]
+
+
+class Terminal:
+    """A pseudo-terminal of 100 columns running edge-kv, or some code."""
+
+    def __init__(self, code="from edge_kv.cli import main; main()", args=()):
         self.master, slave = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "edge_kv", *map(str, args)],
+            [sys.executable, "-c", code, *map(str, args)],
             stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(slave)
@@ -286,6 +328,13 @@ class Terminal:
 
     def type(self, text):
         os.write(self.master, text.encode())
+
+    def rest(self):
+        """Everything written, after the process ended."""
+        with contextlib.suppress(OSError):  # EIO: nobody holds the other end any more
+            while data := os.read(self.master, 65536):
+                self.seen += data.decode(errors="replace")
+        return self.seen
 
     def wait_for(self, text, seconds=20):
         end = time.monotonic() + seconds
@@ -298,7 +347,7 @@ class Terminal:
 
 
 def test_conversation_on_a_terminal(root, tmp_path):
-    terminal = Terminal("run", root, "--max-new-tokens", "12", "--threads", "1")
+    terminal = Terminal(args=["run", root, "--max-new-tokens", "12", "--threads", "1"])
     terminal.wait_for("/help for commands")
     terminal.wait_for("> ")
     terminal.type("hello\n")
