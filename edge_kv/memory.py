@@ -27,8 +27,9 @@ from edge_kv.tensors import (
 PLE_BLOCK = 32  # values that share a scale in the PLE file
 SCALE_BYTES = 4  # weight scales are f32
 PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
-BASE_ANON = 60 << 20  # interpreter, numpy, onnxruntime and tokenizer: heap
-BASE_FILE = 60 << 20  # … and their mapped libraries
+BASE_ANON = 44 << 20  # interpreter, numpy, onnxruntime: heap
+BASE_FILE = 46 << 20  # … and their mapped libraries
+TOKENIZER_BYTES = 1152  # heap of the tokenizers library for each entry of the vocabulary
 ACTIVATIONS = 4  # f32 rows of the widest layer alive at once in a forward pass
 DEQUANTISED = 3  # f32 copies of a layer's live rows alive while int8 rows become float
 
@@ -54,6 +55,7 @@ class MemoryPlan:
     depth: int
     weights: dict[str, int]  # bytes in the weight file by tensor kind
     ple_file: int
+    tokenizer: int  # heap; a session that is fed ids alone does without
     state: int  # allocated
     touched: int  # of it, holding rows at `depth`
     phases: dict[str, Phase]  # load, prefill, decode
@@ -76,6 +78,7 @@ class MemoryPlan:
             "weight_file": self.weight_file,
             "weights": self.weights,
             "ple_file": self.ple_file,
+            "tokenizer": self.tokenizer,
             "state": self.state,
             "state_touched": self.touched,
             "peak": self.peak,
@@ -112,7 +115,8 @@ def predict_memory(
         packed += heap * programs
         mapped += kept  # both programs map the same file
     touched = plan.touched_bytes(depth)
-    load = Phase(BASE_ANON + packed, BASE_FILE + mapped)
+    tokenizer = TOKENIZER_BYTES * config.vocab_size
+    load = Phase(BASE_ANON + tokenizer + packed, BASE_FILE + mapped)
     chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
     step = _workspace(config, plan, 1, depth) + 2 * 4 * config.vocab_size
     return MemoryPlan(
@@ -121,6 +125,7 @@ def predict_memory(
         depth=depth,
         weights=kinds,
         ple_file=_ple_file(config, quant),
+        tokenizer=tokenizer,
         state=plan.bytes,
         touched=touched,
         phases={

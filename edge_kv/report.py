@@ -81,6 +81,7 @@ def print_plan(data: dict[str, Any], console: Console) -> None:
     console.print(f"Weights: {size(memory['weight_file'])} ({parts}).")
     if memory["ple_file"]:
         console.print(f"PLE rows: {size(memory['ple_file'])} on disk, read row by row.")
+    console.print(f"Tokenizer: {size(memory['tokenizer'])} of heap while there is text to read.")
     console.print(phase_table(memory))
 
 
