@@ -172,6 +172,68 @@ def _embed_q(ids: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
     )
 
 
+def _experts(x: Any, index: Any, weight: Any, gate_up: Any, down: Any) -> Any:
+    def product(rows: Any, stack: Any, which: Any) -> Any:
+        matrix = onnx_op.Gather(stack, which, axis=0)
+        return onnx_op.MatMul(rows, onnx_op.Transpose(matrix, perm=[1, 0]))
+
+    return _mix_experts(
+        x, index, weight,
+        lambda rows, e: product(rows, gate_up, e), lambda rows, e: product(rows, down, e),
+        gate_up.shape[0],
+    )  # fmt: skip
+
+
+def _experts_q(
+    x: Any, index: Any, weight: Any, gate_up: Any, gate_up_scales: Any, down: Any,
+    down_scales: Any, bits: int,
+) -> Any:  # fmt: skip
+    def product(rows: Any, stack: Any, scales: Any, which: Any) -> Any:
+        _, n_out, n_blocks, width = stack.shape
+        block = width * 8 // bits
+        return ms_op.MatMulNBits(
+            rows, onnx_op.Gather(stack, which, axis=0), onnx_op.Gather(scales, which, axis=0),
+            K=n_blocks * block, N=n_out, bits=bits, block_size=block, accuracy_level=0,
+        )  # fmt: skip
+
+    return _mix_experts(
+        x, index, weight,
+        lambda rows, e: product(rows, gate_up, gate_up_scales, e),
+        lambda rows, e: product(rows, down, down_scales, e),
+        gate_up.shape[0],
+    )  # fmt: skip
+
+
+Product = Callable[[Any, Any], Any]  # (rows [T, in], expert index) -> [T, out]
+
+
+def _mix_experts(
+    x: Any, index: Any, weight: Any, into: Product, down: Product, n_experts: int
+) -> Any:
+    """One token gathers only its top_k experts; a chunk runs every expert over all its tokens."""
+    zero = onnx_op.Constant(value_ints=[0])
+    if x.shape[0] == 1:
+        chosen = [onnx_op.Constant(value_int=j) for j in range(index.shape[1])]
+        flat = onnx_op.Squeeze(index, zero)
+        picks = [(onnx_op.Gather(flat, j), onnx_op.Gather(weight, j, axis=1)) for j in chosen]
+    else:
+        picks = []
+        for e in range(n_experts):
+            which = onnx_op.Constant(value_int=e)
+            hit = onnx_op.Cast(onnx_op.Equal(index, which), to=1)  # 1: float
+            share = onnx_op.ReduceSum(
+                onnx_op.Mul(hit, weight), onnx_op.Constant(value_ints=[1]), keepdims=0
+            )
+            picks.append((which, share))
+    total = None
+    for which, share in picks:
+        gate, up = onnx_op.Split(into(x, which), axis=-1, num_outputs=2)
+        out = down(onnx_op.Mul(onnx_op.Gelu(gate, approximate="tanh"), up), which)
+        part = onnx_op.Mul(out, onnx_op.Unsqueeze(share, onnx_op.Constant(value_ints=[1])))
+        total = part if total is None else onnx_op.Add(total, part)
+    return total
+
+
 def _arange(end: Any, **kwargs: Any) -> Any:
     """0 … end-1 as int64: torch's own translation leaves a CastLike that ORT cannot fold."""
     stop = onnx_op.Constant(value_int=end) if isinstance(end, int) else onnx_op.Cast(end, to=7)
@@ -186,5 +248,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _OPS.attend_chunk.default: _attend_chunk,
     model_ops.linear_q._opoverload: _linear_q,
     model_ops.embed_q._opoverload: _embed_q,
+    model_ops.experts._opoverload: _experts,
+    model_ops.experts_q._opoverload: _experts_q,
     torch.ops.aten.arange.default: _arange,
 }
