@@ -1,0 +1,168 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
+namespace edge_kv {
+namespace {
+
+constexpr int kBlockRows = 64;    // query rows of one task: its sums stay in the L2 cache
+constexpr int64_t kMinKeys = 256;  // a shorter share of the keys is not worth a thread
+
+template <class F>
+void parallel(const Pool& pool, int64_t count, F task) {
+  if (count == 1 || pool.threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  pool.run(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &task);
+}
+
+size_t element_bytes(Storage storage) {
+  return storage == Storage::f32 ? 4 : storage == Storage::f16 ? 2 : 1;
+}
+
+// Scratch that keeps its capacity between steps; one per calling thread.
+float* scratch(size_t floats) {
+  static thread_local std::vector<float> memory;
+  if (memory.size() < floats) memory.resize(floats);
+  return memory.data();
+}
+
+}  // namespace
+
+void store_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, const Step& step,
+                const float* k, const float* v, const float* k_norm, bool v_norm) {
+  const size_t row_bytes = size_t(b.dim) * element_bytes(b.storage);
+  float* rows = scratch(size_t(step.tokens) * b.dim);
+  parallel(pool, step.tokens, [&](int64_t t) {
+    const int64_t slot = (step.position + t) % b.slots;
+    float* row = rows + t * b.dim;
+    for (int h = 0; h < b.kv_heads; ++h) {
+      const int64_t from = (t * b.kv_heads + h) * b.dim;
+      const int64_t to = h * b.slots + slot;
+      kernels.norm_rope(k + from, k_norm, step.cos + t * b.dim / 2, step.sin + t * b.dim / 2,
+                        b.dim, step.eps, 1.0f, row);
+      kernels.store(row, b.dim, b.storage, static_cast<char*>(b.keys) + size_t(to) * row_bytes,
+                    b.key_scales ? b.key_scales + to : nullptr);
+      const float* value = v + from;
+      if (v_norm) {
+        kernels.norm_rope(value, nullptr, nullptr, nullptr, b.dim, step.eps, 1.0f, row);
+        value = row;
+      }
+      kernels.store(value, b.dim, b.storage, static_cast<char*>(b.values) + size_t(to) * row_bytes,
+                    b.value_scales ? b.value_scales + to : nullptr);
+    }
+  });
+}
+
+void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, const Step& step,
+                 const float* q, int q_heads, const float* q_norm, int64_t window, float scale,
+                 float* out) {
+  const int dim = b.dim, group = q_heads / b.kv_heads, tokens = step.tokens;
+  const size_t row_bytes = size_t(dim) * element_bytes(b.storage);
+  // One task is a block of tokens of one KV head; where that leaves threads idle (decoding), the
+  // keys are split too and the shares are merged at the end.
+  const int block = std::max(1, kBlockRows / group);
+  const int blocks = (tokens + block - 1) / block;
+  const int64_t end = step.position + tokens;
+  const int64_t reach = window ? std::min(end, window + tokens - 1) : end;
+  const int64_t wanted = (pool.threads + int64_t(blocks) * b.kv_heads - 1) / (int64_t(blocks) * b.kv_heads);
+  const int shares = int(std::max<int64_t>(1, std::min(wanted, reach / kMinKeys)));
+  const int rows = block * group;
+  const int64_t tasks = int64_t(b.kv_heads) * blocks * shares;
+
+  const size_t query_floats = size_t(tokens) * q_heads * dim;
+  const size_t partial_floats = size_t(rows) * (dim + 2);
+  float* queries = scratch(query_floats + size_t(tasks) * partial_floats);
+  float* partials = queries + query_floats;
+  parallel(pool, tokens, [&](int64_t t) {
+    for (int h = 0; h < q_heads; ++h) {  // [kv_head, token, group, dim]: a block's rows adjoin
+      const int64_t to = (int64_t(h / group) * tokens + t) * group + h % group;
+      kernels.norm_rope(q + (t * q_heads + h) * dim, q_norm, step.cos + t * dim / 2,
+                        step.sin + t * dim / 2, dim, step.eps, scale, queries + to * dim);
+    }
+  });
+
+  auto partial_of = [&](int64_t task) {
+    float* at = partials + size_t(task) * partial_floats;
+    return Partial{at, at + rows, at + 2 * rows};
+  };
+  parallel(pool, tasks, [&](int64_t task) {
+    const int share = int(task % shares), at = int(task / shares % blocks);
+    const int head = int(task / shares / blocks);
+    const int first = at * block, count = std::min(block, tokens - first);
+    const Partial partial = partial_of(task);
+    std::fill_n(partial.top, rows, kMasked);
+    std::fill_n(partial.sum, rows, 0.0f);
+    std::fill_n(partial.mix, size_t(count) * group * dim, 0.0f);
+    const int64_t offset = int64_t(head) * b.slots;
+    const Cache cache{static_cast<const char*>(b.keys) + size_t(offset) * row_bytes,
+                      b.key_scales ? b.key_scales + offset : nullptr,
+                      static_cast<const char*>(b.values) + size_t(offset) * row_bytes,
+                      b.value_scales ? b.value_scales + offset : nullptr,
+                      b.slots, dim, b.storage};
+    const int64_t position = step.position + first;
+    const Queries mine{queries + (int64_t(head) * tokens + first) * group * dim, count * group,
+                       group, position, window};
+    const int64_t oldest = window ? std::max<int64_t>(0, position - window + 1) : 0;
+    const int64_t keys = position + count - oldest;
+    kernels.attend(cache, mine, oldest + keys * share / shares,
+                   oldest + keys * (share + 1) / shares, partial);
+  });
+
+  parallel(pool, tokens, [&](int64_t t) {
+    for (int h = 0; h < q_heads; ++h) {
+      const int64_t task = (int64_t(h / group) * blocks + t / block) * shares;
+      const int64_t row = t % block * group + h % group;
+      float top = kMasked, sum = 0.0f;
+      for (int s = 0; s < shares; ++s) top = std::max(top, partial_of(task + s).top[row]);
+      float* to = out + (t * q_heads + h) * dim;
+      std::fill_n(to, dim, 0.0f);
+      for (int s = 0; s < shares; ++s) {
+        const Partial partial = partial_of(task + s);
+        const float factor = std::exp(partial.top[row] - top);
+        const float* mix = partial.mix + row * dim;
+        sum += factor * partial.sum[row];
+        for (int d = 0; d < dim; ++d) to[d] += factor * mix[d];
+      }
+      for (int d = 0; d < dim; ++d) to[d] /= sum;
+    }
+  });
+}
+
+void unpack_row(const uint8_t* packed, const float* scales, int64_t count, int bits, int64_t block,
+                float* out) {
+  for (int64_t at = 0; at < count; at += block) {
+    const float scale = scales[at / block];
+    if (bits == 4) {
+      const uint8_t* from = packed + at / 2;
+      for (int64_t i = 0; i < block / 2; ++i) {
+        out[at + 2 * i] = float(int(from[i] & 15) - 8) * scale;
+        out[at + 2 * i + 1] = float(int(from[i] >> 4) - 8) * scale;
+      }
+    } else {
+      for (int64_t i = at; i < at + block; ++i) out[i] = float(int(packed[i]) - 128) * scale;
+    }
+  }
+}
+
+void linear_packed(const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
+                   const uint8_t* packed, const float* scales, int64_t n_out, int64_t n_in,
+                   int bits, int64_t block, float* out) {
+  constexpr int64_t kShare = 64;
+  const int64_t shares = (n_out + kShare - 1) / kShare;
+  float* rows = scratch(size_t(shares) * n_in);
+  parallel(pool, shares, [&](int64_t share) {
+    float* row = rows + share * n_in;
+    for (int64_t o = share * kShare; o < std::min(n_out, (share + 1) * kShare); ++o) {
+      unpack_row(packed + o * n_in * bits / 8, scales + o * (n_in / block), n_in, bits, block, row);
+      for (int64_t t = 0; t < tokens; ++t)
+        out[t * n_out + o] = kernels.dot(x + t * n_in, row, int(n_in));
+    }
+  });
+}
+
+}  // namespace edge_kv

@@ -1,0 +1,55 @@
+// Attention over static state: norm, rotate, store rows, attend; spread over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace edge_kv {
+
+// Runs task(context, i) for i in [0, count), on as many threads as the caller's pool has.
+struct Pool {
+  int threads;
+  void (*run)(int64_t count, void (*task)(void* context, int64_t i), void* context);
+};
+
+// Buffers of one layer, [kv_heads, slots, dim] and scales [kv_heads, slots] (null unless int8).
+struct Buffers {
+  void* keys;
+  float* key_scales;
+  void* values;
+  float* value_scales;
+  int64_t slots;
+  int kv_heads;
+  int dim;
+  Storage storage;
+};
+
+// cos and sin [tokens, dim / 2] of the step's tokens, which start at `position`.
+struct Step {
+  const float* cos;
+  const float* sin;
+  int tokens;
+  int64_t position;
+  float eps;
+};
+
+// Store raw k and v [tokens, kv_heads * dim]: keys normed and rotated, values normed if `v_norm`.
+void store_rows(const Kernels&, const Pool&, const Buffers&, const Step&, const float* k,
+                const float* v, const float* k_norm, bool v_norm);
+
+// Attend with raw q [tokens, q_heads * dim] over what is stored; out has the shape of q.
+void attend_rows(const Kernels&, const Pool&, const Buffers&, const Step&, const float* q,
+                 int q_heads, const float* q_norm, int64_t window, float scale, float* out);
+
+// out [tokens, n_out] = x [tokens, n_in] times packed rows [n_out, n_in], dequantised: 4 bits two
+// to a byte, low nibble first, stored + 8; 8 bits stored + 128; a scale for every `block` values.
+void linear_packed(const Kernels&, const Pool&, const float* x, int64_t tokens, const uint8_t* packed,
+                   const float* scales, int64_t n_out, int64_t n_in, int bits, int64_t block,
+                   float* out);
+
+// Dequantise one packed row of `count` values.
+void unpack_row(const uint8_t* packed, const float* scales, int64_t count, int bits, int64_t block,
+                float* out);
+
+}  // namespace edge_kv

@@ -1,0 +1,41 @@
+// One loaded .pte: its two methods over one state arena. A C interface for ctypes, JNI and C++.
+//
+// Functions that can fail return 0 or fill `error` with one line and return non-zero.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__cplusplus)
+extern "C" {
+#endif
+
+#define EDGE_KV_API __attribute__((visibility("default")))
+
+typedef struct edge_kv_engine edge_kv_engine;
+
+// Load `program` (a .pte). `packed_cache` is a file for the weights as XNNPACK packs them: made if
+// it does not exist, mapped if it does, and "" packs into the heap. Null on failure.
+EDGE_KV_API edge_kv_engine* edge_kv_open(const char* program, const char* packed_cache, int threads,
+                                         char* error, int error_bytes);
+EDGE_KV_API void edge_kv_close(edge_kv_engine*);
+
+// The arena that holds every state buffer, zeroed; its pages exist once they are written.
+EDGE_KV_API void* edge_kv_state(edge_kv_engine*, int64_t* bytes);
+
+// An integer that the exporter stored beside the methods ("vocab", "chunk", …), or `otherwise`.
+EDGE_KV_API int64_t edge_kv_fact(edge_kv_engine*, const char* name, int64_t otherwise);
+
+// Write the state of `count` tokens from position `pos`; ple is [count, layers, dim] or null.
+EDGE_KV_API int edge_kv_prefill(edge_kv_engine*, const int64_t* ids, int64_t count, int64_t pos,
+                                const float* ple, char* error, int error_bytes);
+
+// One token at `pos`; fills logits [vocab].
+EDGE_KV_API int edge_kv_decode(edge_kv_engine*, int64_t id, int64_t pos, const float* ple,
+                               float* logits, int64_t vocab, char* error, int error_bytes);
+
+// The instruction set the kernels use: "avx512", "avx2", "neon" or "scalar".
+EDGE_KV_API const char* edge_kv_isa(void);
+
+#if defined(__cplusplus)
+}
+#endif

@@ -1,0 +1,79 @@
+// The kernels behind a plain C function, on threads of their own: for tests and measurements.
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "attention.h"
+
+namespace {
+
+thread_local int wanted_threads = 1;
+
+void run_on_threads(int64_t count, void (*task)(void*, int64_t), void* context) {
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t i; (i = next++) < count;) task(context, i);
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < wanted_threads; ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+
+#define EDGE_KV_API extern "C" __attribute__((visibility("default")))
+
+struct edge_kv_layer {
+  void* keys;
+  float* key_scales;
+  void* values;
+  float* value_scales;
+  int64_t slots;
+  int32_t kv_heads, dim, storage;  // storage: 0 f32, 1 f16, 2 int8
+};
+
+struct edge_kv_step {
+  const float* cos;
+  const float* sin;
+  int64_t position;
+  int32_t tokens, q_heads;
+  int64_t window;
+  float eps, scale;
+  int32_t v_norm, threads;
+};
+
+// Store k and v (unless null), then attend with q (unless null). Non-zero: no such kernels here.
+EDGE_KV_API int edge_kv_attention(const char* isa, const edge_kv_layer* layer,
+                                  const edge_kv_step* step, const float* q, const float* k,
+                                  const float* v, const float* q_norm, const float* k_norm,
+                                  float* out) {
+  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
+  if (!kernels) return 1;
+  wanted_threads = step->threads;
+  const edge_kv::Pool pool{step->threads, run_on_threads};
+  const edge_kv::Buffers buffers{layer->keys,  layer->key_scales, layer->values,
+                                 layer->value_scales, layer->slots, layer->kv_heads,
+                                 layer->dim,   edge_kv::Storage(layer->storage)};
+  const edge_kv::Step at{step->cos, step->sin, step->tokens, step->position, step->eps};
+  if (k) edge_kv::store_rows(*kernels, pool, buffers, at, k, v, k_norm, step->v_norm != 0);
+  if (q)
+    edge_kv::attend_rows(*kernels, pool, buffers, at, q, step->q_heads, q_norm, step->window,
+                         step->scale, out);
+  return 0;
+}
+
+EDGE_KV_API int edge_kv_linear(const char* isa, int threads, const float* x, int64_t tokens,
+                               const uint8_t* packed, const float* scales, int64_t n_out,
+                               int64_t n_in, int bits, int64_t block, float* out) {
+  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
+  if (!kernels) return 1;
+  wanted_threads = threads;
+  edge_kv::linear_packed(*kernels, {threads, run_on_threads}, x, tokens, packed, scales, n_out,
+                         n_in, bits, block, out);
+  return 0;
+}
+
+EDGE_KV_API uint16_t edge_kv_to_half(float value) { return edge_kv::float_to_half(value); }
+EDGE_KV_API float edge_kv_from_half(uint16_t half) { return edge_kv::half_to_float(half); }

@@ -1,0 +1,73 @@
+// The compute kernels of the ExecuTorch backend: plain C++ over plain memory, no runtime behind it.
+//
+// kernels.cpp is compiled once for every instruction set; `best_kernels` picks one when the program
+// starts. attention.h puts the kernels together and spreads them over threads.
+#pragma once
+
+#include <cstdint>
+
+namespace edge_kv {
+
+// How a state row or a weight is stored.
+enum class Storage { f32, f16, int8 };
+
+// One KV head of a cache: rows [slots, dim]; the row of absolute position p is at p % slots.
+// Scales [slots] belong to int8 rows and are null otherwise.
+struct Cache {
+  const void* keys;
+  const float* key_scales;
+  const void* values;
+  const float* value_scales;
+  int64_t slots;
+  int dim;
+  Storage storage;
+};
+
+// Query rows [rows, dim], already normed, rotated and scaled; `group` consecutive rows stand at one
+// position, the first at `position`. A window of W sees the W newest positions, 0 sees all.
+struct Queries {
+  const float* rows;
+  int count;
+  int group;
+  int64_t position;
+  int64_t window;
+};
+
+// Softmax in progress for `count` rows: running maximum, sum of exponentials, and the weighted sum
+// of values [count, dim] relative to that maximum.
+struct Partial {
+  float* top;
+  float* sum;
+  float* mix;
+};
+
+constexpr float kMasked = -1e30f;
+
+struct Kernels {
+  const char* name;
+
+  // Fold the keys at positions [begin, end) into `partial`.
+  void (*attend)(const Cache&, const Queries&, int64_t begin, int64_t end, const Partial&);
+
+  // out = x * rsqrt(mean(x^2) + eps) * weight, then rotate halves by cos and sin [dim / 2], then
+  // times `scale`. A null weight is all ones, a null cos does not rotate.
+  void (*norm_rope)(const float* x, const float* weight, const float* cos, const float* sin,
+                    int dim, float eps, float scale, float* out);
+
+  // Store one row; int8 rows get the scale max|x| / 127.
+  void (*store)(const float* x, int dim, Storage, void* row, float* row_scale);
+
+  float (*dot)(const float* a, const float* b, int n);
+};
+
+// The kernels for this CPU; EDGE_KV_ISA=scalar|avx2|avx512|neon in the environment asks for one
+// that it supports.
+const Kernels& best_kernels();
+
+// Kernels by name, null where this build or this CPU has none.
+const Kernels* find_kernels(const char* name);
+
+float half_to_float(uint16_t half);
+uint16_t float_to_half(float value);
+
+}  // namespace edge_kv

@@ -1,0 +1,197 @@
+// The edge_kv:: operators of a .pte on the kernels; schemas and meaning: export/executorch_ops.py.
+#include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
+#include <executorch/runtime/kernel/kernel_includes.h>
+#include <executorch/runtime/kernel/thread_parallel_interface.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "attention.h"
+
+namespace edge_kv {
+namespace {
+
+using executorch::aten::ScalarType;
+using executorch::aten::SizesType;
+using executorch::aten::Tensor;
+using executorch::runtime::KernelRuntimeContext;
+using OptionalTensor = std::optional<Tensor>;
+
+Pool pool() {
+  return {int(executorch::extension::get_thread_count()),
+          [](int64_t count, void (*task)(void*, int64_t), void* context) {
+            executorch::extension::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) task(context, i);
+            });
+          }};
+}
+
+bool floats(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
+
+bool same_shape(const Tensor& a, const Tensor& b) { return a.sizes() == b.sizes(); }
+
+// Check the state tensors of a layer against each other and take their addresses.
+bool buffers_of(const Tensor& keys, const OptionalTensor& key_scales, const Tensor& values,
+                const OptionalTensor& value_scales, Buffers& out) {
+  if (keys.dim() != 3 || !same_shape(keys, values) || keys.scalar_type() != values.scalar_type())
+    return false;
+  switch (keys.scalar_type()) {
+    case ScalarType::Float: out.storage = Storage::f32; break;
+    case ScalarType::Half: out.storage = Storage::f16; break;
+    case ScalarType::Char: out.storage = Storage::int8; break;
+    default: return false;
+  }
+  const bool scaled = out.storage == Storage::int8;
+  if (key_scales.has_value() != scaled || value_scales.has_value() != scaled) return false;
+  out.keys = keys.mutable_data_ptr();
+  out.values = values.mutable_data_ptr();
+  out.key_scales = scaled ? key_scales->mutable_data_ptr<float>() : nullptr;
+  out.value_scales = scaled ? value_scales->mutable_data_ptr<float>() : nullptr;
+  out.kv_heads = int(keys.size(0));
+  out.slots = keys.size(1);
+  out.dim = int(keys.size(2));
+  return true;
+}
+
+bool step_of(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& pos,
+             const Buffers& buffers, int64_t window, double eps, Step& out) {
+  if (x.dim() != 2 || !floats(x) || !floats(cos) || !floats(sin) || pos.numel() != 1 ||
+      pos.scalar_type() != ScalarType::Long || !same_shape(cos, sin) || cos.dim() != 2 ||
+      cos.size(0) != x.size(0) || 2 * cos.size(1) != buffers.dim)
+    return false;
+  out = {cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), int(x.size(0)),
+         pos.const_data_ptr<int64_t>()[0], float(eps)};
+  // A ring must hold every row that the step's oldest query sees; other buffers never wrap.
+  const int64_t end = out.position + out.tokens;
+  const int64_t seen = window ? std::min(end, window + out.tokens - 1) : end;
+  return out.position >= 0 && seen <= buffers.slots;
+}
+
+Tensor& attend_own(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& q_norm, const Tensor& k_norm, const Tensor& cos, const Tensor& sin,
+                   const Tensor& keys, const OptionalTensor& key_scales, const Tensor& values,
+                   const OptionalTensor& value_scales, const Tensor& pos, int64_t window,
+                   bool v_norm, double eps, double scale, Tensor& out) {
+  Buffers buffers;
+  Step step;
+  ET_KERNEL_CHECK(context, buffers_of(keys, key_scales, values, value_scales, buffers),
+                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context, step_of(q, cos, sin, pos, buffers, window, eps, step), InvalidArgument,
+                  out);
+  const int64_t width = int64_t(buffers.kv_heads) * buffers.dim;
+  ET_KERNEL_CHECK(context,
+                  floats(k) && floats(v) && same_shape(k, v) && k.dim() == 2 &&
+                      k.size(0) == step.tokens && k.size(1) == width && q.size(1) % width == 0 &&
+                      q_norm.numel() == buffers.dim && k_norm.numel() == buffers.dim,
+                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, q.sizes()) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  const Kernels& kernels = best_kernels();
+  const Pool threads = pool();
+  store_rows(kernels, threads, buffers, step, k.const_data_ptr<float>(), v.const_data_ptr<float>(),
+             k_norm.const_data_ptr<float>(), v_norm);
+  attend_rows(kernels, threads, buffers, step, q.const_data_ptr<float>(),
+              int(q.size(1) / buffers.dim), q_norm.const_data_ptr<float>(), window, float(scale),
+              out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& attend_shared(KernelRuntimeContext& context, const Tensor& q, const Tensor& q_norm,
+                      const Tensor& cos, const Tensor& sin, const Tensor& keys,
+                      const OptionalTensor& key_scales, const Tensor& values,
+                      const OptionalTensor& value_scales, const Tensor& pos, int64_t window,
+                      double eps, double scale, Tensor& out) {
+  Buffers buffers;
+  Step step;
+  ET_KERNEL_CHECK(context, buffers_of(keys, key_scales, values, value_scales, buffers),
+                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context, step_of(q, cos, sin, pos, buffers, window, eps, step), InvalidArgument,
+                  out);
+  ET_KERNEL_CHECK(context,
+                  q.size(1) % (int64_t(buffers.kv_heads) * buffers.dim) == 0 &&
+                      q_norm.numel() == buffers.dim,
+                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, q.sizes()) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  attend_rows(best_kernels(), pool(), buffers, step, q.const_data_ptr<float>(),
+              int(q.size(1) / buffers.dim), q_norm.const_data_ptr<float>(), window, float(scale),
+              out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& store_own(KernelRuntimeContext& context, const Tensor& k, const Tensor& v,
+                  const Tensor& k_norm, const Tensor& cos, const Tensor& sin, const Tensor& keys,
+                  const OptionalTensor& key_scales, const Tensor& values,
+                  const OptionalTensor& value_scales, const Tensor& pos, bool v_norm, double eps,
+                  Tensor& out) {
+  Buffers buffers;
+  Step step;
+  ET_KERNEL_CHECK(context, buffers_of(keys, key_scales, values, value_scales, buffers),
+                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context, step_of(k, cos, sin, pos, buffers, 1, eps, step), InvalidArgument, out);
+  ET_KERNEL_CHECK(context,
+                  floats(v) && same_shape(k, v) &&
+                      k.size(1) == int64_t(buffers.kv_heads) * buffers.dim &&
+                      k_norm.numel() == buffers.dim && out.numel() == 1,
+                  InvalidArgument, out);
+  store_rows(best_kernels(), pool(), buffers, step, k.const_data_ptr<float>(),
+             v.const_data_ptr<float>(), k_norm.const_data_ptr<float>(), v_norm);
+  out.mutable_data_ptr<int64_t>()[0] = step.position + step.tokens;
+  return out;
+}
+
+Tensor& linear_q(KernelRuntimeContext& context, const Tensor& x, const Tensor& packed,
+                 const Tensor& scales, int64_t bits, int64_t block, Tensor& out) {
+  ET_KERNEL_CHECK(context,
+                  x.dim() == 2 && floats(x) && floats(scales) && (bits == 4 || bits == 8) &&
+                      block > 0 && x.size(1) % block == 0 && packed.dim() > 1 &&
+                      packed.numel() * 8 == packed.size(0) * x.size(1) * bits &&
+                      scales.numel() == packed.size(0) * (x.size(1) / block),
+                  InvalidArgument, out);
+  const SizesType sizes[] = {SizesType(x.size(0)), SizesType(packed.size(0))};
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, {sizes, 2}) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  linear_packed(best_kernels(), pool(), x.const_data_ptr<float>(), x.size(0),
+                packed.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(), packed.size(0),
+                x.size(1), int(bits), block, out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& embed_q(KernelRuntimeContext& context, const Tensor& ids, const Tensor& packed,
+                const Tensor& scales, int64_t bits, int64_t block, Tensor& out) {
+  ET_KERNEL_CHECK(context,
+                  ids.dim() == 1 && ids.scalar_type() == ScalarType::Long && packed.dim() == 2 &&
+                      scales.dim() == 2 && floats(scales) && (bits == 4 || bits == 8) &&
+                      packed.size(1) * 8 == scales.size(1) * block * bits &&
+                      packed.size(0) == scales.size(0),
+                  InvalidArgument, out);
+  const int64_t width = scales.size(1) * block, rows = packed.size(0);
+  const SizesType sizes[] = {SizesType(ids.size(0)), SizesType(width)};
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, {sizes, 2}) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  for (int64_t t = 0; t < ids.numel(); ++t) {
+    const int64_t id = ids.const_data_ptr<int64_t>()[t];
+    ET_KERNEL_CHECK(context, id >= 0 && id < rows, InvalidArgument, out);
+    unpack_row(packed.const_data_ptr<uint8_t>() + id * packed.size(1),
+               scales.const_data_ptr<float>() + id * scales.size(1), width, int(bits), block,
+               out.mutable_data_ptr<float>() + t * width);
+  }
+  return out;
+}
+
+EXECUTORCH_LIBRARY(edge_kv, "attend_own.out", attend_own);
+EXECUTORCH_LIBRARY(edge_kv, "attend_shared.out", attend_shared);
+EXECUTORCH_LIBRARY(edge_kv, "store_own.out", store_own);
+EXECUTORCH_LIBRARY(edge_kv, "linear_q.out", linear_q);
+EXECUTORCH_LIBRARY(edge_kv, "embed_q.out", embed_q);
+
+}  // namespace
+}  // namespace edge_kv

@@ -1,0 +1,164 @@
+// A float vector for each instruction set, with the few operations that kernels.cpp needs.
+//
+// Everything has internal linkage: the same names mean other instructions in another object file.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+inline float half_bits_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16;
+  const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
+  uint32_t bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | (fraction << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (fraction << 13);
+  } else {
+    const float tiny = float(fraction) * 5.9604644775390625e-8f;  // 2^-24
+    memcpy(&bits, &tiny, 4);
+    bits |= sign;
+  }
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+#if defined(__AVX512F__)
+
+#define EDGE_KV_ISA_NAME "avx512"
+constexpr int kWidth = 16;
+constexpr int kRows = 8;  // query rows of one register block: 8 x 2 sums, 2 keys, 1 query
+using Vec = __m512;
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline Vec load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void save(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline Vec splat(float x) { return _mm512_set1_ps(x); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float total(Vec x) { return _mm512_reduce_add_ps(x); }
+inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
+inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec power_of_two(Vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+
+#elif defined(__AVX2__)
+
+#define EDGE_KV_ISA_NAME "avx2"
+constexpr int kWidth = 8;
+constexpr int kRows = 4;
+using Vec = __m256;
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline Vec load(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void save(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+inline Vec splat(float x) { return _mm256_set1_ps(x); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline float total(Vec x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float largest(Vec x) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec power_of_two(Vec n) {
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+}
+
+#elif defined(__ARM_NEON) && !defined(EDGE_KV_SCALAR)
+
+#define EDGE_KV_ISA_NAME "neon"
+constexpr int kWidth = 4;
+constexpr int kRows = 8;
+using Vec = float32x4_t;
+inline Vec load(const float* p) { return vld1q_f32(p); }
+inline Vec load(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+inline Vec load(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline void save(float* p, Vec x) { vst1q_f32(p, x); }
+inline Vec splat(float x) { return vdupq_n_f32(x); }
+inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+inline Vec larger(Vec a, Vec b) { return vmaxq_f32(a, b); }
+inline float total(Vec x) { return vaddvq_f32(x); }
+inline float largest(Vec x) { return vmaxvq_f32(x); }
+inline Vec nearest(Vec x) { return vrndnq_f32(x); }
+inline Vec power_of_two(Vec n) {
+  return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+
+#else
+
+#define EDGE_KV_ISA_NAME "scalar"
+constexpr int kWidth = 1;
+constexpr int kRows = 4;
+using Vec = float;
+inline Vec load(const float* p) { return *p; }
+inline Vec load(const int8_t* p) { return float(*p); }
+inline Vec load(const uint16_t* p) { return half_bits_to_float(*p); }
+inline void save(float* p, Vec x) { *p = x; }
+inline Vec splat(float x) { return x; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline float total(Vec x) { return x; }
+inline float largest(Vec x) { return x; }
+inline Vec nearest(Vec x) { return rintf(x); }
+inline Vec power_of_two(Vec n) { return ldexpf(1.0f, int(n)); }
+
+#endif
+
+inline float value_of(float x) { return x; }
+inline float value_of(int8_t x) { return float(x); }
+inline float value_of(uint16_t x) { return half_bits_to_float(x); }
+
+// exp(x) for x <= 0, relative error below 2e-7; arguments below -87 give exp(-87), about 1.6e-38.
+// Range reduction and polynomial of Cephes' expf.
+inline Vec exponential(Vec x) {
+  x = larger(x, splat(-87.0f));
+  const Vec n = nearest(mul(x, splat(1.44269504f)));
+  const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
+  Vec p = splat(1.9875691500e-4f);
+  p = multiply_add(p, r, splat(1.3981999507e-3f));
+  p = multiply_add(p, r, splat(8.3334519073e-3f));
+  p = multiply_add(p, r, splat(4.1665795894e-2f));
+  p = multiply_add(p, r, splat(1.6666665459e-1f));
+  p = multiply_add(p, r, splat(5.0000001201e-1f));
+  p = multiply_add(mul(p, r), r, add(r, splat(1.0f)));
+  return mul(p, power_of_two(n));
+}
+
+}  // namespace

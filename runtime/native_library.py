@@ -1,0 +1,248 @@
+"""Builds and loads the ExecuTorch engine's native library, from source, when it is first needed.
+
+The library is a few hundred lines of C++ on the libraries inside the executorch wheel, none of
+which needs torch. It is compiled once for this machine's compiler, wheel and sources into the
+user's cache directory; finding the wheel does not import it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from edge_kv.errors import RuntimeFault
+
+EXECUTORCH = "1.5.1"  # its C++ interface is not stable between versions
+INSTALL = f"pip install --no-deps executorch=={EXECUTORCH}"
+SOURCES = Path(__file__).parent / "native"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
+# Instruction sets of kernels.cpp: it is compiled once for each, the CPU chooses at run time.
+ISAS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "scalar": (),
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"),
+    },
+    "aarch64": {"scalar": ("-DEDGE_KV_SCALAR",), "neon": ()},
+}
+KERNELS = ("dispatch.cpp", "attention.cpp")
+ENGINE = ("operators.cpp", "engine.cpp")
+LIBRARIES = (
+    "executorch",
+    "executorch_kernels_optimized",
+    "executorch_kernels_quantized",
+    "executorch_backend_xnnpack",
+    "executorch_threadpool",
+    "executorch_etdump",
+)
+
+
+def cache_directory(name: str) -> Path:
+    """`$EDGE_KV_CACHE/name`, by default under the user's cache directory; made if needed."""
+    base = os.environ.get("EDGE_KV_CACHE")
+    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "edge-kv"
+    path = root.expanduser() / name
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RuntimeFault(
+            f"Cannot make the cache directory {path} ({e.strerror}); set EDGE_KV_CACHE to another."
+        ) from e
+    return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock file: one process builds or packs, the others wait for it."""
+    with path.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """The engine library, built if this machine has not built it yet.
+
+    Raises:
+        RuntimeFault: no executorch wheel, no compiler, or it does not compile.
+    """
+    wheel = _wheel()
+    try:
+        library = ctypes.CDLL(str(build_engine(wheel)))
+    except OSError as e:
+        raise RuntimeFault(f"The ExecuTorch engine library cannot be loaded: {e}") from e
+    text, number = ctypes.c_char_p, ctypes.c_int64
+    library.edge_kv_open.restype = ctypes.c_void_p
+    library.edge_kv_open.argtypes = [text, text, ctypes.c_int, text, ctypes.c_int]
+    library.edge_kv_close.argtypes = [ctypes.c_void_p]
+    library.edge_kv_close.restype = None
+    library.edge_kv_state.restype = ctypes.c_void_p
+    library.edge_kv_state.argtypes = [ctypes.c_void_p, ctypes.POINTER(number)]
+    pointer = ctypes.c_void_p
+    library.edge_kv_prefill.argtypes = [
+        pointer, pointer, number, number, pointer, text, ctypes.c_int,
+    ]  # fmt: skip
+    library.edge_kv_decode.argtypes = [
+        pointer, number, number, pointer, pointer, number, text, ctypes.c_int,
+    ]  # fmt: skip
+    library.edge_kv_isa.restype = text
+    return library
+
+
+def _wheel() -> Path:
+    """Where the executorch wheel is installed."""
+    try:
+        found = version("executorch").split("+")[0]
+    except PackageNotFoundError:
+        raise RuntimeFault(
+            f"The ExecuTorch engine needs executorch {EXECUTORCH}; run: {INSTALL}"
+        ) from None
+    if found != EXECUTORCH:
+        raise RuntimeFault(
+            f"The ExecuTorch engine needs executorch {EXECUTORCH}, not {found}; run: {INSTALL}"
+        )
+    spec = find_spec("executorch")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    for place in map(Path, places):
+        if (place / "include").is_dir() and (place / "lib").is_dir():
+            return place
+    raise RuntimeFault(
+        f"This executorch has no C++ libraries in it; run: {INSTALL} --force-reinstall"
+    )
+
+
+def build_engine(wheel: Path) -> Path:
+    """The engine library over the wheel's own libraries."""
+    include = wheel / "include"
+    flags = (
+        "-DC10_USING_CUSTOM_GENERATED_MACROS",
+        "-DET_EVENT_TRACER_ENABLED",
+        "-DET_USE_THREADPOOL",
+        "-isystem", str(include),
+        "-isystem", str(include / "executorch/runtime/core/portable_type/c10"),
+    )  # fmt: skip
+    libraries = (
+        f"-L{wheel / 'lib'}",
+        "-Wl,--no-as-needed",
+        *(f"-l{name}" for name in LIBRARIES),
+        f"-Wl,-rpath,{wheel / 'lib'}",
+    )
+    return build("edge_kv", dict.fromkeys((*KERNELS, *ENGINE), flags), libraries)
+
+
+def build_kernels(*extra: str) -> Path:
+    """The kernels alone with a C interface, for tests and measurements; no executorch needed."""
+    flags = dict.fromkeys((*KERNELS, "kernel_interface.cpp"), extra)
+    return build("edge_kv_kernels", flags, (*extra, "-pthread"), kernel_flags=extra)
+
+
+def build(
+    name: str,
+    sources: dict[str, tuple[str, ...]],
+    link: tuple[str, ...],
+    kernel_flags: tuple[str, ...] = (),
+) -> Path:
+    """Compile `sources` and kernels.cpp for every instruction set into `lib<name>.so`.
+
+    The file name carries a digest of everything it is made of, so a change builds anew.
+
+    Raises:
+        RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
+    """
+    compiler, machine = _compiler(), platform.machine().replace("AMD64", "x86_64")
+    if machine not in ISAS:
+        raise RuntimeFault(
+            f"The ExecuTorch engine knows no kernels for {machine} (only {', '.join(ISAS)}); "
+            "use --engine onnx."
+        )
+    units = [(source, name_of(source), flags) for source, flags in sources.items()]
+    units += [
+        ("kernels.cpp", f"kernels_{isa}", (f"-DEDGE_KV_ISA={isa}", *flags, *kernel_flags))
+        for isa, flags in ISAS[machine].items()
+    ]
+    folder = cache_directory("native")
+    target = folder / f"lib{name}-{_digest(compiler, units, link)}.so"
+    with locked(folder / f"{name}.lock"):
+        if not target.is_file():
+            _compile(compiler, units, link, target)
+    return target
+
+
+def name_of(source: str) -> str:
+    return source.removesuffix(".cpp")
+
+
+def _compile(
+    compiler: str,
+    units: list[tuple[str, str, tuple[str, ...]]],
+    link: tuple[str, ...],
+    target: Path,
+) -> None:
+    work = target.with_suffix(".build")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        commands = [
+            [compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(work / f"{unit}.o")]
+            for source, unit, flags in units
+        ]
+        running = [_start(command) for command in commands]
+        for process in running:
+            _finish(process)
+        objects = [str(work / f"{unit}.o") for _, unit, _ in units]
+        made = work / target.name
+        _finish(_start([compiler, "-shared", "-o", str(made), *objects, *link]))
+        made.replace(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate()
+    if process.returncode:
+        errors = [line for line in output.splitlines() if "error" in line] or output.splitlines()
+        raise RuntimeFault(
+            f"The ExecuTorch engine library does not compile: {errors[0] if errors else 'killed'}; "
+            "use a compiler with C++17 (set CXX), or --engine onnx."
+        )
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise RuntimeFault(
+        "The ExecuTorch engine is compiled when it is first used and there is no C++ compiler; "
+        "install one (Debian: apt install g++), or use --engine onnx."
+    )
+
+
+def _digest(
+    compiler: str, units: list[tuple[str, str, tuple[str, ...]]], link: tuple[str, ...]
+) -> str:
+    digest = hashlib.sha256()
+    for part in (compiler, sys.platform, FLAGS, units, link):
+        digest.update(repr(part).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".h", ".cpp"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

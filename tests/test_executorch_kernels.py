@@ -1,0 +1,311 @@
+"""The native kernels against float64 attention: every instruction set, storage, shape and edge."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edge_kv.runtime.native_library import ISAS, build_kernels
+
+EPS = 1e-6
+DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("keys", "key_scales", "values", "value_scales")),
+        ("slots", ctypes.c_int64),
+        *((n, ctypes.c_int32) for n in ("kv_heads", "dim", "storage")),
+    ]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("position", ctypes.c_int64),
+        ("tokens", ctypes.c_int32),
+        ("q_heads", ctypes.c_int32),
+        ("window", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("v_norm", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+def have(isa):
+    """Whether this CPU runs `isa`: asked of the CPU, so that a kernel cannot skip itself."""
+    if isa == "scalar" or platform.machine() == "aarch64":
+        return True
+    with open("/proc/cpuinfo") as f:
+        flags = f.read().split("flags", 1)[-1].split("\n", 1)[0].split()
+    return {"avx2": "avx2", "avx512": "avx512vl"}[isa] in flags
+
+
+MACHINE_ISAS = [isa for isa in ISAS[platform.machine()] if have(isa)]
+
+
+@pytest.fixture(scope="module")
+def library():
+    return ctypes.CDLL(str(build_kernels()))
+
+
+class Cache:
+    """Static buffers of one layer and the float64 truth of what the kernels must compute."""
+
+    def __init__(self, library, isa, storage, *, slots, kv_heads=1, group=8, dim=64, window=0,
+                 scale=1.0, v_norm=True, threads=1):  # fmt: skip
+        self.library, self.isa, self.threads = library, isa, threads
+        self.slots, self.kv_heads, self.group, self.dim = slots, kv_heads, group, dim
+        self.window, self.scale, self.v_norm, self.storage = window, scale, v_norm, storage
+        self.rows = [np.zeros((kv_heads, slots, dim), DTYPES[storage]) for _ in "kv"]
+        self.scales = [np.zeros((kv_heads, slots), np.float32) for _ in "kv"]
+        rng = np.random.default_rng(0)
+        self.q_norm, self.k_norm = rng.uniform(0.5, 1.5, (2, dim)).astype(np.float32)
+
+    def angles(self, position, tokens):
+        at = np.arange(position, position + tokens)[:, None]
+        freq = 1e4 ** -(np.arange(0, self.dim, 2) / self.dim)
+        return np.cos(at * freq).astype(np.float32), np.sin(at * freq).astype(np.float32)
+
+    def run(self, position, q=None, k=None, v=None):
+        tokens = len(q if q is not None else k)
+        cos, sin = self.angles(position, tokens)
+        scales = [s.ctypes.data if self.storage == "int8" else None for s in self.scales]
+        layer = Layer(
+            self.rows[0].ctypes.data, scales[0], self.rows[1].ctypes.data, scales[1],
+            self.slots, self.kv_heads, self.dim, list(DTYPES).index(self.storage),
+        )  # fmt: skip
+        step = Step(
+            cos.ctypes.data, sin.ctypes.data, position, tokens, self.kv_heads * self.group,
+            self.window, EPS, self.scale, self.v_norm, self.threads,
+        )  # fmt: skip
+        out = np.full((tokens, self.kv_heads * self.group * self.dim), np.nan, np.float32)
+        data = [None if x is None else np.ascontiguousarray(x, np.float32) for x in (q, k, v)]
+        status = self.library.edge_kv_attention(
+            self.isa.encode(), ctypes.byref(layer), ctypes.byref(step),
+            *(ctypes.c_void_p(None if x is None else x.ctypes.data) for x in data),
+            ctypes.c_void_p(self.q_norm.ctypes.data), ctypes.c_void_p(self.k_norm.ctypes.data),
+            ctypes.c_void_p(out.ctypes.data),
+        )  # fmt: skip
+        assert status == 0, f"no {self.isa} kernels on a CPU that has it"
+        return out
+
+    def prepared(self, x, heads, weight, position, *, rotate):
+        """Raw [T, heads*dim] normed and, for q and k, rotated: float64 [T, heads, dim]."""
+        x = np.asarray(x, np.float64).reshape(len(x), heads, self.dim)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS)
+        if not rotate:
+            return x
+        x = x * weight
+        cos, sin = (a[:, None].astype(np.float64) for a in self.angles(position, len(x)))
+        a, b = np.split(x, 2, -1)
+        return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
+
+    def stored(self, which):
+        """What the buffer holds as float64 [kv_heads, slots, dim]."""
+        rows = self.rows[which].astype(np.float64)
+        return rows * self.scales[which][..., None] if self.storage == "int8" else rows
+
+    def expected(self, position, q, written):
+        """Attention over the stored rows of positions below `written`."""
+        tokens = len(q)
+        heads = self.kv_heads * self.group
+        q = self.prepared(q, heads, self.q_norm, position, rotate=True) * self.scale
+        held = np.arange(max(0, written - self.slots), written)
+        keys, values = (self.stored(i)[:, held % self.slots] for i in (0, 1))
+        q = q.reshape(tokens, self.kv_heads, self.group, self.dim)
+        scores = np.einsum("tkgd,ksd->tkgs", q, keys)
+        at = np.arange(position, position + tokens)[:, None]
+        seen = held <= at
+        if self.window:
+            seen &= held > at - self.window
+        scores = np.where(seen[:, None, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("tkgs,ksd->tkgd", weights, values).reshape(tokens, -1)
+
+
+def tokens_of(rng, n, cache, spread=1.0):
+    width = cache.kv_heads * cache.dim
+    return [rng.normal(0, spread, (n, w)) for w in (width * cache.group, width, width)]
+
+
+def close(got, want, tolerance=3e-6):
+    scale = np.abs(want).max()
+    np.testing.assert_array_less(np.abs(got - want).max(), tolerance * max(scale, 1e-30))
+
+
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize("storage", ["f32", "f16", "int8"])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "dim"),
+    [(1, 8, 64), (2, 4, 32), (4, 1, 48), (1, 5, 8), (2, 3, 20), (1, 16, 256)],
+)
+def test_steps_of_every_length_match_float64(library, isa, storage, kv_heads, group, dim):
+    rng = np.random.default_rng(dim)
+    cache = Cache(library, isa, storage, slots=200, kv_heads=kv_heads, group=group, dim=dim,
+                  scale=dim**-0.5)  # fmt: skip
+    at = 0
+    for n in (1, 2, 3, 17, 64, 1, 33, 1):
+        q, k, v = tokens_of(rng, n, cache)
+        got = cache.run(at, q, k, v)
+        close(got, cache.expected(at, q, at + n))
+        at += n
+
+
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize("storage", ["f32", "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_rings_wrap(library, isa, storage, threads):
+    rng = np.random.default_rng(1)
+    window, chunk = 40, 24
+    cache = Cache(library, isa, storage, slots=window + chunk - 1, window=window, dim=32,
+                  threads=threads)  # fmt: skip
+    at = 0
+    for n in (1, 24, 24, 7, 1, 24, 1, 1, 24, 13, 24, 1):
+        q, k, v = tokens_of(rng, n, cache)
+        got = cache.run(at, q, k, v)
+        close(got, cache.expected(at, q, at + n))
+        at += n
+    assert at > 2 * cache.slots
+
+
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
+def test_rows_are_normed_rotated_and_stored(library, isa):
+    rng = np.random.default_rng(2)
+    for storage, tolerance in (("f32", 2e-6), ("f16", 6e-4), ("int8", 5e-3)):
+        for v_norm in (True, False):
+            cache = Cache(library, isa, storage, slots=50, kv_heads=2, group=2, v_norm=v_norm)
+            _, k, v = tokens_of(rng, 9, cache)
+            cache.run(41, k=k, v=v)
+            keys = cache.prepared(k, 2, cache.k_norm, 41, rotate=True)
+            values = cache.prepared(v, 2, None, 41, rotate=False)
+            if not v_norm:
+                values = v.reshape(9, 2, -1)
+            for which, want in ((0, keys), (1, values)):
+                got = cache.stored(which)[:, 41:].transpose(1, 0, 2)
+                close(got, want, tolerance)
+            assert not cache.rows[0][:, :41].any()
+
+
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
+def test_adversarial_scores(library, isa):
+    """Huge norms, equal scores and one key that outweighs all others."""
+    rng = np.random.default_rng(3)
+    for scale, spread in ((1.0, 1e4), (100.0, 1.0), (0.0, 1.0), (1.0, 1e-12)):
+        cache = Cache(library, isa, "int8", slots=300, dim=64, scale=scale, threads=2)
+        q, k, v = tokens_of(rng, 299, cache, spread)
+        cache.run(0, k=k, v=v)
+        _, k, v = tokens_of(rng, 1, cache, spread)
+        # a query along a stored key makes that key dominate
+        got = cache.run(299, np.tile(k, (1, 8)), k, v)
+        tolerance = 3e-6 if scale < 50 else 3e-4  # scores near 6400 carry f32 steps of 5e-4
+        close(got, cache.expected(299, np.tile(k, (1, 8)), 300), tolerance)
+        assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("isa", [i for i in MACHINE_ISAS if i != "scalar"])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_long_caches(library, isa, threads):
+    rng = np.random.default_rng(4)
+    rows = 131_072
+    cache = Cache(library, isa, "int8", slots=rows, dim=32, threads=threads, scale=32**-0.5)
+    for i in (0, 1):
+        cache.rows[i][:] = rng.integers(-127, 128, cache.rows[i].shape)
+        cache.scales[i][:] = rng.uniform(0.005, 0.02, cache.scales[i].shape)
+    q, k, v = tokens_of(rng, 1, cache)
+    got = cache.run(rows - 1, q, k, v)
+    close(got, cache.expected(rows - 1, q, rows), 2e-5)
+
+
+def test_thread_counts_and_instruction_sets_agree(library):
+    rng = np.random.default_rng(5)
+    outputs = []
+    inputs = None
+    for isa in MACHINE_ISAS:
+        for threads in (1, 2, 4):
+            cache = Cache(library, isa, "int8", slots=2000, kv_heads=2, threads=threads)
+            inputs = inputs or (tokens_of(rng, 1500, cache), tokens_of(rng, 1, cache))
+            cache.run(0, k=inputs[0][1], v=inputs[0][2])
+            outputs.append(cache.run(1500, *inputs[1]))
+    for other in outputs[1:]:
+        close(other, outputs[0], 2e-3)  # a key may round to the neighbouring int8 step
+    scale = np.abs(outputs[0]).max()
+    assert np.mean([np.abs(o - outputs[0]).mean() for o in outputs]) < 1e-5 * scale
+
+
+def test_half_precision_is_numpys(library):
+    library.edge_kv_to_half.argtypes = [ctypes.c_float]
+    library.edge_kv_to_half.restype = ctypes.c_uint16
+    library.edge_kv_from_half.argtypes = [ctypes.c_uint16]
+    library.edge_kv_from_half.restype = ctypes.c_float
+    rng = np.random.default_rng(6)
+    values = np.concatenate(
+        [rng.normal(0, 10.0**e, 200) for e in range(-9, 6)]
+        + [[0.0, -0.0, 65504.0, 65519.9, 65520.0, 1e-8, 2**-24, 2**-25, 2**-14]]
+    ).astype(np.float32)
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    got = np.array([library.edge_kv_to_half(float(v)) for v in values], np.uint16)
+    np.testing.assert_array_equal(got, halves.view(np.uint16))
+    back = [library.edge_kv_from_half(int(h)) for h in got]
+    np.testing.assert_array_equal(np.float32(back), halves.astype(np.float32))
+
+
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 128), (8, 256)])
+def test_packed_linear(library, isa, bits, block):
+    rng = np.random.default_rng(7)
+    n_out, n_in, tokens = 70, 256, 5
+    q = rng.integers(0, 2**bits, (n_out, n_in)).astype(np.uint8)
+    packed = np.ascontiguousarray(q[:, 0::2] | (q[:, 1::2] << 4)) if bits == 4 else q
+    scales = rng.uniform(0.01, 0.02, (n_out, n_in // block)).astype(np.float32)
+    x = rng.normal(size=(tokens, n_in)).astype(np.float32)
+    out = np.empty((tokens, n_out), np.float32)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.edge_kv_linear.argtypes = [
+        ctypes.c_char_p, ctypes.c_int, pointer, number, pointer, pointer, number, number,
+        ctypes.c_int, number, pointer,
+    ]  # fmt: skip
+    status = library.edge_kv_linear(
+        isa.encode(), 2, x.ctypes.data, tokens, packed.ctypes.data, scales.ctypes.data, n_out,
+        n_in, bits, block, out.ctypes.data,
+    )  # fmt: skip
+    assert status == 0
+    weight = (q.astype(np.float64) - 2 ** (bits - 1)) * np.repeat(scales, block, 1)
+    close(out, x @ weight.T)
+
+
+def test_sanitizers_find_nothing(tmp_path):
+    """The steps, wraps and edges above in a process built with AddressSanitizer and UBSan."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+    path = build_kernels(*flags)
+    preload = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    code = f"""
+import ctypes, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_executorch_kernels as t
+library = ctypes.CDLL({str(path)!r})
+for isa in t.MACHINE_ISAS:
+    for storage in t.DTYPES:
+        for shape in ((1, 8, 64), (2, 3, 20), (1, 5, 8)):
+            t.test_steps_of_every_length_match_float64(library, isa, storage, *shape)
+    for threads in (1, 4):
+        t.test_rings_wrap(library, isa, "int8", threads)
+    t.test_adversarial_scores(library, isa)
+    t.test_packed_linear(library, isa, 4, 32)
+print("clean")
+"""
+    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-2000:]
