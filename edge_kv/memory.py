@@ -3,7 +3,8 @@
 Anonymous memory (heap, state) cannot be reclaimed; file memory is mapped weights, clean pages the
 kernel may drop. The model below is how onnxruntime's CPU provider was seen to behave: every program
 packs its matrices on the heap when it is loaded and keeps the original scales mapped; state costs
-RAM as far as rows were written; arenas keep the largest workspace they ever needed.
+RAM as far as rows were written; token lookups map pages of the embedding; arenas keep the largest
+workspace they ever needed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edge_kv.config import FULL, ModelConfig
+from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError
-from edge_kv.kv_plan import KVPlan
+from edge_kv.kv_plan import APPEND, RING, KVPlan
 from edge_kv.tensors import (
     EMBED,
     FLOAT,
@@ -30,8 +31,12 @@ PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
 BASE_ANON = 44 << 20  # interpreter, numpy, onnxruntime: heap
 BASE_FILE = 46 << 20  # … and their mapped libraries
 TOKENIZER_BYTES = 1152  # heap of the tokenizers library for each entry of the vocabulary
-ACTIVATIONS = 4  # f32 rows of the widest layer alive at once in a forward pass
-DEQUANTISED = 3  # f32 copies of a layer's live rows alive while int8 rows become float
+LOOKUP_BYTES = 148_000  # file pages mapped around one looked-up row of the token table
+# Workspace, in f32 copies that an arena has held at once (fitted to Gemma 3 270M, chunk 128):
+ACTIVATIONS = 16  # rows of the widest layer
+RING_SCORES = 8  # scores of one sliding layer [q_heads, rows, slots]
+FLOAT_ROWS = 3  # live rows of one full layer, K or V, turned into float for a chunk
+LOGITS = 4  # the row of logits
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ def predict_memory(
     tokenizer = TOKENIZER_BYTES * config.vocab_size
     load = Phase(BASE_ANON + tokenizer + packed, BASE_FILE + mapped)
     chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
-    step = _workspace(config, plan, 1, depth) + 2 * 4 * config.vocab_size
+    step = _workspace(config, plan, 1, depth) + LOGITS * 4 * config.vocab_size
+    looked_up = load.file + min(kinds[EMBED], LOOKUP_BYTES * depth)
     return MemoryPlan(
         quant=quant,
         block_size=block_size,
@@ -130,8 +136,8 @@ def predict_memory(
         touched=touched,
         phases={
             "load": load,
-            "prefill": Phase(load.anon + touched + chunk, load.file),
-            "decode": Phase(load.anon + touched + chunk + step, load.file),
+            "prefill": Phase(load.anon + touched + chunk, looked_up),
+            "decode": Phase(load.anon + touched + chunk + step, looked_up),
         },
     )
 
@@ -168,23 +174,21 @@ def _ple_file(config: ModelConfig, quant: str) -> int:
 def _workspace(config: ModelConfig, plan: KVPlan, rows: int, depth: int) -> int:
     """Bytes a program needs beside weights and state to run `rows` tokens at `depth`.
 
-    The widest moment of one layer: its MLP activations, or ring scores [q_heads, rows, slots] and
-    their softmax, or, for a chunk over int8 append buffers, its live rows as float.
+    The widest activations, the scores of a ring layer, and of the largest full layer its scores
+    (one token) or its live rows as float (a chunk: the kernel makes no score matrix).
     """
-    widths = [config.hidden, *(config.mlp(i) for i in range(config.n_layers))]
-    widths += [config.spec(i).q_width for i in range(config.n_layers)]
-    most = ACTIVATIONS * 4 * rows * max(widths)
+    run = [p for p in plan.layers if rows == 1 or not p.skip_in_prefill]
+    widest = max(max(config.mlp(p.layer), p.q_heads * p.head_dim) for p in run)
+    rings = [p.q_heads * rows * plan.ring_slots for p in run if p.kind == RING]
     live = plan.live_rows(depth)
-    for layer in plan.layers:
-        if layer.skip_in_prefill and rows > 1:
-            continue
-        if config.pattern[layer.layer] != FULL:
-            most = max(most, 2 * 4 * layer.q_heads * rows * plan.ring_slots)
-            continue
-        most = max(most, 2 * 4 * layer.q_heads * rows * live if rows == 1 else 0)
-        if rows > 1 and plan.by_name[layer.k].dtype != "f32":
-            most = max(most, DEQUANTISED * 4 * live * layer.kv_heads * layer.head_dim)
-    return most + 4 * rows * config.n_layers * config.ple_dim
+    full = [
+        p.q_heads * live if rows == 1 else FLOAT_ROWS * live * p.kv_heads * p.head_dim
+        for p in run
+        if p.kind == APPEND and (rows == 1 or plan.by_name[p.k].dtype != "f32")
+    ]
+    values = ACTIVATIONS * rows * max(widest, config.hidden)
+    values += RING_SCORES * max(rings, default=0) + max(full, default=0)
+    return 4 * (values + rows * config.n_layers * config.ple_dim)
 
 
 def parse_bytes(text: str) -> int:
