@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 from fake_artifact import write_artifact
 
 if sys.version_info >= (3, 11):
