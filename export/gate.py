@@ -25,10 +25,12 @@ from edge_kv.kv_plan import KVPlan
 from edge_kv.parity import Divergence, divergence
 
 DECODE_STEPS = 24
-# Largest |Δlogit| of the lowering, in units of the logits' spread. Float storage leaves only the
-# rounding of another summation order; int8 rows add the 16-bit queries and weights of the decode
-# kernel, f16 rows those values that round to the other side.
-NOISE = {"f32": 1e-3, "f16": 2e-2, "int8": 2e-2}
+# What still counts as numerical noise of the lowering: the largest |Δlogit| in units of the logits'
+# spread, and the largest KL divergence in nats. Float storage leaves the rounding of another
+# summation order. In 8- and 16-bit rows a value on the edge rounds to the other side and changes
+# by a whole step, which moves single logits but hardly the distribution (Gemma 3 270M with int8
+# rows: 0.02 of the spread, 4e-6 nats).
+NOISE = {"f32": (1e-3, 1e-6), "f16": (0.1, 1e-3), "int8": (0.1, 1e-3)}
 # A device may use other int8 kernels than the one that exported: `verify` allows this much.
 VERIFY_SLACK = 8.0
 VERIFY_FLOOR_KL = 1e-3
@@ -115,12 +117,13 @@ def judge(
     lowering = divergence(reference, exact)
     kernels = divergence(reference, shipped)
     quantisation = divergence(source.numpy(), shipped)
-    limit = NOISE[plan.kv]
-    if not lowering.relative <= limit:
+    limit, limit_kl = NOISE[plan.kv]
+    if not (lowering.relative <= limit and lowering.max_kl <= limit_kl):
         raise ParityError(
             f"The exported programs differ from the model by {lowering.max_abs:.3g} in a logit "
-            f"({lowering.relative:.3g} of their spread; at most {limit:.3g} is numerical noise), "
-            "so nothing was written; please report this config."
+            f"({lowering.relative:.3g} of their spread, noise is at most {limit:.3g}) and "
+            f"{lowering.max_kl:.3g} nats (noise: {limit_kl:.3g}), so nothing was written; "
+            "please report this config."
         )
     if not np.isfinite(quantisation.max_kl):
         raise ParityError(
@@ -133,7 +136,7 @@ def judge(
         "lowering": _rounded(lowering),
         "kernels": _rounded(kernels),
         "quantisation": _rounded(quantisation),
-        "lowering_limit": limit,
+        "lowering_limit": {"relative": limit, "max_kl": limit_kl},
         "vectors": "verify.npz",
         "verify": {
             "max_kl": float(f"{max(VERIFY_FLOOR_KL, VERIFY_SLACK * kernels.max_kl):.3g}"),

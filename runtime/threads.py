@@ -1,4 +1,4 @@
-"""How many threads an engine gets: one for every physical core this process may use."""
+"""How many threads an engine gets: one for every physical core, unless told otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 
 def thread_count(asked: int | None) -> int:
-    """`asked`, or the physical cores in the process's affinity mask.
+    """`asked`, or OMP_NUM_THREADS, or the physical cores in the process's affinity mask.
 
     Two threads on one core share its vector units: hyper-threads only slow decoding down.
 
@@ -19,7 +19,8 @@ def thread_count(asked: int | None) -> int:
         ConfigError: `asked` is below 1.
     """
     if asked is None:
-        return physical_cores()
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        return int(wanted) if wanted.isdecimal() and int(wanted) else physical_cores()
     if asked < 1:
         raise ConfigError(f"threads {asked} must be at least 1.")
     return asked
