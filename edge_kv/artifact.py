@@ -230,7 +230,10 @@ def read_artifact(root: str | Path) -> Artifact:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as e:
-        raise ArtifactError(f"{path} is not a valid manifest: {_first(e)}") from e
+        raise ArtifactError(
+            f"{path} is not a valid manifest ({_first(e)}); it was edited or comes from another "
+            "edge-kv; export again."
+        ) from e
     for name, entry in manifest.files.items():
         _check_file(root, name, entry)
     for name in _named_files(manifest):

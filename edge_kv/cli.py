@@ -110,12 +110,12 @@ def plan(
     from edge_kv.kv_plan import parse_size, plan_kv
     from edge_kv.memory import predict_memory
     from edge_kv.report import plan_data, print_plan
-    from edge_kv.tensors import DEFAULT_BLOCK
+    from edge_kv.tensors import block_size as checked_block
     from edge_kv.terminal import output
 
     config, name = _config(model, weights)
     layout = plan_kv(config, ctx=parse_size(ctx), chunk=parse_size(chunk), kv=kv)
-    memory = predict_memory(config, layout, quant, block_size or DEFAULT_BLOCK)
+    memory = predict_memory(config, layout, quant, checked_block(block_size))
     data = plan_data(config, layout, memory, name)
     if as_json:
         _print_json(data)

@@ -121,6 +121,21 @@ BLOCK_SIZES = (128, 64, 32)
 DEFAULT_BLOCK = 32
 
 
+def block_size(asked: int | None) -> int:
+    """`asked`, or the default when None.
+
+    Raises:
+        ConfigError: no block size that is packed.
+    """
+    if asked is None:
+        return DEFAULT_BLOCK
+    if asked not in BLOCK_SIZES:
+        *others, last = sorted(BLOCK_SIZES)
+        sizes = f"{', '.join(map(str, others))} or {last}"
+        raise ConfigError(f"block size {asked} is not supported; use {sizes}.")
+    return asked
+
+
 def block_for(width: int, block_size: int) -> int:
     """The largest supported block, at most `block_size`, that divides rows of `width` values.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_kv import __version__
+from edge_kv import __version__, tensors
 from edge_kv.artifact import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -33,7 +33,7 @@ from edge_kv.artifact import (
     write_manifest,
 )
 from edge_kv.config import ModelConfig
-from edge_kv.errors import ConfigError, ExportError, ParityError, did_you_mean
+from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
 from edge_kv.export import gate
 from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
 from edge_kv.export.quant_format import QuantFormat
@@ -51,7 +51,6 @@ from edge_kv.model.oracle import oracle_logits
 from edge_kv.ple import PleTable
 from edge_kv.presets import get_preset
 from edge_kv.progress import Progress, Silent
-from edge_kv.tensors import BLOCK_SIZES, DEFAULT_BLOCK
 from edge_kv.weights import WeightSource, check_weights, open_weights
 
 BACKENDS = ("onnx",)
@@ -90,9 +89,7 @@ def export_model(
     for backend in backends:
         if backend not in BACKENDS:
             raise ConfigError(f"Unknown backend {backend!r}.{did_you_mean(backend, BACKENDS)}")
-    block = block_size or DEFAULT_BLOCK
-    if block not in BLOCK_SIZES:
-        raise ConfigError(f"block size {block} is not supported; use one of {BLOCK_SIZES}.")
+    block = tensors.block_size(block_size)
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
     preset = get_preset(model) if model else None
@@ -130,7 +127,7 @@ class _Job:
             self.progress.stage("programs")
             programs = lower_onnx(self.config, self.plan, self.layout, self.onnx, WEIGHTS)
             self._finish(reports, ple, tokenizer, programs)
-        except ParityError:
+        except (ParityError, WeightsError):  # running it again would end the same way
             shutil.rmtree(self.root)
             raise
         except OSError as e:

@@ -1,7 +1,16 @@
-"""What tests share: one export of tiny, whichever test or worker asks for it first."""
+"""What tests share: a cache directory of their own, and one export of tiny."""
 
 import pytest
 from filelock import FileLock
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory):
+    """A cache directory of this test run, for this process and the ones it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("cache")
+        patch.setenv("EDGE_KV_CACHE", str(home))
+        yield home
 
 
 @pytest.fixture(scope="session")

@@ -201,7 +201,7 @@ def _config(family: str, fields: Fields, eos_ids: tuple[int, ...], **kwargs: Any
             **kwargs,
         )
     except ConfigError as e:
-        raise ConfigError(f"{fields.where}: {e}") from None
+        raise ConfigError(str(e) if fields.where in str(e) else f"{fields.where}: {e}") from None
 
 
 def _pattern(fields: Fields, n_layers: int, period: int) -> str:

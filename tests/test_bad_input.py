@@ -1,0 +1,390 @@
+"""docs/errors.md, proven: every row of its table is provoked here and its message compared.
+
+python tests/test_bad_input.py    writes the table anew
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import pytest
+from fake_artifact import edit_manifest, write_artifact
+from typer.testing import CliRunner
+
+from edge_kv.cli import app
+from edge_kv.presets import get_preset
+
+TABLE = Path(__file__).parent.parent / "docs" / "errors.md"
+BEGIN, END = "<!-- table: tests/test_bad_input.py -->", "<!-- end of table -->"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is wrong, the command that meets it, and how it came about in a directory."""
+
+    area: str
+    given: str
+    command: str
+    prepare: Callable[[Path], object] = lambda _: None
+    stdin: bytes = b""
+
+
+# --- what the directory holds before the command is run ------------------------------------------
+
+
+def checkpoint(root: Path) -> Path:
+    """DIR/model: the shipped checkpoint."""
+    return Path(shutil.copytree(get_preset("tiny").source, root / "model"))
+
+
+def config(**changes: object) -> Callable[[Path], None]:
+    """DIR/model with other values in its config.json."""
+
+    def prepare(root: Path) -> None:
+        path = checkpoint(root) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return prepare
+
+
+def tensors(edit: Callable[[dict], None]) -> Callable[[Path], None]:
+    """DIR/model with other tensors."""
+
+    def prepare(root: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = checkpoint(root) / "model.safetensors"
+        held = load_file(path)
+        edit(held)
+        save_file(held, path)
+
+    return prepare
+
+
+def three_faults(held: dict) -> None:
+    del held["model.norm.weight"]
+    held["model.layers.0.self_attn.q_proj.weight"] = held["model.layers.0.self_attn.q_proj.weight"][
+        :64
+    ].clone()
+    held["model.layers.1.adapter.weight"] = held["model.layers.0.input_layernorm.weight"].clone()
+
+
+def not_a_number(held: dict) -> None:
+    held["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+
+
+def file(path: str, content: bytes) -> Callable[[Path], None]:
+    """DIR/path with `content`, directories made as needed."""
+
+    def prepare(root: Path) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+
+    return prepare
+
+
+def checkpoint_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
+    """DIR/model with the bytes of one file changed; None removes it."""
+
+    def prepare(root: Path) -> None:
+        _change(checkpoint(root) / name, change)
+
+    return prepare
+
+
+def gguf_metadata(arch: str, **keys: int) -> Callable[[Path], None]:
+    """DIR/model.gguf without tensors."""
+
+    def prepare(root: Path) -> None:
+        writer = gguf.GGUFWriter(root / "model.gguf", arch)
+        for key, value in keys.items():
+            writer.add_uint32(key.replace("__", "."), value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return prepare
+
+
+def cut_gguf(root: Path) -> None:
+    gguf_metadata("gemma4", gemma4__block_count=35)(root)
+    _change(root / "model.gguf", lambda raw: raw[:-40])
+
+
+def artifact(**options: object) -> Callable[[Path], Path]:
+    """DIR/art: a toy artifact."""
+    return lambda root: write_artifact(root / "art", **options)
+
+
+def artifact_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
+    """DIR/art with the bytes of one file changed; None removes it."""
+    return lambda root: _change(artifact()(root) / name, change)
+
+
+def manifest(**changes: object) -> Callable[[Path], None]:
+    """DIR/art with other values in its manifest."""
+    return lambda root: edit_manifest(artifact()(root), **changes)
+
+
+def manifest_entry(edit: Callable[[dict], object]) -> Callable[[Path], None]:
+    """DIR/art with its manifest edited in place."""
+
+    def prepare(root: Path) -> None:
+        path = artifact()(root) / "manifest.json"
+        held = json.loads(path.read_text())
+        edit(held)
+        path.write_text(json.dumps(held))
+
+    return prepare
+
+
+def damaged_graph(root: Path) -> None:
+    """Digests are only read by `verify`: `run` meets the bytes themselves."""
+    path = artifact()(root) / "onnx" / "decode.onnx"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def link_outside(root: Path) -> None:
+    ple = artifact()(root) / "ple.bin"
+    shutil.move(ple, root / "elsewhere.bin")
+    ple.symlink_to(root / "elsewhere.bin")
+
+
+def refusing_template(root: Path) -> None:
+    art = artifact()(root)
+    text = "{{ raise_exception('only questions are answered') }}"
+    (art / "chat_template.jinja").write_text(text)
+    entry = {"size": len(text), "sha256": ""}
+    files = json.loads((art / "manifest.json").read_text())["files"]
+    edit_manifest(art, files=files | {"chat_template.jinja": entry})
+
+
+def snapshot(change: Callable[[bytes], bytes] = bytes, **other: object) -> Callable[[Path], None]:
+    """DIR/art and DIR/chat.kv, a snapshot taken there or from an artifact made with `other`."""
+
+    def prepare(root: Path) -> None:
+        art = artifact()(root)
+        if other:
+            art = write_artifact(root / "other", **other)
+        command = ["run", str(art), "hi", "--max-new-tokens", "2", "--snapshot"]
+        assert CliRunner().invoke(app, [*command, str(root / "chat.kv")]).exit_code == 0
+        _change(root / "chat.kv", change)
+
+    return prepare
+
+
+def _change(path: Path, change: Callable[[bytes], bytes | None]) -> None:
+    content = change(path.read_bytes())
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+
+
+def flip(at: int) -> Callable[[bytes], bytes]:
+    return lambda raw: raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+def gone(_: bytes) -> None:
+    return None
+
+
+# --- the rows ------------------------------------------------------------------------------------
+
+PLAN = "plan --weights DIR/model --ctx 512"
+EXPORT = "export --weights DIR/model --ctx 64 --out DIR/out"
+GGUF = "plan --weights DIR/model.gguf --ctx 512"
+INSPECT = "inspect DIR/art"
+RUN = "run DIR/art hi"
+RESTORE = "run DIR/art hi --restore DIR/chat.kv"
+index = json.dumps({"weight_map": {"a": "../other.safetensors"}}).encode()
+parts = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}).encode()
+
+CASES = [
+    Case("flags", "no model", "plan --ctx 4k"),
+    Case("flags", "a preset that does not exist", "plan --model e2 --ctx 4k"),
+    Case("flags", "a size that is none", "plan --model e2b --ctx 4kk"),
+    Case("flags", "no context at all", "plan --model e2b --ctx 0"),
+    Case("flags", "a context beyond the model's", "plan --model e2b --ctx 1m"),
+    Case("flags", "an unknown KV storage", "plan --model e2b --ctx 4k --kv int9"),
+    Case("flags", "an unknown weight storage", "plan --model e2b --ctx 4k --quant int3"),
+    Case("flags", "a block size nobody packs", "plan --model e2b --ctx 4k --block-size 48"),
+    Case("flags", "an unknown backend", "export --model tiny --ctx 64 --backend onxx"),
+    Case("flags", "a target that exists", EXPORT, lambda d: (checkpoint(d), (d / "out").mkdir())),
+    Case("flags", "an unknown engine", f"{RUN} --engine onx", artifact()),
+    Case("flags", "an engine it was not exported for", RUN, artifact(programs=False)),
+    Case("flags", "no threads", f"{RUN} --threads 0", artifact()),
+    Case("flags", "sampling out of range", f"{RUN} --top-p 2 --temperature -1", artifact()),
+    Case("flags", "an unknown policy", f"{RUN} --on-full slid", artifact()),
+    Case("flags", "less RAM than planned", f"{RUN} --ram-limit 1m", artifact()),
+    Case("flags", "an amount of RAM that is none", f"{RUN} --ram-limit lots", artifact()),
+    Case("config", "no config.json", PLAN, checkpoint_file("config.json", gone)),
+    Case("config", "config.json cut off", PLAN, checkpoint_file("config.json", lambda b: b[:1])),
+    Case("config", "config.json is a list", PLAN, checkpoint_file("config.json", lambda _: b"[]")),
+    Case("config", "another architecture", PLAN, config(model_type="gemma2")),
+    Case("config", "a multimodal file without its text half", PLAN, config(model_type="gemma4")),
+    Case("config", "text where a number belongs", PLAN, config(hidden_size="wide")),
+    Case("config", "heads that do not divide", PLAN, config(num_key_value_heads=3)),
+    Case("config", "more sharing layers than layers", PLAN, config(num_kv_shared_layers=9)),
+    Case("config", "a layer type of another model", PLAN, config(layer_types=["linear"] * 8)),
+    Case("config", "a layer without a type", PLAN, config(layer_types=["full_attention"] * 7)),
+    Case("config", "biases", PLAN, config(attention_bias=True)),
+    Case("config", "an LM head of its own", PLAN, config(tie_word_embeddings=False)),
+    Case(
+        "config", "weights already quantised", PLAN,
+        config(quantization_config={"quant_method": "gptq"}),
+    ),
+    Case(
+        "config", "rope scaling of another model", PLAN,
+        config(rope_parameters={"full_attention": {"rope_type": "yarn", "rope_theta": 1e6}}),
+    ),
+    Case(
+        "config", "another model than the one named", f"{PLAN} --model tiny",
+        config(sliding_window=32),
+    ),
+    Case("weights", "nothing there", EXPORT),
+    Case("weights", "a file of another kind", EXPORT, file("model", b"weights")),
+    Case("weights", "no tensors", EXPORT, checkpoint_file("model.safetensors", gone)),
+    Case("weights", "missing, surplus and misshaped tensors", EXPORT, tensors(three_faults)),
+    Case("weights", "a value that is not a number", EXPORT, tensors(not_a_number)),
+    Case(
+        "weights", "a download that was cut off", EXPORT,
+        checkpoint_file("model.safetensors", lambda b: b[:-1000]),
+    ),
+    Case(
+        "weights", "a header that is cut off", EXPORT,
+        checkpoint_file("model.safetensors", lambda b: b[:100]),
+    ),
+    Case(
+        "weights", "a shard that is missing", EXPORT,
+        lambda d: (checkpoint(d), file("model/model.safetensors.index.json", parts)(d)),
+    ),
+    Case(
+        "weights", "a shard outside the directory", EXPORT,
+        lambda d: (checkpoint(d), file("model/model.safetensors.index.json", index)(d)),
+    ),
+    Case("weights", "random weights of no model", "plan --weights random --ctx 512"),
+    Case("weights", "a seed that is none", "plan --model e2b --weights random:x --ctx 512"),
+    Case("GGUF", "not GGUF", GGUF, file("model.gguf", b"PK\x03\x04 something else")),
+    Case(
+        "GGUF", "an old version", GGUF,
+        file("model.gguf", struct.pack("<4sIQQ", b"GGUF", 1, 0, 0)),
+    ),
+    Case("GGUF", "a download that was cut off", GGUF, cut_gguf),
+    Case("GGUF", "another architecture", GGUF, gguf_metadata("llama")),
+    Case("GGUF", "metadata without a length", GGUF, gguf_metadata("gemma3")),
+    Case("GGUF", "one part of several", GGUF, gguf_metadata("gemma3", split__count=2)),
+    Case("artifact", "nothing there", INSPECT),
+    Case("artifact", "another directory", INSPECT, file("art/notes.txt", b"")),
+    Case(
+        "artifact", "a manifest that is cut off", INSPECT,
+        artifact_file("manifest.json", lambda b: b[:1]),
+    ),
+    Case("artifact", "a later version", INSPECT, manifest(schema_version=9)),
+    Case("artifact", "a field from elsewhere", INSPECT, manifest(comment="edited")),
+    Case("artifact", "a field that is missing", INSPECT, manifest_entry(lambda m: m.pop("plan"))),
+    Case(
+        "artifact", "a model that makes no sense", INSPECT,
+        manifest_entry(lambda m: m["model"].update(hidden=0)),
+    ),
+    Case(
+        "artifact", "a KV plan that was edited", INSPECT,
+        manifest_entry(lambda m: m["plan"]["buffers"][0].update(shape=[1, 2, 4])),
+    ),
+    Case(
+        "artifact", "a path that leaves the directory", INSPECT,
+        manifest_entry(lambda m: m["files"].update({"../secret": {"size": 1, "sha256": ""}})),
+    ),
+    Case("artifact", "a link that leaves the directory", INSPECT, link_outside),
+    Case("artifact", "a file that is missing", RUN, artifact_file("ple.bin", gone)),
+    Case("artifact", "a copy that was cut off", RUN, artifact_file("ple.bin", lambda b: b[:7])),
+    Case("artifact", "a changed byte", "verify DIR/art", artifact_file("ple.bin", flip(0))),
+    Case("artifact", "a program that is not ONNX", RUN, damaged_graph),
+    Case("artifact", "no chat template", RUN, artifact(template=False)),
+    Case("artifact", "no tokenizer", f"{RUN} --raw", manifest(tokenizer=None)),
+    Case("artifact", "no reference logits", "verify DIR/art", artifact(verify=False)),
+    Case("snapshot", "nothing there", RESTORE, artifact()),
+    Case(
+        "snapshot", "a file of another kind", "run DIR/art hi --restore DIR/art/ple.bin",
+        artifact(),
+    ),
+    Case("snapshot", "a later version", RESTORE, snapshot(lambda b: b[:8] + b"\x09" + b[9:])),
+    Case("snapshot", "a snapshot that was cut off", RESTORE, snapshot(lambda b: b[:-1])),
+    Case("snapshot", "a changed byte", RESTORE, snapshot(flip(-50))),
+    Case("snapshot", "another model's", RESTORE, snapshot(seed=1)),
+    Case("snapshot", "another context's", RESTORE, snapshot(ctx=48)),
+    Case(
+        "snapshot", "a place that cannot be written", f"{RUN} --snapshot DIR/no/chat.kv", artifact()
+    ),
+    Case("prompt", "nothing", "run DIR/art", artifact()),
+    Case("prompt", "a prompt and a file", f"{RUN} --file DIR/art/ple.bin", artifact()),
+    Case("prompt", "a file that does not exist", "run DIR/art --file DIR/prompt.txt", artifact()),
+    Case("prompt", "bytes that are no text", "run DIR/art", artifact(), b"caf\xe9"),
+    Case(
+        "prompt", "more than the context",
+        "run DIR/art 'which is longer than all of the context that was exported'", artifact(),
+    ),
+    Case("prompt", "a turn the template refuses", RUN, refusing_template),
+]  # fmt: skip
+
+
+def provoke(case: Case, root: Path) -> str:
+    """Run the command in `root`: the one line it ends with, volatile parts taken out."""
+    case.prepare(root)
+    before = sorted(root.rglob("*"))
+    args = shlex.split(case.command.replace("DIR", str(root)))
+    result = CliRunner().invoke(app, args, input=case.stdin)
+    assert result.exit_code == 1, (result.exit_code, result.output, result.exception)
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert sorted(root.rglob("*")) == before, "something was left behind"
+    return re.sub(
+        r"[0-9a-f]{12}(?=[…,)])", "…", result.stderr.strip().replace(str(root), "DIR")
+    ).replace("……", "…")
+
+
+def row(case: Case, message: str) -> str:
+    command = f"{case.command} < FILE" if case.stdin else case.command
+    cells = (case.area, case.given, f"`edge-kv {command}`", message.removeprefix("Error: "))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def written() -> list[str]:
+    """The rows docs/errors.md shows."""
+    table = TABLE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    return table.strip().splitlines()[2:]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.area}: {c.given}")
+def test_message_is_the_one_in_the_table(case, tmp_path):
+    assert row(case, provoke(case, tmp_path)) in written()
+
+
+def test_table_has_a_row_for_every_case_and_no_other():
+    assert len({(c.area, c.given) for c in CASES}) == len(CASES) == len(written())
+
+
+def rewrite() -> None:
+    rows = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as root:
+            rows.append(row(case, provoke(case, Path(root))))
+    head = ["| input | given | command | message |", "|---|---|---|---|"]
+    before, rest = TABLE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    table = "\n".join([BEGIN, *head, *rows, END])
+    TABLE.write_text(before + table + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(rewrite())
