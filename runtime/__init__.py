@@ -40,7 +40,10 @@ __all__ = [
 ]
 
 # Engine -> its module and session class; imported when an artifact is loaded with it.
-ENGINES = {"onnx": ("edge_kv.runtime.onnx_session", "OnnxSession")}
+ENGINES = {
+    "onnx": ("edge_kv.runtime.onnx_session", "OnnxSession"),
+    "executorch": ("edge_kv.runtime.executorch_session", "ExecuTorchSession"),
+}
 
 _HOMES = {
     "Chat": "chat",
@@ -58,10 +61,17 @@ _HOMES = {
 }
 
 
-def load(path: str | Path | Artifact, engine: str = "onnx", threads: int | None = None) -> Session:
+def load(
+    path: str | Path | Artifact,
+    engine: str = "onnx",
+    threads: int | None = None,
+    cache: bool = True,
+) -> Session:
     """Open an artifact directory and start a session on `engine`.
 
-    `threads` defaults to the physical cores this process may use.
+    `threads` defaults to the physical cores this process may use. `cache` lets the engine keep
+    weights packed for this device in a cache directory: the first load takes longer, later ones
+    map the packed weights instead of building them on the heap.
 
     Raises:
         ConfigError: an unknown engine; the message names the closest one.
@@ -76,7 +86,7 @@ def load(path: str | Path | Artifact, engine: str = "onnx", threads: int | None 
     artifact = path if isinstance(path, Artifact) else read_artifact(path)
     artifact.backend(engine)  # before the engine is imported: a missing backend is the likely error
     module, name = ENGINES[engine]
-    session: Session = getattr(import_module(module), name)(artifact, threads=threads)
+    session: Session = getattr(import_module(module), name)(artifact, threads=threads, cache=cache)
     return session
 
 

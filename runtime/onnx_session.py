@@ -20,9 +20,11 @@ from edge_kv.artifact import Artifact, Program
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import state_views
 from edge_kv.ple import PleTable
+from edge_kv.runtime import packed
 from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 
+PROGRAMS = ("prefill", "decode")
 WARNING, ERROR = 2, 3  # onnxruntime's log severities
 _TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
     "float": np.float32,
@@ -33,14 +35,16 @@ _TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
 }
 
 
-def create_engine(model: Path, threads: int, log_severity: int) -> Any:
+def create_engine(
+    model: Path, threads: int, log_severity: int, options: ort.SessionOptions | None = None
+) -> Any:
     """An onnxruntime InferenceSession for one program, weights mapped from beside it.
 
     Raises:
         ArtifactError: onnxruntime refuses the file.
         MemoryLimitError: the weights do not fit.
     """
-    options = ort.SessionOptions()
+    options = options or ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = log_severity
     try:
@@ -49,18 +53,30 @@ def create_engine(model: Path, threads: int, log_severity: int) -> Any:
         raise _fault(e, ArtifactError(f"onnxruntime cannot load {model}: {_line(e)}")) from e
 
 
+def _optimised() -> ort.SessionOptions:
+    """Options for a program that onnxruntime has optimised before: nothing is left to rewrite."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
 class OnnxSession(Session):
     """A session on onnxruntime; both programs are loaded at once and share the state."""
 
     engine = "onnx"
 
     def __init__(
-        self, artifact: Artifact, threads: int | None = None, log_severity: int = ERROR
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        cache: bool = True,
+        log_severity: int = ERROR,
     ) -> None:
         """Load the programs of `artifact`.
 
-        `threads` defaults to the physical cores; `log_severity` WARNING makes onnxruntime report
-        state that it had to copy.
+        `threads` defaults to the physical cores; `cache` keeps weights packed for this device in
+        a cache directory (`edge_kv.runtime.packed`); `log_severity` WARNING makes onnxruntime
+        report state that it had to copy.
 
         Raises:
             ArtifactError: no onnx programs, or they do not have the inputs the plan asks for.
@@ -73,13 +89,33 @@ class OnnxSession(Session):
         self.threads = thread_count(threads)
         self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
         try:
-            self._prefill = _Bound(self, "prefill", programs, self.plan.chunk, log_severity)
-            self._decode = _Bound(self, "decode", programs, 1, log_severity)
+            for name in PROGRAMS:
+                if name not in programs:
+                    raise ArtifactError(f"{artifact.root} has no {name} program; export again.")
+            engines = self._load(cache, log_severity)
+            self._prefill = _Bound(self, "prefill", programs["prefill"], engines["prefill"])
+            self._decode = _Bound(self, "decode", programs["decode"], engines["decode"])
         except BaseException:
             if self._ple:
                 self._ple.close()
             raise
         self.stats.load_seconds = time.perf_counter() - begin
+
+    def _load(self, cache: bool, log_severity: int) -> dict[str, Any]:
+        """An engine for every program: packed for this device, or from the artifact itself."""
+
+        def create(model: Path, options: ort.SessionOptions | None = None) -> Any:
+            return create_engine(model, self.threads, log_severity, options)
+
+        found = packed.packed_programs(self.artifact, create) if cache else None
+        if found:
+            try:
+                return {name: create(found[name], _optimised()) for name in PROGRAMS}
+            except ArtifactError as e:
+                packed.discard(found)
+                packed.log.warning("Packed weights were discarded: %s", e)
+        programs = self.artifact.backend(self.engine).programs
+        return {name: create(self.artifact.path(programs[name].file)) for name in PROGRAMS}
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
         ple = self._ple.rows(ids, self.config.n_own) if self._ple else None
@@ -101,31 +137,22 @@ class OnnxSession(Session):
 class _Bound:
     """One program with its inputs and outputs bound to fixed memory."""
 
-    def __init__(
-        self,
-        session: OnnxSession,
-        name: str,
-        programs: dict[str, Program],
-        width: int,
-        log_severity: int,
-    ) -> None:
-        if name not in programs:
-            raise ArtifactError(f"{session.artifact.root} has no {name} program; export again.")
+    def __init__(self, session: OnnxSession, name: str, program: Program, engine: Any) -> None:
         config, plan = session.config, session.plan
-        program = programs[name]
         path = session.artifact.path(program.file)
-        layers = config.n_layers if name == "decode" else config.n_own
+        decode = name == "decode"
+        layers, width = (config.n_layers, 1) if decode else (config.n_own, plan.chunk)
         self._name = name
         self._plan = plan
         self._state = session.state
         self._views = state_views(plan)
-        self._engine = create_engine(path, session.threads, log_severity)
+        self._engine = engine
         self._dtypes = _check_contract(self._engine, program, path)
         self._ids = np.zeros(width, np.int64)
         self._pos = np.zeros(1, np.int64)
         self._ple = np.zeros((width, layers, config.ple_dim), np.float32)
         self._has_ple = "ple" in self._dtypes
-        self.logits: Logits = np.zeros(config.vocab_size if name == "decode" else 0, np.float32)
+        self.logits: Logits = np.zeros(config.vocab_size if decode else 0, np.float32)
         fed = ["ids", "pos", *(["ple"] if self._has_ple else []), *(v.name for v in self._views)]
         if sorted(fed) != sorted(self._dtypes) or self._has_ple != bool(config.ple_dim):
             odd = sorted(set(fed) ^ set(self._dtypes)) or ["ple"]
