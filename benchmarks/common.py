@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -193,6 +194,10 @@ class Tally:
         self.same_top.append(int(p.argmax()) == int(q.argmax()))
         self.max_abs = max(self.max_abs, float((reference.logits - run.logits).abs().max()))
 
+    @property
+    def reference_perplexity(self) -> float:
+        return _digits(np.exp(np.mean(self.reference_nll)), 5)
+
     def summary(self) -> dict[str, Any]:
         """Perplexity, its ratio to float with a standard error, KL(float || run) in nats."""
         own, ref, kl = (np.array(x) for x in (self.nll, self.reference_nll, self.kl))
@@ -220,25 +225,34 @@ class Scored:
 
 
 def teacher_force(
-    sessions: dict[str, Session], ids: list[int], start: int, tallies: dict[str, Tally]
+    sessions: dict[str, Session],
+    ids: list[int],
+    start: int,
+    tallies: dict[str, Tally],
+    reference: Iterator[Scored] | None = None,
 ) -> None:
     """Feed `ids` to all sessions in step; from id `start` on through decode, scoring its successor.
 
-    The first session is the float reference of the others (its own tally has KL 0).
+    `reference` yields the float logits behind each scored id; without it the first session is the
+    reference of them all, itself included.
     """
-    for name, session in sessions.items():
-        session.reset()
-        session.prefill(ids[:start])
-        if start > 1024:
-            say(f"{name}: {start} tokens of context")
-    for at in range(start, len(ids) - 1):
-        scored = {name: Scored(s.decode(ids[at])) for name, s in sessions.items()}
-        reference = next(iter(scored.values()))
-        for name, run in scored.items():
-            tallies[name].add(reference, run, ids[at + 1])
-        if (at - start) % 256 == 255:
-            so_far = ", ".join(f"{n} {np.mean(t.nll):.4f}" for n, t in tallies.items())
-            say(f"{at - start + 1} of {len(ids) - 1 - start}; mean loss {so_far}")
+    with ThreadPoolExecutor(len(sessions)) as pool:  # onnxruntime works outside Python's lock
+        list(pool.map(lambda s: _read(s, ids[:start]), sessions.values()))
+        for at in range(start, len(ids) - 1):
+            logits = pool.map(lambda s, token=ids[at]: s.decode(token), sessions.values())
+            held = next(reference) if reference else None
+            for name, out in zip(sessions, logits, strict=True):
+                run = Scored(out)
+                held = held or run
+                tallies[name].add(held, run, ids[at + 1])
+            if (at - start) % 128 == 127:
+                so_far = ", ".join(f"{n} {np.mean(t.nll):.4f}" for n, t in tallies.items())
+                say(f"{at - start + 1} of {len(ids) - 1 - start}; mean loss {so_far}")
+
+
+def _read(session: Session, prompt: list[int]) -> None:
+    session.reset()
+    session.prefill(prompt)
 
 
 def show(title: str, rows: Iterable[dict[str, Any]]) -> None:

@@ -4,15 +4,15 @@
     python benchmarks/quality.py --model tiny
 
 Every variant is an exported artifact; all of them decode the same text in step, teacher-forced:
-independent windows of 512 tokens, then one long run. The float artifact is the reference for KL
-and for the loss difference; transformers' own loss over the same tokens stands beside it.
-State is f32 throughout, except in the last row, which is what `edge-kv export` makes by default.
+independent windows of 512 tokens, then one long run. The reference for perplexity and KL is
+transformers in fp32 on the float weights. State is f32, except in the last row, which is what
+`edge-kv export` makes by default.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from common import (
     MODELS,
+    Scored,
     Tally,
     Variant,
     exported,
@@ -27,7 +28,6 @@ from common import (
     opened,
     read_text,
     run_main,
-    say,
     show,
     teacher_force,
     windows,
@@ -36,12 +36,11 @@ from common import (
 
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.presets import get_preset
-from edge_kv.runtime import Session, Tokenizer
+from edge_kv.runtime import Tokenizer
 
 WINDOW = 512
-FLOAT = Variant("none")
+ROWS = 64  # positions whose float logits are held at a time
 VARIANTS = (
-    FLOAT,
     Variant("int8", 32),
     Variant("int4", 32),
     Variant("int4", 64),
@@ -59,47 +58,42 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("artifacts"), help="exports go here")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    roots = {v.label: exported(args.model, v, args.work) for v in VARIANTS}
-    artifacts = {label: read_artifact(root) for label, root in roots.items()}
-    tokenizer = Tokenizer.of(artifacts[FLOAT.label])
-    text = read_text(args.model, tokenizer, max(args.long, args.windows * (WINDOW - 1) + 1))
-    parts = list(windows(text, WINDOW, args.windows))
-    whole = text.ids[: args.long]
-    reference = transformers_perplexity(args.model, {"windows": parts, "long": [whole]})
-    say(f"transformers: {reference}")
+    artifacts = {v.label: read_artifact(exported(args.model, v, args.work)) for v in VARIANTS}
     stored = {label: storage(a) for label, a in artifacts.items()}
+    tokenizer = Tokenizer.of(artifacts[VARIANTS[0].label])
+    text = read_text(args.model, tokenizer, max(args.long, args.windows * (WINDOW - 1) + 1))
+    reference = transformers_model(args.model)
     sessions = {v.label: opened(args.model, v, args.work, args.threads) for v in VARIANTS}
     measured: dict[str, dict[str, dict[str, Any]]] = {label: {} for label in sessions}
-    for name, runs in (("windows", parts), ("long", [whole])):
-        for label, result in run(sessions, runs).items():
-            measured[label][name] = result
-        write_result(
-            f"quality_{args.model.replace('-', '_')}",
-            {
-                "model": args.model,
-                "weights": gguf_path().name if args.model != "tiny" else "edge_kv/data/tiny",
-                **text.card(),
-                "windows": f"{args.windows} of {WINDOW} tokens",
-                "long": f"one run of {args.long} tokens",
-                "transformers_f32_perplexity": reference,
-                "variants": [
-                    {"run": label, **stored[label], **measured[label]} for label in sessions
-                ],
-            },
-        )
+    floats: dict[str, float] = {}
+    groups = {"windows": list(windows(text, WINDOW, args.windows)), "long": [text.ids[: args.long]]}
+    for name, runs in groups.items():
+        tallies = {label: Tally() for label in sessions}
+        for ids in runs:
+            teacher_force(sessions, ids, 0, tallies, float_logits(reference, ids))
+            floats[name] = next(iter(tallies.values())).reference_perplexity
+            for label, tally in tallies.items():
+                measured[label][name] = tally.summary()
+            write_result(
+                f"quality_{args.model.replace('-', '_')}",
+                {
+                    "model": args.model,
+                    "weights": gguf_path().name if args.model != "tiny" else "edge_kv/data/tiny",
+                    **text.card(),
+                    "windows": f"{args.windows} of {WINDOW} tokens",
+                    "long": f"one run of {args.long} tokens",
+                    "float": "transformers, fp32, eager attention",
+                    "float_perplexity": floats,
+                    "variants": [
+                        {"run": label, **stored[label], **measured[label]} for label in sessions
+                    ],
+                },
+            )
         rows = [
             {"run": k, **{c: measured[k][name][c] for c in COLUMNS}, **brief(stored[k])}
             for k in sessions
         ]
-        show(f"{args.model}, {name}", rows)
-
-
-def run(sessions: dict[str, Session], runs: list[list[int]]) -> dict[str, dict[str, Any]]:
-    """Decode every run from its start token on; what each session scored over all of them."""
-    tallies = {label: Tally() for label in sessions}
-    for ids in runs:
-        teacher_force(sessions, ids, 0, tallies)
-    return {label: tally.summary() for label, tally in tallies.items()}
+        show(f"{args.model}, {name}; float: perplexity {floats[name]}", rows)
 
 
 def storage(artifact: Artifact) -> dict[str, Any]:
@@ -130,7 +124,7 @@ def brief(stored: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def transformers_model(model: str) -> torch.nn.Module:
+def transformers_model(model: str) -> Any:
     """The same checkpoint in transformers: fp32, eager attention."""
     from transformers import AutoModelForCausalLM
 
@@ -140,29 +134,23 @@ def transformers_model(model: str) -> torch.nn.Module:
     else:
         path = gguf_path()
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
-    evaluated: torch.nn.Module = loaded.eval()
-    return evaluated
+    return loaded.eval()
 
 
 @torch.no_grad()
-def transformers_perplexity(model: str, runs: dict[str, list[list[int]]]) -> dict[str, float]:
-    """Perplexity of transformers over the same tokens, one uncached forward pass a run."""
-    loaded = transformers_model(model)
-    found = {}
-    for name, group in runs.items():
-        lost, count = 0.0, 0
-        for ids in group:
-            row = torch.tensor([ids])
-            hidden = loaded.model(row, use_cache=False).last_hidden_state[0, :-1]
-            for at in range(0, len(hidden), WINDOW):  # logits of a long run would take gigabytes
-                logits = loaded.lm_head(hidden[at : at + WINDOW])
-                if cap := getattr(loaded.config, "final_logit_softcapping", None):
-                    logits = torch.tanh(logits / cap) * cap
-                target = row[0, 1 + at : 1 + at + len(logits)]
-                lost += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-                count += len(logits)
-        found[name] = float(f"{math.exp(lost / count):.5g}")
-    return found
+def float_logits(model: Any, ids: list[int]) -> Iterator[Scored]:
+    """Logits behind every id but the last, from one uncached forward pass.
+
+    They are made a few rows at a time: those of a long run would take gigabytes.
+    """
+    hidden = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, :-1]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    for at in range(0, len(hidden), ROWS):
+        logits = model.lm_head(hidden[at : at + ROWS])
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        for row in logits.numpy():
+            yield Scored(row)
 
 
 if __name__ == "__main__":

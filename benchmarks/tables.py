@@ -1,0 +1,114 @@
+"""Write the tables of benchmarks/README.md from the result files.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+MODELS = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}
+
+
+def main() -> None:
+    tables = {
+        "greedy": greedy(result("greedy_gemma3_270m")),
+        "weights": "\n\n".join(weights(m, result(f"quality_{m}")) for m in MODELS),
+        "kv": kv({m: result(f"kv_quality_{m}") for m in MODELS}),
+        "prefill": prefill(result("prefill_skip")),
+    }
+    text = README.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        mark = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(mark, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
+        assert found == 1, f"README.md has no place for the {name} table"
+    README.write_text(text, encoding="utf-8")
+
+
+def result(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return document
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
+
+
+def greedy(r: dict[str, Any]) -> str:
+    rows = r["prompts"]
+    worst = max(row["max_abs_logit"] for row in rows)
+    equal = sum(row["equal"] == r["new_tokens"] for row in rows)
+    return (
+        f"{equal} of {len(rows)} prompts ({min(x['prompt_tokens'] for x in rows)} to "
+        f"{max(x['prompt_tokens'] for x in rows)} tokens) give the same {r['new_tokens']} greedy "
+        f"tokens; largest difference of a logit {worst:.2g}."
+    )
+
+
+def weights(model: str, r: dict[str, Any]) -> str:
+    head = (
+        MODELS[model], "MB", "relative error", "perplexity, windows", "perplexity, long", "mean KL",
+        "same top-1",
+    )  # fmt: skip
+    floats = r["float_perplexity"]
+    rows: list[tuple[Any, ...]] = [
+        ("float (transformers fp32)", "", "", floats["windows"], floats.get("long", ""), 0, "100 %")
+    ]
+    for v in r["variants"]:
+        w, n = v["windows"], v.get("long", {})
+        rows.append(
+            (
+                v["run"],
+                f"{v['weight_bytes'] / 1e6:.1f}",
+                f"{v['mean_relative_error']:.3f}",
+                w["perplexity"],
+                n.get("perplexity", ""),
+                w["mean_kl"],
+                f"{w['top1_agreement']:.1%}",
+            )
+        )
+    return markdown(head, rows)
+
+
+def kv(results: dict[str, dict[str, Any]]) -> str:
+    head = (
+        "int8 KV against f32 KV", "context", "perplexity f32", "int8", "mean KL", "max KL",
+        "same top-1",
+    )  # fmt: skip
+    rows = [
+        (
+            MODELS[model],
+            d["context"],
+            d["f32_perplexity"],
+            d["perplexity"],
+            d["mean_kl"],
+            d["max_kl"],
+            f"{d['top1_agreement']:.1%}",
+        )
+        for model, r in results.items()
+        for d in r["depths"]
+    ]
+    return markdown(head, rows)
+
+
+def prefill(r: dict[str, Any]) -> str:
+    low, high = min(r["ratio_of_each_pair"]), max(r["ratio_of_each_pair"])
+    body = r["body_weights"]
+    against = r["next_logits"]["prefill_and_decode_against_untrimmed"]
+    return (
+        f"{r['model']}, {r['quant']}, {r['prompt_tokens']} tokens in chunks of {r['chunk']}: "
+        f"**{r['speed_up']}x** (pairs between {low:.2f} and {high:.2f}); matrix values a token "
+        f"passes: {body['untrimmed'] / body['trimmed']:.2f}x fewer. State left behind "
+        f"{'bit-equal' if r['state_after_prefill']['bit_equal'] else 'not equal'}; next logits "
+        f"{against['max_abs']:g} apart."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Gemma 3 270M as it is published: its GGUF through our reader and decoder, and our quantiser.
+
+Expected ids are transformers' (fp32, eager), recorded by `benchmarks/real_weights.py greedy`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from weights_gguf import gemma3_270m
+
+from edge_kv.export.quantize import quantize
+from edge_kv.kv_plan import plan_kv
+from edge_kv.model.oracle import oracle_logits
+from edge_kv.weights import WeightSource, open_weights
+
+RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "greedy_gemma3_270m.json"
+PROMPT = "def fibonacci(n):\n    "
+
+
+@pytest.fixture(scope="module")
+def source() -> WeightSource:
+    return open_weights(str(gemma3_270m()))
+
+
+def test_first_64_greedy_tokens_are_those_of_transformers(source: WeightSource) -> None:
+    from tokenizers import Tokenizer
+
+    record = next(r for r in json.loads(RECORD.read_text())["prompts"] if r["prompt"] == PROMPT)
+    tokenizer = Tokenizer.from_str(source.tokenizer_json() or "")
+    prompt = [source.config.bos_id, *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
+    expected = record["ids"]
+    assert (len(prompt), len(expected)) == (record["prompt_tokens"], 64)
+    ids = torch.tensor(prompt + expected[:-1])
+    logits = oracle_logits(
+        source.config,
+        plan_kv(source.config, ctx=len(ids), kv="f32"),
+        lambda region, a, b: torch.from_numpy(source.read(region, a, b)),
+        ids,
+        start=len(prompt) - 1,
+    )
+    # Teacher-forced: equal argmax at every step is what makes a greedy run equal.
+    assert logits.argmax(-1).tolist() == expected
+    assert tokenizer.decode(expected) == record["text"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "limit"), [(8, 128, 0.01), (4, 32, 0.1), (4, 64, 0.11), (4, 128, 0.125)]
+)
+def test_real_matrices_survive_quantisation(
+    source: WeightSource, bits: int, block: int, limit: float
+) -> None:
+    for name in ("layers.0.attn.q_proj.weight", "layers.9.mlp.down_proj.weight"):
+        rows = torch.from_numpy(source.read(name))
+        _, _, lost = quantize(rows, bits, block)
+        error = (lost / float(rows.square().sum())) ** 0.5
+        assert limit / 4 < error < limit
