@@ -68,7 +68,7 @@ class WeightLayout:
     def __init__(self, config: ModelConfig, scheme: str, block_size: int):
         self.config, self.scheme, self.block_size = config, scheme, block_size
         self.tensors = [
-            _stored(spec, scheme, block_size)
+            self.stored(spec)
             for spec in tensor_table(config)
             if spec.kind != PLE_TABLE
         ]
@@ -81,11 +81,15 @@ class WeightLayout:
                 at += -(-self.regions[name].bytes // PAGE) * PAGE
         self.bytes = at
 
+    def stored(self, spec: TensorSpec) -> StoredTensor:
+        """Bits and block of one tensor."""
+        bits = stored_bits(spec.kind, self.scheme)
+        block = 0 if bits == 32 else block_for(spec.shape[-1], self.block_size)
+        return StoredTensor(spec, bits if block else 32, block)
 
-def _stored(spec: TensorSpec, scheme: str, block_size: int) -> StoredTensor:
-    bits = stored_bits(spec.kind, scheme)
-    block = 0 if bits == 32 else block_for(spec.shape[-1], block_size)
-    return StoredTensor(spec, bits if block else 32, block)
+    def quantize(self, rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, float]:
+        """Packed values, scales and squared error of rows (see `quantize.quantize`)."""
+        return quantize(rows, bits, block)
 
 
 def _arrays(t: StoredTensor) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -166,7 +170,7 @@ def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, f
             _put(fd, layout.regions[t.spec.name], start, values)
             continue
         size += float(values.square().sum(dtype=torch.float64))
-        packed, scales, error = quantize(values.flatten(0, -2), t.bits, t.block)
+        packed, scales, error = layout.quantize(values.flatten(0, -2), t.bits, t.block)
         lost += error
         base = t.spec.name.removesuffix(".weight")
         _put(fd, layout.regions[f"{base}.packed"], start, packed)
