@@ -1,0 +1,197 @@
+"""Writes the generated parts of the documents: tables of results and of plans, the file map.
+
+    python benchmarks/report.py            write them anew
+    python benchmarks/report.py --check    only say which are out of date
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end of NAME -->`. Results come from
+`results/*.json`, plans from `edge-kv plan`, file descriptions from the files' own first lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edge_kv.kv_plan import plan_kv, state_elements
+from edge_kv.memory import predict_memory
+from edge_kv.presets import PRESETS
+from edge_kv.report import F16_BYTES
+from edge_kv.terminal import size
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md",)
+MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
+STORED = {  # how a row calls a run of benchmarks/quality.py
+    "int8 weights": "int8 block 32, f32 KV",
+    "int4 weights": "int4 block 32, f32 KV",
+    "int4 weights and int8 KV (the default)": "int4 block 32, int8 KV",
+}
+NEW = 64  # greedy tokens compared
+MISSING = "–"
+CONTEXTS = {"32k": 32_768, "128k": 131_072}
+ROOMS = ("edge_kv", "edge_kv/model", "edge_kv/weights", "export", "runtime", "runtime/native",
+         "benchmarks", "tests")  # fmt: skip
+_PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when stale")
+    args = parser.parse_args()
+    stale = [name for name in DOCUMENTS if render(read(name)) != read(name)]
+    if args.check:
+        sys.exit(f"Out of date: {', '.join(stale)}; run this without --check." if stale else 0)
+    for name in stale:
+        (ROOT / name).write_text(render(read(name)), encoding="utf-8")
+        print(f"wrote {name}")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def render(document: str) -> str:
+    """`document` with every generated part as it should be."""
+    return _PART.sub(lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", document)
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are aligned left."""
+    rule = ["---" if i < left else "--:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def results() -> str:
+    """Every claim that a committed result file holds, one column a model."""
+    rows = [
+        row(f"first {NEW} greedy tokens those of `transformers` (fp32)", greedy),
+        row("perplexity, `transformers` fp32", lambda model: perplexity(model, "float")),
+        *(
+            row(f"perplexity, {label}", lambda model, run=run: perplexity(model, run))
+            for label, run in STORED.items()
+        ),
+        *(
+            row(
+                f"int8 against f32 KV at {depth:,} tokens: KL, perplexity",
+                lambda model, depth=depth: int8_kv(model, depth),
+            )
+            for depth in (2048, 16_384)
+        ),
+        row("KV state for 32,768 tokens, f32 → int8", kv_sizes),
+    ]
+    shown = [r for r in rows if set(r[1:]) != {MISSING}]
+    return "\n\n".join(
+        [table(["", *MEASURED.values()], shown), *(s for s in [prefill_sentence()] if s)]
+    )
+
+
+def row(title: str, cell: Callable[[str], str]) -> list[str]:
+    """`cell` of every measured model; a model without that result gets a dash."""
+    cells = [title]
+    for model in MEASURED:
+        try:
+            cells.append(cell(model))
+        except (KeyError, StopIteration, FileNotFoundError):
+            cells.append(MISSING)
+    return cells
+
+
+def greedy(model: str) -> str:
+    prompts = load(f"greedy_{model}")["prompts"]
+    return f"{sum(p['equal'] == NEW for p in prompts)} of {len(prompts)} prompts"
+
+
+def perplexity(model: str, run: str) -> str:
+    """Over windows of text; with the bytes of the weights where they are stored by us."""
+    result = load(f"quality_{model}")
+    if run == "float":
+        return f"{result['float_perplexity']['windows']:.2f}"
+    variant = next(v for v in result["variants"] if v["run"] == run)
+    return f"{variant['windows']['perplexity']:.2f} ({size(variant['weight_bytes'])})"
+
+
+def int8_kv(model: str, depth: int) -> str:
+    at = next(d for d in load(f"kv_quality_{model}")["depths"] if d["context"] == depth)
+    return f"{at['mean_kl']:.1e}, {100 * (at['perplexity_ratio'] - 1):+.2f} %"
+
+
+def kv_sizes(model: str) -> str:
+    held = load(f"kv_quality_{model}")["kv_bytes"]
+    return f"{size(held['f32 KV'])} → {size(held['int8 KV'])}"
+
+
+def prefill_sentence() -> str:
+    """What skipping the sharing layers gains, on the widest model that was measured."""
+    for name in ("prefill_skip_1", "prefill_skip"):
+        if (RESULTS / f"{name}.json").is_file():
+            r = load(name)
+            return (
+                f"Prefill of {r['prompt_tokens']} tokens ({r['model']}, {r['quant']}) takes "
+                f"1/{r['speed_up']:g} of the time of the same graph with all {r['layers']} layers; "
+                f"it runs {r['owning_layers']}."
+            )
+    return ""
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def memory() -> str:
+    """What `edge-kv plan` says about every preset with the default storages."""
+    rows = []
+    for name, preset in PRESETS.items():
+        config, cells = preset.config, [f"`{name}`"]
+        for ctx in CONTEXTS.values():
+            if ctx > config.max_ctx:
+                cells += ["–", "–"]
+                continue
+            plan = plan_kv(config, ctx=ctx)
+            naive = F16_BYTES * state_elements(config, ctx, sharing=False, rings=False)
+            cells += [size(naive), f"{size(plan.bytes)} ({plan.bytes / naive:.0%})"]
+        plan = plan_kv(config, ctx=min(config.max_ctx, CONTEXTS["32k"]))
+        cost = predict_memory(config, plan)
+        cells += [size(cost.weight_file), size(cost.ple_file) if cost.ple_file else "–"]
+        cells.append(size(cost.peak))
+        rows.append(cells)
+    head = ["model"]
+    for label in CONTEXTS:
+        head += [f"{label}: every layer, f16", f"{label}: this plan"]
+    return table([*head, "weights", "PLE rows", "predicted peak RAM, 32k"], rows)
+
+
+def file_map() -> str:
+    """One line for every source file: what it says about itself first."""
+    lines = []
+    for room in ROOMS:
+        files = sorted(p for p in (ROOT / room).glob("*") if p.suffix in (".py", ".h", ".cpp"))
+        described = {p.name: first_line(p) for p in files}
+        if not any(described.values()):
+            continue
+        lines.append(f"{room}/")
+        lines += [f"  {name:<27} {text}" for name, text in described.items() if text]
+    return "\n".join(["```", *lines, "```"])
+
+
+def first_line(path: Path) -> str:
+    """The first sentence of a file; empty for a C++ file that its header describes."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        first = text.splitlines()[0]
+        return first.removeprefix("// ") if first.startswith("// ") else ""
+    return " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
+
+
+PARTS: dict[str, Callable[[], str]] = {"results": results, "memory": memory, "files": file_map}
+
+
+if __name__ == "__main__":
+    main()
