@@ -260,15 +260,23 @@ def test_interrupt_is_exit_130(root, monkeypatch):
     assert result.exit_code == 130 and result.stderr == "Interrupted.\n"
 
 
+def interruptible():
+    """In the child: a background job of a shell would inherit that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_sigint_during_a_reply_is_exit_130(root):
     process = subprocess.Popen(
         [sys.executable, "-m", "edge_kv", "run", str(root), "x", "--max-new-tokens", "100000000",
          "--on-full", "slide", "--threads", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible,
     )  # fmt: skip
-    assert process.stdout.read(3)  # it streams
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    try:
+        assert process.stdout.read(3)  # it streams
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and err.decode().splitlines()[-1] == "Interrupted."
 
 
