@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_kv.artifact import Artifact
-    from edge_kv.runtime.chat import Chat, Reply
+    from edge_kv.runtime.chat import Chat, Options, Reply
     from edge_kv.runtime.generation import Slide, generate
     from edge_kv.runtime.meter import Memory, read_memory, reset_peak
     from edge_kv.runtime.sampling import Sampler
@@ -26,6 +26,7 @@ __all__ = [
     "ENGINES",
     "Chat",
     "Memory",
+    "Options",
     "Reply",
     "Sampler",
     "Session",
@@ -48,6 +49,7 @@ ENGINES = {
 _HOMES = {
     "Chat": "chat",
     "Memory": "meter",
+    "Options": "chat",
     "Reply": "chat",
     "Sampler": "sampling",
     "Session": "session",
