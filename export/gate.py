@@ -107,8 +107,11 @@ def judge(
     shipped: npt.NDArray[np.float32],
     stored: Tensor,
     source: Tensor,
+    vectors: str = "verify.npz",
 ) -> dict[str, Any]:
     """The manifest's `parity` entry from four runs of logits [steps, vocab].
+
+    `vectors` names the file that is going to hold `stored`.
 
     Raises:
         ParityError: the lowering is not at numerical noise, or a logit is not finite.
@@ -137,7 +140,7 @@ def judge(
         "kernels": _rounded(kernels),
         "quantisation": _rounded(quantisation),
         "lowering_limit": {"relative": limit, "max_kl": limit_kl},
-        "vectors": "verify.npz",
+        "vectors": vectors,
         "verify": {
             "max_kl": float(f"{max(VERIFY_FLOOR_KL, VERIFY_SLACK * kernels.max_kl):.3g}"),
             "min_top1": round(max(0.0, kernels.top1 - VERIFY_TOP1_LOSS), 4),

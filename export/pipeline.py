@@ -24,7 +24,6 @@ from edge_kv.artifact import (
     FileEntry,
     Manifest,
     PleEntry,
-    Program,
     QuantEntry,
     TensorReport,
     TokenizerEntry,
@@ -35,7 +34,7 @@ from edge_kv.artifact import (
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
 from edge_kv.export import gate
-from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
+from edge_kv.export.backends import BACKENDS, WEIGHTS, Lowered, Request
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import (
     Journal,
@@ -53,8 +52,7 @@ from edge_kv.presets import get_preset
 from edge_kv.progress import Progress, Silent
 from edge_kv.weights import WeightSource, check_weights, open_weights
 
-BACKENDS = ("onnx",)
-WEIGHTS, JOURNAL, REQUEST = "weights.bin", "journal.jsonl", "request.json"
+JOURNAL, REQUEST = "journal.jsonl", "request.json"
 
 
 def export_model(
@@ -66,7 +64,7 @@ def export_model(
     kv: str = "int8",
     quant: str = "int4",
     block_size: int | None = None,
-    backends: tuple[str, ...] = BACKENDS,
+    backends: tuple[str, ...] = ("onnx",),
     out: Path,
     open_session: gate.OpenSession,
     progress: Progress | None = None,
@@ -99,9 +97,11 @@ def export_model(
         weights or (preset.source if preset else ""), preset.config if preset else None
     )
     plan = plan_kv(source.config, ctx=ctx, chunk=chunk, kv=kv)
-    layout = WeightLayout(source.config, quant, block)
+    for backend in backends:
+        BACKENDS[backend].check(source.config)
+    layouts = {b: BACKENDS[b].layout(source.config, quant, block) for b in backends}
     check_weights(source)
-    job = _Job(source, plan, layout, out, open_session, progress)
+    job = _Job(source, plan, layouts, out, open_session, progress)
     job.run()
     return out
 
@@ -110,23 +110,27 @@ class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: WeightSource, plan: KVPlan, layout: WeightLayout, out: Path,
+        self, source: WeightSource, plan: KVPlan, layouts: dict[str, WeightLayout], out: Path,
         open_session: gate.OpenSession, progress: Progress,
     ):  # fmt: skip
-        self.source, self.plan, self.layout, self.out = source, plan, layout, out
+        self.source, self.plan, self.layouts, self.out = source, plan, layouts, out
+        self.layout = next(iter(layouts.values()))
         self.config: ModelConfig = source.config
         self.open_session, self.progress = open_session, progress
         self.root = out.parent / f".{out.name}.part"
-        self.onnx = self.root / "onnx"
 
     def run(self) -> None:
         self._begin()
         try:
             reports, ple = self._weights()
             tokenizer = self._tokenizer()
-            self.progress.stage("programs")
-            programs = lower_onnx(self.config, self.plan, self.layout, self.onnx, WEIGHTS)
-            self._finish(reports, ple, tokenizer, programs)
+            lowered = {}
+            for name in self.layouts:
+                self.progress.stage(f"programs: {name}")
+                request = Request(self.config, self.plan, ple)
+                stored = self._stored(name)
+                lowered[name] = BACKENDS[name].lower(request, stored, stored.path.parent)
+            self._finish(reports, ple, tokenizer, lowered)
         except (ParityError, WeightsError):  # running it again would end the same way
             shutil.rmtree(self.root)
             raise
@@ -145,6 +149,7 @@ class _Job:
                 "model": asdict(self.config),
                 "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
                 "quant": [self.layout.scheme, self.layout.block_size],
+                "backends": list(self.layouts),
             },
             sort_keys=True,
         )
@@ -152,25 +157,34 @@ class _Job:
         if self.root.exists() and not (held.is_file() and held.read_text() == request):
             shutil.rmtree(self.root)
         try:
-            self.onnx.mkdir(parents=True, exist_ok=True)
+            for name in self.layouts:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
             held.write_text(request)
         except OSError as e:
             raise ExportError(f"Cannot write beside {self.out} ({e.strerror}).") from e
 
     def _weights(self) -> tuple[dict[str, TensorReport], PleEntry | None]:
-        journal = Journal(self.root / JOURNAL)
-        self.progress.stage("weights")
-        path = self.onnx / WEIGHTS
-        reports = write_weights(self.source, self.layout, path, journal, self.progress)
+        found = {}
+        for name, layout in self.layouts.items():
+            self.progress.stage("weights")
+            journal = Journal(self.root / name / JOURNAL)
+            path = self._stored(name).path
+            found[name] = write_weights(self.source, layout, path, journal, self.progress)
+        reports = next(iter(found.values()))
         ple = ple_layout(self.config, self.layout.scheme)
         if ple:
             self.progress.stage("per-layer embeddings")
+            journal = Journal(self.root / JOURNAL)
             error = write_ple(self.source, ple, self.root / ple.file, journal, self.progress)
             if ple.bits < 32:
                 reports["ple_embed.weight"] = TensorReport(
                     bits=ple.bits, block=ple.block, error=error
                 )
         return reports, ple
+
+    def _stored(self, name: str) -> StoredWeights:
+        """The weight file of a backend."""
+        return StoredWeights(self.layouts[name], self.root / name / WEIGHTS)
 
     def _tokenizer(self) -> TokenizerEntry | None:
         content, template = self.source.tokenizer_json(), self.source.chat_template()
@@ -190,15 +204,12 @@ class _Job:
         reports: dict[str, TensorReport],
         ple: PleEntry | None,
         tokenizer: TokenizerEntry | None,
-        programs: dict[str, Program],
+        lowered: dict[str, Lowered],
     ) -> None:
-        def manifest(variant: str, parity: dict[str, Any], *, digests: bool) -> Manifest:
+        def manifest(
+            backends: dict[str, Backend], parity: dict[str, Any], *, digests: bool
+        ) -> Manifest:
             files = _files(self.root, digests=digests)
-            named = {
-                name: p.model_copy(update={"file": p.file.replace(".onnx", f"{variant}.onnx")})
-                for name, p in programs.items()
-            }
-            needed = [f"onnx/{WEIGHTS}", *(p.file for p in named.values())]
             return Manifest(
                 schema_version=SCHEMA_VERSION,
                 edge_kv=__version__,
@@ -209,7 +220,7 @@ class _Job:
                     scheme=self.layout.scheme, block_size=self.layout.block_size, tensors=reports
                 ),
                 ple=ple,
-                backends={"onnx": Backend(programs=named, files=needed, details=DETAILS)},
+                backends=backends,
                 tokenizer=tokenizer,
                 files=files,
                 made={"source": self.source.label, "torch": torch.__version__},
@@ -219,9 +230,9 @@ class _Job:
                 ).as_dict(),
             )
 
-        def logits_of(variant: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-            write_manifest(self.root, manifest(variant, {}, digests=False))
-            session = self.open_session(self.root, "onnx")
+        def logits_of(name: str, backend: Backend) -> np.ndarray[Any, np.dtype[np.float32]]:
+            write_manifest(self.root, manifest({name: backend}, {}, digests=False))
+            session = self.open_session(self.root, name)
             try:
                 return gate.replay(session, run)
             finally:
@@ -229,35 +240,46 @@ class _Job:
 
         run = gate.plan_run(self.plan, self.config.vocab_size, self._encoder(tokenizer))
         self.progress.stage("parity: float reference")
-        source_logits = self._oracle(run, stored=False, ple=ple)
-        self.progress.stage("parity: stored weights")
-        stored_logits = self._oracle(run, stored=True, ple=ple)
-        self.progress.stage("parity: programs")
-        parity = gate.judge(
-            run,
-            self.plan,
-            exact=logits_of(EXACT),
-            shipped=logits_of(""),
-            stored=stored_logits,
-            source=source_logits,
-        )
-        for name in programs:
-            (self.onnx / f"{name}{EXACT}.onnx").unlink()
-        gate.write_vectors(self.root / parity["vectors"], run, stored_logits)
-        for name in (JOURNAL, REQUEST, MANIFEST):
-            (self.root / name).unlink()
+        source_logits = self._oracle(run, None, ple)
+        parity: dict[str, Any] = {}
+        for name, programs in lowered.items():
+            self.progress.stage(f"parity: stored weights of {name}")
+            stored_logits = self._oracle(run, self._stored(name), ple)
+            self.progress.stage(f"parity: programs of {name}")
+            judged = gate.judge(
+                run,
+                self.plan,
+                exact=logits_of(name, programs.exact),
+                shipped=logits_of(name, programs.shipped),
+                stored=stored_logits,
+                source=source_logits,
+                vectors=f"verify.{name}.npz" if parity else "verify.npz",
+            )
+            gate.write_vectors(self.root / judged["vectors"], run, stored_logits)
+            # The first backend's entry is the artifact's; others stand beside it by name.
+            parity |= {name: judged} if parity else judged
+        for programs in lowered.values():
+            for path in programs.scratch:
+                path.unlink()
+        for path in self.root.rglob("*"):
+            if path.name in (JOURNAL, REQUEST, MANIFEST):
+                path.unlink()
         self.progress.stage("digests")
-        write_manifest(self.root, manifest("", parity, digests=True))
+        backends = {name: programs.shipped for name, programs in lowered.items()}
+        write_manifest(self.root, manifest(backends, parity, digests=True))
         self.root.rename(self.out)
 
-    def _oracle(self, run: gate.GateRun, *, stored: bool, ple: PleEntry | None) -> torch.Tensor:
+    def _oracle(
+        self, run: gate.GateRun, stored: StoredWeights | None, ple: PleEntry | None
+    ) -> torch.Tensor:
+        """Logits of the source's weights, or of a backend's stored ones and the stored state."""
         layers = self.config.n_layers
         kwargs: dict[str, Any] = {
             "ids": torch.from_numpy(run.ids),
             "start": run.prompt,
             "on_layer": lambda i: self.progress.advance(f"layer {i}", i + 1, layers),
         }
-        if not stored:
+        if stored is None:
             rows = gate.float_rows(self.config, self.source.read) if ple else None
             return oracle_logits(
                 self.config,
@@ -266,7 +288,6 @@ class _Job:
                 ple_rows=rows,
                 **kwargs,
             )
-        kept = StoredWeights(self.layout, self.onnx / WEIGHTS)
         table = PleTable(self.root / ple.file, ple) if ple else None
 
         def table_rows(ids: torch.Tensor) -> torch.Tensor:
@@ -277,8 +298,8 @@ class _Job:
             return oracle_logits(
                 self.config,
                 self.plan,
-                kept.read,
-                fmt=QuantFormat(self.layout),
+                stored.read,
+                fmt=QuantFormat(stored.layout),
                 ple_rows=table_rows if table else None,
                 exact_state=False,
                 **kwargs,

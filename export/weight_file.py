@@ -68,9 +68,7 @@ class WeightLayout:
     def __init__(self, config: ModelConfig, scheme: str, block_size: int):
         self.config, self.scheme, self.block_size = config, scheme, block_size
         self.tensors = [
-            self.stored(spec)
-            for spec in tensor_table(config)
-            if spec.kind != PLE_TABLE
+            self.stored(spec) for spec in tensor_table(config) if spec.kind != PLE_TABLE
         ]
         self.by_name = {t.spec.name: t for t in self.tensors}
         self.regions: dict[str, Region] = {}

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from edge_kv.errors import RuntimeFault
+from edge_kv.runtime.cache import cache_directory
 
 EXECUTORCH = "1.5.1"  # its C++ interface is not stable between versions
 INSTALL = f"pip install --no-deps executorch=={EXECUTORCH}"
@@ -49,11 +50,13 @@ LIBRARIES = (
 )
 
 
-def cache_directory(name: str) -> Path:
-    """`$EDGE_KV_CACHE/name`, by default under the user's cache directory; made if needed."""
-    base = os.environ.get("EDGE_KV_CACHE")
-    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "edge-kv"
-    path = root.expanduser() / name
+def cache_folder(name: str) -> Path:
+    """The folder `name` of the cache directory, made if needed.
+
+    Raises:
+        RuntimeFault: it cannot be made.
+    """
+    path = cache_directory() / name
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -172,7 +175,7 @@ def build(
         ("kernels.cpp", f"kernels_{isa}", (f"-DEDGE_KV_ISA={isa}", *flags, *kernel_flags))
         for isa, flags in ISAS[machine].items()
     ]
-    folder = cache_directory("native")
+    folder = cache_folder("native")
     target = folder / f"lib{name}-{_digest(compiler, units, link)}.so"
     with locked(folder / f"{name}.lock"):
         if not target.is_file():

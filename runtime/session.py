@@ -31,7 +31,7 @@ _Self = TypeVar("_Self", bound="Session")
 _Result = TypeVar("_Result")
 
 # Storage of a plan dtype. int8 rows may be unsigned to an engine; the bytes are its own affair.
-_STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
 _LATENCIES = 16_384  # newest decode latencies kept for the percentiles
 
 
@@ -289,4 +289,4 @@ def _allocate(buffer: StateBuffer) -> npt.NDArray[Any]:
         pages = mmap.mmap(-1, buffer.bytes)
     else:  # private: a shared mapping would be counted as shmem, not as anonymous memory
         pages = mmap.mmap(-1, buffer.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, _STORAGE[buffer.dtype]).reshape(buffer.shape)
+    return np.frombuffer(pages, STORAGE[buffer.dtype]).reshape(buffer.shape)

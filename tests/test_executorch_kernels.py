@@ -200,7 +200,7 @@ def test_adversarial_scores(library, isa):
     rng = np.random.default_rng(3)
     for scale, spread in ((1.0, 1e4), (100.0, 1.0), (0.0, 1.0), (1.0, 1e-12)):
         cache = Cache(library, isa, "int8", slots=300, dim=64, scale=scale, threads=2)
-        q, k, v = tokens_of(rng, 299, cache, spread)
+        _, k, v = tokens_of(rng, 299, cache, spread)
         cache.run(0, k=k, v=v)
         _, k, v = tokens_of(rng, 1, cache, spread)
         # a query along a stored key makes that key dominate

@@ -1,0 +1,172 @@
+"""The backends of an export: how each stores its weights and lowers the decoder over them.
+
+A backend yields its programs twice: as they ship, and `exact`, with float arithmetic wherever the
+shipped ones round activations, so that the parity gate can tell the lowering from its kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from edge_kv.artifact import Backend, PleEntry
+from edge_kv.config import ModelConfig
+from edge_kv.errors import ConfigError, ExportError
+from edge_kv.export.weight_file import StoredWeights, WeightLayout
+from edge_kv.kv_plan import KVPlan
+
+WEIGHTS = "weights.bin"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every backend lowers: a model, its state, and the layout of its PLE file."""
+
+    config: ModelConfig
+    plan: KVPlan
+    ple: PleEntry | None
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Programs as they ship, their exact variant, and the files that only the gate needs."""
+
+    shipped: Backend
+    exact: Backend
+    scratch: tuple[Path, ...]
+
+
+class Lowering(Protocol):
+    """One backend."""
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse what this backend cannot export, before any weight is read.
+
+        Raises:
+            ConfigError: a package is missing. ExportError: the model cannot be expressed.
+        """
+
+    def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
+        """How this backend's weights are stored."""
+
+    def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
+        """Write the programs over `weights`, the finished weight file, into `folder` beside it.
+
+        Raises:
+            ExportError: the model cannot be lowered.
+        """
+
+
+class OnnxLowering:
+    """Two graphs over one external weight file."""
+
+    def check(self, config: ModelConfig) -> None:
+        pass
+
+    def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
+        return WeightLayout(config, scheme, block_size)
+
+    def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
+        from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
+
+        programs = lower_onnx(request.config, request.plan, weights.layout, folder, WEIGHTS)
+
+        def backend(variant: str) -> Backend:
+            named = {
+                name: p.model_copy(update={"file": p.file.replace(".onnx", f"{variant}.onnx")})
+                for name, p in programs.items()
+            }
+            files = [f"{folder.name}/{WEIGHTS}", *(p.file for p in named.values())]
+            return Backend(programs=named, files=files, details=DETAILS)
+
+        scratch = tuple(folder / f"{name}{EXACT}.onnx" for name in programs)
+        return Lowered(backend(""), backend(EXACT), scratch)
+
+
+class ExecuTorchLowering:
+    """One `.pte` with both methods; the weights are inside it, so their file does not ship."""
+
+    def check(self, config: ModelConfig) -> None:
+        for package in ("executorch", "torchao"):
+            if find_spec(package) is None:
+                raise ConfigError(
+                    f"Exporting to ExecuTorch needs {package}, which is not installed; "
+                    "run: pip install 'edge-kv[executorch]'."
+                )
+        if config.moe:
+            raise ExportError(
+                f"ExecuTorch programs of a mixture of {config.moe.n_experts} experts are not "
+                "supported: XNNPACK has no expert operator; use --backend onnx."
+            )
+
+    def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
+        from edge_kv.export.executorch_weights import XnnpackLayout
+
+        return XnnpackLayout(config, scheme, block_size)
+
+    def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
+        shipped, exact = folder / "model.pte", folder / "exact.pte"
+        backends = [
+            self._lower(request, weights, exact, delegate=False),
+            self._lower(request, weights, shipped, delegate=True),
+        ]
+        scratch = (exact, folder / WEIGHTS, *(p.with_suffix(".json") for p in (exact, shipped)))
+        return Lowered(shipped=backends[1], exact=backends[0], scratch=scratch)
+
+    def _lower(
+        self, request: Request, weights: StoredWeights, path: Path, *, delegate: bool
+    ) -> Backend:
+        """One variant; a finished one of an interrupted export is taken as it is."""
+        with quiet():
+            from edge_kv.export.lower_executorch import lower_executorch, programs
+
+        record = path.with_suffix(".json")
+        if not (path.is_file() and record.is_file()):
+            details = lower_executorch(
+                request.config, request.plan, weights, path, facts=_facts(request),
+                delegate=delegate,
+            )  # fmt: skip
+            record.write_text(json.dumps(details))
+        file = f"{path.parent.name}/{path.name}"
+        return Backend(
+            programs=programs(request.config, request.plan, file),
+            files=[file],
+            details=json.loads(record.read_text()),
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Mute the warnings that ExecuTorch and what it imports give about their own internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _facts(request: Request) -> dict[str, int]:
+    """What a runner needs that reads no manifest."""
+    config, plan, ple = request.config, request.plan, request.ple
+    facts: dict[str, Any] = {
+        "vocab": config.vocab_size,
+        "ctx": plan.ctx,
+        "chunk": plan.chunk,
+        "layers": config.n_layers,
+        "own": config.n_own,
+    }
+    if ple:
+        facts |= {"ple_dim": ple.dim, "ple_bits": ple.bits, "ple_block": ple.block}
+    return {f"edge_kv_{name}": value for name, value in facts.items()}
+
+
+BACKENDS: dict[str, Lowering] = {"onnx": OnnxLowering(), "executorch": ExecuTorchLowering()}

@@ -1,0 +1,111 @@
+"""Weights as XNNPACK computes with them, and the modules that say so to its partitioner.
+
+XNNPACK multiplies 8-bit activations (quantised per token as they come) by 4-bit weights in blocks
+with positive bfloat16 scales, or by 8-bit weights with one positive scale per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edge_kv.config import ModelConfig
+from edge_kv.export.quantize import quantize
+from edge_kv.export.weight_file import StoredTensor, StoredWeights, WeightLayout
+from edge_kv.model.binding import load_parameters
+from edge_kv.model.decoder import Attention, Decoder, QuantLinear, RMSNorm
+from edge_kv.model.ops import unpack_blocks
+from edge_kv.tensors import TensorSpec
+
+_QD: Any = torch.ops.quantized_decomposed
+
+
+class XnnpackLayout(WeightLayout):
+    """A weight file of what XNNPACK multiplies by."""
+
+    def stored(self, spec: TensorSpec) -> StoredTensor:
+        t = super().stored(spec)
+        return StoredTensor(t.spec, 8, spec.shape[-1]) if t.bits == 8 else t
+
+    def quantize(self, rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, float]:
+        packed, scales, error = quantize(rows, bits, block, signed_scales=False)
+        if bits == 4:
+            scales = scales.to(torch.bfloat16).to(torch.float32)
+        # XNNPACK refuses a scale of 0, which all-zero blocks get; their values are 0 at any scale.
+        return packed, torch.where(scales == 0, 1.0, scales), error
+
+
+class XnnpackLinear(nn.Module):
+    """`QuantLinear` as the pattern of stock quantisation ops that XNNPACK's partitioner takes."""
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, source: QuantLinear):
+        super().__init__()
+        self.bits, self.block = source.bits, source.block
+        blocks = source.scales.shape
+        ones = torch.ones(blocks)
+        values = unpack_blocks(source.packed.view(*blocks, -1), ones, source.bits)
+        self.register_buffer("weight", values.to(torch.int8))
+        self.register_buffer("scales", source.scales if self.bits == 4 else source.scales[:, 0])
+        self.register_buffer("zeros", torch.zeros_like(self.scales, dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        scale, zero = _QD.choose_qparams_per_token_asymmetric(x, torch.int8)
+        x = _QD.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+        x = _QD.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
+        if self.bits == 4:
+            weight = _QD.dequantize_per_channel_group(
+                self.weight, self.scales, self.zeros, low, high, torch.int8, self.block,
+                torch.float32,
+            )  # fmt: skip
+        else:
+            weight = _QD.dequantize_per_channel(
+                self.weight, self.scales, self.zeros, 0, low, high, torch.int8
+            )
+        return F.linear(x, weight)
+
+
+class XnnpackNorm(nn.Module):
+    """`RMSNorm` whose mean is a one-row linear: XNNPACK takes no mean over the last dimension."""
+
+    mean: Tensor
+    floor: Tensor
+
+    def __init__(self, source: RMSNorm):
+        super().__init__()
+        self.weight, self.eps = source.weight, source.eps
+        dim = source.weight.shape[0]
+        self.register_buffer("mean", torch.full((1, dim), 1.0 / dim), persistent=False)
+        self.register_buffer("floor", torch.full((1,), source.eps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.linear(x * x, self.mean, self.floor)) * self.weight
+
+
+def load_decoder(decoder: Decoder, config: ModelConfig, weights: StoredWeights) -> Decoder:
+    """Fill a decoder built on the meta device with stored weights."""
+    decoder.rope = Decoder.rope_tables(config)
+    load_parameters(decoder, config, weights.read)
+    return decoder.eval()
+
+
+def for_xnnpack(module: nn.Module) -> None:
+    """Replace linears and norms by their XNNPACK forms, one at a time: weights are held once.
+
+    The norms of an attention's heads are left: the state computes with their weights.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, QuantLinear):
+            setattr(module, name, XnnpackLinear(child))
+        elif isinstance(child, RMSNorm) and not isinstance(module, Attention):
+            setattr(module, name, XnnpackNorm(child))
+        else:
+            for_xnnpack(child)

@@ -1,0 +1,214 @@
+"""Lowers the decoder to ExecuTorch: one `.pte` with the methods `prefill` and `decode`.
+
+Both methods mutate one set of buffers, which memory planning puts into an arena of its own, laid
+out exactly as the KV plan counts it. Linears and elementwise chains become XNNPACK delegates; what
+lies between two of them (attention, token look-up, rotary angles) stays in the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from torch import Tensor, nn
+
+from edge_kv.artifact import Program, TensorIO
+from edge_kv.config import ModelConfig
+from edge_kv.errors import ExportError
+from edge_kv.export.backends import quiet
+from edge_kv.export.executorch_state import (
+    ExecuTorchState,
+    PrefillState,
+    StateBuffers,
+    attribute,
+)
+from edge_kv.export.executorch_weights import for_xnnpack, load_decoder
+from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.weight_file import StoredWeights
+from edge_kv.kv_plan import KVPlan
+from edge_kv.model.decoder import Decoder
+
+STATE_ALIGNMENT = 16  # ExecuTorch aligns every planned tensor to this many bytes
+
+
+class DecodeMethod(nn.Module):
+    """ids [1], pos [1], ple [1, n_layers, dim] -> logits [vocab]."""
+
+    def __init__(self, decoder: Decoder, state: StateBuffers):
+        super().__init__()
+        self.decoder, self.state = decoder, state
+
+    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
+        return self.decoder.decode(ids, pos, ple, ExecuTorchState(self.state))
+
+
+class PrefillMethod(nn.Module):
+    """ids [chunk], pos [1], ple [chunk, n_own, dim] -> the position after them, [1]."""
+
+    def __init__(self, decoder: Decoder, state: StateBuffers):
+        super().__init__()
+        self.decoder, self.state = decoder, state
+
+    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
+        state = PrefillState(self.state, self.decoder.config.n_own - 1)
+        self.decoder.prefill(ids, pos, ple, state)
+        assert state.end is not None
+        return state.end
+
+
+def lower_executorch(
+    config: ModelConfig, plan: KVPlan, weights: StoredWeights, path: Path, *, facts: dict[str, int],
+    delegate: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the `.pte` at `path`; returns the backend's manifest details.
+
+    With `delegate` false nothing goes to XNNPACK and linears multiply float activations: what is
+    left against PyTorch is the lowering. `facts` are integers for a runner that reads no manifest.
+
+    Raises:
+        ExportError: ExecuTorch cannot lower this model, or it plans state that is not the plan's.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config, plan, QuantFormat(weights.layout))
+    load_decoder(decoder, config, weights)
+    if delegate:
+        for_xnnpack(decoder)
+    try:
+        with quiet(), _shared_weights():
+            exported = _trace(decoder, plan, config)
+            edge = to_edge_transform_and_lower(
+                exported,
+                partitioner={name: [XnnpackPartitioner()] if delegate else [] for name in exported},
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                constant_methods=dict(facts),
+            )
+            delegates = {name: _delegates(edge.exported_program(name)) for name in exported}
+            planning = MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True)
+            program = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    memory_planning_pass=planning,
+                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+                )
+            )
+            _write(program, path)
+    except ExportError:
+        raise
+    except Exception as e:
+        raise ExportError(f"Lowering to ExecuTorch failed: {e}") from e
+    return {
+        "attention": "native",
+        "delegates": delegates,
+        "state": _state_offsets(plan, planning),
+    }
+
+
+def programs(config: ModelConfig, plan: KVPlan, file: str) -> dict[str, Program]:
+    """The manifest's description of both methods; state is inside and has no inputs."""
+
+    def inputs(tokens: int | str, layers: int) -> list[TensorIO]:
+        listed = [
+            TensorIO(name="ids", dtype="int64", shape=[tokens]),
+            TensorIO(name="pos", dtype="int64", shape=[1]),
+        ]
+        if config.ple_dim:
+            shape = [tokens, layers, config.ple_dim]
+            listed.append(TensorIO(name="ple", dtype="float", shape=shape))
+        return listed
+
+    return {
+        "prefill": Program(
+            file=file,
+            inputs=inputs("chunk" if plan.chunk > 1 else 1, config.n_own),
+            outputs=[TensorIO(name="end", dtype="int64", shape=[1])],
+        ),
+        "decode": Program(
+            file=file,
+            inputs=inputs(1, config.n_layers),
+            outputs=[TensorIO(name="logits", dtype="float", shape=[config.vocab_size])],
+        ),
+    }
+
+
+def _trace(decoder: Decoder, plan: KVPlan, config: ModelConfig) -> dict[str, Any]:
+    state = StateBuffers(plan)
+    chunk = torch.export.Dim("chunk", min=1, max=plan.chunk)
+    exported = {}
+    for name, method, tokens, layers in (
+        ("prefill", PrefillMethod, min(3, plan.chunk), config.n_own),
+        ("decode", DecodeMethod, 1, config.n_layers),
+    ):
+        args = [torch.zeros(tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)]
+        grows = {0: chunk} if tokens > 1 else None
+        shapes: dict[str, Any] = {"ids": grows, "pos": None}
+        if config.ple_dim:
+            args.append(torch.zeros(tokens, layers, config.ple_dim))
+            shapes["ple"] = grows
+        with torch.no_grad():
+            exported[name] = torch.export.export(
+                method(decoder, state).eval(), tuple(args), dynamic_shapes=shapes, strict=False
+            )
+    return exported
+
+
+def _delegates(program: Any) -> int:
+    """Delegate calls of a method: export time and scheduling overhead grow with them."""
+    return sum(
+        n.op == "call_function" and getattr(n.target, "__name__", "") == "executorch_call_delegate"
+        for n in program.graph.nodes
+    )
+
+
+def _state_offsets(plan: KVPlan, planning: Any) -> dict[str, int]:
+    """Where each state buffer lies in the state arena; refuses any byte that is not the plan's."""
+    specs = {name: next(iter(found)) for name, found in planning.state.mutable_buffers.items()}
+    offsets = {}
+    for b in plan.buffers:
+        spec = specs.pop(f"state.{attribute(b.name)}", None)
+        if (
+            spec is None
+            or spec.allocated_memory != -(-b.bytes // STATE_ALIGNMENT) * STATE_ALIGNMENT
+        ):
+            raise ExportError(
+                f"ExecuTorch planned {0 if spec is None else spec.allocated_memory} bytes for "
+                f"{b.name}, the KV plan has {b.bytes}; please report this config."
+            )
+        offsets[b.name] = int(spec.mem_offset)
+    if specs:
+        raise ExportError(f"ExecuTorch planned state that the KV plan lacks: {sorted(specs)[0]}.")
+    return offsets
+
+
+def _write(program: Any, path: Path) -> None:
+    part = path.with_suffix(".part")
+    with part.open("wb") as f:
+        program.write_to_file(f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+
+
+@contextmanager
+def _shared_weights() -> Iterator[None]:
+    """Let delegates copy their graph but not its weights, which XNNPACK only reads."""
+    plain = XnnpackBackend.copy_exported_program_for_preprocess
+
+    def share(cls: Any, program: Any, specs: Any) -> Any:
+        tensors = [*program.state_dict.values(), *program.constants.values()]
+        held = {id(t): t for t in tensors if isinstance(t, torch.Tensor)}
+        return copy.deepcopy(program, held)
+
+    XnnpackBackend.copy_exported_program_for_preprocess = classmethod(share)
+    try:
+        yield
+    finally:
+        XnnpackBackend.copy_exported_program_for_preprocess = plain
