@@ -7,14 +7,15 @@ VENV ?= .venv
 # says so and takes what its own index has.
 TORCH ?= torch==2.13.*
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Engines the demo runs on; each one named here is exported, run and measured.
+# Engines to install and to run the demo on; every one named here is exported to and measured.
 ENGINES ?= onnx
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 DEMO := artifacts/tiny
 SOURCES := $(shell find edge_kv export -name '*.py' -o -path '*/data/*' -type f)
-EXTRAS := export
+comma := ,
+EXTRAS := export$(patsubst %,$(comma)%,$(filter-out onnx,$(ENGINES)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean
@@ -27,7 +28,7 @@ help:
 	@echo "make clean   remove .venv, artifacts and caches"
 
 demo: $(DEMO)/manifest.json
-	$(BIN)/python benchmarks/demo.py $(DEMO) --engines $(ENGINES)
+	@$(BIN)/python benchmarks/demo.py $(DEMO) --engines $(ENGINES)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
@@ -41,19 +42,21 @@ clean:
 	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO)/manifest.json: $(VENV)/export.stamp $(SOURCES)
-	rm -rf $(DEMO)
+	@rm -rf $(DEMO)
 	$(BIN)/edge-kv export --model tiny --ctx 2048 --out $(DEMO) \
 		--backend $(if $(word 2,$(ENGINES)),both,$(ENGINES))
 
 # Stamps: a second run installs nothing, a changed pyproject.toml installs what it asks for now.
 $(VENV)/export.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[$(EXTRAS)]'
-	touch $@
+	@echo "Installing into $(VENV): PyTorch's CPU build (about 200 MB), onnxruntime and the rest."
+	@$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	@$(BIN)/pip install --quiet -e '.[$(EXTRAS)]'
+	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/export.stamp
-	$(BIN)/pip install --quiet -e '.[$(EXTRAS),dev]'
-	touch $@
+	@echo "Installing what the tests need: transformers, pytest, mypy, ruff."
+	@$(BIN)/pip install --quiet -e '.[$(EXTRAS),dev]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
