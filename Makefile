@@ -31,7 +31,7 @@ demo: $(DEMO)/manifest.json
 	@$(BIN)/python benchmarks/demo.py $(DEMO) --engines $(ENGINES)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check
