@@ -7,6 +7,7 @@ errors are caught in one place and shown as one line on stderr, exit status 1.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,13 @@ class _Commands(TyperGroup):
             raise typer.Exit(130) from e
 
 
+class _Notices(logging.Handler):
+    """What the runtime has to say beside its results, one line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
+
+
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
@@ -70,7 +78,9 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    notices = logging.getLogger("edge_kv")
+    notices.handlers[:] = [_Notices()]
+    notices.setLevel(logging.INFO)
 
 
 Model = Annotated[
@@ -91,6 +101,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Engine = Annotated[str, typer.Option("--engine", help="Which runtime runs the artifact.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; default: the physical cores.")
+]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", help="Keep no packed weights for this device; use the heap."),
 ]
 ArtifactDir = Annotated[Path, typer.Argument(help="The directory `edge-kv export` made.")]
 
@@ -213,6 +227,7 @@ def run(
     snapshot: Annotated[
         Path | None, typer.Option("--snapshot", help="Save the conversation at the end.")
     ] = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
     """Stream tokens on this machine: one reply, or a conversation."""
@@ -236,7 +251,7 @@ def run(
         seed=seed,
         on_full=on_full,
     )
-    with load(opened, engine, threads) as session:
+    with load(opened, engine, threads, cache=not no_cache) as session:
         chat = Chat(
             session,
             template=Template(RAW_TEMPLATE) if raw else None,
@@ -265,6 +280,72 @@ def run(
 
 
 @app.command()
+def bench(
+    artifact: ArtifactDir,
+    ctx: Annotated[
+        str, typer.Option("--ctx", help="Contexts to measure: 2k,8k,32k. Default: the artifact's.")
+    ] = "",
+    engine: Annotated[
+        str, typer.Option("--engine", help="Runtimes to measure: onnx, executorch.")
+    ] = "onnx",
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="Also measure: torch (the eager decoder).")
+    ] = None,
+    threads: Threads = None,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of a timed prefill.")] = 512,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a timed decode.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds of each.")] = 3,
+    no_cache: NoCache = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the JSON document here; - prints it.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw memory and speed into this .png.")
+    ] = None,
+) -> None:
+    """Tokens/s, latency and peak RAM at real depth, against the plan, per runtime."""
+    from edge_kv.artifact import read_artifact
+    from edge_kv.kv_plan import parse_size
+    from edge_kv.report import print_bench
+    from edge_kv.runtime.bench import bench as measure
+    from edge_kv.terminal import Bar, output
+
+    if compare not in (None, "torch"):
+        raise ConfigError(f"Unknown --compare {compare!r}; it can be torch.")
+    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"Cannot draw {plot}; name a .png, .svg or .pdf.")
+    opened = read_artifact(artifact)
+    engines = [name.strip() for name in engine.split(",")]
+    with Bar() as bar:
+        document = measure(
+            opened,
+            [parse_size(c) for c in ctx.split(",")] if ctx else [opened.plan.ctx],
+            engines=engines + ([compare] if compare else []),
+            threads=threads,
+            cache=not no_cache,
+            prompt=prompt,
+            tokens=tokens,
+            repeats=repeats,
+            modules={"torch": "edge_kv.compare"},
+            progress=bar,
+        )
+    text = json.dumps(document, indent=1)
+    if str(json_file) == "-":
+        typer.echo(text)
+    else:
+        print_bench(document, output())
+    if json_file and str(json_file) != "-":
+        try:
+            json_file.write_text(text + "\n")
+        except OSError as e:
+            raise ConfigError(f"Cannot write {json_file}: {e.strerror}.") from e
+    if plot:
+        from edge_kv.plots import plot_bench
+
+        plot_bench(document, plot)
+
+
+@app.command()
 def inspect(artifact: ArtifactDir, as_json: Json = False) -> None:
     """What is in an artifact: layers, buffers, bytes, who reads what."""
     from edge_kv.artifact import read_artifact
@@ -283,6 +364,7 @@ def verify(
     artifact: ArtifactDir,
     engine: Engine = "onnx",
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
     """Integrity and parity again, on this device: digests, then the stored reference logits."""
@@ -301,7 +383,7 @@ def verify(
             done += count
             bar.advance(name, done, total)
         bar.stage("parity")
-        with load(opened, engine, threads) as session:
+        with load(opened, engine, threads, cache=not no_cache) as session:
             parity = compare(session, lambda step, steps: bar.advance("steps", step, steps))
     data = {
         "artifact": str(artifact),

@@ -17,6 +17,7 @@ from edge_kv.errors import ConfigError
 from edge_kv.kv_plan import APPEND, RING, KVPlan
 from edge_kv.tensors import (
     EMBED,
+    EXPERT,
     FLOAT,
     PLE_TABLE,
     TensorSpec,
@@ -140,6 +141,24 @@ def predict_memory(
             "decode": Phase(load.anon + touched + chunk + step, looked_up),
         },
     )
+
+
+def streamed_bytes(config: ModelConfig, quant: str, block_size: int) -> int:
+    """Bytes of weights that decoding one token reads: every matrix once, the head included.
+
+    Of routed experts only the chosen ones count; the token table is read as the head, its one
+    looked-up row is nothing beside it.
+    """
+    total = 0
+    for spec in tensor_table(config):
+        if spec.kind == PLE_TABLE:
+            continue
+        stored, heap, _ = _tensor_bytes(spec, quant, block_size)
+        size = heap or stored
+        if spec.kind == EXPERT and config.moe:
+            size = size * config.moe.top_k // config.moe.n_experts
+        total += size
+    return total
 
 
 def _tensor_bytes(spec: TensorSpec, quant: str, block_size: int) -> tuple[int, int, int]:

@@ -112,6 +112,52 @@ def phase_table(memory: dict[str, Any]) -> Table:
     return table
 
 
+def print_bench(document: dict[str, Any], console: Console) -> None:
+    """The document of `runtime.bench.bench` as tables: speed, then memory against the plan."""
+    artifact, machine = document["artifact"], document["machine"]
+    conditions, bandwidth = document["conditions"], document["bandwidth"]
+    console.print(
+        f"[bold]{artifact['name']}[/]  quant {artifact['quant']}, blocks of "
+        f"{artifact['block_size']}, kv {artifact['kv']}  ·  {machine['cpu']}, "
+        f"{conditions['threads']} threads, reads {size(bandwidth['best'])}/s"
+    )
+    speed = Table("engine", box=None, pad_edge=False)
+    for name in (
+        "context", "load s", "first token s", "prefill tok/s", "decode tok/s", "p50 ms", "p95 ms",
+        "p99 ms", "of the roofline",
+    ):  # fmt: skip
+        speed.add_column(name, justify="right")
+    for r in document["runs"]:
+        times = r["decode"]["seconds"]
+        speed.add_row(
+            r["engine"],
+            f"{r['ctx']:,}",
+            f"{r['load']['seconds']:.2f}",
+            f"{r['first_token']:.2f}",
+            f"{r['prefill']['rate']:.1f}",
+            f"{r['decode']['rate']:.1f}",
+            *(f"{1e3 * times[p]:.1f}" for p in ("p50", "p95", "p99")),
+            f"{r['roofline']['fraction']:.0%}",
+        )
+    console.print(speed)
+    memory = Table("engine", box=None, pad_edge=False)
+    for name in ("context", "phase", "anonymous", "planned", "error", "file", "PSS", "peak RSS"):
+        memory.add_column(name, justify="left" if name == "phase" else "right")
+    for r in document["runs"]:
+        for phase, m in r["memory"].items():
+            error = m.get("anon_error")
+            memory.add_row(
+                r["engine"],
+                f"{r['ctx']:,}",
+                phase,
+                *("–" if m.get(k) is None else size(m[k]) for k in ("anon_peak", "anon_planned")),
+                "–" if error is None else f"{error:+.1%}",
+                *("–" if m.get(k) is None else size(m[k]) for k in ("file", "pss")),
+                size(m["rss_peak"] or m["rss_peak_so_far"] or 0),
+            )
+    console.print(memory)
+
+
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
     """What is in an artifact, as JSON data."""
     manifest, config = artifact.manifest, artifact.config

@@ -47,6 +47,7 @@ def create_engine(
     options = options or ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = log_severity
+    options.enable_mem_pattern = False  # a planned arena holds 40 MB more at E2B, and gains nothing
     try:
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's exceptions share no base of their own

@@ -31,9 +31,9 @@ import onnxruntime as ort
 
 from edge_kv.artifact import Artifact, sha256_file
 from edge_kv.errors import EdgeKVError
+from edge_kv.runtime.cache import CACHE_VARIABLE, cache_directory
 from edge_kv.runtime.onnx_file import Entries, external_data, replace_external_data
 
-CACHE_VARIABLE = "EDGE_KV_CACHE"
 LAYOUT = 1  # counts up when what is stored here changes
 WEIGHTS, RECORD = "weights.bin", "packed.json"
 WORTH_PACKING = 64 << 20  # bytes of weights below which packing is not worth a file
@@ -43,14 +43,6 @@ INLINE_BYTES = 1024  # smaller weights stay inside the program
 
 Saver = Callable[[Path, Any], None]  # creates an engine for a model, with session options
 log = logging.getLogger(__name__)
-
-
-def cache_directory() -> Path:
-    """$EDGE_KV_CACHE, else $XDG_CACHE_HOME/edge-kv, else ~/.cache/edge-kv."""
-    own = os.environ.get(CACHE_VARIABLE)
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-kv"
 
 
 def packed_programs(artifact: Artifact, save: Saver) -> dict[str, Path] | None:

@@ -1,0 +1,445 @@
+"""What an artifact costs on this machine: RAM by phase, speed at real depth, against the plan.
+
+Every depth is measured in a process of its own, so that its memory peaks are its own. The state at
+a depth is real: a prompt of that many tokens was run through prefill once and kept as a snapshot
+in the cache directory; the measured process restores it. One process runs
+
+    load -> first token -> restore, prefill `prompt` tokens -> restore, decode `tokens` tokens
+
+the last two `repeats` times, after one warm-up that is not counted. Prompts are seeded random ids:
+speed and memory do not depend on them.
+
+Time per token has a floor: the bytes a token must read (packed weights and the live state) at the
+machine's streaming read bandwidth, which is measured here too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_kv import __version__
+from edge_kv.artifact import Artifact, model_fingerprint, read_artifact
+from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
+from edge_kv.kv_plan import state_elements
+from edge_kv.memory import predict_memory, streamed_bytes
+from edge_kv.progress import Progress, Silent
+from edge_kv.runtime.cache import cache_directory
+from edge_kv.runtime.meter import read_memory, reset_peak
+from edge_kv.runtime.session import Session
+from edge_kv.runtime.snapshot import plan_digest
+from edge_kv.runtime.threads import thread_count
+
+SCHEMA_VERSION = 1
+PHASES = ("load", "prefill", "decode")
+SAMPLE_SECONDS = 0.02  # between two looks at anonymous memory
+F16_BYTES = 2  # naive baselines are counted in the 16-bit storage that other runtimes use
+BASELINES = {  # name -> (sharing, rings)
+    "every_layer_full": (False, False),
+    "sharing_only": (True, False),
+    "rings_only": (False, True),
+    "sharing_and_rings": (True, True),
+}
+PLANNED = ("onnx",)  # engines whose memory the plan predicts
+MODULE = "edge_kv.runtime.bench"
+
+Open = Callable[[Artifact, "Job"], Session]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one measuring process is asked for; depths in tokens of context before the prompt."""
+
+    task: str  # "warm" | "fill" | "measure"
+    artifact: str
+    engine: str
+    threads: int
+    cache: bool
+    depths: tuple[int, ...]
+    prompt: int
+    tokens: int
+    repeats: int
+    started: float = 0.0  # time.time() of the parent, just before the process was started
+
+
+def bench(
+    artifact: Artifact,
+    depths: Sequence[int],
+    *,
+    engines: Sequence[str] = ("onnx",),
+    threads: int | None = None,
+    cache: bool = True,
+    prompt: int = 512,
+    tokens: int = 64,
+    repeats: int = 3,
+    modules: dict[str, str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure `artifact` at every context of `depths` on every engine; one JSON-ready document.
+
+    A depth is the context in use when a phase ends: `prompt` tokens are prefilled onto the rest.
+    `modules` names, for engines that are not in `runtime.ENGINES`, the module that runs their
+    processes (its `main` calls `serve`).
+
+    Raises:
+        ConfigError: a depth the artifact was not exported for, or nothing to measure.
+        RuntimeFault, ArtifactError, …: whatever stopped a measuring process.
+    """
+    progress = progress or Silent()
+    if not depths or min(prompt, tokens, repeats) < 1:
+        raise ConfigError("Nothing to measure: give depths, and prompt, tokens, repeats above 0.")
+    ctx = artifact.plan.ctx
+    for depth in depths:
+        if not 2 <= depth <= ctx:
+            raise ConfigError(
+                f"Depth {depth} is outside 2 … {ctx}, the context {artifact.root} was exported "
+                "for; choose a smaller --ctx, or export a larger one."
+            )
+    count = thread_count(threads)
+    quant = artifact.manifest.quant
+    progress.stage("bandwidth")
+    bandwidth = _ask(MODULE, {"task": "bandwidth", "threads": count})
+    document: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "edge_kv": __version__,
+        "artifact": {
+            "name": artifact.manifest.name,
+            "model": artifact.config.family,
+            "layers": artifact.config.n_layers,
+            "ctx": ctx,
+            "chunk": artifact.plan.chunk,
+            "kv": artifact.plan.kv,
+            "quant": quant.scheme,
+            "block_size": quant.block_size,
+        },
+        "machine": machine(),
+        "conditions": {
+            "threads": count,
+            "cache": cache,
+            "prompt": prompt,
+            "tokens": tokens,
+            "repeats": repeats,
+            "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        },
+        "bandwidth": bandwidth,
+        "plan": [_planned(artifact, depth) for depth in depths],
+        "runs": [],
+    }
+    common: dict[str, Any] = {"artifact": str(artifact.root), "threads": count, "cache": cache}
+    for engine in engines:
+        module = (modules or {}).get(engine, MODULE)
+        starts = [_shape(artifact, d, prompt, tokens) for d in depths]
+        progress.stage(f"{engine}: fill")
+        fill = Job(
+            "fill", engine=engine, depths=tuple(sorted({s for s, _, _ in starts})),
+            prompt=1, tokens=1, repeats=1, **common,
+        )  # fmt: skip
+        made = _ask(module, asdict(fill))
+        progress.stage(f"{engine}: measure")
+        for i, (depth, (start, ahead, steps)) in enumerate(zip(depths, starts, strict=True)):
+            job = Job(
+                "measure", engine=engine, depths=(start,), prompt=ahead, tokens=steps,
+                repeats=repeats, **common,
+            )  # fmt: skip
+            run = _ask(module, {**asdict(job), "started": time.time()})
+            run = {"engine": engine, "ctx": depth, "filled": made[str(start)], **run}
+            document["runs"].append(_judged(run, artifact, bandwidth, engine in PLANNED))
+            progress.advance(f"{depth:,} tokens", i + 1, len(depths))
+    return document
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and the versions a measurement belongs to."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Hardware")):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    versions = {}
+    for package in ("onnxruntime", "executorch", "numpy", "torch"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": name,
+        "cores": thread_count(None),
+        "memory": memory,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def read_bandwidth(threads: int, size: int | None = None, repeats: int = 7) -> dict[str, Any]:
+    """Streaming read speed: numpy's maximum over a float32 buffer, a slice to each thread.
+
+    The buffer is larger than the caches (four times the last level, at least 512 MB); the best of
+    `repeats` passes counts. Bytes a second.
+    """
+    size = size or max(512 << 20, 4 * _last_level_cache())
+    data = np.zeros(size // 4, np.float32)
+    data[:: 4096 // 4] = 1.0  # a page of its own for every 4 KB: untouched ones are all the same
+    parts = np.array_split(data, threads)
+    speeds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            list(pool.map(np.maximum.reduce, parts))
+            speeds.append(data.nbytes / (time.perf_counter() - begin))
+    return {
+        "best": max(speeds),
+        "median": float(np.median(speeds)),
+        "buffer": data.nbytes,
+        "threads": threads,
+        "method": "numpy maximum.reduce over float32, one slice a thread, best of "
+        f"{repeats} passes",
+    }
+
+
+def serve(open_session: Open) -> None:
+    """Run one job from stdin and print its result: the whole life of a measuring process."""
+    request = json.loads(sys.stdin.read())
+    task = request["task"]
+    try:
+        if task == "bandwidth":
+            result: Any = read_bandwidth(request["threads"])
+        else:
+            job = Job(**{**request, "depths": tuple(request["depths"])})
+            result = {"fill": _fill, "measure": _measure}[task](job, open_session)
+    except EdgeKVError as e:
+        print(json.dumps({"error": str(e), "kind": type(e).__name__}))
+        sys.exit(1)
+    print(json.dumps(result))
+
+
+def _fill(job: Job, open_session: Open) -> dict[str, str]:
+    """Make the snapshots that are missing; says for each depth how its state came to be."""
+    artifact = read_artifact(job.artifact)
+    made = {str(d): "kept from an earlier run" for d in job.depths}
+    made["0"] = "empty"
+    missing = [d for d in job.depths if d and not _snapshot(artifact, job.engine, d).exists()]
+    with open_session(artifact, job) as session:
+        ids = prompt_ids(session.config.vocab_size, max(job.depths))
+        for depth in missing:
+            session.prefill(ids[session.pos : depth])
+            path = _snapshot(artifact, job.engine, depth)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            session.snapshot(path)
+            made[str(depth)] = "prefilled in this run"
+    return made
+
+
+def _measure(job: Job, open_session: Open) -> dict[str, Any]:
+    artifact = read_artifact(job.artifact)
+    depth = job.depths[0]
+    memory: dict[str, dict[str, int | None]] = {}
+    with _Watch(memory, "load"):
+        session = open_session(artifact, job)
+    ids = prompt_ids(session.config.vocab_size, depth + job.prompt)
+    with session:
+        session.decode(int(ids[0]))
+        first_token = time.time() - job.started
+
+        def at_depth() -> None:
+            session.reset()
+            if depth:
+                session.restore(_snapshot(artifact, job.engine, depth))
+
+        prefills: list[float] = []
+        with _Watch(memory, "prefill"):
+            for _ in range(job.repeats + 1):
+                at_depth()
+                begin = time.perf_counter()
+                session.prefill(ids[depth:])
+                prefills.append(time.perf_counter() - begin)
+        steps: list[list[float]] = []
+        with _Watch(memory, "decode"):
+            for _ in range(job.repeats + 1):
+                at_depth()
+                steps.append([])
+                for _ in range(job.tokens):
+                    begin = time.perf_counter()
+                    session.decode(int(ids[0]))
+                    steps[-1].append(time.perf_counter() - begin)
+        load = session.stats.load_seconds
+    warm, latencies = steps[0][0], np.array(steps[1:])
+    percentiles = {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 95, 99)}
+    seconds = float(np.median(prefills[1:]))
+    return {
+        "depth": depth,
+        "load": {"seconds": load, "start_to_first_token": first_token},
+        "prefill": {
+            "tokens": job.prompt,
+            "seconds": prefills[1:],
+            "rate": job.prompt / seconds,
+        },
+        "decode": {
+            "tokens": latencies.size,
+            "rate": 1 / float(latencies.mean()),
+            "seconds": percentiles,
+            "first_after_prefill": warm,
+        },
+        "first_token": seconds + percentiles["p50"],
+        "memory": memory,
+    }
+
+
+class _Watch:
+    """Notes memory of a phase: what is held at its end, and the peaks while it ran."""
+
+    def __init__(self, memory: dict[str, dict[str, int | None]], phase: str) -> None:
+        self._memory, self._phase = memory, phase
+        self._stop = threading.Event()
+        self._anon = 0
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> None:
+        self._own_peak = reset_peak()
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        held = read_memory()
+        self._memory[self._phase] = {
+            "anon": held.anon,
+            "anon_peak": None if held.anon is None else max(self._anon, held.anon),
+            "file": held.file,
+            "rss_peak": held.peak if self._own_peak else None,
+            "rss_peak_so_far": held.peak,
+            "pss": held.pss,
+            "cgroup_peak": held.cgroup_peak,
+        }
+
+    def _look(self) -> None:
+        status = Path("/proc/self/status")
+        while not self._stop.wait(SAMPLE_SECONDS):
+            try:
+                text = status.read_text()
+            except OSError:
+                return
+            at = text.find("RssAnon:")
+            if at < 0:
+                return
+            self._anon = max(self._anon, 1024 * int(text[at + 8 :].split(None, 1)[0]))
+
+
+def prompt_ids(vocab: int, count: int) -> Any:
+    """The seeded ids every measurement feeds: int64 [count]; a longer prompt begins the same."""
+    return np.random.default_rng(0).integers(0, vocab, count)
+
+
+def _shape(artifact: Artifact, depth: int, prompt: int, tokens: int) -> tuple[int, int, int]:
+    """(tokens restored, prompt tokens, decoded tokens) so that prefill ends at `depth`."""
+    ahead = min(prompt, depth)
+    start = depth - ahead
+    return start, ahead, max(1, min(tokens, artifact.plan.ctx - start, ahead))
+
+
+def _snapshot(artifact: Artifact, engine: str, depth: int) -> Path:
+    """Where the state at a depth is kept; the file itself says which model and plan it is of."""
+    model, plan = model_fingerprint(artifact.manifest)[:16], plan_digest(artifact.plan)[:16]
+    return cache_directory() / "bench" / f"{engine}-{model}-{plan}-{depth}.kv"
+
+
+def _planned(artifact: Artifact, depth: int) -> dict[str, Any]:
+    """The plan's prediction at a depth, and what naive layouts of the state would take."""
+    config, quant = artifact.config, artifact.manifest.quant
+    planned = predict_memory(config, artifact.plan, quant.scheme, quant.block_size, depth)
+    return {
+        "ctx": depth,
+        "state": planned.touched,
+        "tokenizer": planned.tokenizer,
+        "phases": {n: {"anon": p.anon, "file": p.file} for n, p in planned.phases.items()},
+        "baselines_f16": {
+            name: F16_BYTES * state_elements(config, depth, sharing=sharing, rings=rings)
+            for name, (sharing, rings) in BASELINES.items()
+        },
+    }
+
+
+def _judged(
+    run: dict[str, Any], artifact: Artifact, bandwidth: dict[str, Any], planned: bool
+) -> dict[str, Any]:
+    """A run with the prediction beside its memory, and its distance from the roofline."""
+    config, quant = artifact.config, artifact.manifest.quant
+    if planned:
+        end = run["depth"] + run["prefill"]["tokens"]
+        expectation = _planned(artifact, end)
+        for name, measured in run["memory"].items():
+            # a session that is fed ids has no tokenizer on its heap
+            expected = expectation["phases"][name]["anon"] - expectation["tokenizer"]
+            measured["anon_planned"] = expected
+            peak = measured["anon_peak"]
+            measured["anon_error"] = expected / peak - 1 if peak else None
+    weights = streamed_bytes(config, quant.scheme, quant.block_size)
+    state = artifact.plan.read_traffic(run["depth"] + run["decode"]["tokens"] // 2)
+    floor = (weights + state) / bandwidth["best"]
+    run["roofline"] = {
+        "weight_bytes": weights,
+        "state_bytes": state,
+        "seconds": floor,
+        "fraction": floor / run["decode"]["seconds"]["p50"],
+    }
+    return run
+
+
+def _ask(module: str, request: dict[str, Any]) -> Any:
+    """Run one request in a fresh process and return its result.
+
+    Raises:
+        RuntimeFault: the process failed; its last words are in the message.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    try:
+        answer = json.loads(last)
+    except ValueError:
+        words = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise RuntimeFault(f"The measuring process failed: {words}") from None
+    if done.returncode:
+        raise RuntimeFault(answer["error"])
+    return answer
+
+
+def _last_level_cache() -> int:
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K"):
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes)
+
+
+def _open(artifact: Artifact, job: Job) -> Session:
+    from edge_kv.runtime import load
+
+    return load(artifact, job.engine, job.threads, job.cache)
+
+
+if __name__ == "__main__":
+    serve(_open)
