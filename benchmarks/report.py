@@ -71,7 +71,7 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 def results() -> str:
     """Every claim that a committed result file holds, one column a model."""
     rows = [
-        row(f"first {NEW} greedy tokens those of `transformers` (fp32)", greedy),
+        row(f"first {NEW} greedy tokens equal to `transformers` fp32", greedy),
         row("perplexity, `transformers` fp32", lambda model: perplexity(model, "float")),
         *(
             row(f"perplexity, {label}", lambda model, run=run: perplexity(model, run))
@@ -105,7 +105,9 @@ def row(title: str, cell: Callable[[str], str]) -> list[str]:
 
 def greedy(model: str) -> str:
     prompts = load(f"greedy_{model}")["prompts"]
-    return f"{sum(p['equal'] == NEW for p in prompts)} of {len(prompts)} prompts"
+    equal = sum(p["equal"] == NEW for p in prompts)
+    worst = max(p["max_abs_logit"] for p in prompts)
+    return f"{equal} of {len(prompts)} prompts, logits within {worst:.0e}"
 
 
 def perplexity(model: str, run: str) -> str:
