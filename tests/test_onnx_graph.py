@@ -18,16 +18,11 @@ from edge_kv.runtime.onnx_session import WARNING, OnnxSession, _Bound
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory):
+def artifacts(tiny_artifact, tmp_path_factory):
     """The same model at two context lengths: {ctx: directory}."""
-    root = tmp_path_factory.mktemp("ctx")
-    return {
-        ctx: export_model(
-            model="tiny", ctx=ctx, chunk=32, quant="int4", out=root / str(ctx),
-            open_session=runtime.load,
-        )
-        for ctx in (512, 32_768)
-    }  # fmt: skip
+    long = tmp_path_factory.mktemp("ctx") / "long"
+    export_model(model="tiny", ctx=32_768, chunk=32, out=long, open_session=runtime.load)
+    return {512: tiny_artifact, 32_768: long}
 
 
 def profile(root: Path, pos: int, folder: Path) -> list[dict]:
