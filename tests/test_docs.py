@@ -10,6 +10,8 @@ import typer
 
 import edge_kv
 from edge_kv.cli import app
+from edge_kv.kv_plan import parse_size
+from edge_kv.presets import PRESETS, get_preset
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,10 +40,12 @@ def test_commands_parse(line):
     _, name, *args = shlex.split(line, comments=True)
     group = typer.main.get_command(app)
     with group.commands[name].make_context(name, args) as context:
-        sizes = {k: v for k, v in context.params.items() if k in ("ctx", "chunk") and v}
-    from edge_kv.kv_plan import parse_size
-
-    assert all(parse_size(v) > 0 for v in sizes.values())
+        given = context.params
+    for option in ("ctx", "chunk"):
+        for size in (given.get(option) or "").split(","):
+            assert not size or parse_size(size) > 0
+    if given.get("model"):
+        get_preset(given["model"])
 
 
 def test_every_command_is_shown():
@@ -88,7 +92,5 @@ def test_changelog_begins_with_the_version():
 
 
 def test_every_preset_is_named_in_the_readme():
-    from edge_kv.presets import PRESETS
-
     missing = [name for name in PRESETS if f"`{name}`" not in text("README.md")]
     assert not missing
