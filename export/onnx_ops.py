@@ -1,8 +1,8 @@
 """The primitives of the ONNX lowering: torch ops with an eager meaning and an ONNX translation.
 
 `TRANSLATIONS` also maps the decoder's own quantised ops (`edge_kv.model.ops`). Standard operators
-are used wherever ONNX Runtime has a fast kernel for them; `com.microsoft` only for MatMulNBits,
-GatherBlockQuantized and GroupQueryAttention.
+are used wherever ONNX Runtime has a fast kernel for them; `com.microsoft` only for MatMulNBits
+and GatherBlockQuantized.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
+import onnxscript
 import torch
+from onnxscript import FLOAT
 from onnxscript.values import Opset
 from torch import Tensor
 from torch.library import custom_op
@@ -25,17 +27,12 @@ CONTRIB = "com.microsoft"
 _CONTRIB_OPS: dict[str, tuple[str, str]] = {
     "MatMulNBits": ("A B scales", "K N bits block_size accuracy_level"),
     "GatherBlockQuantized": ("data indices scales", "bits block_size gather_axis quantize_axis"),
-    "GroupQueryAttention": (
-        "query key value past_key past_value seqlens_k total_sequence_length",
-        "num_heads kv_num_heads scale",
-    ),
 }
 
 
 def _declare(name: str, inputs: str, attributes: str) -> None:
     schema, any_type = onnx.defs.OpSchema, ["tensor(float)", "tensor(uint8)", "tensor(int8)"]
     any_type += ["tensor(int32)", "tensor(int64)"]
-    kinds = {"scale": schema.AttrType.FLOAT}
     given = inputs.split()
     onnx.defs.register_schema(
         schema(
@@ -47,7 +44,7 @@ def _declare(name: str, inputs: str, attributes: str) -> None:
             type_constraints=[(f"T{i}", any_type, "") for i in range(len(given))]
             + [("TO", ["tensor(float)"], "")],
             attributes=[
-                schema.Attribute(a, kinds.get(a, schema.AttrType.INT), "", required=False)
+                schema.Attribute(a, schema.AttrType.INT, "", required=False)
                 for a in attributes.split()
             ],
         )
@@ -60,6 +57,7 @@ for _name, (_inputs, _attributes) in _CONTRIB_OPS.items():
 
 onnx_op: Any = Opset("", OPSET)
 ms_op: Any = Opset(CONTRIB, 1)
+base_op: Any = Opset("", 18)  # whole functions must be of the opset torch builds at and converts
 
 
 @custom_op("edge_kv::write_rows", mutates_args=())
@@ -126,36 +124,77 @@ def _matmul_int8(a: Any, b: Any, a_zero: int) -> Any:
 
 
 @custom_op("edge_kv::attend_chunk", mutates_args=())
-def attend_chunk(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-    """Causal attention of T new queries over rows 0 … pos+T-1 of one KV head, no mask tensor.
+def attend_chunk(
+    q: Tensor, k: Tensor, k_scale: Tensor, k_zero: int, v: Tensor, v_scale: Tensor, pos: Tensor
+) -> Tensor:
+    """Causal attention of T new queries over rows 0 … pos+T-1 of one KV head.
 
-    q [T, heads, D] (scaled), k and v [1, live, D]; the rows of this chunk are already written.
+    q [T, heads, D] (scaled); stored k, v [1, live, D] stand for (k - k_zero) * k_scale [1, live].
+    The rows of this chunk are already written. The score matrix never exists as a whole.
     """
-    t = q.shape[0]
-    at = pos + torch.arange(t)
-    scores = torch.einsum("thd,sd->hts", q, k[0])
+    at = pos + torch.arange(q.shape[0])
+    keys = (k[0].to(torch.float32) - k_zero) * k_scale[0].unsqueeze(-1)
+    values = v[0].to(torch.float32) * v_scale[0].unsqueeze(-1)
+    scores = torch.einsum("thd,sd->hts", q, keys)
     seen = torch.arange(k.shape[1]).unsqueeze(0) <= at.unsqueeze(1)
-    return torch.einsum("hts,sd->thd", scores.masked_fill(~seen, -1e30).softmax(-1), v[0])
+    return torch.einsum("hts,sd->thd", scores.masked_fill(~seen, -1e30).softmax(-1), values)
 
 
 @attend_chunk.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, k_scale: Tensor, k_zero: int, v: Tensor, v_scale: Tensor, pos: Tensor
+) -> Tensor:
     return torch.empty_like(q)
 
 
-def _attend_chunk(q: Any, k: Any, v: Any, pos: Any) -> Any:
-    heads, dim = q.shape[1], q.shape[2]
-    batch, head = onnx_op.Constant(value_ints=[0]), onnx_op.Constant(value_ints=[1])
-    flat = onnx_op.Reshape(q, onnx_op.Constant(value_ints=[1, -1, heads * dim]))
-    end = onnx_op.Add(pos, onnx_op.Shape(q, start=0, end=1))  # [1]
-    total = onnx_op.Cast(onnx_op.Squeeze(end, batch), to=6)  # 6: int32
-    last = onnx_op.Cast(onnx_op.Sub(end, head), to=6)
-    none = onnx_op.ConstantOfShape(onnx_op.Constant(value_ints=[1, 0, dim]))
-    out = ms_op.GroupQueryAttention(
-        flat, none, none, onnx_op.Unsqueeze(k, head), onnx_op.Unsqueeze(v, head), last, total,
-        num_heads=heads, kv_num_heads=1, scale=1.0,
+@onnxscript.script(Opset("edge_kv", 1), default_opset=base_op)
+def attend_blocks(q, k, k_scale, k_zero, v, v_scale, at) -> FLOAT[...]:  # type: ignore[no-untyped-def]
+    """`attend_chunk` with queries [heads, T, D], one block of rows after the other.
+
+    Rows become float a block at a time and the softmax is carried along (its running maximum,
+    sum and weighted values), so the workspace does not grow with the context.
+    """
+    axis = base_op.Constant(value_ints=[1])
+    live = base_op.Shape(k, start=1, end=2)
+    block = base_op.Constant(value_ints=[1024])
+    n_blocks = base_op.Squeeze(base_op.Div(live + block - axis, block))
+    last = base_op.Constant(value_ints=[2])
+    top = base_op.ReduceMax(q, last, keepdims=1) * 0.0 - 1e30
+    total = top * 0.0
+    mixed = q * 0.0
+    for i in range(n_blocks):
+        start = base_op.Reshape(i, axis) * block
+        stop = base_op.Min(start + block, live)
+        keys = base_op.Cast(base_op.Slice(k, start, stop, axis), to=1) - k_zero
+        keys = keys * base_op.Unsqueeze(base_op.Slice(k_scale, start, stop, axis), last)
+        values = base_op.Cast(base_op.Slice(v, start, stop, axis), to=1)
+        values = values * base_op.Unsqueeze(base_op.Slice(v_scale, start, stop, axis), last)
+        held = base_op.Range(
+            base_op.Squeeze(start), base_op.Squeeze(stop), base_op.Constant(value_int=1)
+        )
+        seen = base_op.LessOrEqual(held, base_op.Unsqueeze(at, axis))
+        hidden = base_op.Where(
+            seen, base_op.Constant(value_float=0.0), base_op.Constant(value_float=-1e30)
+        )
+        scores = base_op.MatMul(q, base_op.Transpose(keys, perm=[0, 2, 1])) + hidden
+        highest = base_op.Max(top, base_op.ReduceMax(scores, last, keepdims=1))
+        weights = base_op.Exp(scores - highest)
+        keep = base_op.Exp(top - highest)
+        total = total * keep + base_op.ReduceSum(weights, last, keepdims=1)
+        mixed = mixed * keep + base_op.MatMul(weights, values)
+        top = highest
+    return mixed / total
+
+
+def _attend_chunk(q: Any, k: Any, k_scale: Any, k_zero: int, v: Any, v_scale: Any, pos: Any) -> Any:
+    tokens = onnx_op.Squeeze(onnx_op.Shape(q, start=0, end=1))
+    first = onnx_op.Squeeze(pos)
+    at = onnx_op.Range(first, onnx_op.Add(first, tokens), onnx_op.Constant(value_int=1))
+    out = attend_blocks(
+        onnx_op.Transpose(q, perm=[1, 0, 2]), k, k_scale,
+        onnx_op.Constant(value_float=float(k_zero)), v, v_scale, at,
     )  # fmt: skip
-    return onnx_op.Reshape(out, onnx_op.Constant(value_ints=[-1, heads, dim]))
+    return onnx_op.Transpose(out, perm=[1, 0, 2])
 
 
 def _linear_q(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:

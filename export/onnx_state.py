@@ -1,7 +1,7 @@
 """The decoder's state as ONNX Runtime runs it best: TensorScatter rows, position masks, int8 dots.
 
 `OnnxDecodeState` and `OnnxPrefillState` differ only in how they read append buffers: one token
-walks int8 rows without dequantising them, a chunk dequantises and attends in float.
+walks int8 rows without dequantising them, a chunk makes them float block by block.
 """
 
 from __future__ import annotations
@@ -141,20 +141,18 @@ class OnnxDecodeState(OnnxState):
 
 
 class OnnxPrefillState(OnnxState):
-    """A chunk: rows become float once, then a flash kernel without a score matrix."""
+    """A chunk: rows become float block by block, with the softmax carried along."""
 
     def _attend_append(self, layer: LayerPlan, head: int, q: Tensor, pos: Tensor) -> Tensor:
-        keys, values = (self._float_rows(f"{n}", head) for n in (layer.k, layer.v))
-        return op.attend_chunk(q, keys, values, pos)
+        keys, values = self.values[f"{layer.k}.h{head}"], self.values[f"{layer.v}.h{head}"]
+        scales = [self._scale(name, head, keys.shape[1]) for name in (layer.k, layer.v)]
+        zero = K_ZERO if keys.dtype == torch.uint8 else 0
+        return op.attend_chunk(q, keys, scales[0], zero, values, scales[1], pos)
 
-    def _float_rows(self, name: str, head: int) -> Tensor:
-        stored = self.values[f"{name}.h{head}"]
-        rows = stored.to(torch.float32)
-        if self.plan.by_name[name].dtype != "int8":
-            return rows
-        if stored.dtype == torch.uint8:
-            rows = rows - K_ZERO
-        return rows * self.values[f"{name}.scale.h{head}"].unsqueeze(-1)
+    def _scale(self, name: str, head: int, live: int) -> Tensor:
+        """Scales [1, live] of an int8 buffer; ones for a float one."""
+        view = f"{name}.scale.h{head}"
+        return self.values[view] if view in self.values else torch.ones(1, live)
 
 
 def _norm_rope(x: Tensor, weight: Tensor, eps: float, rope: Rope, heads: int, dim: int) -> Tensor:
