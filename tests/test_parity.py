@@ -131,7 +131,6 @@ def test_onnx_matches_transformers(case, tmp_path):
     with runtime.load(out) as session:
         for size in CHUNKS:
             session.prefill(ids[session.pos : session.pos + size])
-        rewinds = {41, 58}
         for stop in (42, 59, LENGTH):
             while session.pos < stop:
                 pos = session.pos
