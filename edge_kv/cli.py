@@ -240,7 +240,7 @@ def run(
         raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
     opened = read_artifact(artifact)
     if ram_limit:
-        _check_ram(opened, ram_limit)
+        _check_ram(opened, ram_limit, cache=not no_cache)
     options = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -452,13 +452,15 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     return text
 
 
-def _check_ram(artifact: Any, limit: str) -> None:
+def _check_ram(artifact: Any, limit: str, cache: bool) -> None:
     from edge_kv.memory import parse_bytes, predict_memory
     from edge_kv.terminal import size
 
     allowed = parse_bytes(limit)
     quant = artifact.manifest.quant
-    planned = predict_memory(artifact.config, artifact.plan, quant.scheme, quant.block_size).peak
+    planned = predict_memory(
+        artifact.config, artifact.plan, quant.scheme, quant.block_size, cache=cache
+    ).peak
     if planned > allowed:
         raise MemoryLimitError(
             f"{artifact.root} is planned to need {size(planned)} of RAM, the limit is "

@@ -1,10 +1,11 @@
 """Predicted memory: weight files, state, and peak RAM of each phase, before anything is built.
 
 Anonymous memory (heap, state) cannot be reclaimed; file memory is mapped weights, clean pages the
-kernel may drop. The model below is how onnxruntime's CPU provider was seen to behave: every program
-packs its matrices on the heap when it is loaded and keeps the original scales mapped; state costs
-RAM as far as rows were written; token lookups map pages of the embedding; arenas keep the largest
-workspace they ever needed.
+kernel may drop. The model below is how onnxruntime's CPU provider was seen to behave: matrices are
+packed for the CPU, once, into a cache file that every later load maps (or, without a cache, on the
+heap of every program); a load still packs each matrix for a moment to find it in the file. State
+costs RAM as far as rows were written; token lookups map pages of the embedding; arenas keep the
+largest workspace they ever needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError
-from edge_kv.kv_plan import APPEND, RING, KVPlan
+from edge_kv.kv_plan import APPEND, RING, KVPlan, LayerPlan
 from edge_kv.tensors import (
     EMBED,
     EXPERT,
@@ -26,18 +27,24 @@ from edge_kv.tensors import (
     tensor_table,
 )
 
+FIRST_LOAD = "first load"  # the phase in which weights are packed for the device
 PLE_BLOCK = 32  # values that share a scale in the PLE file
 SCALE_BYTES = 4  # weight scales are f32
 PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
-BASE_ANON = 44 << 20  # interpreter, numpy, onnxruntime: heap
+BASE_ANON = 34_000_000  # interpreter, numpy, onnxruntime: heap
 BASE_FILE = 46 << 20  # … and their mapped libraries
+GRAPH_BYTES = 440_000  # heap of one layer in one program: nodes, kernels, names
+PACKING = 1.35  # times the largest packed matrix: what a load takes for a moment
 TOKENIZER_BYTES = 1152  # heap of the tokenizers library for each entry of the vocabulary
 LOOKUP_BYTES = 148_000  # file pages mapped around one looked-up row of the token table
-# Workspace, in f32 copies that an arena has held at once (fitted to Gemma 3 270M, chunk 128):
-ACTIVATIONS = 16  # rows of the widest layer
-RING_SCORES = 8  # scores of one sliding layer [q_heads, rows, slots]
-FLOAT_ROWS = 3  # live rows of one full layer, K or V, turned into float for a chunk
-LOGITS = 4  # the row of logits
+HEAD_PARTS = 8  # the head is packed in row blocks
+# Workspace, in f32 copies that an arena has held at once (fitted to E2B and Gemma 3 270M):
+ACTIVATIONS = 10  # rows of the widest layer
+RING_SCORES = 6  # scores of one sliding layer [q_heads, rows, slots]
+FULL_SCORES = 6  # scores of one full layer over the rows it reads at a time [q_heads, rows, rows]
+FLOAT_ROWS = 3  # rows of one full layer, K or V, turned into float for a chunk
+ATTEND_BLOCK = 1024  # rows a chunk turns into float at a time
+LOGITS = 2  # the row of logits
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class MemoryPlan:
     tokenizer: int  # heap; a session that is fed ids alone does without
     state: int  # allocated
     touched: int  # of it, holding rows at `depth`
-    phases: dict[str, Phase]  # load, prefill, decode
+    phases: dict[str, Phase]  # (first load,) load, prefill, decode
 
     @property
     def weight_file(self) -> int:
@@ -72,8 +79,8 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Highest total of all phases."""
-        return max(p.total for p in self.phases.values())
+        """Highest total of all phases of a start with packed weights, or without a cache."""
+        return max(p.total for n, p in self.phases.items() if n != FIRST_LOAD)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything above, in bytes."""
@@ -101,31 +108,48 @@ def predict_memory(
     quant: str = "int4",
     block_size: int = 32,
     depth: int | None = None,
+    *,
+    cache: bool = True,
 ) -> MemoryPlan:
     """Predict files and peak RAM for `plan` with weights stored as `quant` in `block_size` blocks.
 
-    `depth` is how many tokens of context are used; the whole context when left out.
+    `depth` is how many tokens of context are used; the whole context when left out. `cache` means
+    weights packed for the device by an earlier load; phase `FIRST_LOAD` is that earlier load.
 
     Raises:
         ConfigError: an unknown quantisation.
     """
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
     kinds: dict[str, int] = {}
-    packed = mapped = 0
+    packed = dict.fromkeys(_PROGRAMS, 0)  # what each program packs
+    largest = scales = 0
     for spec in tensor_table(config):
         if spec.kind == PLE_TABLE:
             continue
         stored, heap, kept = _tensor_bytes(spec, quant, block_size)
         kinds[spec.kind] = kinds.get(spec.kind, 0) + stored
-        programs = _programs(config, spec)
-        packed += heap * programs
-        mapped += kept  # both programs map the same file
+        for program in _programs(config, spec):
+            packed[program] += heap
+        largest = max(largest, heap // HEAD_PARTS if spec.kind == EMBED else heap)
+        scales += kept  # both programs map the same file
     touched = plan.touched_bytes(depth)
     tokenizer = TOKENIZER_BYTES * config.vocab_size
-    load = Phase(BASE_ANON + tokenizer + packed, BASE_FILE + mapped)
+    base = BASE_ANON + tokenizer + GRAPH_BYTES * (config.n_layers + config.n_own)
     chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
     step = _workspace(config, plan, 1, depth) + LOGITS * 4 * config.vocab_size
-    looked_up = load.file + min(kinds[EMBED], LOOKUP_BYTES * depth)
+    file = BASE_FILE + scales
+    lookup = min(kinds[EMBED], LOOKUP_BYTES * depth)
+    if cache:
+        held, mapped = base, packed
+        phases = {
+            FIRST_LOAD: Phase(base + packed["decode"], file + sum(kinds.values())),
+            "load": Phase(base + int(PACKING * largest), file),
+        }
+    else:
+        held, mapped = base + sum(packed.values()), dict.fromkeys(_PROGRAMS, 0)
+        phases = {"load": Phase(held, file)}
+    phases["prefill"] = Phase(held + touched + chunk, file + lookup + mapped["prefill"])
+    phases["decode"] = Phase(held + touched + chunk + step, file + lookup + sum(mapped.values()))
     return MemoryPlan(
         quant=quant,
         block_size=block_size,
@@ -135,11 +159,7 @@ def predict_memory(
         tokenizer=tokenizer,
         state=plan.bytes,
         touched=touched,
-        phases={
-            "load": load,
-            "prefill": Phase(load.anon + touched + chunk, looked_up),
-            "decode": Phase(load.anon + touched + chunk + step, looked_up),
-        },
+        phases=phases,
     )
 
 
@@ -172,12 +192,14 @@ def _tensor_bytes(spec: TensorSpec, quant: str, block_size: int) -> tuple[int, i
     return values + SCALE_BYTES * blocks, values + PACKED_SCALE_BYTES * blocks, SCALE_BYTES * blocks
 
 
-def _programs(config: ModelConfig, spec: TensorSpec) -> int:
-    """How many programs pack a tensor: prefill runs the owning layers and needs no head."""
-    if spec.kind == EMBED:
-        return 1
+_PROGRAMS = ("prefill", "decode")
+
+
+def _programs(config: ModelConfig, spec: TensorSpec) -> tuple[str, ...]:
+    """The programs that pack a tensor: prefill runs the owning layers and needs no head."""
     layer = spec.name.split(".")[1] if spec.name.startswith("layers.") else None
-    return 1 if layer is not None and not config.owns(int(layer)) else 2
+    shared = layer is not None and not config.owns(int(layer))
+    return ("decode",) if shared or spec.kind == EMBED else _PROGRAMS
 
 
 def _ple_file(config: ModelConfig, quant: str) -> int:
@@ -193,21 +215,28 @@ def _ple_file(config: ModelConfig, quant: str) -> int:
 def _workspace(config: ModelConfig, plan: KVPlan, rows: int, depth: int) -> int:
     """Bytes a program needs beside weights and state to run `rows` tokens at `depth`.
 
-    The widest activations, the scores of a ring layer, and of the largest full layer its scores
-    (one token) or its live rows as float (a chunk: the kernel makes no score matrix).
+    The widest activations, the scores of a ring layer, and the largest full layer.
     """
     run = [p for p in plan.layers if rows == 1 or not p.skip_in_prefill]
     widest = max(max(config.mlp(p.layer), p.q_heads * p.head_dim) for p in run)
     rings = [p.q_heads * rows * plan.ring_slots for p in run if p.kind == RING]
     live = plan.live_rows(depth)
-    full = [
-        p.q_heads * live if rows == 1 else FLOAT_ROWS * live * p.kv_heads * p.head_dim
-        for p in run
-        if p.kind == APPEND and (rows == 1 or plan.by_name[p.k].dtype != "f32")
-    ]
+    full = [_full_attention(p, rows, live) for p in run if p.kind == APPEND]
     values = ACTIVATIONS * rows * max(widest, config.hidden)
     values += RING_SCORES * max(rings, default=0) + max(full, default=0)
     return 4 * (values + rows * config.n_layers * config.ple_dim)
+
+
+def _full_attention(layer: LayerPlan, rows: int, live: int) -> int:
+    """f32 values one full layer needs for `rows` queries over `live` rows.
+
+    One token scores all rows as they are stored; a chunk goes block by block, each made float.
+    """
+    if rows == 1:
+        return FULL_SCORES * layer.q_heads * live
+    block = min(live, ATTEND_BLOCK)
+    floats = FLOAT_ROWS * block * layer.kv_heads * layer.head_dim
+    return floats + FULL_SCORES * layer.q_heads * rows * block
 
 
 def parse_bytes(text: str) -> int:

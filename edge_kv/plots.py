@@ -144,7 +144,7 @@ def _of(document: dict[str, Any], engine: str) -> list[dict[str, Any]]:
 
 
 def _planned_peak(entry: dict[str, Any]) -> int:
-    peak: int = max(p["anon"] for p in entry["phases"].values())
+    peak: int = max(entry["phases"][name]["anon"] for name in ("load", "prefill", "decode"))
     return peak - int(entry["tokenizer"])
 
 

@@ -135,7 +135,7 @@ def bench(
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         },
         "bandwidth": bandwidth,
-        "plan": [_planned(artifact, depth) for depth in depths],
+        "plan": [_planned(artifact, depth, cache) for depth in depths],
         "runs": [],
     }
     common: dict[str, Any] = {"artifact": str(artifact.root), "threads": count, "cache": cache}
@@ -156,7 +156,8 @@ def bench(
             )  # fmt: skip
             run = _ask(module, {**asdict(job), "started": time.time()})
             run = {"engine": engine, "ctx": depth, "filled": made[str(start)], **run}
-            document["runs"].append(_judged(run, artifact, bandwidth, engine in PLANNED))
+            expected = _planned(artifact, depth, cache) if engine in PLANNED else None
+            document["runs"].append(_judged(run, artifact, bandwidth, expected))
             progress.advance(f"{depth:,} tokens", i + 1, len(depths))
     return document
 
@@ -360,10 +361,12 @@ def _snapshot(artifact: Artifact, engine: str, depth: int) -> Path:
     return cache_directory() / "bench" / f"{engine}-{model}-{plan}-{depth}.kv"
 
 
-def _planned(artifact: Artifact, depth: int) -> dict[str, Any]:
+def _planned(artifact: Artifact, depth: int, cache: bool) -> dict[str, Any]:
     """The plan's prediction at a depth, and what naive layouts of the state would take."""
     config, quant = artifact.config, artifact.manifest.quant
-    planned = predict_memory(config, artifact.plan, quant.scheme, quant.block_size, depth)
+    planned = predict_memory(
+        config, artifact.plan, quant.scheme, quant.block_size, depth, cache=cache
+    )
     return {
         "ctx": depth,
         "state": planned.touched,
@@ -377,16 +380,17 @@ def _planned(artifact: Artifact, depth: int) -> dict[str, Any]:
 
 
 def _judged(
-    run: dict[str, Any], artifact: Artifact, bandwidth: dict[str, Any], planned: bool
+    run: dict[str, Any],
+    artifact: Artifact,
+    bandwidth: dict[str, Any],
+    plan: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A run with the prediction beside its memory, and its distance from the roofline."""
     config, quant = artifact.config, artifact.manifest.quant
-    if planned:
-        end = run["depth"] + run["prefill"]["tokens"]
-        expectation = _planned(artifact, end)
+    if plan:
         for name, measured in run["memory"].items():
             # a session that is fed ids has no tokenizer on its heap
-            expected = expectation["phases"][name]["anon"] - expectation["tokenizer"]
+            expected = plan["phases"][name]["anon"] - plan["tokenizer"]
             measured["anon_planned"] = expected
             peak = measured["anon_peak"]
             measured["anon_error"] = expected / peak - 1 if peak else None

@@ -1,0 +1,181 @@
+"""edge-kv bench: the document, its depths and judgements. Nothing here is timed."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fake_artifact import write_artifact
+from typer.testing import CliRunner
+
+from edge_kv import runtime
+from edge_kv.artifact import read_artifact
+from edge_kv.cli import app
+from edge_kv.errors import ConfigError, RuntimeFault
+from edge_kv.export import export_model
+from edge_kv.memory import predict_memory, streamed_bytes
+from edge_kv.plots import plot_bench
+from edge_kv.presets import PRESETS
+from edge_kv.runtime import bench as module
+from edge_kv.tensors import tensor_table
+
+DEPTHS = (40, 512)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "tiny"
+    return export_model(model="tiny", ctx=512, chunk=32, out=out, open_session=runtime.load)
+
+
+@pytest.fixture(scope="module")
+def document(tiny):
+    return module.bench(read_artifact(tiny), DEPTHS, threads=1, prompt=64, tokens=6, repeats=2)
+
+
+def test_document_is_json_with_everything_a_result_needs(document):
+    assert json.loads(json.dumps(document)) == document
+    assert set(document) == {
+        "schema_version", "edge_kv", "artifact", "machine", "conditions", "bandwidth", "plan",
+        "runs",
+    }  # fmt: skip
+    assert document["conditions"]["threads"] == 1
+    assert document["machine"]["versions"]["onnxruntime"]
+    assert document["bandwidth"]["best"] >= document["bandwidth"]["median"] > 1e8
+    assert [r["ctx"] for r in document["runs"]] == list(DEPTHS)
+
+
+def test_depths_are_real_and_say_where_they_come_from(document, tiny):
+    shallow, deep = document["runs"]
+    assert (shallow["depth"], shallow["filled"]) == (0, "empty")
+    assert (deep["depth"], deep["filled"]) == (448, "prefilled in this run")
+    assert (shallow["prefill"]["tokens"], deep["prefill"]["tokens"]) == (40, 64)
+    assert len(deep["prefill"]["seconds"]) == 2 and deep["decode"]["tokens"] == 12
+    artifact = read_artifact(tiny)
+    path = module._snapshot(artifact, "onnx", 448)
+    with runtime.load(artifact, threads=1) as session:
+        session.restore(path)
+        want = module.prompt_ids(session.config.vocab_size, 512)[:448]
+        assert session.tokens == tuple(want.tolist())
+
+
+def test_latencies_are_ordered_and_rates_are_their_inverse(document):
+    for run in document["runs"]:
+        seconds = run["decode"]["seconds"]
+        assert 0 < seconds["p50"] <= seconds["p95"] <= seconds["p99"]
+        assert run["prefill"]["rate"] == pytest.approx(
+            run["prefill"]["tokens"] / np.median(run["prefill"]["seconds"])
+        )
+        assert run["load"]["start_to_first_token"] > run["load"]["seconds"] > 0
+        assert run["first_token"] > seconds["p50"]
+
+
+def test_memory_of_every_phase_beside_the_plan(document):
+    for run in document["runs"]:
+        assert list(run["memory"]) == list(module.PHASES)
+        for m in run["memory"].values():
+            assert m["anon_peak"] >= m["anon"] > 1e7
+            assert m["rss_peak"] >= m["anon"] and m["pss"] > 0
+            assert m["anon_error"] == pytest.approx(m["anon_planned"] / m["anon_peak"] - 1)
+            assert abs(m["anon_error"]) < 0.3  # 4 MB of weights: this is the interpreter's size
+
+
+def test_roofline_is_bytes_over_bandwidth(document, tiny):
+    plan = read_artifact(tiny).plan
+    for run in document["runs"]:
+        roof = run["roofline"]
+        total = roof["weight_bytes"] + roof["state_bytes"]
+        assert roof["seconds"] == pytest.approx(total / document["bandwidth"]["best"])
+        assert roof["fraction"] == pytest.approx(roof["seconds"] / run["decode"]["seconds"]["p50"])
+    assert document["runs"][1]["roofline"]["state_bytes"] == plan.read_traffic(448 + 6)
+
+
+def test_streamed_weights_are_every_matrix_once():
+    config = PRESETS["e2b"].config
+    counts = {}
+    for spec in tensor_table(config):
+        counts[spec.kind] = counts.get(spec.kind, 0) + spec.elements
+    want = (counts["embed"] + counts["linear"]) * (0.5 + 8 / 128)
+    want += counts["ple_linear"] * (1 + 8 / 128) + 4 * counts["float"]
+    assert streamed_bytes(config, "int4", 128) == want
+    moe = PRESETS["26b-a4b"].config
+    everything = sum(predict_memory(moe, _plan(moe), "none").weights.values())
+    assert streamed_bytes(moe, "none", 128) < everything / 4
+
+
+def _plan(config):
+    from edge_kv.kv_plan import plan_kv
+
+    return plan_kv(config, ctx=64)
+
+
+def test_a_second_run_takes_up_the_snapshots(tiny, document):
+    again = module.bench(
+        read_artifact(tiny), [512], threads=1, prompt=64, tokens=2, repeats=1, cache=False
+    )
+    assert again["runs"][0]["filled"] == "kept from an earlier run"
+
+
+def test_torch_is_compared_and_drawn(tiny, tmp_path):
+    args = ["bench", tiny, "--ctx", "48", "--compare", "torch", "--threads", 1, "--prompt", 16]
+    args += ["--tokens", 3, "--repeats", 1, "--json", tmp_path / "b.json"]
+    args += ["--plot", tmp_path / "b.png"]
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == 0, result.stderr
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert [r["engine"] for r in data["runs"]] == ["onnx", "torch"]
+    assert "anon_planned" not in data["runs"][1]["memory"]["decode"]
+    assert "torch" in result.stdout and "roofline" in result.stdout
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eager_session_computes_what_the_programs_do(tiny):
+    from edge_kv.compare import EagerSession
+
+    artifact = read_artifact(tiny)
+    ids = module.prompt_ids(artifact.config.vocab_size, 90)
+    with runtime.load(artifact, threads=1) as ours, EagerSession(artifact, 1) as eager:
+        for session in (ours, eager):
+            session.prefill(ids[:-1])
+        a, b = ours.decode(int(ids[-1])), eager.decode(int(ids[-1]))
+    assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
+    assert a.argmax() == b.argmax()
+
+
+def test_requests_that_cannot_be_measured(tiny):
+    artifact = read_artifact(tiny)
+    for depths in ([513], [1], []):
+        with pytest.raises(ConfigError):
+            module.bench(artifact, depths)
+    for options in (["--compare", "jax"], ["--plot", "x.bmp"], ["--ctx", "much"]):
+        result = CliRunner().invoke(app, ["bench", str(tiny), *options])
+        assert result.exit_code == 1 and result.stderr.startswith("Error: ")
+
+
+def test_error_of_a_measuring_process_is_passed_on(tmp_path):
+    root = write_artifact(tmp_path / "a", programs=False)
+    with pytest.raises(RuntimeFault, match="no programs for 'onnx'"):
+        module.bench(read_artifact(root), [32], threads=1)
+    with pytest.raises(RuntimeFault, match="measuring process failed"):
+        module._ask("edge_kv.no_such_module", {})
+
+
+def test_bench_processes_do_not_import_torch():
+    code = (
+        "import sys, edge_kv.runtime.bench, edge_kv.runtime.onnx_session; "
+        "assert not {'torch', 'onnx', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_plot_without_measured_memory(document, tmp_path):
+    """As on systems that do not tell anonymous memory apart."""
+    blank = json.loads(json.dumps(document))
+    for run in blank["runs"]:
+        for m in run["memory"].values():
+            m["anon_peak"] = None
+    plot_bench(blank, tmp_path / "p.svg")
+    assert "planned" in (tmp_path / "p.svg").read_text()
+    with pytest.raises(ConfigError, match="Cannot draw"):
+        plot_bench(document, tmp_path / "none" / "p.png")
