@@ -128,6 +128,22 @@ def _wheel() -> Path:
 
 def build_engine(wheel: Path) -> Path:
     """The engine library over the wheel's own libraries."""
+    sources, libraries = _over_wheel(wheel)
+    return build("edge_kv", sources, ("-shared", *libraries), suffix=".so")
+
+
+def build_runner() -> Path:
+    """`edge-kv-run`, a program that runs an artifact without Python.
+
+    Raises:
+        RuntimeFault: as `load_library`.
+    """
+    sources, libraries = _over_wheel(_wheel())
+    return build("edge-kv-run", {**sources, "run_main.cpp": ()}, libraries)
+
+
+def _over_wheel(wheel: Path) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """The engine's sources with their flags, and what they link to."""
     include = wheel / "include"
     flags = (
         "-DC10_USING_CUSTOM_GENERATED_MACROS",
@@ -142,13 +158,14 @@ def build_engine(wheel: Path) -> Path:
         *(f"-l{name}" for name in LIBRARIES),
         f"-Wl,-rpath,{wheel / 'lib'}",
     )
-    return build("edge_kv", dict.fromkeys((*KERNELS, *ENGINE), flags), libraries)
+    return dict.fromkeys((*KERNELS, *ENGINE), flags), libraries
 
 
 def build_kernels(*extra: str) -> Path:
     """The kernels alone with a C interface, for tests and measurements; no executorch needed."""
     flags = dict.fromkeys((*KERNELS, "kernel_interface.cpp"), extra)
-    return build("edge_kv_kernels", flags, (*extra, "-pthread"), kernel_flags=extra)
+    link = ("-shared", "-pthread", *extra)
+    return build("edge_kv_kernels", flags, link, kernel_flags=extra, suffix=".so")
 
 
 def build(
@@ -156,8 +173,9 @@ def build(
     sources: dict[str, tuple[str, ...]],
     link: tuple[str, ...],
     kernel_flags: tuple[str, ...] = (),
+    suffix: str = "",
 ) -> Path:
-    """Compile `sources` and kernels.cpp for every instruction set into `lib<name>.so`.
+    """Compile `sources` and kernels.cpp for every instruction set, and link them.
 
     The file name carries a digest of everything it is made of, so a change builds anew.
 
@@ -176,7 +194,7 @@ def build(
         for isa, flags in ISAS[machine].items()
     ]
     folder = cache_folder("native")
-    target = folder / f"lib{name}-{_digest(compiler, units, link)}.so"
+    target = folder / f"{name}-{_digest(compiler, units, link)}{suffix}"
     with locked(folder / f"{name}.lock"):
         if not target.is_file():
             _compile(compiler, units, link, target)
@@ -193,7 +211,7 @@ def _compile(
     link: tuple[str, ...],
     target: Path,
 ) -> None:
-    work = target.with_suffix(".build")
+    work = target.with_name(f"{target.name}.build")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
@@ -206,7 +224,7 @@ def _compile(
             _finish(process)
         objects = [str(work / f"{unit}.o") for _, unit, _ in units]
         made = work / target.name
-        _finish(_start([compiler, "-shared", "-o", str(made), *objects, *link]))
+        _finish(_start([compiler, "-o", str(made), *objects, *link]))
         made.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -249,3 +267,10 @@ def _digest(
         if path.suffix in (".h", ".cpp"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":  # python -m edge_kv.runtime.native_library DIRECTORY
+    try:
+        print(shutil.copy(build_runner(), Path(sys.argv[1]) / "edge-kv-run"))
+    except RuntimeFault as e:
+        sys.exit(f"Error: {e}")

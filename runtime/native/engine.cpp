@@ -6,6 +6,7 @@
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/executor/method.h>
 #include <executorch/runtime/executor/program.h>
+#include <executorch/runtime/platform/platform.h>
 #include <executorch/runtime/platform/runtime.h>
 #include <sys/mman.h>
 
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -93,6 +95,29 @@ struct LoadedMethod {
   int64_t ple_layers = 0, ple_dim = 0;  // shape of one token's rows; 0 when it takes none
 };
 
+// ExecuTorch logs why something failed and returns only a code: keep the first reason, and spare
+// the user the rest of the log.
+std::mutex reason_lock;
+std::string reason;
+
+void keep_reason(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, size_t,
+                 const char* message, size_t length) {
+  if (level != et_pal_log_level_t::kError && level != et_pal_log_level_t::kFatal) return;
+  const std::lock_guard<std::mutex> hold(reason_lock);
+  if (reason.empty()) reason.assign(message, length);
+  if (level == et_pal_log_level_t::kFatal) fprintf(stderr, "ExecuTorch: %.*s\n", int(length), message);
+}
+
+void forget_reason() {
+  const std::lock_guard<std::mutex> hold(reason_lock);
+  reason.clear();
+}
+
+std::string said(const std::string& what, Error error) {
+  const std::lock_guard<std::mutex> hold(reason_lock);
+  return what + ": " + (reason.empty() ? to_string(error) : reason);
+}
+
 int fail(char* error, int error_bytes, const std::string& what) {
   if (error && error_bytes > 0) snprintf(error, size_t(error_bytes), "%s", what.c_str());
   return 1;
@@ -125,14 +150,8 @@ struct edge_kv_engine {
   std::string run(LoadedMethod& m, const int64_t* ids, int64_t count, int64_t pos, const float* ple);
 };
 
-namespace {
-
-std::string said(const char* what, Error error) { return std::string(what) + ": " + to_string(error); }
-
-}  // namespace
-
 std::string edge_kv_engine::open(const std::string& path, const std::string& packed_cache) {
-  runtime_init();
+  forget_reason();
   // Never mlock: as root that would pin every lookup table in memory.
   auto file = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
   if (!file.ok()) return said("the file cannot be mapped", file.error());
@@ -181,13 +200,14 @@ std::string edge_kv_engine::load(const char* name, LoadedMethod& into,
     into.ple_dim = ple->sizes()[2];
   }
   auto loaded = program->load_method(name, &*into.memory, nullptr, nullptr, &options);
-  if (!loaded.ok()) return said((std::string("method ") + name).c_str(), loaded.error());
+  if (!loaded.ok()) return said(std::string("method ") + name, loaded.error());
   into.method.emplace(std::move(loaded.get()));
   return "";
 }
 
 std::string edge_kv_engine::run(LoadedMethod& m, const int64_t* ids, int64_t count, int64_t pos,
                                 const float* ple) {
+  forget_reason();
   Input tokens(ScalarType::Long, ids, {count}), position(ScalarType::Long, &pos, {1});
   Input rows(ScalarType::Float, ple, {count, m.ple_layers, m.ple_dim});
   Error error = m.method->set_input(tokens.value(), 0);
@@ -205,6 +225,14 @@ extern "C" {
 
 edge_kv_engine* edge_kv_open(const char* program, const char* packed_cache, int threads,
                              char* error, int error_bytes) {
+  static const bool ready = [] {
+    runtime_init();
+    return register_pal(PalImpl::create(keep_reason, __FILE__));
+  }();
+  if (!ready) {
+    fail(error, error_bytes, "ExecuTorch's log cannot be taken over");
+    return nullptr;
+  }
   auto* pool = executorch::extension::threadpool::get_threadpool();
   if (threads > 0 && pool && pool->get_thread_count() != size_t(threads))
     pool->_unsafe_reset_threadpool(uint32_t(threads));

@@ -63,13 +63,15 @@ inline void dot_single(const float* q, int dim, const E* key, float (*scores)[kT
 
 // Turn the scores of one row into weights; returns the factor for what was summed before.
 inline float soften(float* scores, int n, float* top, float* sum) {
-  float peak = *top;
-  for (int j = 0; j < n; ++j) peak = scores[j] > peak ? scores[j] : peak;
+  Vec high = splat(*top);
+  int j = 0;
+  for (; j + kWidth <= n; j += kWidth) high = larger(high, load(scores + j));
+  float peak = largest(high);
+  for (; j < n; ++j) peak = scores[j] > peak ? scores[j] : peak;
   const float keep = expf(*top - peak);
   const Vec shift = splat(peak);
   Vec mass = splat(0.0f);
-  int j = 0;
-  for (; j + kWidth <= n; j += kWidth) {
+  for (j = 0; j + kWidth <= n; j += kWidth) {
     const Vec w = exponential(sub(load(scores + j), shift));
     save(scores + j, w);
     mass = add(mass, w);
@@ -135,8 +137,9 @@ void fold(const Cache& cache, const Queries& q, int first, const Tile& tile, con
   const E* values = static_cast<const E*>(cache.values) + tile.slot * dim;
   int j = 0;
   for (; j + 2 <= tile.count; j += 2) {
-    for (int b = 0; b < 2 * dim * int(sizeof(E)); b += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(values + int64_t(j) * dim) + b, 0, 2);
+    if (first == 0)  // the values are next; later rows find them in the cache
+      for (int b = 0; b < 2 * dim * int(sizeof(E)); b += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(values + int64_t(j) * dim) + b, 0, 2);
     dot_pair<R>(rows, dim, keys + int64_t(j) * dim, scores, j);
   }
   if (j < tile.count) dot_single<R>(rows, dim, keys + int64_t(j) * dim, scores, j);

@@ -1,0 +1,184 @@
+// edge-kv-run: token ids in, token ids out, without Python.
+//
+//   edge-kv-run ARTIFACT --ids 2,651,9029 [--max-new-tokens 64] [--threads N] [--packed FILE]
+//
+// Decodes greedily and streams each id as it is chosen; times and memory go to stderr. Everything
+// it needs to know about the model is in the .pte, the per-layer rows are read from ple.bin.
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine.h"
+#include "kernels.h"
+
+namespace {
+
+constexpr int kErrorBytes = 512;
+
+[[noreturn]] void stop(const std::string& sentence) {
+  fprintf(stderr, "Error: %s\n", sentence.c_str());
+  exit(1);
+}
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The per-layer embedding file; its format is described in edge_kv/artifact.py (PleEntry).
+class PleRows {
+ public:
+  PleRows(const std::string& path, edge_kv_engine* engine, int64_t layers)
+      : dim_(edge_kv_fact(engine, "edge_kv_ple_dim", 0)),
+        bits_(edge_kv_fact(engine, "edge_kv_ple_bits", 32)),
+        block_(edge_kv_fact(engine, "edge_kv_ple_block", 0)),
+        values_(layers * dim_) {
+    if (dim_ == 0) return;
+    data_bytes_ = values_ * bits_ / 8;
+    row_.resize(size_t(data_bytes_ + (bits_ == 32 ? 0 : values_ / block_ * 2)));
+    file_ = open(path.c_str(), O_RDONLY);
+    if (file_ < 0) stop("Cannot open " + path + ".");
+    posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);
+  }
+  ~PleRows() {
+    if (file_ >= 0) close(file_);
+  }
+  PleRows(const PleRows&) = delete;
+  PleRows& operator=(const PleRows&) = delete;
+
+  // Rows of `count` ids for the first `layers` layers, null for a model without them.
+  const float* read(const int64_t* ids, int64_t count, int64_t layers) {
+    if (dim_ == 0) return nullptr;
+    const int64_t width = layers * dim_;
+    out_.resize(size_t(count * width));
+    for (int64_t t = 0; t < count; ++t) {
+      const ssize_t bytes = ssize_t(row_.size());
+      if (pread(file_, row_.data(), row_.size(), off_t(ids[t]) * bytes) != bytes)
+        stop("ple.bin ends inside the row of token " + std::to_string(ids[t]) + "; it is cut off.");
+      unpack(width, out_.data() + t * width);
+    }
+    return out_.data();
+  }
+
+ private:
+  void unpack(int64_t width, float* out) const {
+    if (bits_ == 32) {
+      memcpy(out, row_.data(), size_t(width) * 4);
+      return;
+    }
+    const uint8_t* data = row_.data();
+    for (int64_t i = 0; i < width; ++i) {
+      uint16_t half;
+      memcpy(&half, data + data_bytes_ + i / block_ * 2, 2);
+      const int value = bits_ == 4 ? int(i % 2 ? data[i / 2] >> 4 : data[i / 2] & 15) - 8
+                                   : int(int8_t(data[i]));
+      out[i] = float(value) * edge_kv::half_to_float(half);
+    }
+  }
+
+  int64_t dim_, bits_, block_, values_, data_bytes_ = 0;
+  int file_ = -1;
+  std::vector<uint8_t> row_;
+  std::vector<float> out_;
+};
+
+std::vector<int64_t> parse_ids(const char* text, int64_t vocab) {
+  std::vector<int64_t> ids;
+  for (const char* at = text; *at;) {
+    char* end;
+    const long long id = strtoll(at, &end, 10);
+    if (end == at || (*end && *end != ',') || id < 0 || id >= vocab)
+      stop("--ids wants token ids below " + std::to_string(vocab) + " with commas between them.");
+    ids.push_back(id);
+    at = *end ? end + 1 : end;
+  }
+  if (ids.empty()) stop("--ids is empty; give at least one token id.");
+  return ids;
+}
+
+void report_memory() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    for (const char* key : {"VmHWM", "RssAnon", "RssFile"})
+      if (line.rfind(key, 0) == 0) fprintf(stderr, "%s\n", line.c_str());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const char* ids_text = nullptr;
+  std::string root, packed;
+  int64_t wanted = 64;
+  int threads = int(std::max(1u, std::thread::hardware_concurrency()));
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name.rfind("--", 0) != 0) {
+      root = name;
+      continue;
+    }
+    if (i + 1 == argc) stop(name + " wants a value.");
+    const char* value = argv[++i];
+    if (name == "--ids") ids_text = value;
+    else if (name == "--max-new-tokens") wanted = atoll(value);
+    else if (name == "--threads") threads = atoi(value);
+    else if (name == "--packed") packed = value;
+    else stop("Unknown option " + name + "; known: --ids, --max-new-tokens, --threads, --packed.");
+  }
+  if (root.empty() || !ids_text || threads < 1)
+    stop("Usage: edge-kv-run ARTIFACT --ids 2,651,9029 [--max-new-tokens N] [--threads N].");
+
+  char error[kErrorBytes] = "";
+  const double begin = now();
+  const std::string program = root + "/executorch/model.pte";
+  edge_kv_engine* engine =
+      edge_kv_open(program.c_str(), packed.c_str(), threads, error, kErrorBytes);
+  if (!engine) stop("Cannot load " + program + ": " + error + ".");
+  const int64_t vocab = edge_kv_fact(engine, "edge_kv_vocab", 0);
+  const int64_t ctx = edge_kv_fact(engine, "edge_kv_ctx", 0);
+  const int64_t chunk = edge_kv_fact(engine, "edge_kv_chunk", 1);
+  const int64_t layers = edge_kv_fact(engine, "edge_kv_layers", 0);
+  const int64_t own = edge_kv_fact(engine, "edge_kv_own", 0);
+  if (vocab <= 0 || ctx <= 0) stop(program + " says nothing about its model; export it again.");
+  const std::vector<int64_t> ids = parse_ids(ids_text, vocab);
+  if (int64_t(ids.size()) > ctx)
+    stop(std::to_string(ids.size()) + " ids do not fit a context of " + std::to_string(ctx) + ".");
+  PleRows ple(root + "/ple.bin", engine, layers);
+
+  const double loaded = now();
+  const int64_t prompt = int64_t(ids.size()) - 1;
+  for (int64_t at = 0; at < prompt; at += chunk) {
+    const int64_t count = std::min(chunk, prompt - at);
+    const float* rows = ple.read(&ids[size_t(at)], count, own);
+    if (edge_kv_prefill(engine, &ids[size_t(at)], count, at, rows, error, kErrorBytes))
+      stop(std::string("Prefill failed: ") + error + ".");
+  }
+  const double prefilled = now();
+  std::vector<float> logits(static_cast<size_t>(vocab));
+  int64_t id = ids.back(), pos = prompt, made = 0;
+  for (; made < wanted && pos < ctx; ++made, ++pos) {
+    const float* rows = ple.read(&id, 1, layers);
+    if (edge_kv_decode(engine, id, pos, rows, logits.data(), vocab, error, kErrorBytes))
+      stop(std::string("Decoding failed: ") + error + ".");
+    id = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    printf(made ? ",%lld" : "%lld", static_cast<long long>(id));
+    fflush(stdout);
+  }
+  printf("\n");
+  const double done = now();
+  fprintf(stderr, "load %.2f s, prefill %lld tokens %.2f s, decode %lld tokens %.2f s (%.1f tokens/s), %s\n",
+          loaded - begin, static_cast<long long>(prompt), prefilled - loaded,
+          static_cast<long long>(made), done - prefilled,
+          done > prefilled ? double(made) / (done - prefilled) : 0.0, edge_kv_isa());
+  report_memory();
+  edge_kv_close(engine);
+  return 0;
+}

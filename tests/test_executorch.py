@@ -1,0 +1,319 @@
+"""The ExecuTorch backend: its ops against the static state, its weights, and a program that ran."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edge_kv.artifact import read_artifact
+from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
+from edge_kv.errors import ArtifactError, ConfigError, ExportError, RewindError, RuntimeFault
+from edge_kv.export.backends import BACKENDS
+from edge_kv.export.executorch_state import ExecuTorchState, PrefillState, StateBuffers, attribute
+from edge_kv.export.executorch_weights import XnnpackLayout, XnnpackLinear, XnnpackNorm
+from edge_kv.export.quantize import quantize
+from edge_kv.kv_plan import plan_kv
+from edge_kv.model.decoder import Decoder, QuantLinear, RMSNorm
+from edge_kv.model.state import StaticState
+from edge_kv.parity import divergence
+from edge_kv.presets import PRESETS
+from edge_kv.runtime import load, native_library
+
+CTX, CHUNK = 192, 16
+
+CONFIG = ModelConfig(
+    family="gemma4",
+    vocab_size=512,
+    hidden=64,
+    pattern="SFF",
+    sliding_window=24,
+    sliding=AttentionSpec(4, 2, 16, 1e4, 8),
+    full=AttentionSpec(4, 1, 32, 1e6, 4),
+    mlp_width=96,
+    shared_mlp_width=128,
+    n_kv_shared=1,
+    ple_dim=32,
+    max_ctx=1024,
+    final_softcap=30.0,
+)
+
+
+def decoder_of(config, plan, seed=0):
+    torch.manual_seed(seed)
+    decoder = Decoder(config, plan).eval()
+    for p in decoder.parameters():
+        p.data = torch.rand_like(p) + 0.5 if p.dim() == 1 else torch.randn_like(p) * 0.1
+    return decoder
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("k_eq_v", [False, True])
+@torch.no_grad()
+def test_ops_compute_what_the_static_state_computes(kv, k_eq_v):
+    config = replace(CONFIG, full=replace(CONFIG.full, k_eq_v=k_eq_v), v_norm=not k_eq_v)
+    plan = plan_kv(config, ctx=CTX, chunk=CHUNK, kv=kv)
+    decoder = decoder_of(config, plan)
+    buffers, static = StateBuffers(plan), StaticState(plan)
+    at = 0
+    for n in (16, 1, 7, 16, 16, 3, 16, 16):  # past two wraps of the rings
+        ids = torch.arange(at, at + n + 1) * 37 % config.vocab_size
+        ple = torch.randn(n + 1, config.n_layers, config.ple_dim)
+        pos = torch.tensor([at])
+        prefill = PrefillState(buffers, config.n_own - 1)
+        decoder.prefill(ids[:n], pos, ple[:n, : config.n_own], prefill)
+        decoder.prefill(ids[:n], pos, ple[:n, : config.n_own], static)
+        assert prefill.end == at + n
+        one = (ids[n:], pos + n, ple[n:])
+        got = decoder.decode(*one, ExecuTorchState(buffers))
+        want = decoder.decode(*one, static)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        at += n
+    for name, rows in static.buffers.items():
+        assert torch.equal(getattr(buffers, attribute(name)), rows)
+
+
+def test_layout_is_what_xnnpack_takes():
+    layout = XnnpackLayout(CONFIG, "int4", 32)
+    rows = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    rows[3] = 0
+    for bits, block in ((4, 32), (8, 128)):
+        _, scales, error = layout.quantize(rows, bits, block)
+        assert (scales > 0).all()
+        if bits == 4:
+            assert torch.equal(scales, scales.to(torch.bfloat16).to(torch.float32))
+        _, _, signed = quantize(rows, bits, block)
+        assert signed * 0.99 < error < signed * 1.25  # positive scales cost little
+    for t in layout.tensors:
+        assert t.bits != 8 or t.block == t.spec.shape[-1]
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 128)])
+@torch.no_grad()
+def test_xnnpack_linear_is_the_packed_linear_up_to_8_bit_activations(bits, block):
+    torch.manual_seed(1)
+    plain = QuantLinear(128, 96, bits, block)
+    packed, plain.scales, _ = quantize(torch.randn(96, 128), bits, block, signed_scales=False)
+    plain.packed = packed
+    x = torch.randn(5, 128)
+    error = XnnpackLinear(plain)(x) - plain(x)
+    assert error.square().mean().sqrt() < 0.01 * plain(x).std()
+    whole = torch.randint(-127, 128, (5, 128)).float()
+    whole[:, 0], whole[:, 1] = -128, 127  # activations that 8 bits hold exactly
+    torch.testing.assert_close(XnnpackLinear(plain)(whole), plain(whole), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_xnnpack_norm_is_the_norm():
+    norm = RMSNorm(64, 1e-6)
+    norm.weight.data = torch.rand(64) + 0.5
+    x = torch.randn(3, 7, 64) * 100
+    torch.testing.assert_close(XnnpackNorm(norm)(x), norm(x), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_are_refused_before_anything_is_read():
+    config = replace(CONFIG, moe=MoESpec(8, 2, 32), ple_dim=0)
+    with pytest.raises(ExportError, match=r"8 experts .* --backend onnx"):
+        BACKENDS["executorch"].check(config)
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("edge_kv.export.backends.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"executorch, which is not installed.*edge-kv\[execu"):
+        BACKENDS["executorch"].check(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A small random model, exported through the whole pipeline."""
+    from edge_kv.export import export_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "small", replace(PRESETS["tiny"], config=CONFIG))
+        return export_model(
+            model="small", weights="random:1", ctx=CTX, chunk=CHUNK, backends=("executorch",),
+            out=tmp_path_factory.mktemp("executorch") / "small", open_session=load,
+        )  # fmt: skip
+
+
+def ids_for(n, seed=3):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, n)
+
+
+def logits_of(session, ids, chunks):
+    at = 0
+    for n in chunks:
+        session.prefill(ids[at : at + n])
+        at += n
+    return np.stack([session.decode(int(i)) for i in ids[at:]])
+
+
+def test_artifact_holds_one_program_and_no_other_weights(root):
+    manifest = read_artifact(root).manifest
+    backend = manifest.backends["executorch"]
+    assert backend.files == ["executorch/model.pte"]
+    assert {p.name for p in root.rglob("*") if p.is_file()} == {
+        "manifest.json", "model.pte", "ple.bin", "verify.npz",
+    }  # fmt: skip
+    assert {*backend.programs} == {"prefill", "decode"}
+    assert manifest.parity["lowering"]["max_kl"] < 1e-6
+
+
+def test_delegates_stay_few(root):
+    """Each layer's attention cuts the graph once; anything more is an operator XNNPACK lost."""
+    delegates = read_artifact(root).manifest.backends["executorch"].details["delegates"]
+    assert 0 < delegates["decode"] <= CONFIG.n_layers + 2
+    assert 0 < delegates["prefill"] <= CONFIG.n_own + 2
+
+
+def test_state_is_the_plans_and_lives_in_the_program(root):
+    artifact = read_artifact(root)
+    with load(artifact, "executorch", threads=1) as session:
+        assert {n: a.shape for n, a in session.state.items()} == {
+            b.name: b.shape for b in artifact.plan.buffers
+        }
+        assert not any(a.any() for a in session.state.values())
+        session.prefill(ids_for(5))
+        scales = session.state["k1.scale"]
+        assert (scales[:, :5] > 0).all() and not scales[:, 5:].any()
+        end = max(a.ctypes.data + a.nbytes for a in session.state.values())
+        begin = min(a.ctypes.data for a in session.state.values())
+        assert end - begin == artifact.plan.bytes
+
+
+def test_chunks_wraps_and_rewinds_do_not_change_the_logits(root):
+    ids = ids_for(CTX)
+    with load(root, "executorch", threads=2) as session:
+        want = logits_of(session, ids, [16] * 11)
+        session.reset()
+        # other chunk sizes round activations the same way: only summation orders differ
+        got = logits_of(session, ids, [1, 7, 16, 3, 16, 16, 16, 16, 1, 16, 16, 16, 16, 16, 4])
+        assert divergence(want, got).max_kl < 1e-3
+        session.rewind(4)
+        again = np.stack([session.decode(int(i)) for i in ids[-4:]])
+        np.testing.assert_allclose(again, got[-4:], atol=1e-5)
+        with pytest.raises(RewindError):
+            session.rewind(CTX - 5)
+
+
+def test_snapshot_restores_bit_equal_logits_in_another_session(root, tmp_path):
+    ids = ids_for(80)
+    with load(root, "executorch") as session:
+        session.prefill(ids[:60])
+        session.snapshot(tmp_path / "s")
+        want = [session.decode(int(i)) for i in ids[60:]]
+    with load(root, "executorch") as session:
+        session.prefill(ids_for(30, seed=9))
+        session.restore(tmp_path / "s")
+        assert session.pos == 60
+        got = [session.decode(int(i)) for i in ids[60:]]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_weights_are_packed_once_and_a_damaged_packing_is_made_again(root, cache_home):
+    with load(root, "executorch", cache=False) as session:
+        want = session.decode(5)
+    folder = cache_home / "executorch"
+    for damage in (None, b"", b"nonsense" * 1000):
+        for path in folder.glob("*.bin"):
+            if damage is None:
+                path.unlink()
+            else:
+                path.write_bytes(damage)
+        with load(root, "executorch") as session:
+            np.testing.assert_array_equal(session.decode(5), want)
+    (packed,) = folder.glob("*.bin")
+    before = packed.stat()
+    with load(root, "executorch") as session:
+        session.decode(5)
+    assert packed.stat().st_mtime_ns == before.st_mtime_ns and before.st_size > 10_000
+
+
+def test_torch_is_never_imported_and_the_log_stays_clean(root):
+    code = f"""
+import sys
+from edge_kv.runtime import load
+with load({str(root)!r}, "executorch") as session:
+    session.prefill(range(20))
+    assert len(session.decode(3)) == {CONFIG.vocab_size}
+assert not {{"torch", "executorch", "onnxruntime"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_runner_without_python_says_what_the_session_says(root):
+    ids = ids_for(40).tolist()
+    with load(root, "executorch", threads=1, cache=False) as session:
+        session.prefill(ids[:-1])
+        token, want = ids[-1], []
+        for _ in range(12):
+            token = int(session.decode(token).argmax())
+            want.append(token)
+    runner = native_library.build_runner()
+    done = subprocess.run(
+        [runner, root, "--ids", ",".join(map(str, ids)), "--max-new-tokens", "12",
+         "--threads", "1"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [int(x) for x in done.stdout.split(",")] == want
+    assert "tokens/s" in done.stderr and "VmHWM" in done.stderr
+    for arguments, message in (
+        (["--ids", "1,x"], "--ids wants token ids below 512"),
+        (["--ids", "512"], "--ids wants token ids below 512"),
+        (["--ids"], "--ids wants a value"),
+        (["--speed", "1"], "Unknown option --speed"),
+        ([], "Usage:"),
+    ):
+        done = subprocess.run([runner, root, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"Error: {message}")
+
+
+def test_damaged_program_is_one_sentence(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    path = copy / "executorch/model.pte"
+    data = path.read_bytes()
+    for bad in (b"\xff" * len(data), data[: len(data) // 2] + bytes(len(data) - len(data) // 2)):
+        path.write_bytes(bad)
+        with pytest.raises(ArtifactError, match=r"ExecuTorch cannot load .*model.pte: ") as e:
+            load(copy, "executorch", cache=False)
+        assert "\n" not in str(e.value)
+
+
+def test_state_that_is_not_the_plans_is_refused(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    details = manifest["backends"]["executorch"]["details"]
+    for state in (None, {}, {**details["state"], "v1": 1 << 40}, {**details["state"], "v1": 0}):
+        details["state"] = state
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match="does not hold the state its KV plan asks for"):
+            load(copy, "executorch", cache=False)
+
+
+def test_missing_compiler_and_wheel_are_one_sentence(root, monkeypatch, tmp_path):
+    native_library.load_library.cache_clear()
+    monkeypatch.setenv("EDGE_KV_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setattr(native_library.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeFault, match=r"no C\+\+ compiler; install one"):
+        load(root, "executorch")
+    monkeypatch.setattr(native_library, "version", lambda name: "1.4.0")
+    with pytest.raises(RuntimeFault, match=r"needs executorch 1.5.1, not 1.4.0; run: pip"):
+        load(root, "executorch")
+    monkeypatch.undo()
+    native_library.load_library.cache_clear()
+
+
+def test_broken_compiler_is_one_sentence(root, monkeypatch, tmp_path):
+    native_library.load_library.cache_clear()
+    monkeypatch.setenv("EDGE_KV_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeFault, match="does not compile") as e:
+        load(root, "executorch")
+    assert "\n" not in str(e.value) and not list((tmp_path / "native").glob("*.so"))
+    native_library.load_library.cache_clear()
