@@ -8,7 +8,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.*
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Engines to install and to run the demo on; every one named here is exported to and measured.
-ENGINES ?= onnx
+ENGINES ?= onnx executorch
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -50,6 +50,7 @@ $(DEMO)/manifest.json: $(VENV)/export.stamp $(SOURCES)
 $(VENV)/export.stamp: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): PyTorch's CPU build (about 200 MB), onnxruntime and the rest."
 	@$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	@$(if $(filter executorch,$(ENGINES)),$(BIN)/pip install --quiet --no-deps executorch==1.5.1)
 	@$(BIN)/pip install --quiet -e '.[$(EXTRAS)]'
 	@touch $@
 

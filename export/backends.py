@@ -23,6 +23,7 @@ from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.kv_plan import KVPlan
 
 WEIGHTS = "weights.bin"
+INSTALL = "pip install --no-deps executorch==1.5.1"
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ class ExecuTorchLowering:
     """One `.pte` with both methods; the weights are inside it, so their file does not ship."""
 
     def check(self, config: ModelConfig) -> None:
-        for package in ("executorch", "torchao"):
+        for package in ("executorch", "flatbuffers", "ruamel", "tabulate", "torchao"):
             if find_spec(package) is None:
                 raise ConfigError(
                     f"Exporting to ExecuTorch needs {package}, which is not installed; "
-                    "run: pip install 'edge-kv[executorch]'."
+                    f"run: {INSTALL} && pip install 'edge-kv[executorch]'."
                 )
         if config.moe:
             raise ExportError(
