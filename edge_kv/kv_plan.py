@@ -149,6 +149,11 @@ class KVPlan:
                 )
             if not b.readers or min(b.readers) < b.writer:
                 raise PlanError(f"Buffer {b.name} is read before layer {b.writer} writes it.")
+        for b in self.buffers:
+            if b.dtype == "int8" and f"{b.name}.scale" not in seen:
+                raise PlanError(
+                    f"Buffer {b.name} holds int8 rows but {b.name}.scale is not planned."
+                )
         for layer in self.layers:
             for name in (layer.k, layer.v):
                 if name not in seen:
