@@ -8,7 +8,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.*
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Engines to install and to run the demo on; every one named here is exported to and measured.
-ENGINES ?= onnx executorch
+# ExecuTorch's is compiled when it is first used.
+CXX_FOUND := $(shell command -v g++ || command -v clang++ || command -v c++)
+ENGINES ?= onnx $(if $(CXX_FOUND),executorch)
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -28,6 +30,7 @@ help:
 	@echo "make clean   remove .venv, artifacts and caches"
 
 demo: $(DEMO)/manifest.json
+	@$(if $(CXX_FOUND),,echo "The ExecuTorch engine is left out: it needs a C++ compiler (g++).")
 	@$(BIN)/python benchmarks/demo.py $(DEMO) --engines $(ENGINES)
 
 test: lint

@@ -13,7 +13,6 @@ from edge_kv import runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.cli import app
 from edge_kv.errors import ConfigError, RuntimeFault
-from edge_kv.export import export_model
 from edge_kv.memory import predict_memory, streamed_bytes
 from edge_kv.plots import plot_bench
 from edge_kv.presets import PRESETS
@@ -24,9 +23,8 @@ DEPTHS = (40, 512)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    out = tmp_path_factory.mktemp("bench") / "tiny"
-    return export_model(model="tiny", ctx=512, chunk=32, out=out, open_session=runtime.load)
+def tiny(tiny_artifact):
+    return tiny_artifact
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_kv import runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ArtifactError
-from edge_kv.export import export_model
 from edge_kv.runtime import packed
 from edge_kv.runtime.onnx_file import external_data, replace_external_data
 
@@ -21,9 +20,8 @@ IDS = np.random.default_rng(0).integers(0, 2000, 90)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return export_model(model="tiny", ctx=160, chunk=32, out=out, open_session=runtime.load)
+def tiny(tiny_artifact):
+    return tiny_artifact
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def cpus(tmp_path, monkeypatch, siblings, usable):
         folder = tmp_path / f"cpu{cpu}/topology"
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(text + "\n")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "_CPUS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(usable), raising=False)
 
