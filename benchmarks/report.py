@@ -87,9 +87,8 @@ def results() -> str:
         row("KV state for 32,768 tokens, f32 → int8", kv_sizes),
     ]
     shown = [r for r in rows if set(r[1:]) != {MISSING}]
-    return "\n\n".join(
-        [table(["", *MEASURED.values()], shown), *(s for s in [prefill_sentence()] if s)]
-    )
+    sentences = [s for s in (parity_sentence(), prefill_sentence()) if s]
+    return "\n\n".join([table(["", *MEASURED.values()], shown), *sentences])
 
 
 def row(title: str, cell: Callable[[str], str]) -> list[str]:
@@ -129,15 +128,28 @@ def kv_sizes(model: str) -> str:
     return f"{size(held['f32 KV'])} → {size(held['int8 KV'])}"
 
 
+def parity_sentence() -> str:
+    """How far the families are from `transformers`, small and random, at full precision."""
+    if not (RESULTS / "parity.json").is_file():
+        return ""
+    families = load("parity")["families"]
+    worst = max(f["onnx"] for f in families.values())
+    return (
+        f"Small models of every family ({', '.join(families)}) with every parameter drawn at "
+        f"random: logits of the exported programs within {worst:.0e} of `transformers` fp32, past "
+        "ring wraps and rewinds."
+    )
+
+
 def prefill_sentence() -> str:
     """What skipping the sharing layers gains, on the widest model that was measured."""
     for name in ("prefill_skip_1", "prefill_skip"):
         if (RESULTS / f"{name}.json").is_file():
             r = load(name)
             return (
-                f"Prefill of {r['prompt_tokens']} tokens ({r['model']}, {r['quant']}) takes "
-                f"1/{r['speed_up']:g} of the time of the same graph with all {r['layers']} layers; "
-                f"it runs {r['owning_layers']}."
+                f"Prefill ({r['model']}, {r['prompt_tokens']} tokens) runs {r['owning_layers']} of "
+                f"{r['layers']} layers and is {r['speed_up']:.1f} times as fast as the same graph "
+                "with all of them, leaving the same state."
             )
     return ""
 
