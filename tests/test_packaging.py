@@ -1,6 +1,7 @@
 """What is installed, and what is imported: the wheel holds edge_kv alone, the runtime no torch."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,18 @@ def test_links_lead_to_the_real_directories():
     for name in ("export", "runtime"):
         link = ROOT / "edge_kv" / name
         assert link.is_symlink() and os.readlink(link) == f"../{name}"
+
+
+FRONT = {"edge_kv/cli.py", "edge_kv/repl.py", "edge_kv/compare.py"}  # what a person starts
+
+
+def test_rooms_import_in_one_direction():
+    """export -> core <- runtime, never across; only the front sees both."""
+    for name, path in sources().items():
+        room = name.split("/")[1]
+        imported = set(re.findall(r"edge_kv\.(export|runtime)\b(?= import|\.\w+ import)",
+                                  path.read_text()))  # fmt: skip
+        assert name in FRONT or imported <= {room}, (name, imported)
 
 
 def test_version_is_said_once():
