@@ -229,6 +229,9 @@ CASES = [
     Case("flags", "an unknown policy", f"{RUN} --on-full slid", artifact()),
     Case("flags", "less RAM than planned", f"{RUN} --ram-limit 1m", artifact()),
     Case("flags", "an amount of RAM that is none", f"{RUN} --ram-limit lots", artifact()),
+    Case("flags", "a depth beyond the context", "bench DIR/art --ctx 4k", artifact()),
+    Case("flags", "an unknown comparison", "bench DIR/art --compare jax", artifact()),
+    Case("flags", "a plot of a kind nobody draws", "bench DIR/art --plot DIR/a.xyz", artifact()),
     Case("config", "no config.json", PLAN, checkpoint_file("config.json", gone)),
     Case("config", "config.json cut off", PLAN, checkpoint_file("config.json", lambda b: b[:1])),
     Case("config", "config.json is a list", PLAN, checkpoint_file("config.json", lambda _: b"[]")),
@@ -348,9 +351,10 @@ def provoke(case: Case, root: Path) -> str:
     assert result.exit_code == 1, (result.exit_code, result.output, result.exception)
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
     assert sorted(root.rglob("*")) == before, "something was left behind"
-    return re.sub(
-        r"[0-9a-f]{12}(?=[…,)])", "…", result.stderr.strip().replace(str(root), "DIR")
-    ).replace("……", "…")
+    message = result.stderr.strip().replace(str(root), "DIR")
+    for volatile in (r"\b[0-9a-f]{12}\b…?", r"(?<=planned to need )[\d.]+ \w+"):
+        message = re.sub(volatile, "…", message)
+    return message
 
 
 def row(case: Case, message: str) -> str:
