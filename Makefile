@@ -14,6 +14,8 @@ ENGINES ?= onnx $(if $(CXX_FOUND),executorch)
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
+# executorch's wheel lists many packages that are not used here and not installed: no warning.
+PIP := $(BIN)/pip install --quiet --no-warn-conflicts
 DEMO := artifacts/tiny
 SOURCES := $(shell find edge_kv export -name '*.py' -o -path '*/data/*' -type f)
 comma := ,
@@ -52,14 +54,14 @@ $(DEMO)/manifest.json: $(VENV)/export.stamp $(SOURCES)
 # Stamps: a second run installs nothing, a changed pyproject.toml installs what it asks for now.
 $(VENV)/export.stamp: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): PyTorch's CPU build (about 200 MB), onnxruntime and the rest."
-	@$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	@$(if $(filter executorch,$(ENGINES)),$(BIN)/pip install --quiet --no-deps executorch==1.5.1)
-	@$(BIN)/pip install --quiet -e '.[$(EXTRAS)]'
+	@$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	@$(if $(filter executorch,$(ENGINES)),$(PIP) --no-deps executorch==1.5.1)
+	@$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/export.stamp
 	@echo "Installing what the tests need: transformers, pytest, mypy, ruff."
-	@$(BIN)/pip install --quiet -e '.[$(EXTRAS),dev]'
+	@$(PIP) -e '.[$(EXTRAS),dev]'
 	@touch $@
 
 $(BIN)/python:
