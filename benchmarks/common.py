@@ -129,7 +129,7 @@ def exported(model: str, variant: Variant, work: Path) -> Path:
 
 def opened(model: str, variant: Variant, work: Path, threads: int) -> Session:
     """A session on the exported artifact."""
-    return load(read_artifact(exported(model, variant, work)), threads=threads)
+    return load(read_artifact(exported(model, variant, work)), threads=threads, cache=False)
 
 
 @dataclass(frozen=True)

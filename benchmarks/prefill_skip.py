@@ -2,6 +2,7 @@
 
     python benchmarks/prefill_skip.py                E2B at half width
     python benchmarks/prefill_skip.py --width 1      E2B at full width
+    python benchmarks/prefill_skip.py --exact        only the distances, on tiny in float
 
 The model has E2B's 35 layers, of which 15 own keys and values, its window, its per-layer embeddings
 and its proportions, random weights and a small vocabulary (prompt tokens never meet the LM head).
@@ -23,25 +24,25 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from common import run_main, say, show, write_result
+from common import Variant, exported, opened, run_main, say, show, write_result
 from torch import Tensor, nn
 
 from edge_kv import presets
-from edge_kv.artifact import Program
 from edge_kv.config import ModelConfig
 from edge_kv.export import export_model
 from edge_kv.export import lower_onnx as lowering
 from edge_kv.export.onnx_state import OnnxPrefillState
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import WeightLayout
-from edge_kv.kv_plan import KVPlan
+from edge_kv.kv_plan import KVPlan, state_views
 from edge_kv.model.decoder import Decoder
 from edge_kv.parity import divergence
 from edge_kv.runtime import load
-from edge_kv.runtime.onnx_session import ERROR, OnnxSession, _Bound
+from edge_kv.runtime.onnx_session import ERROR, OnnxSession, create_engine
 from edge_kv.terminal import Bar
 
 CHUNK, CTX, VOCAB = 128, 2048, 8192
+UNTRIMMED = "untrimmed.onnx"
 
 
 def main() -> None:
@@ -51,13 +52,17 @@ def main() -> None:
     parser.add_argument("--kv", default="int8", choices=("f32", "f16", "int8"))
     parser.add_argument("--prompt", type=int, default=512, help="tokens to prefill")
     parser.add_argument("--runs", type=int, default=7, help="pairs of timed runs")
+    parser.add_argument("--exact", action="store_true", help="distances on tiny in float")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("artifacts"), help="the export goes here")
     args = parser.parse_args()
+    if args.exact:
+        exact(args)
+        return
     root = export(args)
     session = load(root, threads=args.threads)
     assert isinstance(session, OnnxSession)
-    untrimmed = add_untrimmed(session, root)
+    untrimmed = Untrimmed(session, root)
     ids = np.random.default_rng(0).integers(0, VOCAB, args.prompt)
 
     trimmed_seconds, untrimmed_seconds = [], []
@@ -66,7 +71,7 @@ def main() -> None:
         a = seconds(lambda: session.prefill(ids))
         left = {name: rows.copy() for name, rows in session.state.items()}
         clear(session)
-        b = seconds(lambda: run_chunks(session, untrimmed, ids))
+        b = seconds(lambda: untrimmed.prefill(ids))
         say(f"run {i}: trimmed {a:.2f} s, untrimmed {b:.2f} s, ratio {b / a:.2f}")
         if i:
             trimmed_seconds.append(a)
@@ -102,6 +107,29 @@ def main() -> None:
     write_result("prefill_skip" if args.width == 0.5 else f"prefill_skip_{args.width:g}", result)
     row = {k: result[k] for k in ("prompt_tokens", "median_seconds", "speed_up")}
     show(result["model"], [row | {"state_bit_equal": state["bit_equal"]}])
+
+
+def exact(args: argparse.Namespace) -> None:
+    """Float weights and state leave nothing but summation order between the two."""
+    variant = Variant("none")
+    with opened("tiny", variant, args.work, args.threads) as session:
+        assert isinstance(session, OnnxSession)
+        untrimmed = Untrimmed(session, exported("tiny", variant, args.work))
+        ids = np.random.default_rng(0).integers(0, session.config.vocab_size, args.prompt)
+        session.prefill(ids)
+        left = {name: rows.copy() for name, rows in session.state.items()}
+        clear(session)
+        untrimmed.prefill(ids)
+        write_result(
+            "prefill_skip_exact",
+            {
+                "model": "tiny",
+                "weights": variant.label,
+                "prompt_tokens": args.prompt,
+                "state_after_prefill": compare_state(left, session.state),
+                "next_logits": compare_logits(session, untrimmed, ids),
+            },
+        )
 
 
 def shaped(width: float) -> ModelConfig:
@@ -154,8 +182,42 @@ class UntrimmedPrefill(nn.Module):
         return self.decoder.decode(ids, pos, ple, state), *state.outputs()
 
 
-def add_untrimmed(session: OnnxSession, root: Path) -> _Bound:
-    """Lower the untrimmed graph over the artifact's weight file and bind it to the same state."""
+class Untrimmed:
+    """The untrimmed graph over an artifact's weight file, bound to its session's state."""
+
+    def __init__(self, session: OnnxSession, root: Path):
+        self.session = session
+        folder = root / "onnx"
+        lower_untrimmed(session, folder)
+        self.engine = create_engine(folder / UNTRIMMED, session.threads, ERROR)
+        self.logits: Any = None
+
+    def prefill(self, ids: Any) -> None:
+        """Run `ids` from position 0 on, in chunks; `logits` are those of the last one."""
+        config, plan, ple = self.session.config, self.session.plan, self.session._ple
+        assert ple
+        for at in range(0, len(ids), plan.chunk):
+            part = ids[at : at + plan.chunk]
+            io = self.engine.io_binding()
+            io.bind_cpu_input("ids", part)
+            io.bind_cpu_input("pos", np.array([at], np.int64))
+            io.bind_cpu_input("ple", ple.rows(part, config.n_layers))
+            io.bind_output("logits", "cpu")
+            for view in state_views(plan):
+                rows = self.session.state[view.buffer.name]
+                live = plan.live_rows(at + len(part))
+                shape = [live if size == "live" else size for size in view.shape]
+                address = (rows if view.head is None else rows[view.head]).ctypes.data
+                unsigned = rows.dtype == np.int8 and view.buffer.role == "k"
+                bound = ("cpu", 0, np.uint8 if unsigned else rows.dtype, shape, address)
+                io.bind_input(view.name, *bound)
+                io.bind_output(f"{view.name}.out", *bound)
+            self.engine.run_with_iobinding(io)
+            self.logits = io.get_outputs()[0].numpy().copy()
+
+
+def lower_untrimmed(session: OnnxSession, folder: Path) -> None:
+    """Lower the untrimmed graph with the exporter's own steps."""
     config, plan = session.config, session.plan
     quant = session.artifact.manifest.quant
     layout = WeightLayout(config, quant.scheme, quant.block_size)
@@ -166,23 +228,8 @@ def add_untrimmed(session: OnnxSession, root: Path) -> _Bound:
     model = lowering._trace(UntrimmedPrefill(decoder, plan), plan, every, "prefill")
     lowering._name_io(model, plan, "decode", has_ple=True)
     lowering._simplify(model)
-    folder = root / "onnx"
     lowering._place_weights(model, decoder, config, layout, folder, "weights.bin")
-    ir.save(model, folder / "untrimmed.onnx")
-    program = Program(
-        file="onnx/untrimmed.onnx",
-        inputs=[lowering._describe(v) for v in model.graph.inputs],
-        outputs=[lowering._describe(v) for v in model.graph.outputs],
-    )
-    return _Bound(session, "decode", {"decode": program}, plan.chunk, ERROR)
-
-
-def run_chunks(session: OnnxSession, program: _Bound, ids: Any) -> None:
-    """Prefill `ids` from position 0 through the untrimmed program."""
-    assert session._ple
-    for at in range(0, len(ids), CHUNK):
-        part = ids[at : at + CHUNK]
-        program.run(part, at, session._ple.rows(part, session.config.n_layers))
+    ir.save(model, folder / UNTRIMMED)
 
 
 def clear(session: OnnxSession) -> None:
@@ -203,12 +250,12 @@ def compare_state(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return {"buffers": len(a), "bit_equal": same, "max_abs": float(f"{worst:.3g}")}
 
 
-def compare_logits(session: OnnxSession, untrimmed: _Bound, ids: Any) -> dict[str, Any]:
+def compare_logits(session: OnnxSession, untrimmed: Untrimmed, ids: Any) -> dict[str, Any]:
     """Logits behind the prompt: prefill + decode against the untrimmed run and decode alone."""
     session.reset()
     session.prefill(ids[:-1])
     skipped = session.decode(int(ids[-1]))
-    run_chunks(session, untrimmed, ids)
+    untrimmed.prefill(ids)
     full = untrimmed.logits.copy()
     session.reset()
     say("the same prompt through decode alone")
