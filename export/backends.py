@@ -6,6 +6,7 @@ shipped ones round activations, so that the parity gate can tell the lowering fr
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import warnings
@@ -114,10 +115,10 @@ class ExecuTorchLowering:
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
         shipped, exact = folder / "model.pte", folder / "exact.pte"
-        backends = [
-            self._lower(request, weights, exact, delegate=False),
-            self._lower(request, weights, shipped, delegate=True),
-        ]
+        backends = []
+        for path, delegate in ((exact, False), (shipped, True)):
+            backends.append(self._lower(request, weights, path, delegate=delegate))
+            gc.collect()  # graphs are cycles, and hold every weight
         scratch = (exact, folder / WEIGHTS, *(p.with_suffix(".json") for p in (exact, shipped)))
         return Lowered(shipped=backends[1], exact=backends[0], scratch=scratch)
 

@@ -42,19 +42,15 @@ class XnnpackLayout(WeightLayout):
 class XnnpackLinear(nn.Module):
     """`QuantLinear` as the pattern of stock quantisation ops that XNNPACK's partitioner takes."""
 
-    weight: Tensor
-    scales: Tensor
-    zeros: Tensor
-
     def __init__(self, source: QuantLinear):
         super().__init__()
         self.bits, self.block = source.bits, source.block
         blocks = source.scales.shape
         ones = torch.ones(blocks)
         values = unpack_blocks(source.packed.view(*blocks, -1), ones, source.bits)
-        self.register_buffer("weight", values.to(torch.int8))
-        self.register_buffer("scales", source.scales if self.bits == 4 else source.scales[:, 0])
-        self.register_buffer("zeros", torch.zeros_like(self.scales, dtype=torch.int8))
+        self.weight = _fixed(values.to(torch.int8))
+        self.scales = _fixed(source.scales if self.bits == 4 else source.scales[:, 0])
+        self.zeros = _fixed(torch.zeros_like(self.scales, dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -76,18 +72,20 @@ class XnnpackLinear(nn.Module):
 class XnnpackNorm(nn.Module):
     """`RMSNorm` whose mean is a one-row linear: XNNPACK takes no mean over the last dimension."""
 
-    mean: Tensor
-    floor: Tensor
-
     def __init__(self, source: RMSNorm):
         super().__init__()
         self.weight, self.eps = source.weight, source.eps
         dim = source.weight.shape[0]
-        self.register_buffer("mean", torch.full((1, dim), 1.0 / dim), persistent=False)
-        self.register_buffer("floor", torch.full((1,), source.eps), persistent=False)
+        self.mean = _fixed(torch.full((1, dim), 1.0 / dim))
+        self.floor = _fixed(torch.full((1,), source.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(F.linear(x * x, self.mean, self.floor)) * self.weight
+
+
+def _fixed(values: Tensor) -> nn.Parameter:
+    """A parameter: ExecuTorch drops those that a method does not use, but keeps every buffer."""
+    return nn.Parameter(values, requires_grad=False)
 
 
 def load_decoder(decoder: Decoder, config: ModelConfig, weights: StoredWeights) -> Decoder:

@@ -160,6 +160,9 @@ def test_artifact_holds_one_program_and_no_other_weights(root):
         "manifest.json", "model.pte", "ple.bin", "verify.npz",
     }  # fmt: skip
     assert {*backend.programs} == {"prefill", "decode"}
+    # The weights once, the rows of the token table beside the head, and room for the graphs.
+    layout = XnnpackLayout(CONFIG, "int4", 32)
+    assert (root / "executorch/model.pte").stat().st_size < 1.2 * layout.bytes + (150 << 10)
     assert manifest.parity["lowering"]["max_kl"] < 1e-6
 
 
