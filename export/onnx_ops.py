@@ -148,7 +148,7 @@ def _(
 
 
 @onnxscript.script(Opset("edge_kv", 1), default_opset=base_op)
-def attend_blocks(q, k, k_scale, k_zero, v, v_scale, at) -> FLOAT[...]:  # type: ignore[no-untyped-def]
+def attend_blocks(q, k, k_scale, k_zero, v, v_scale, at) -> FLOAT[...]:  # type: ignore
     """`attend_chunk` with queries [heads, T, D], one block of rows after the other.
 
     Rows become float a block at a time and the softmax is carried along (its running maximum,

@@ -219,7 +219,7 @@ def test_validate_refuses_plans_that_could_lose_a_key():
         broken(plan, "k1", readers=()).validate()
     with pytest.raises(PlanError, match="planned twice"):
         dataclasses.replace(plan, buffers=(*plan.buffers, plan.buffers[0])).validate()
-    with pytest.raises(PlanError, match="v1 holds int8 rows but v1.scale is not planned"):
+    with pytest.raises(PlanError, match=r"v1 holds int8 rows but v1\.scale is not planned"):
         dataclasses.replace(plan, buffers=plan.buffers[:-1]).validate()
     with pytest.raises(PlanError, match="Layer 1 reads v1, which no layer writes"):
         dataclasses.replace(plan, buffers=plan.buffers[:-2]).validate()
