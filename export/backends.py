@@ -109,8 +109,8 @@ class ExecuTorchLowering:
             )
 
     def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
-        from edge_kv.export.executorch_weights import XnnpackLayout
-
+        with quiet():
+            from edge_kv.export.executorch_weights import XnnpackLayout
         return XnnpackLayout(config, scheme, block_size)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
