@@ -174,12 +174,15 @@ def memory() -> str:
         plan = plan_kv(config, ctx=min(config.max_ctx, CONTEXTS["32k"]))
         cost = predict_memory(config, plan)
         cells += [size(cost.weight_file), size(cost.ple_file) if cost.ple_file else "–"]
-        cells.append(size(cost.peak))
+        decode = cost.phases["decode"]
+        cells += [size(decode.anon), size(decode.file)]
         rows.append(cells)
     head = ["model"]
     for label in CONTEXTS:
         head += [f"{label}: every layer, f16", f"{label}: this plan"]
-    return table([*head, "weights", "PLE rows", "predicted peak RAM, 32k"], rows)
+    return table(
+        [*head, "weights", "PLE rows", "32k: RAM, anonymous", "32k: RAM, file pages"], rows
+    )
 
 
 def file_map() -> str:
