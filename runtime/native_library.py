@@ -7,6 +7,7 @@ user's cache directory; finding the wheel does not import it.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import fcntl
 import hashlib
@@ -132,14 +133,19 @@ def build_engine(wheel: Path) -> Path:
     return build("edge_kv", sources, ("-shared", *libraries), suffix=".so")
 
 
-def build_runner() -> Path:
+def build_runner(wheel: Path | None = None, machine: str | None = None) -> Path:
     """`edge-kv-run`, a program that runs an artifact without Python.
+
+    `wheel` and `machine` are those of another CPU when cross-compiling with $CXX: the `executorch`
+    folder of its unpacked wheel, and a key of ISAS. The program looks for the wheel's libraries
+    there and beside itself.
 
     Raises:
         RuntimeFault: as `load_library`.
     """
-    sources, libraries = _over_wheel(_wheel())
-    return build("edge-kv-run", {**sources, "run_main.cpp": ()}, libraries)
+    sources, libraries = _over_wheel(wheel or _wheel())
+    link = (*libraries, "-Wl,-rpath,$ORIGIN")
+    return build("edge-kv-run", {**sources, "run_main.cpp": ()}, link, machine=machine)
 
 
 def _over_wheel(wheel: Path) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
@@ -174,6 +180,7 @@ def build(
     link: tuple[str, ...],
     kernel_flags: tuple[str, ...] = (),
     suffix: str = "",
+    machine: str | None = None,
 ) -> Path:
     """Compile `sources` and kernels.cpp for every instruction set, and link them.
 
@@ -182,7 +189,7 @@ def build(
     Raises:
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
     """
-    compiler, machine = _compiler(), platform.machine().replace("AMD64", "x86_64")
+    compiler, machine = _compiler(), machine or platform.machine()
     if machine not in ISAS:
         raise RuntimeFault(
             f"The ExecuTorch engine knows no kernels for {machine} (only {', '.join(ISAS)}); "
@@ -239,9 +246,11 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
 def _finish(process: subprocess.Popen[str]) -> None:
     output, _ = process.communicate()
     if process.returncode:
-        errors = [line for line in output.splitlines() if "error" in line] or output.splitlines()
+        lines = output.splitlines()
+        told = [x for x in lines if any(w in x for w in ("error:", "undefined", "cannot find"))]
+        why = (told or lines or ["killed"])[0]
         raise RuntimeFault(
-            f"The ExecuTorch engine library does not compile: {errors[0] if errors else 'killed'}; "
+            f"The ExecuTorch engine library does not compile: {why}; "
             "use a compiler with C++17 (set CXX), or --engine onnx."
         )
 
@@ -269,8 +278,19 @@ def _digest(
     return digest.hexdigest()[:16]
 
 
-if __name__ == "__main__":  # python -m edge_kv.runtime.native_library DIRECTORY
+def main() -> None:
+    """Build edge-kv-run into a directory."""
+    parser = argparse.ArgumentParser(prog="python -m edge_kv.runtime.native_library")
+    parser.add_argument("folder", type=Path, help="where to put edge-kv-run")
+    parser.add_argument("--machine", choices=sorted(ISAS), help="cross-compile with $CXX")
+    parser.add_argument("--wheel", type=Path, help="the executorch folder of that machine's wheel")
+    given = parser.parse_args()
     try:
-        print(shutil.copy(build_runner(), Path(sys.argv[1]) / "edge-kv-run"))
+        made = build_runner(given.wheel and given.wheel.resolve(), given.machine)
+        print(shutil.copy(made, given.folder / "edge-kv-run"))
     except RuntimeFault as e:
         sys.exit(f"Error: {e}")
+
+
+if __name__ == "__main__":
+    main()
