@@ -11,7 +11,7 @@ NAIVE = {  # baseline -> (label, colour)
     "every_layer_full": ("every layer keeps all keys", "#b0b0b0"),
     "rings_only": ("rings, nothing shared", "#d0d0d0"),
 }
-MEASURED, PLANNED, FILE = "#0b6e4f", "#0b6e4f", "#9fd3c0"
+MEASURED, PLANNED = "#0b6e4f", "#0b6e4f"
 FAR = 4  # a speed limit this many times the measured speed is not drawn
 COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8d6a9f")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,8 +275,3 @@ class StoredWeights:
             data = f.read((stop - start) * r.row_bytes)
         values = np.frombuffer(bytearray(data), NUMPY[r.dtype])
         return torch.from_numpy(values).view(stop - start, *r.shape[1:])
-
-
-def describe(layout: WeightLayout) -> dict[str, Any]:
-    """What must not change between an interrupted export and its continuation."""
-    return {"config": asdict(layout.config), "quant": [layout.scheme, layout.block_size]}

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from edge_kv.config import ModelConfig
 from edge_kv.model.decoder import head_blocks
 
-SUFFIXES = ("weight", "packed", "scales")
-
 
 @dataclass(frozen=True)
 class Rows:
