@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SEARCH = {4: (8.0, 7.6, 7.2, 6.8, 8.4, 8.8, -7.0, -7.4), 8: (127.0,)}
-_CHUNK = 1 << 20  # values quantised at a time: the search's temporaries stay in cache
+_CHUNK = 1 << 20  # values quantised at a time: the search's temporaries stay small
 
 
 def quantize(
@@ -45,20 +45,22 @@ def _search(blocks: Tensor, bits: int, signed_scales: bool) -> tuple[Tensor, Ten
     if not signed_scales:
         top, grids = -top.abs(), tuple(map(abs, grids))
     inverse = torch.where(top == 0, 0.0, 1.0 / torch.where(top == 0, 1.0, top))
-    best_gain = torch.full((blocks.shape[0],), -1.0)
-    best_q = torch.zeros_like(blocks)
-    best_scale = torch.zeros(blocks.shape[0])
-    for grid in grids:
-        # the extreme maps to -grid: the asymmetric end of the range gets the largest value
-        q = (blocks * (inverse * -grid)).round_().clamp_(low, high)
-        dot, norm = (blocks * q).sum(1), (q * q).sum(1).clamp_min_(1e-30)
-        gain = dot * dot / norm
-        better = gain > best_gain
-        best_gain = torch.where(better, gain, best_gain)
-        best_scale = torch.where(better, dot / norm, best_scale)
-        best_q = torch.where(better.unsqueeze(1), q, best_q)
-    error = float((blocks.square().sum(1) - best_gain).clamp_min_(0).sum(dtype=torch.float64))
-    return best_q, best_scale, error
+    q, work = torch.empty_like(blocks), torch.empty_like(blocks)
+    dots, norms = torch.empty(2, len(grids), blocks.shape[0])
+    for i, grid in enumerate(grids):
+        _round(blocks, inverse * -grid, low, high, out=q)
+        torch.sum(torch.mul(blocks, q, out=work), 1, out=dots[i])
+        torch.sum(torch.mul(q, q, out=work), 1, out=norms[i])
+    gain, best = (dots * dots / norms.clamp_min_(1e-30)).max(0)
+    scale = (dots / norms).gather(0, best[None])[0]
+    _round(blocks, inverse * -torch.tensor(grids)[best][:, None], low, high, out=q)
+    error = float((blocks.square().sum(1) - gain).clamp_min_(0).sum(dtype=torch.float64))
+    return q, scale, error
+
+
+def _round(blocks: Tensor, inverse: Tensor, low: int, high: int, out: Tensor) -> None:
+    """Integers of a grid; the extreme maps to -grid, the longer end of the range."""
+    torch.mul(blocks, inverse, out=out).round_().clamp_(low, high)
 
 
 def _pack(q: Tensor, bits: int) -> Tensor:
