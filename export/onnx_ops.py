@@ -80,27 +80,20 @@ def _write_rows(buffer: Any, rows: Any, pos: Any, axis: int, ring: bool) -> Any:
 
 
 @custom_op("edge_kv::rope", mutates_args=())
-def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Rotate halves of each head: x [T, heads*head_dim], cos and sin [T, head_dim/2]."""
-    a, b = x.unflatten(-1, (heads, -1)).chunk(2, -1)
-    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((a * c - b * s, b * c + a * s), -1).flatten(-2)
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate halves of each head: x [1, heads, T, D], cos and sin [T, D/2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 @rope.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    return torch.empty_like(x)
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _rope(x: Any, cos: Any, sin: Any, heads: int) -> Any:
+def _rope(x: Any, cos: Any, sin: Any) -> Any:
     batch = onnx_op.Constant(value_ints=[0])
-    out = onnx_op.RotaryEmbedding(
-        onnx_op.Unsqueeze(x, batch),
-        onnx_op.Unsqueeze(cos, batch),
-        onnx_op.Unsqueeze(sin, batch),
-        num_heads=heads,
-    )
-    return onnx_op.Squeeze(out, batch)
+    return onnx_op.RotaryEmbedding(x, onnx_op.Unsqueeze(cos, batch), onnx_op.Unsqueeze(sin, batch))
 
 
 @custom_op("edge_kv::matmul_int8", mutates_args=())
@@ -129,15 +122,15 @@ def attend_chunk(
 ) -> Tensor:
     """Causal attention of T new queries over rows 0 … pos+T-1 of one KV head.
 
-    q [T, heads, D] (scaled); stored k, v [1, live, D] stand for (k - k_zero) * k_scale [1, live].
+    q [heads, T, D] (scaled); stored k, v [1, live, D] stand for (k - k_zero) * k_scale [1, live].
     The rows of this chunk are already written. The score matrix never exists as a whole.
     """
-    at = pos + torch.arange(q.shape[0])
+    at = pos + torch.arange(q.shape[1])
     keys = (k[0].to(torch.float32) - k_zero) * k_scale[0].unsqueeze(-1)
     values = v[0].to(torch.float32) * v_scale[0].unsqueeze(-1)
-    scores = torch.einsum("thd,sd->hts", q, keys)
+    scores = torch.einsum("htd,sd->hts", q, keys)
     seen = torch.arange(k.shape[1]).unsqueeze(0) <= at.unsqueeze(1)
-    return torch.einsum("hts,sd->thd", scores.masked_fill(~seen, -1e30).softmax(-1), values)
+    return torch.einsum("hts,sd->htd", scores.masked_fill(~seen, -1e30).softmax(-1), values)
 
 
 @attend_chunk.register_fake
@@ -149,7 +142,7 @@ def _(
 
 @onnxscript.script(Opset("edge_kv", 1), default_opset=base_op)
 def attend_blocks(q, k, k_scale, k_zero, v, v_scale, at) -> FLOAT[...]:  # type: ignore
-    """`attend_chunk` with queries [heads, T, D], one block of rows after the other.
+    """`attend_chunk`, one block of rows after the other.
 
     Rows become float a block at a time and the softmax is carried along (its running maximum,
     sum and weighted values), so the workspace does not grow with the context.
@@ -187,14 +180,11 @@ def attend_blocks(q, k, k_scale, k_zero, v, v_scale, at) -> FLOAT[...]:  # type:
 
 
 def _attend_chunk(q: Any, k: Any, k_scale: Any, k_zero: int, v: Any, v_scale: Any, pos: Any) -> Any:
-    tokens = onnx_op.Squeeze(onnx_op.Shape(q, start=0, end=1))
+    tokens = onnx_op.Squeeze(onnx_op.Shape(q, start=1, end=2))
     first = onnx_op.Squeeze(pos)
     at = onnx_op.Range(first, onnx_op.Add(first, tokens), onnx_op.Constant(value_int=1))
-    out = attend_blocks(
-        onnx_op.Transpose(q, perm=[1, 0, 2]), k, k_scale,
-        onnx_op.Constant(value_float=float(k_zero)), v, v_scale, at,
-    )  # fmt: skip
-    return onnx_op.Transpose(out, perm=[1, 0, 2])
+    zero = onnx_op.Constant(value_float=float(k_zero))
+    return attend_blocks(q, k, k_scale, zero, v, v_scale, at)
 
 
 def _linear_q(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:

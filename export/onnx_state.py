@@ -7,6 +7,7 @@ walks int8 rows without dequantising them, a chunk makes them float block by blo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,11 @@ INT32_ROOM = 2**31 - 1
 
 
 class OnnxState:
-    """State views as graph values; a write replaces the value by its TensorScatter output."""
+    """State views as graph values; a write replaces the value by its TensorScatter output.
+
+    Heads come first everywhere, [1, heads, T, D], as buffers hold them. A subclass knows T: with
+    one token, heads need no transpose and all queries of a layer see the same rows.
+    """
 
     def __init__(self, plan: KVPlan, views: list[Tensor]):
         self.plan = plan
@@ -46,8 +51,8 @@ class OnnxState:
     ) -> Tensor:  # fmt: skip
         heads, dim = layer.kv_heads, layer.head_dim
         assert norms.k is not None
-        keys = _norm_rope(k, norms.k, norms.eps, rope, heads, dim)
-        values = v.unflatten(-1, (heads, dim))
+        keys = _norm_rope(self._split(k, heads), norms.k, norms.eps, rope)
+        values = self._split(v, heads)
         if norms.v:
             values = F.rms_norm(values, (dim,), None, norms.eps)
         self._write(layer.k, keys, pos)
@@ -57,37 +62,43 @@ class OnnxState:
     def attend_shared(
         self, layer: LayerPlan, q: Tensor, norms: HeadNorms, rope: Rope, pos: Tensor
     ) -> Tensor:
-        q = _norm_rope(q, norms.q, norms.eps, rope, layer.q_heads, layer.head_dim)
+        q = _norm_rope(self._split(q, layer.q_heads), norms.q, norms.eps, rope)
         if layer.scale != 1.0:
             q = q * layer.scale
-        if layer.kind == RING:
-            return self._attend_ring(layer, q, pos)
-        group = layer.q_heads // layer.kv_heads
-        heads = [
-            self._attend_append(layer, h, q[:, h * group : (h + 1) * group], pos)
-            for h in range(layer.kv_heads)
-        ]
-        return torch.cat(heads, 1).flatten(1) if len(heads) > 1 else heads[0].flatten(1)
+        attend = self._attend_ring if layer.kind == RING else self._attend_append
+        return self._merge(attend(layer, q, pos))
 
-    def _attend_append(self, layer: LayerPlan, head: int, q: Tensor, pos: Tensor) -> Tensor:
-        """q [T, group, D] over one KV head's live rows -> [T, group, D]."""
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        """Raw projection [T, heads*D] -> [1, heads, T, D]."""
         raise NotImplementedError
 
+    def _merge(self, x: Tensor) -> Tensor:
+        """[kv_heads, group, T, D] -> [T, kv_heads*group*D]."""
+        raise NotImplementedError
+
+    def _mask(self, scores: Tensor, mask: Tensor, group: int) -> Tensor:
+        """Add mask [T, slots] to scores [1, kv_heads, group*T, slots]."""
+        raise NotImplementedError
+
+    def _attend_head(self, layer: LayerPlan, head: int, q: Tensor, pos: Tensor) -> Tensor:
+        """q [group, T, D] over one KV head's live rows -> [group, T, D]."""
+        raise NotImplementedError
+
+    def _attend_append(self, layer: LayerPlan, q: Tensor, pos: Tensor) -> Tensor:
+        """q [1, q_heads, T, D] over the live rows of every KV head, one after the other."""
+        group = layer.q_heads // layer.kv_heads
+        parts = _parts(q.squeeze(0), layer.kv_heads, group)
+        out = [self._attend_head(layer, h, part, pos) for h, part in enumerate(parts)]
+        return torch.stack(out) if len(out) > 1 else out[0].unsqueeze(0)
+
     def _attend_ring(self, layer: LayerPlan, q: Tensor, pos: Tensor) -> Tensor:
-        """q [T, q_heads, D] over the whole ring [1, kv_heads, slots, D] -> [T, q_heads*D]."""
-        t, (kv_heads, dim) = q.shape[0], (layer.kv_heads, layer.head_dim)
+        """q [1, q_heads, T, D] over the whole ring [1, kv_heads, slots, D]."""
+        t, kv_heads = q.shape[2], layer.kv_heads
         group = layer.q_heads // kv_heads
         keys, values = (self.values[n].to(torch.float32) for n in (layer.k, layer.v))
-        folded = q.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
-        scores = folded @ keys.transpose(2, 3)  # [1, kv_heads, group*T, slots]
-        mask = self._ring_mask(layer, t, pos, keys.shape[2])
-        scores = scores.reshape(kv_heads, group, -1, keys.shape[2]) + mask
-        out = scores.softmax(-1).reshape(1, kv_heads, -1, keys.shape[2]) @ values
-        return (
-            out.reshape(kv_heads, group, -1, dim)
-            .permute(2, 0, 1, 3)
-            .reshape(-1, layer.q_heads * dim)
-        )
+        scores = q.reshape(1, kv_heads, group * t, layer.head_dim) @ keys.transpose(2, 3)
+        weights = self._mask(scores, self._ring_mask(layer, t, pos, keys.shape[2]), group)
+        return (weights.softmax(-1) @ values).reshape(kv_heads, group, -1, layer.head_dim)
 
     def _ring_mask(self, layer: LayerPlan, t: int, pos: Tensor, slots: int) -> Tensor:
         if "ring" not in self._masks:
@@ -97,14 +108,14 @@ class OnnxState:
         return self._masks["ring"]
 
     def _write(self, name: str, rows: Tensor, pos: Tensor) -> None:
-        """Rows [T, heads, dim] into buffer `name` at pos."""
+        """Rows [1, heads, T, D] into buffer `name` at pos."""
         buffer = self.plan.by_name[name]
         if buffer.kind == RING:
-            rows = rows.transpose(0, 1).unsqueeze(0).to(self.values[name].dtype)
+            rows = rows.to(self.values[name].dtype)
             self.values[name] = op.write_rows(self.values[name], rows, pos, 2, True)
             return
-        for h in range(buffer.heads):
-            self._write_head(name, h, rows[:, h].unsqueeze(0), pos)
+        for h, part in enumerate(_parts(rows.squeeze(0), buffer.heads, 1)):
+            self._write_head(name, h, part, pos)
 
     def _write_head(self, name: str, head: int, rows: Tensor, pos: Tensor) -> None:
         view, scale_view = f"{name}.h{head}", f"{name}.scale.h{head}"
@@ -121,17 +132,27 @@ class OnnxState:
 class OnnxDecodeState(OnnxState):
     """One token: int8 rows are multiplied as they lie, queries and weights in two 8-bit halves."""
 
-    def _attend_append(self, layer: LayerPlan, head: int, q: Tensor, pos: Tensor) -> Tensor:
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(1, heads, 1, -1)
+
+    def _merge(self, x: Tensor) -> Tensor:
+        return x.view(1, -1)
+
+    def _mask(self, scores: Tensor, mask: Tensor, group: int) -> Tensor:
+        return scores + mask
+
+    def _attend_head(self, layer: LayerPlan, head: int, q: Tensor, pos: Tensor) -> Tensor:
         keys, values = self.values[f"{layer.k}.h{head}"], self.values[f"{layer.v}.h{head}"]
         mask = self._live_mask(pos, keys.shape[1])
+        q = q.squeeze(1)
         if self.plan.by_name[layer.k].dtype != "int8":
-            scores = q @ keys.to(torch.float32).transpose(1, 2) + mask
-            return scores.softmax(-1) @ values.to(torch.float32)
+            scores = q @ keys.squeeze(0).to(torch.float32).transpose(0, 1) + mask
+            return (scores.softmax(-1) @ values.squeeze(0).to(torch.float32)).unsqueeze(1)
         k_scale = self.values[f"{layer.k}.scale.h{head}"]
         v_scale = self.values[f"{layer.v}.scale.h{head}"]
-        scores = int8_scores(q.squeeze(0), keys.squeeze(0)) * k_scale + mask
+        scores = int8_scores(q, keys.squeeze(0)) * k_scale + mask
         weights = scores.softmax(-1) * v_scale
-        return int8_mix(weights, values.squeeze(0), self.plan.ctx).unsqueeze(0)
+        return int8_mix(weights, values.squeeze(0), self.plan.ctx).unsqueeze(1)
 
     def _live_mask(self, pos: Tensor, live: int) -> Tensor:
         if "live" not in self._masks:
@@ -143,7 +164,16 @@ class OnnxDecodeState(OnnxState):
 class OnnxPrefillState(OnnxState):
     """A chunk: rows become float block by block, with the softmax carried along."""
 
-    def _attend_append(self, layer: LayerPlan, head: int, q: Tensor, pos: Tensor) -> Tensor:
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).unsqueeze(0).transpose(1, 2)
+
+    def _merge(self, x: Tensor) -> Tensor:
+        return x.permute(2, 0, 1, 3).reshape(x.shape[2], -1)
+
+    def _mask(self, scores: Tensor, mask: Tensor, group: int) -> Tensor:
+        return (scores.unflatten(2, (group, mask.shape[0])) + mask).flatten(2, 3)
+
+    def _attend_head(self, layer: LayerPlan, head: int, q: Tensor, pos: Tensor) -> Tensor:
         keys, values = self.values[f"{layer.k}.h{head}"], self.values[f"{layer.v}.h{head}"]
         scales = [self._scale(name, head, keys.shape[1]) for name in (layer.k, layer.v)]
         zero = K_ZERO if keys.dtype == torch.uint8 else 0
@@ -155,10 +185,15 @@ class OnnxPrefillState(OnnxState):
         return self.values[view] if view in self.values else torch.ones(1, live)
 
 
-def _norm_rope(x: Tensor, weight: Tensor, eps: float, rope: Rope, heads: int, dim: int) -> Tensor:
-    """Raw projection [T, heads*dim] -> normed and rotated [T, heads, dim]."""
-    normed = F.rms_norm(x.unflatten(-1, (heads, dim)), (dim,), weight, eps)
-    return op.rope(normed.flatten(1), rope.cos, rope.sin, heads).unflatten(-1, (heads, dim))
+def _norm_rope(x: Tensor, weight: Tensor, eps: float, rope: Rope) -> Tensor:
+    """[1, heads, T, D] normed per head and rotated."""
+    normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return op.rope(normed, rope.cos, rope.sin)
+
+
+def _parts(x: Tensor, count: int, size: int) -> Sequence[Tensor]:
+    """[count*size, T, D] as `count` tensors [size, T, D]; one part costs no operator."""
+    return x.split(size) if count > 1 else (x,)
 
 
 def int8_scores(q: Tensor, keys: Tensor) -> Tensor:
