@@ -406,6 +406,82 @@ def verify(
         raise ParityError(f"{artifact} computes something else on this machine: {line}.")
 
 
+@app.command()
+def deploy(
+    artifact: ArtifactDir,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            help="user@host[:dir]; with --adb the phone's serial, if there are several."
+        ),
+    ] = None,
+    adb: Annotated[
+        bool, typer.Option("--adb", help="To a phone, with a runner that needs no Python.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option("--engine", help="Runtimes to install and measure: onnx, executorch.")
+    ] = "onnx",
+    ctx: Annotated[
+        str, typer.Option("--ctx", help="Contexts to measure there: 512,2k. Default: up to 2k.")
+    ] = "",
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a timed decode.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds of each.", min=1)] = 3,
+    bench: Annotated[bool, typer.Option(help="Measure there, after verifying.")] = True,
+    ssh: Annotated[
+        str, typer.Option("--ssh", help="The ssh command with options: 'ssh -p 2222 -i KEY'.")
+    ] = "ssh",
+    wheels: Annotated[
+        Path | None,
+        typer.Option("--wheels", help="Wheels for a device without internet, from pip download."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the JSON document here; - prints it.")
+    ] = None,
+) -> None:
+    """Copy to a board or a phone what it lacks, verify and measure there, bring the JSON back."""
+    from edge_kv.artifact import read_artifact
+    from edge_kv.deploy import deploy_to_board, deploy_to_phone
+    from edge_kv.devices import parse_target
+    from edge_kv.kv_plan import parse_size
+    from edge_kv.report import print_deploy
+    from edge_kv.terminal import Bar, output
+
+    opened = read_artifact(artifact)
+    if json_file and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"Cannot write {json_file}: its directory does not exist.")
+    with Bar() as bar:
+        if adb:
+            document = deploy_to_phone(opened, target, tokens=tokens, progress=bar)
+        elif target is None:
+            raise ConfigError("Name a device: user@host or user@host:dir, or --adb for a phone.")
+        else:
+            login, folder = parse_target(target)
+            depths = (
+                [parse_size(c) for c in ctx.split(",")] if ctx else [min(2048, opened.plan.ctx)]
+            )
+            options = [
+                "--ctx", ",".join(map(str, depths)), "--tokens", str(tokens),
+                "--repeats", str(repeats),
+            ]  # fmt: skip
+            document = deploy_to_board(
+                opened,
+                login,
+                folder,
+                ssh=ssh,
+                engines=[name.strip() for name in engine.split(",")],
+                bench=options if bench else None,
+                wheels=wheels,
+                progress=bar,
+            )
+    text = json.dumps(document, indent=1)
+    if str(json_file) == "-":
+        typer.echo(text)
+        return
+    print_deploy(document, output())
+    if json_file:
+        json_file.write_text(text + "\n")
+
+
 def _config(model: str | None, weights: str | None) -> tuple[ModelConfig, str]:
     """The config `--model` or `--weights` describes, and its name; weights are not read."""
     from edge_kv.presets import get_preset

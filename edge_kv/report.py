@@ -158,6 +158,29 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
     console.print(memory)
 
 
+def print_deploy(document: dict[str, Any], console: Console) -> None:
+    """The document of `edge_kv.deploy`: what travelled, parity there, then the measurement."""
+    copied = document["copied"]
+    console.print(
+        f"[bold]{document['artifact']}[/] on {document['device']} ({document['system']}), in "
+        f"{document['folder']}: copied {copied['files']} files, {size(copied['bytes'])}; "
+        f"{copied['kept_files']} were there, {size(copied['kept_bytes'])}"
+    )
+    for engine, parity in document["verify"].items():
+        kl = f"KL max {parity['max_kl']:.3g}, " if "max_kl" in parity else ""
+        console.print(f"{engine}: {kl}top-1 {parity['top1']:.1%} over {parity['steps']} steps")
+    measured = document["bench"]
+    if measured and "runs" in measured:
+        print_bench(measured, console)
+    elif measured:
+        prefill, decode = measured["prefill_seconds"], measured["decode_seconds"]
+        console.print(
+            f"load {measured['load_seconds']:.2f} s, prefill {measured['prefill_tokens']} tokens "
+            f"{prefill:.2f} s, decode {measured['decode_tokens']} tokens {decode:.2f} s, "
+            f"peak RSS {size(measured['memory'].get('VmHWM', 0))}"
+        )
+
+
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
     """What is in an artifact, as JSON data."""
     manifest, config = artifact.manifest, artifact.config
