@@ -60,6 +60,7 @@ def _ours(artifact: Artifact, depths: list[int], args: argparse.Namespace) -> di
         prompt=args.prompt,
         tokens=args.tokens,
         repeats=args.repeats,
+        fill=args.fill,
     )
 
 
@@ -143,6 +144,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--fill", default="prefill", help="how a depth is reached: prefill, random")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--result", default="full_size", help="name in results/")
     args = parser.parse_args()

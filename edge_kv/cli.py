@@ -295,6 +295,9 @@ def bench(
     prompt: Annotated[int, typer.Option("--prompt", help="Tokens of a timed prefill.")] = 512,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a timed decode.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds of each.")] = 3,
+    fill: Annotated[
+        str, typer.Option("--fill", help="How a depth is reached once: prefill, or random rows.")
+    ] = "prefill",
     no_cache: NoCache = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the JSON document here; - prints it.")
@@ -326,6 +329,7 @@ def bench(
             prompt=prompt,
             tokens=tokens,
             repeats=repeats,
+            fill=fill,
             modules={"torch": "edge_kv.compare"},
             progress=bar,
         )

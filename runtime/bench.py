@@ -2,7 +2,9 @@
 
 Every depth is measured in a process of its own, so that its memory peaks are its own. The state at
 a depth is real: a prompt of that many tokens was run through prefill once and kept as a snapshot
-in the cache directory; the measured process restores it. One process runs
+in the cache directory; the measured process restores it. Where that takes too long, the snapshot
+can hold random rows instead (`fill="random"`): as many bytes at the same positions, so time and
+memory are the same, and the document says which it was. One process runs
 
     load -> first token -> restore, prefill `prompt` tokens -> restore, decode `tokens` tokens
 
@@ -37,14 +39,15 @@ from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
 from edge_kv.kv_plan import state_elements
 from edge_kv.memory import predict_memory, streamed_bytes
 from edge_kv.progress import Progress, Silent
+from edge_kv.runtime import snapshot as snapshots
 from edge_kv.runtime.cache import cache_directory
 from edge_kv.runtime.meter import read_memory, reset_peak
 from edge_kv.runtime.session import Session
-from edge_kv.runtime.snapshot import plan_digest
 from edge_kv.runtime.threads import thread_count
 
 SCHEMA_VERSION = 1
 PHASES = ("load", "prefill", "decode")
+FILLS = ("prefill", "random")
 SAMPLE_SECONDS = 0.02  # between two looks at anonymous memory
 F16_BYTES = 2  # naive baselines are counted in the 16-bit storage that other runtimes use
 BASELINES = {  # name -> (sharing, rings)
@@ -72,6 +75,7 @@ class Job:
     prompt: int
     tokens: int
     repeats: int
+    fill: str = "prefill"  # one of FILLS: how a missing depth is reached
     started: float = 0.0  # time.time() of the parent, just before the process was started
 
 
@@ -85,12 +89,14 @@ def bench(
     prompt: int = 512,
     tokens: int = 64,
     repeats: int = 3,
+    fill: str = "prefill",
     modules: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure `artifact` at every context of `depths` on every engine; one JSON-ready document.
 
     A depth is the context in use when a phase ends: `prompt` tokens are prefilled onto the rest.
+    `fill` is how that rest is reached the first time: by prefill, or with random rows.
     `modules` names, for engines that are not in `runtime.ENGINES`, the module that runs their
     processes (its `main` calls `serve`).
 
@@ -101,6 +107,8 @@ def bench(
     progress = progress or Silent()
     if not depths or min(prompt, tokens, repeats) < 1:
         raise ConfigError("Nothing to measure: give depths, and prompt, tokens, repeats above 0.")
+    if fill not in FILLS:
+        raise ConfigError(f"Unknown fill {fill!r}; expected one of {', '.join(FILLS)}.")
     ctx = artifact.plan.ctx
     for depth in depths:
         if not 2 <= depth <= ctx:
@@ -132,6 +140,7 @@ def bench(
             "prompt": prompt,
             "tokens": tokens,
             "repeats": repeats,
+            "fill": fill,
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         },
         "bandwidth": bandwidth,
@@ -143,16 +152,16 @@ def bench(
         module = (modules or {}).get(engine, MODULE)
         starts = [_shape(artifact, d, prompt, tokens) for d in depths]
         progress.stage(f"{engine}: fill")
-        fill = Job(
+        filling = Job(
             "fill", engine=engine, depths=tuple(sorted({s for s, _, _ in starts})),
-            prompt=1, tokens=1, repeats=1, **common,
+            prompt=1, tokens=1, repeats=1, fill=fill, **common,
         )  # fmt: skip
-        made = _ask(module, asdict(fill))
+        made = _ask(module, asdict(filling))
         progress.stage(f"{engine}: measure")
         for i, (depth, (start, ahead, steps)) in enumerate(zip(depths, starts, strict=True)):
             job = Job(
                 "measure", engine=engine, depths=(start,), prompt=ahead, tokens=steps,
-                repeats=repeats, **common,
+                repeats=repeats, fill=fill, **common,
             )  # fmt: skip
             run = _ask(module, {**asdict(job), "started": time.time()})
             run = {"engine": engine, "ctx": depth, "filled": made[str(start)], **run}
@@ -236,16 +245,36 @@ def _fill(job: Job, open_session: Open) -> dict[str, str]:
     artifact = read_artifact(job.artifact)
     made = {str(d): "kept from an earlier run" for d in job.depths}
     made["0"] = "empty"
-    missing = [d for d in job.depths if d and not _snapshot(artifact, job.engine, d).exists()]
+    missing = [d for d in job.depths if d and not _snapshot(artifact, job, d).exists()]
     with open_session(artifact, job) as session:
         ids = prompt_ids(session.config.vocab_size, max(job.depths))
         for depth in missing:
-            session.prefill(ids[session.pos : depth])
-            path = _snapshot(artifact, job.engine, depth)
+            path = _snapshot(artifact, job, depth)
             path.parent.mkdir(parents=True, exist_ok=True)
-            session.snapshot(path)
-            made[str(depth)] = "prefilled in this run"
+            if job.fill == "random":
+                _write_random(session, path, ids[:depth])
+                made[str(depth)] = "random rows"
+            else:
+                session.prefill(ids[session.pos : depth])
+                session.snapshot(path)
+                made[str(depth)] = "prefilled in this run"
     return made
+
+
+def _write_random(session: Session, path: Path, ids: Any) -> None:
+    """A snapshot of seeded random rows: keys of unit variance, as the norm before them leaves."""
+    rng = np.random.default_rng(0)
+    for buffer in session.plan.buffers:
+        for rows in session.state[buffer.name]:  # one head
+            for at in range(0, min(buffer.slots, len(ids)), 4096):
+                part = rows[at : min(at + 4096, len(ids))]
+                if part.dtype.kind in "iu":
+                    part[:] = rng.integers(1, 256, part.shape, np.uint8).view(part.dtype)
+                elif part.ndim == 1:
+                    part[:] = 3 / 127  # scales: three deviations fill the integers
+                else:
+                    part[:] = rng.standard_normal(part.shape, np.float32)
+    snapshots.write(path, session.identity, session.plan, session.state, ids.tolist(), len(ids), {})
 
 
 def _measure(job: Job, open_session: Open) -> dict[str, Any]:
@@ -262,7 +291,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
         def at_depth() -> None:
             session.reset()
             if depth:
-                session.restore(_snapshot(artifact, job.engine, depth))
+                session.restore(_snapshot(artifact, job, depth))
 
         prefills: list[float] = []
         with _Watch(memory, "prefill"):
@@ -355,10 +384,11 @@ def _shape(artifact: Artifact, depth: int, prompt: int, tokens: int) -> tuple[in
     return start, ahead, max(1, min(tokens, artifact.plan.ctx - start, ahead))
 
 
-def _snapshot(artifact: Artifact, engine: str, depth: int) -> Path:
+def _snapshot(artifact: Artifact, job: Job, depth: int) -> Path:
     """Where the state at a depth is kept; the file itself says which model and plan it is of."""
-    model, plan = model_fingerprint(artifact.manifest)[:16], plan_digest(artifact.plan)[:16]
-    return cache_directory() / "bench" / f"{engine}-{model}-{plan}-{depth}.kv"
+    model = model_fingerprint(artifact.manifest)[:16]
+    plan = snapshots.plan_digest(artifact.plan)[:16]
+    return cache_directory() / "bench" / f"{job.engine}-{job.fill}-{model}-{plan}-{depth}.kv"
 
 
 def _planned(artifact: Artifact, depth: int, cache: bool) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class Session(ABC):
         self._check_open()
         snapshots.write(
             Path(path),
-            self._identity(),
+            self.identity,
             self.plan,
             self.state,
             self._tokens,
@@ -197,7 +197,7 @@ class Session(ABC):
                 session is then as it was (empty if the file failed after it had been verified).
         """
         self._check_open()
-        with snapshots.verified(Path(path), self._identity(), self.plan) as held:
+        with snapshots.verified(Path(path), self.identity, self.plan) as held:
             self.reset()
             try:
                 held.load(self.state)
@@ -236,7 +236,9 @@ class Session(ABC):
     def _close_engine(self) -> None:  # noqa: B027 - an engine without resources has nothing to do
         """Release what the engine holds."""
 
-    def _identity(self) -> snapshots.Identity:
+    @property
+    def identity(self) -> snapshots.Identity:
+        """What a snapshot of this session belongs to."""
         return snapshots.Identity(
             engine=self.engine,
             model=model_fingerprint(self.artifact.manifest),

@@ -51,7 +51,8 @@ def test_depths_are_real_and_say_where_they_come_from(document, tiny):
     assert (shallow["prefill"]["tokens"], deep["prefill"]["tokens"]) == (40, 64)
     assert len(deep["prefill"]["seconds"]) == 2 and deep["decode"]["tokens"] == 12
     artifact = read_artifact(tiny)
-    path = module._snapshot(artifact, "onnx", 448)
+    job = module.Job("fill", str(tiny), "onnx", 1, True, (448,), 64, 6, 2)
+    path = module._snapshot(artifact, job, 448)
     with runtime.load(artifact, threads=1) as session:
         session.restore(path)
         want = module.prompt_ids(session.config.vocab_size, 512)[:448]
@@ -113,6 +114,29 @@ def test_a_second_run_takes_up_the_snapshots(tiny, document):
         read_artifact(tiny), [512], threads=1, prompt=64, tokens=2, repeats=1, cache=False
     )
     assert again["runs"][0]["filled"] == "kept from an earlier run"
+
+
+def test_random_rows_fill_a_depth(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_KV_CACHE", str(tmp_path))
+    found = module.bench(
+        read_artifact(tiny), [512], threads=1, prompt=8, tokens=2, repeats=1, cache=False,
+        fill="random",
+    )  # fmt: skip
+    (run,) = found["runs"]
+    assert (run["filled"], run["depth"]) == ("random rows", 504)
+    (kept,) = (tmp_path / "bench").iterdir()
+    with runtime.load(tiny) as session:
+        session.restore(kept)
+        assert session.pos == 504
+        for name in ("k0", "v0"):  # every row of a ring that has wrapped, none twice
+            rows = session.state[name].reshape(-1, session.state[name].shape[-1])
+            assert len(np.unique(rows, axis=0)) == len(rows)
+        assert np.isfinite(session.decode(1)).all()
+
+
+def test_unknown_fill_is_refused(tiny):
+    with pytest.raises(ConfigError, match="'zeros'"):
+        module.bench(read_artifact(tiny), [512], fill="zeros")
 
 
 def test_torch_is_compared_and_drawn(tiny, tmp_path):
