@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from edge_kv.artifact import Artifact, Program
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import state_views
 from edge_kv.ple import PleTable
-from edge_kv.runtime import packed
+from edge_kv.runtime import mapped, packed
 from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 
@@ -100,6 +101,9 @@ class OnnxSession(Session):
         entry = artifact.manifest.ple
         self.threads = thread_count(threads)
         self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
+        self._folder = artifact.root
+        self._mapped: dict[str, set[mapped.Span]] = {}
+        self._running = ""  # the program whose pages are resident
         try:
             for name in PROGRAMS:
                 if name not in programs:
@@ -123,18 +127,39 @@ class OnnxSession(Session):
         found = packed.packed_programs(self.artifact, create) if cache else None
         if found:
             try:
-                return {name: create(found[name], _optimised()) for name in PROGRAMS}
+                return self._map(found, lambda path: create(path, _optimised()))
             except ArtifactError as e:
                 packed.discard(found)
                 packed.log.warning("Packed weights were discarded: %s", e)
         programs = self.artifact.backend(self.engine).programs
-        return {name: create(self.artifact.path(programs[name].file)) for name in PROGRAMS}
+        return self._map({n: self.artifact.path(programs[n].file) for n in PROGRAMS}, create)
+
+    def _map(self, files: dict[str, Path], create: Callable[[Path], Any]) -> dict[str, Any]:
+        """Create an engine for every program and note what each maps."""
+        self._folder = files["decode"].parent
+        engines = {}
+        before = mapped.spans(self._folder)
+        for name in PROGRAMS:
+            engines[name] = create(files[name])
+            after = mapped.spans(self._folder)
+            self._mapped[name], before = after - before, after
+        return engines
+
+    def _turn_to(self, program: str) -> None:
+        """Let go of the other program's pages: both map the same file."""
+        if self._running != program:
+            for other in PROGRAMS:
+                if other != program:
+                    mapped.let_go(self._mapped[other], self._folder)
+            self._running = program
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
+        self._turn_to("prefill")
         ple = self._ple.rows(ids, self.config.n_own) if self._ple else None
         self._prefill.run(ids, pos, ple)
 
     def _run_decode(self, token: int, pos: int) -> Logits:
+        self._turn_to("decode")
         ids = np.array([token], np.int64)
         ple = self._ple.rows(ids, self.config.n_layers) if self._ple else None
         self._decode.run(ids, pos, ple)

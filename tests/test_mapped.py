@@ -1,0 +1,63 @@
+"""Letting go of mapped weight pages: clean ones leave, changed ones stay, the content holds."""
+
+import mmap
+
+import numpy as np
+import pytest
+
+from edge_kv import runtime
+from edge_kv.runtime import mapped
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def held(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(range(256)) * (SIZE // 256))
+    before = mapped.spans(tmp_path)
+    with path.open("rb") as f:
+        pages = mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    assert sum(pages[::4096]) == 0  # every page is touched
+    yield tmp_path, pages, mapped.spans(tmp_path) - before
+    pages.close()
+
+
+def resident(span):
+    with open("/proc/self/smaps") as f:
+        lines = f.read().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"{span[0]:x}-"))
+    return next(1024 * int(x.split()[1]) for x in lines[at:] if x.startswith("Rss:"))
+
+
+def test_clean_pages_leave_and_come_back(held):
+    folder, pages, (span,) = held[0], held[1], tuple(held[2])
+    assert span[1] == SIZE and resident(span) == SIZE
+    mapped.let_go({span}, folder)
+    assert resident(span) == 0
+    assert pages[4097] == 1 and resident(span) > 0
+
+
+def test_changed_pages_stay(held):
+    folder, pages, (span,) = held[0], held[1], tuple(held[2])
+    pages[5] = 77
+    mapped.let_go({span}, folder)
+    assert pages[5] == 77 and resident(span) == SIZE
+
+
+def test_only_the_named_mappings_are_dropped(held):
+    folder, _, (span,) = held[0], held[1], tuple(held[2])
+    mapped.let_go(set(), folder)
+    mapped.let_go({span}, folder / "elsewhere")
+    assert resident(span) == SIZE
+
+
+def test_turns_between_programs_change_no_logit(tiny_artifact):
+    ids = np.arange(1, 40)
+    with runtime.load(tiny_artifact) as session:
+        session.prefill(ids)
+        first = session.decode(7)
+        session.reset()
+        session.prefill(ids)
+        assert np.array_equal(session.decode(7), first)
+        assert all(session._mapped.values())  # both programs map the weights
