@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,16 @@ def read_bandwidth(threads: int, size: int | None = None, repeats: int = 7) -> d
         "method": "numpy maximum.reduce over float32, one slice a thread, best of "
         f"{repeats} passes",
     }
+
+
+def fill_depths(job: Job) -> dict[str, str]:
+    """Make the snapshots a measuring process will restore: depth -> how its state came to be.
+
+    Raises:
+        RuntimeFault: the process failed; its last words are in the message.
+    """
+    made: dict[str, str] = _ask(MODULE, asdict(replace(job, task="fill")))
+    return made
 
 
 def serve(open_session: Open) -> None:
