@@ -10,7 +10,7 @@ import gc
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,10 +20,12 @@ from typing import Any, Protocol
 from edge_kv.artifact import Backend, PleEntry
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError
+from edge_kv.export.apart import apart
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.kv_plan import KVPlan
 
 WEIGHTS = "weights.bin"
+WORTH_A_PROCESS = 256 << 20  # bytes of weights whose lowering leaves much memory behind
 INSTALL = "pip install --no-deps executorch==1.5.1"
 
 
@@ -131,9 +133,10 @@ class ExecuTorchLowering:
 
         record = path.with_suffix(".json")
         if not (path.is_file() and record.is_file()):
-            details = lower_executorch(
-                request.config, request.plan, weights, path, facts=_facts(request),
-                delegate=delegate,
+            run = apart if weights.layout.bytes > WORTH_A_PROCESS else _here
+            details = run(
+                lower_executorch, request.config, request.plan, weights, path,
+                facts=_facts(request), delegate=delegate,
             )  # fmt: skip
             record.write_text(json.dumps(details))
         file = f"{path.parent.name}/{path.name}"
@@ -142,6 +145,10 @@ class ExecuTorchLowering:
             files=[file],
             details=json.loads(record.read_text()),
         )
+
+
+def _here(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return work(*args, **kwargs)
 
 
 @contextmanager
