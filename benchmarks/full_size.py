@@ -1,12 +1,12 @@
-"""E2B and E4B at full size and long context, beside llama.cpp, alternating on one machine.
+"""E2B and E4B at full size and long context, engine beside engine and beside llama.cpp.
 
-Ours: `edge-kv bench` on exported artifacts. The peer: llama.cpp's own `llama-bench` on a GGUF of
-the same shapes, with and without flash attention, each token table row read on demand. Both decode
-and prefill at the same depths; rounds alternate between them, so that a machine that slows down
-slows both. Prints a table and writes results/full_size.json.
+One measurement is a process of its own: it restores the state at a depth, prefills a prompt onto
+it and decodes from it. Ours are those of `edge-kv bench`; the peer's is `llama_peer.c`, with and
+without flash attention. At every depth all of them take turns, round after round, so that a
+machine that slows down slows all. Writes results/full_size_NAME.json, one row a measurement.
 
-    python benchmarks/full_size.py e2b-32768/ --llama-bench build/bin/llama-bench \\
-        --gguf e2b-q4_0.gguf --depths 0,4096,16384,32256 --rounds 2
+    python benchmarks/full_size.py e2b/ --engine onnx,executorch --depths 0,4096,16384,32256 \\
+        --peer ./llama_peer --gguf e2b-q4_0.gguf --snapshots DIR --rounds 3
 
 How to build the peer is in README.md beside this file.
 """
@@ -19,7 +19,9 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common import run_main, say, show, write_result
@@ -29,50 +31,72 @@ from edge_kv.errors import ConfigError, RuntimeFault
 from edge_kv.runtime.bench import bench
 
 FLASH = ("0", "1")
+PEER = "llama.cpp"
 
 
 def main() -> None:
     args = _arguments()
     depths = [int(d) for d in args.depths.split(",")]
-    rounds: list[dict[str, Any]] = []
-    for number in range(args.rounds):
-        taken: dict[str, Any] = {"ours": [], "peer": []}
-        for root in args.artifacts:
-            say(f"round {number + 1}: {root}")
-            taken["ours"].append(_ours(read_artifact(root), depths, args))
-        if args.llama_bench:
-            for flash in FLASH:
-                say(f"round {number + 1}: llama-bench, flash attention {flash}")
-                taken["peer"].append(_peer(args.llama_bench, args.gguf, depths, flash, args))
-        rounds.append(taken)
-    write_result(args.result, {"depths": depths, "rounds": rounds})
-    show("Best of all rounds", _rows(rounds, depths))
+    artifacts = [read_artifact(root) for root in args.artifacts]
+    subjects: dict[str, Callable[[int], dict[str, Any]]] = {}
+    for artifact in artifacts:
+        for engine in args.engine.split(","):
+            if engine in artifact.manifest.backends:
+                name = f"{artifact.manifest.name} {engine}"
+                subjects[name] = lambda d, a=artifact, e=engine: _ours(a, e, d, args)
+    if args.peer:
+        for flash in FLASH:
+            subjects[f"{PEER} fa={flash}"] = lambda d, f=flash: _peer(d, f, args)
+    rows = []
+    for depth in depths:
+        for number in range(args.rounds):
+            for name, measure in subjects.items():
+                row = {"subject": name, "depth": depth, "round": number, **measure(depth)}
+                rows.append(row)
+                say(f"{name} at {depth:,}: {row['decode']:.2f} / {row['prefill']:.1f} tokens/s")
+    summary = summarise(rows)
+    conditions = {
+        "threads": args.threads, "prompt": args.prompt, "tokens": args.tokens,
+        "repeats": args.repeats, "fill": args.fill,
+    }  # fmt: skip
+    write_result(args.result, {"conditions": conditions, "summary": summary, "rows": rows})
+    show("Medians of all rounds; ratios to the best of llama.cpp", _table(summary))
 
 
-def _ours(artifact: Artifact, depths: list[int], args: argparse.Namespace) -> dict[str, Any]:
+def _ours(artifact: Artifact, engine: str, depth: int, args: argparse.Namespace) -> dict[str, Any]:
     """`bench` measures the prefill that ends at a context: it starts `prompt` tokens before."""
-    contexts = [d + args.prompt for d in depths if d + args.prompt <= artifact.plan.ctx]
-    return bench(
-        artifact,
-        contexts,
-        engines=args.engine.split(","),
-        threads=args.threads,
-        prompt=args.prompt,
-        tokens=args.tokens,
-        repeats=args.repeats,
+    document = bench(
+        artifact, [min(depth + args.prompt, artifact.plan.ctx)], engines=[engine],
+        threads=args.threads, prompt=args.prompt, tokens=args.tokens, repeats=args.repeats,
         fill=args.fill,
-    )
+    )  # fmt: skip
+    (run,) = document["runs"]
+    memory = run["memory"].values()
+    planned = [m["anon_planned"] for m in memory if "anon_planned" in m]
+    return {
+        "decode": 1 / run["decode"]["seconds"]["p50"],
+        "decode_seconds": run["decode"]["seconds"],
+        "prefill": run["prefill"]["rate"],
+        "first_token_after_start": run["load"]["start_to_first_token"],
+        "load": run["load"]["seconds"],
+        "anon_peak": max(m["anon_peak"] for m in memory),
+        "anon_planned": max(planned) if planned else None,
+        "rss_peak": max(m["rss_peak_so_far"] for m in memory),
+        "filled": run["filled"],
+        "of_roofline": run["roofline"]["fraction"],
+        "bandwidth": document["bandwidth"]["best"],
+    }
 
 
-def _peer(
-    program: Path, gguf: Path, depths: list[int], flash: str, args: argparse.Namespace
-) -> dict[str, Any]:
-    """One llama-bench run: its own JSON, and the peak RAM of its process."""
+def _peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One run of llama_peer, its row and the peaks of its process."""
+    ctx = -(-(depth + args.prompt) // 256) * 256
     command = [
-        str(program), "-m", str(gguf), "-t", str(args.threads), "-fa", flash, "-lzm", "on",
-        "-p", str(args.prompt), "-n", str(args.tokens), "-d", ",".join(map(str, depths)),
-        "-r", str(args.repeats), "-o", "json",
+        str(args.peer), f"model={args.gguf}", f"ctx={ctx}", f"fa={flash}", "kv=f16", "nout=16",
+        f"threads={args.threads}", f"depths={depth}", f"pp={args.prompt}", f"tg={args.tokens}",
+        f"reps={args.repeats}", f"snapshots={args.snapshots}",
     ]  # fmt: skip
+    begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     peak: dict[str, int] = {}
     watcher = threading.Thread(target=_watch, args=(process, peak))
@@ -80,8 +104,18 @@ def _peer(
     out, _ = process.communicate()
     watcher.join()
     if process.returncode:
-        raise RuntimeFault(f"{program} ended with status {process.returncode}; see its own output.")
-    return {"command": command[1:], "tests": json.loads(out), "peak": peak}
+        raise RuntimeFault(f"{args.peer} ended with status {process.returncode}; run it by hand.")
+    lines = [json.loads(line) for line in out.splitlines()]
+    result = lines[-1]
+    return {
+        "decode": 1e3 / result["decode_p50_ms"],
+        "prefill": result["prefill_tok_s"],
+        "load": lines[0]["load_to_first_token_s"],
+        "anon_peak": peak.get("RssAnon", 0),
+        "rss_peak": peak.get("VmHWM", 0),
+        "filled": "prefilled in this run" if len(lines) > 2 else "restored",
+        "seconds": time.perf_counter() - begin,
+    }
 
 
 def _watch(process: subprocess.Popen[bytes], peak: dict[str, int]) -> None:
@@ -99,37 +133,37 @@ def _watch(process: subprocess.Popen[bytes], peak: dict[str, int]) -> None:
         time.sleep(0.05)
 
 
-def _rows(rounds: list[dict[str, Any]], depths: list[int]) -> list[dict[str, Any]]:
-    """A row for every subject and depth, the best speed of all rounds."""
-    best: dict[tuple[str, int], dict[str, float]] = {}
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians by subject and depth, with the ratio to the peer's better setting there."""
+    medians = []
+    for subject, depth in dict.fromkeys((r["subject"], r["depth"]) for r in rows):
+        mine = [r for r in rows if (r["subject"], r["depth"]) == (subject, depth)]
+        keys = ("decode", "prefill", "load", "anon_peak", "rss_peak")
+        medians.append(
+            {"subject": subject, "depth": depth}
+            | {key: median(r[key] for r in mine) for key in keys}
+            | {"rounds": len(mine)}
+        )
+    for row in medians:
+        peers = [r for r in medians if r["subject"].startswith(PEER) and r["depth"] == row["depth"]]
+        for key in ("decode", "prefill") if peers else ():
+            row[f"{key}_ratio"] = row[key] / max(p[key] for p in peers)
+    return medians
 
-    def note(run: str, depth: int, what: str, value: float) -> None:
-        held = best.setdefault((run, depth), {})
-        held[what] = max(held.get(what, 0.0), value)
 
-    for taken in rounds:
-        for document in taken["ours"]:
-            for r in document["runs"]:
-                name = f"{document['artifact']['name']} {r['engine']}"
-                note(name, r["depth"], "prefill", r["prefill"]["rate"])
-                note(name, r["depth"], "decode", 1 / r["decode"]["seconds"]["p50"])
-                anon = [m["anon_peak"] or 0 for m in r["memory"].values()]
-                note(name, r["depth"], "anon", max(anon))
-        for peer in taken["peer"]:
-            for test in peer["tests"]:
-                name = f"llama.cpp fa={int(test['flash_attn'])}"
-                kind = "prefill" if test["n_prompt"] else "decode"
-                note(name, test["n_depth"], kind, test["avg_ts"])
-                note(name, test["n_depth"], "anon", peer["peak"].get("RssAnon", 0))
+def _table(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
-            "run": run,
-            "depth": depth,
-            "prefill_tok/s": round(held.get("prefill", 0.0), 1),
-            "decode_tok/s": round(held.get("decode", 0.0), 2),
-            "peak_anonymous_MB": round(held["anon"] / 1e6),
+            "run": r["subject"],
+            "depth": r["depth"],
+            "decode_tok/s": f"{r['decode']:.2f}",
+            "ratio": f"{r['decode_ratio']:.2f}" if "decode_ratio" in r else "",
+            "prefill_tok/s": f"{r['prefill']:.1f}",
+            "prefill_ratio": f"{r['prefill_ratio']:.2f}" if "prefill_ratio" in r else "",
+            "anonymous_MB": round(r["anon_peak"] / 1e6),
+            "peak_RSS_MB": round(r["rss_peak"] / 1e6),
         }
-        for (run, depth), held in sorted(best.items(), key=lambda item: (item[0][1], item[0][0]))
+        for r in summary
     ]
 
 
@@ -137,19 +171,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
     parser.add_argument("--engine", default="onnx", help="onnx, executorch or both with a comma")
-    parser.add_argument("--llama-bench", type=Path, help="the llama-bench program")
+    parser.add_argument("--peer", type=Path, help="the program built from llama_peer.c")
     parser.add_argument("--gguf", type=Path, help="the peer's model")
+    parser.add_argument("--snapshots", type=Path, help="where the peer keeps its state at a depth")
     parser.add_argument("--depths", default="0,4096,16384,32256")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--fill", default="prefill", help="how a depth is reached: prefill, random")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--result", default="full_size", help="name in results/")
     args = parser.parse_args()
-    if bool(args.llama_bench) != bool(args.gguf):
-        raise ConfigError("--llama-bench and --gguf belong together; give both or neither.")
+    given = [bool(args.peer), bool(args.gguf), bool(args.snapshots)]
+    if any(given) != all(given):
+        raise ConfigError("--peer, --gguf and --snapshots belong together; give all or none.")
     return args
 
 
