@@ -21,6 +21,10 @@ def main() -> None:
         "weights": "\n\n".join(weights(m, result(f"quality_{m}")) for m in MODELS),
         "kv": kv({m: result(f"kv_quality_{m}") for m in MODELS}),
         "prefill": prefill(result("prefill_skip"), result("prefill_skip_exact")),
+        "full size": "\n\n".join(full_size(r) for r in results("full_size_")),
+        "limits": "\n\n".join(limits(r) for r in results("limits_")),
+        "exports": exports(results("export_")),
+        "memory": memory(results("bench_")),
     }
     text = README.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -33,6 +37,11 @@ def main() -> None:
 def result(name: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
     return document
+
+
+def results(prefix: str) -> list[dict[str, Any]]:
+    """Every result file whose name starts with `prefix`, in order of name."""
+    return [result(p.stem) for p in sorted((HERE / "results").glob(f"{prefix}*.json"))]
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -109,6 +118,91 @@ def prefill(r: dict[str, Any], exact: dict[str, Any]) -> str:
         f"behind is {'bit-equal' if same else 'NOT equal'}; in float ({exact['model']}) the next "
         f"logits are {logits:.1g} apart, from the untrimmed run and from decode alone."
     )
+
+
+def full_size(r: dict[str, Any]) -> str:
+    c = r["conditions"]
+    head = (
+        "engine", "depth", "decode tok/s", "to llama.cpp", "prefill tok/s", "to llama.cpp",
+        "anonymous MB", "peak RSS MB",
+    )  # fmt: skip
+    rows = [
+        (
+            f"{x['subject']}",
+            f"{x['depth']:,}",
+            f"{x['decode']:.1f}",
+            ratio(x.get("decode_ratio")),
+            f"{x['prefill']:.0f}",
+            ratio(x.get("prefill_ratio")),
+            f"{x['anon_peak'] / 1e6:.0f}",
+            f"{x['rss_peak'] / 1e6:.0f}",
+        )
+        for x in r["summary"]
+    ]
+    how = {"prefill": "by prefill", "random": "with random rows"}[c["fill"]]
+    rounds = max(x["rounds"] for x in r["summary"])
+    return (
+        f"{c['threads']} threads, prefill of {c['prompt']} tokens, depth reached {how}; medians of "
+        f"{rounds} alternating rounds.\n\n" + markdown(head, rows)
+    )
+
+
+def ratio(x: float | None) -> str:
+    return f"{x:.2f}x" if x else ""
+
+
+def limits(r: dict[str, Any]) -> str:
+    job = r["job"]
+    head = (
+        f"{r['artifact']}, {job['engine']}, {job['depths'][0]:,} tokens", "decode tok/s",
+        "of unlimited", "anonymous MB", "group's peak MiB",
+    )  # fmt: skip
+    rows: list[tuple[Any, ...]] = []
+    for x in r["runs"]:
+        name = f"{x['limit'] >> 20} MiB" if x["limit"] else "no limit"
+        if x["rate"]:
+            speed = (f"{x['rate']:.2f}", f"{x['of_unlimited']:.0%}", f"{x['anon'] / 1e6:.0f}")
+        else:
+            speed = ("killed", "", "")
+        rows.append((name, *speed, x["peak"] >> 20))
+    return markdown(head, rows)
+
+
+def exports(documents: list[dict[str, Any]]) -> str:
+    head = ("export", "limit MiB", "peak RSS MB", "minutes", "CPU minutes")
+    rows: list[tuple[Any, ...]] = [
+        (
+            f"`{' '.join(str(a) for a in r['arguments'] if '/' not in str(a))}`",
+            r["limit"] >> 20,
+            f"{r['rss_peak'] / 1e6:.0f}",
+            f"{r['seconds'] / 60:.1f}",
+            f"{r['cpu_seconds'] / 60:.1f}",
+        )
+        for r in documents
+    ]
+    return markdown(head, rows)
+
+
+def memory(documents: list[dict[str, Any]]) -> str:
+    """Anonymous memory of the decode phase, planned and measured."""
+    head = ("artifact", "engine", "KV", "context", "planned MB", "measured MB", "error")
+    rows: list[tuple[Any, ...]] = []
+    for r in documents:
+        for run in r["runs"]:
+            m = run["memory"]["decode"]
+            if m.get("anon_planned"):
+                rows.append(
+                    (
+                        r["artifact"]["name"],
+                        run["engine"],
+                        r["artifact"]["kv"],
+                        f"{run['ctx']:,}",
+                        f"{m['anon_planned'] / 1e6:.0f}",
+                        f"{m['anon_peak'] / 1e6:.0f}",
+                        f"{m['anon_error']:+.1%}",
+                    )
+                )
+    return markdown(head, rows)
 
 
 if __name__ == "__main__":

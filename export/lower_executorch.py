@@ -21,6 +21,7 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch import Tensor, nn
+from torch.fx.traceback import NodeSource
 
 from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
@@ -84,7 +85,7 @@ def lower_executorch(
     if delegate:
         for_xnnpack(decoder)
     try:
-        with quiet(), _shared_weights():
+        with quiet(), _cheap_copies():
             exported = _trace(decoder, plan, config)
             edge = to_edge_transform_and_lower(
                 exported,
@@ -198,8 +199,11 @@ def _write(program: Any, path: Path) -> None:
 
 
 @contextmanager
-def _shared_weights() -> Iterator[None]:
-    """Let delegates copy their graph but not its weights, which XNNPACK only reads."""
+def _cheap_copies() -> Iterator[None]:
+    """Copy less: weights that XNNPACK only reads, and each node's record of what it came from.
+
+    Every pass copies that record whole, which makes it as deep as there were passes.
+    """
     plain = XnnpackBackend.copy_exported_program_for_preprocess
 
     def share(cls: Any, program: Any, specs: Any) -> Any:
@@ -208,7 +212,9 @@ def _shared_weights() -> Iterator[None]:
         return copy.deepcopy(program, held)
 
     XnnpackBackend.copy_exported_program_for_preprocess = classmethod(share)
+    NodeSource.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     try:
         yield
     finally:
         XnnpackBackend.copy_exported_program_for_preprocess = plain
+        del NodeSource.__deepcopy__  # type: ignore[attr-defined]
