@@ -140,6 +140,11 @@ class Manifest(_Schema):
     parity: dict[str, Any]
     memory: dict[str, Any]
 
+    @property
+    def finished(self) -> bool:
+        """Whether the export is over: until then files have no digests."""
+        return all(entry.sha256 for entry in self.files.values())
+
     def config(self) -> ModelConfig:
         """The model config; raises ArtifactError when it does not describe a model."""
         try:

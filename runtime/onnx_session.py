@@ -74,7 +74,7 @@ def _trim_heap() -> None:
 
 
 class OnnxSession(Session):
-    """A session on onnxruntime; both programs are loaded at once and share the state."""
+    """A session on onnxruntime; both programs share the state."""
 
     engine = "onnx"
 
@@ -89,7 +89,8 @@ class OnnxSession(Session):
 
         `threads` defaults to the physical cores; `cache` keeps weights packed for this device in
         a cache directory (`edge_kv.runtime.packed`); `log_severity` WARNING makes onnxruntime
-        report state that it had to copy.
+        report state that it had to copy. Of an artifact that is still being exported one program
+        is held at a time: its gate reads a prompt and decodes, once, on a small host.
 
         Raises:
             ArtifactError: no onnx programs, or they do not have the inputs the plan asks for.
@@ -104,72 +105,85 @@ class OnnxSession(Session):
         self._folder = artifact.root
         self._mapped: dict[str, set[mapped.Span]] = {}
         self._running = ""  # the program whose pages are resident
+        self._lean = not artifact.manifest.finished
+        self._bound: dict[str, _Bound] = {}
         try:
             for name in PROGRAMS:
                 if name not in programs:
                     raise ArtifactError(f"{artifact.root} has no {name} program; export again.")
-            engines = self._load(cache, log_severity)
+            self._create = self._load(cache, log_severity)
+            for name in () if self._lean else PROGRAMS:
+                self._open(name)
             _trim_heap()
-            self._prefill = _Bound(self, "prefill", programs["prefill"], engines["prefill"])
-            self._decode = _Bound(self, "decode", programs["decode"], engines["decode"])
         except BaseException:
             if self._ple:
                 self._ple.close()
             raise
         self.stats.load_seconds = time.perf_counter() - begin
 
-    def _load(self, cache: bool, log_severity: int) -> dict[str, Any]:
-        """An engine for every program: packed for this device, or from the artifact itself."""
+    def _load(self, cache: bool, log_severity: int) -> Callable[[str], Any]:
+        """What creates a program's engine: packed for this device, or from the artifact itself."""
 
         def create(model: Path, options: ort.SessionOptions | None = None) -> Any:
             return create_engine(model, self.threads, log_severity, options)
 
-        found = packed.packed_programs(self.artifact, create) if cache else None
-        if found:
-            try:
-                return self._map(found, lambda path: create(path, _optimised()))
-            except ArtifactError as e:
-                packed.discard(found)
-                packed.log.warning("Packed weights were discarded: %s", e)
         programs = self.artifact.backend(self.engine).programs
-        return self._map({n: self.artifact.path(programs[n].file) for n in PROGRAMS}, create)
+        plain = {name: self.artifact.path(programs[name].file) for name in PROGRAMS}
+        found = packed.packed_programs(self.artifact, create) if cache else None
+        self._folder = next(iter((found or plain).values())).parent
+        if not found:
+            return lambda name: create(plain[name])
+        files = found
 
-    def _map(self, files: dict[str, Path], create: Callable[[Path], Any]) -> dict[str, Any]:
-        """Create an engine for every program and note what each maps."""
-        self._folder = files["decode"].parent
-        engines = {}
+        def create_packed(name: str) -> Any:
+            try:
+                return create(files[name], _optimised())
+            except ArtifactError as e:
+                packed.discard(files)
+                packed.log.warning("Packed weights were discarded: %s", e)
+                return create(plain[name])
+
+        return create_packed
+
+    def _open(self, name: str) -> None:
+        """Create a program's engine, note what it maps, and bind the state to it."""
+        program = self.artifact.backend(self.engine).programs[name]
         before = mapped.spans(self._folder)
-        for name in PROGRAMS:
-            engines[name] = create(files[name])
-            after = mapped.spans(self._folder)
-            self._mapped[name], before = after - before, after
-        return engines
+        engine = self._create(name)
+        self._mapped[name] = mapped.spans(self._folder) - before
+        self._bound[name] = _Bound(self, name, program, engine)
 
-    def _turn_to(self, program: str) -> None:
-        """Let go of the other program's pages: both map the same file."""
-        if self._running != program:
+    def _program(self, name: str) -> _Bound:
+        """The program to run next; the other lets go of its pages, both map the same file."""
+        if self._running != name:
             for other in PROGRAMS:
-                if other != program:
-                    mapped.let_go(self._mapped[other], self._folder)
-            self._running = program
+                if other != name and other in self._bound:
+                    if self._lean:
+                        del self._bound[other]
+                        _trim_heap()
+                    else:
+                        mapped.let_go(self._mapped[other], self._folder)
+            if name not in self._bound:
+                self._open(name)
+            self._running = name
+        return self._bound[name]
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
-        self._turn_to("prefill")
         ple = self._ple.rows(ids, self.config.n_own) if self._ple else None
-        self._prefill.run(ids, pos, ple)
+        self._program("prefill").run(ids, pos, ple)
 
     def _run_decode(self, token: int, pos: int) -> Logits:
-        self._turn_to("decode")
         ids = np.array([token], np.int64)
         ple = self._ple.rows(ids, self.config.n_layers) if self._ple else None
-        self._decode.run(ids, pos, ple)
-        logits: Logits = self._decode.logits.copy()
+        program = self._program("decode")
+        program.run(ids, pos, ple)
+        logits: Logits = program.logits.copy()
         return logits
 
     def _close_engine(self) -> None:
         if self._ple:
             self._ple.close()
-        del self._prefill, self._decode
+        self._bound.clear()
 
 
 class _Bound:

@@ -78,9 +78,9 @@ def discard(programs: dict[str, Path]) -> None:
 def _key(artifact: Artifact) -> str | None:
     """What packed weights depend on, as a digest; None without digests (a running export)."""
     files = artifact.manifest.files
-    digests = [files[name].sha256 for name in sorted(artifact.backend("onnx").files)]
-    if not all(digests):
+    if not artifact.manifest.finished:
         return None
+    digests = [files[name].sha256 for name in sorted(artifact.backend("onnx").files)]
     parts = [LAYOUT, ort.__version__, *_cpu(), *digests]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -42,11 +42,24 @@ def test_state_is_updated_in_place_without_a_warning(tmp_path, capfd):
         assert "in-place" not in capfd.readouterr().err
         # control: the same graph with an output elsewhere does warn, so the line above can fail
         elsewhere = np.empty((1, 256, DIM), np.float32)[:, :64]
-        session._decode._binding.bind_output(
+        session._bound["decode"]._binding.bind_output(
             "k1.h0.out", "cpu", 0, np.float32, elsewhere.shape, elsewhere.ctypes.data
         )
         session.decode(5)
     assert "in-place" in capfd.readouterr().err
+
+
+def test_an_unfinished_artifact_is_held_one_program_at_a_time(tmp_path):
+    artifact = read_artifact(write_artifact(tmp_path / "a"))
+    files = {n: f.model_copy(update={"sha256": ""}) for n, f in artifact.manifest.files.items()}
+    artifact.manifest = artifact.manifest.model_copy(update={"files": files})
+    toy = Toy(artifact.config)
+    with OnnxSession(artifact, threads=1) as session:
+        for n, held in ((12, "decode"), (9, "decode")):
+            check(session, toy, ids_for(n, seed=n))
+            assert list(session._bound) == [held]
+        session.prefill(ids_for(3))
+        assert list(session._bound) == ["prefill"]
 
 
 def test_rewind_and_other_continuations_match_the_oracle(tmp_path):
@@ -103,7 +116,7 @@ def test_graph_of_another_plan_is_refused(tmp_path):
     for name in ("prefill", "decode"):
         (root / f"onnx/{name}.onnx").write_bytes((other.root / f"onnx/{name}.onnx").read_bytes())
     files = read_artifact(other.root).manifest.model_dump(mode="json")["files"]
-    files["ple.bin"] = {"size": (root / "ple.bin").stat().st_size, "sha256": ""}
+    files["ple.bin"] = {"size": (root / "ple.bin").stat().st_size, "sha256": "0" * 64}
     edit_manifest(root, backends=backends, files=files)
     with pytest.raises(ArtifactError, match="ple"):
         OnnxSession(read_artifact(root), threads=1)
