@@ -168,8 +168,11 @@ def _measured(job: Job, limit: int | None) -> dict[str, Any]:
 def export(args: argparse.Namespace) -> None:
     limit = parse_bytes(args.limit)
     command = [sys.executable, "-c", "from edge_kv.cli import main; main()", "export", *args.args]
-    weights = dict(zip(args.args, args.args[1:], strict=False)).get("--weights", "")
-    forget(Path(weights) if Path(weights).is_dir() else Path("/nonexistent"))
+    given = dict(zip(args.args, args.args[1:], strict=False))
+    out = Path(given.get("--out", "."))
+    if "--weights" in given:
+        forget(Path(given["--weights"]))
+    resumed = (out.parent / f".{out.name}.part").exists()
     begin = time.perf_counter()
     with memory_group(limit) as group:
         done = subprocess.run(command, preexec_fn=group.enter, check=False)
@@ -179,7 +182,7 @@ def export(args: argparse.Namespace) -> None:
     if done.returncode:
         raise RuntimeFault(f"The export ended with status {done.returncode} under {limit} bytes.")
     card |= {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-    card |= {"rss_peak": 1024 * usage.ru_maxrss, "arguments": args.args}
+    card |= {"rss_peak": 1024 * usage.ru_maxrss, "arguments": args.args, "resumed": resumed}
     write_result(args.result, card)
 
 

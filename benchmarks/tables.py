@@ -175,7 +175,7 @@ def exports(documents: list[dict[str, Any]]) -> str:
             f"`{' '.join(str(a) for a in r['arguments'] if '/' not in str(a))}`",
             r["limit"] >> 20,
             f"{r['rss_peak'] / 1e6:.0f}",
-            f"{r['seconds'] / 60:.1f}",
+            f"{r['seconds'] / 60:.1f}" + (" (resumed)" if r["resumed"] else ""),
             f"{r['cpu_seconds'] / 60:.1f}",
         )
         for r in documents
