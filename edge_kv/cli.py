@@ -240,7 +240,7 @@ def run(
         raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
     opened = read_artifact(artifact)
     if ram_limit:
-        _check_ram(opened, ram_limit, cache=not no_cache)
+        _check_ram(opened, ram_limit, engine, cache=not no_cache)
     options = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -532,14 +532,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     return text
 
 
-def _check_ram(artifact: Any, limit: str, cache: bool) -> None:
+def _check_ram(artifact: Any, limit: str, engine: str, cache: bool) -> None:
     from edge_kv.memory import parse_bytes, predict_memory
     from edge_kv.terminal import size
 
     allowed = parse_bytes(limit)
     quant = artifact.manifest.quant
     planned = predict_memory(
-        artifact.config, artifact.plan, quant.scheme, quant.block_size, cache=cache
+        artifact.config, artifact.plan, quant.scheme, quant.block_size, cache=cache, engine=engine
     ).peak
     if planned > allowed:
         raise MemoryLimitError(
@@ -591,7 +591,9 @@ def _summary(chat: Chat) -> dict[str, Any]:
     stats, manifest = session.stats, session.artifact.manifest
     quant = manifest.quant
     depth = max(1, session.written)
-    planned = predict_memory(session.config, session.plan, quant.scheme, quant.block_size, depth)
+    planned = predict_memory(
+        session.config, session.plan, quant.scheme, quant.block_size, depth, engine=session.engine
+    )
     return {
         "text": reply.text if reply else "",
         "ids": list(reply.ids) if reply else [],

@@ -5,7 +5,8 @@ kernel may drop. The model below is how onnxruntime's CPU provider was seen to b
 packed for the CPU, once, into a cache file that every later load maps (or, without a cache, on the
 heap of every program); a load still packs each matrix for a moment to find it in the file. State
 costs RAM as far as rows were written; token lookups map pages of the embedding; arenas keep the
-largest workspace they ever needed.
+largest workspace they ever needed. ExecuTorch differs in the libraries it brings, in its workspace,
+and in mapping every packed matrix once for both programs.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ FULL_SCORES = 3  # scores of one full layer over the rows it reads at a time [q_
 FLOAT_ROWS = 3  # rows of one full layer, K or V, turned into float for a chunk
 ATTEND_BLOCK = 1024  # rows a chunk turns into float at a time
 LOGITS = 2  # the row of logits
+TOKEN_BYTES = 40  # a session's list of fed ids: one Python integer and its place
+# ExecuTorch (fitted to E2B and tiny):
+NATIVE_ANON = 25_500_000  # interpreter, numpy, our library: heap
+NATIVE_FILE = 24 << 20  # … and the mapped libraries
+NATIVE_GRAPH = 92_000  # heap of one layer in one program
+NATIVE_ACTIVATIONS = 6.3  # f32 copies of the rows of the widest layer, XNNPACK's workspace included
+NATIVE_QUERY_BLOCK = 64  # query rows of one attention task, which keeps their sums
+NATIVE_LOOKUP = 4096  # file bytes mapped around one looked-up row: random access reads no further
 
 
 @dataclass(frozen=True)
@@ -111,11 +120,13 @@ def predict_memory(
     depth: int | None = None,
     *,
     cache: bool = True,
+    engine: str = "onnx",
 ) -> MemoryPlan:
     """Predict files and peak RAM for `plan` with weights stored as `quant` in `block_size` blocks.
 
     `depth` is how many tokens of context are used; the whole context when left out. `cache` means
-    weights packed for the device by an earlier load; phase `FIRST_LOAD` is that earlier load.
+    weights packed for the device by an earlier load; phase `FIRST_LOAD` is that earlier load. An
+    engine that is not in `ENGINES` is taken for onnx.
 
     Raises:
         ConfigError: an unknown quantisation.
@@ -135,22 +146,13 @@ def predict_memory(
         scales += kept  # both programs map the same file
     touched = plan.touched_bytes(depth)
     tokenizer = TOKENIZER_BYTES * config.vocab_size
-    base = BASE_ANON + tokenizer + GRAPH_BYTES * (config.n_layers + config.n_own)
-    chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
-    step = _workspace(config, plan, 1, depth) + LOGITS * 4 * config.vocab_size
-    file = BASE_FILE + scales
-    lookup = min(kinds[EMBED], LOOKUP_BYTES * depth)
-    if cache:
-        held, mapped = base, packed
-        phases = {
-            FIRST_LOAD: Phase(base + int(FIRST_PACKING * packed["decode"]), file),
-            "load": Phase(base + int(PACKING * largest), file),
-        }
-    else:
-        held, mapped = base + sum(packed.values()), dict.fromkeys(_PROGRAMS, 0)
-        phases = {"load": Phase(held, file)}
-    phases["prefill"] = Phase(held + touched + chunk, file + lookup + mapped["prefill"])
-    phases["decode"] = Phase(held + touched + chunk + step, file + lookup + sum(mapped.values()))
+    weights = _Packed(packed, largest, scales, kinds[EMBED])
+    phases = ENGINES.get(engine, _onnx)(config, plan, depth, weights, cache)
+    held = tokenizer + TOKEN_BYTES * depth
+    phases = {
+        name: Phase(p.anon + (held if name in RUNNING else tokenizer), p.file)
+        for name, p in phases.items()
+    }
     return MemoryPlan(
         quant=quant,
         block_size=block_size,
@@ -162,6 +164,64 @@ def predict_memory(
         touched=touched,
         phases=phases,
     )
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Bytes of weights as an engine holds them."""
+
+    programs: dict[str, int]  # matrices packed by each program
+    largest: int  # of them, the largest matrix; a part of the head counts as one
+    scales: int  # left in the artifact's file by onnxruntime
+    table: int  # the token table
+
+
+def _onnx(
+    config: ModelConfig, plan: KVPlan, depth: int, weights: _Packed, cache: bool
+) -> dict[str, Phase]:
+    packed = weights.programs
+    base = BASE_ANON + GRAPH_BYTES * (config.n_layers + config.n_own)
+    chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
+    step = _workspace(config, plan, 1, depth) + LOGITS * 4 * config.vocab_size
+    file = BASE_FILE + weights.scales
+    lookup = min(weights.table, LOOKUP_BYTES * depth)
+    if cache:
+        held, mapped = base, packed
+        phases = {
+            FIRST_LOAD: Phase(base + int(FIRST_PACKING * packed["decode"]), file),
+            "load": Phase(base + int(PACKING * weights.largest), file),
+        }
+    else:
+        held, mapped = base + sum(packed.values()), dict.fromkeys(_PROGRAMS, 0)
+        phases = {"load": Phase(held, file)}
+    touched = plan.touched_bytes(depth)
+    phases["prefill"] = Phase(held + touched + chunk, file + lookup + mapped["prefill"])
+    phases["decode"] = Phase(held + touched + chunk + step, file + lookup + mapped["decode"])
+    return phases
+
+
+def _executorch(
+    config: ModelConfig, plan: KVPlan, depth: int, weights: _Packed, cache: bool
+) -> dict[str, Phase]:
+    base = NATIVE_ANON + NATIVE_GRAPH * (config.n_layers + config.n_own)
+    rows = min(plan.chunk, depth)
+    run = [p for p in plan.layers if not p.skip_in_prefill]
+    widest = max(max(config.mlp(p.layer), p.q_heads * p.head_dim) for p in run)
+    attention = max(
+        rows * p.q_heads * p.head_dim + max(rows * p.q_heads, NATIVE_QUERY_BLOCK) * p.head_dim
+        for p in run
+    )
+    floats = NATIVE_ACTIVATIONS * rows * max(widest, config.hidden) + attention
+    work = int(4 * (floats + LOGITS * config.vocab_size))
+    held = base if cache else base + weights.programs["decode"]
+    file = NATIVE_FILE + min(weights.table, NATIVE_LOOKUP * depth)
+    file += weights.programs["decode"] if cache else 0
+    running = Phase(held + plan.touched_bytes(depth) + work, file)
+    return {"load": Phase(held, NATIVE_FILE), "prefill": running, "decode": running}
+
+
+ENGINES = {"onnx": _onnx, "executorch": _executorch}
+RUNNING = ("prefill", "decode")  # phases in which tokens have been fed
 
 
 def streamed_bytes(config: ModelConfig, quant: str, block_size: int) -> int:

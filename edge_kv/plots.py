@@ -60,8 +60,9 @@ def plot_bench(document: dict[str, Any], path: Path) -> None:
 
 
 def _memory(axes: Any, document: dict[str, Any]) -> None:
-    runs = _of(document, _engines(document)[0])
-    plan = sorted(document["plan"], key=lambda p: p["ctx"])
+    engine = _engines(document)[0]
+    runs = _of(document, engine)
+    plan = sorted((p for p in document["plan"] if p["engine"] == engine), key=lambda p: p["ctx"])
     contexts = [p["ctx"] for p in plan]
     planned = [_planned_peak(p) for p in plan]
     fixed = [total - p["state"] for total, p in zip(planned, plan, strict=True)]

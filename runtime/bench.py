@@ -37,7 +37,7 @@ from edge_kv import __version__
 from edge_kv.artifact import Artifact, model_fingerprint, read_artifact
 from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
 from edge_kv.kv_plan import state_elements
-from edge_kv.memory import predict_memory, streamed_bytes
+from edge_kv.memory import ENGINES, predict_memory, streamed_bytes
 from edge_kv.progress import Progress, Silent
 from edge_kv.runtime import snapshot as snapshots
 from edge_kv.runtime.cache import cache_directory
@@ -56,7 +56,6 @@ BASELINES = {  # name -> (sharing, rings)
     "rings_only": (False, True),
     "sharing_and_rings": (True, True),
 }
-PLANNED = ("onnx",)  # engines whose memory the plan predicts
 MODULE = "edge_kv.runtime.bench"
 
 Open = Callable[[Artifact, "Job"], Session]
@@ -144,7 +143,7 @@ def bench(
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         },
         "bandwidth": bandwidth,
-        "plan": [_planned(artifact, depth, cache) for depth in depths],
+        "plan": [_planned(artifact, e, depth, cache) for e in engines for depth in depths],
         "runs": [],
     }
     common: dict[str, Any] = {"artifact": str(artifact.root), "threads": count, "cache": cache}
@@ -165,7 +164,7 @@ def bench(
             )  # fmt: skip
             run = _ask(module, {**asdict(job), "started": time.time()})
             run = {"engine": engine, "ctx": depth, "filled": made[str(start)], **run}
-            expected = _planned(artifact, depth, cache) if engine in PLANNED else None
+            expected = _planned(artifact, engine, depth, cache) if engine in ENGINES else None
             document["runs"].append(_judged(run, artifact, bandwidth, expected))
             progress.advance(f"{depth:,} tokens", i + 1, len(depths))
     return document
@@ -401,13 +400,14 @@ def _snapshot(artifact: Artifact, job: Job, depth: int) -> Path:
     return cache_directory() / "bench" / f"{job.engine}-{job.fill}-{model}-{plan}-{depth}.kv"
 
 
-def _planned(artifact: Artifact, depth: int, cache: bool) -> dict[str, Any]:
+def _planned(artifact: Artifact, engine: str, depth: int, cache: bool) -> dict[str, Any]:
     """The plan's prediction at a depth, and what naive layouts of the state would take."""
     config, quant = artifact.config, artifact.manifest.quant
     planned = predict_memory(
-        config, artifact.plan, quant.scheme, quant.block_size, depth, cache=cache
+        config, artifact.plan, quant.scheme, quant.block_size, depth, cache=cache, engine=engine
     )
     return {
+        "engine": engine,
         "ctx": depth,
         "state": planned.touched,
         "tokenizer": planned.tokenizer,

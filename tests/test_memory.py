@@ -63,7 +63,8 @@ def test_packed_weights_are_heap_without_a_cache_and_file_pages_with_one():
     cached, heap = (predict_memory(E2B, plan, "int4", 128, cache=c) for c in (True, False))
     assert "first load" not in heap.phases
     gap = heap.phases["decode"].anon - cached.phases["decode"].anon
-    assert gap == cached.phases["decode"].file - heap.phases["decode"].file > 1.5e9
+    mapped = cached.phases["decode"].file - heap.phases["decode"].file
+    assert gap > mapped > 1.2e9  # on the heap, prefill's matrices lie a second time
     fed = {n: p.anon - cached.tokenizer for n, p in cached.phases.items()}
     assert fed["load"] < fed["prefill"] < fed["decode"] < 280e6
     assert fed["first load"] > 1.3e9
@@ -101,3 +102,17 @@ def test_amounts_of_memory():
     for bad in ("", "g", "-1g", "lots", "0", "nan", "inf", "1e400g"):
         with pytest.raises(ConfigError, match="not an amount of memory"):
             parse_bytes(bad)
+
+
+def test_executorch_maps_what_onnxruntime_maps_and_needs_less_beside_it():
+    plan = plan_kv(E2B, ctx=32_768)
+    onnx, native = (
+        predict_memory(E2B, plan, "int4", 128, 4096, engine=e) for e in ("onnx", "executorch")
+    )
+    assert native.phases["load"].anon < onnx.phases["load"].anon
+    for phase in ("prefill", "decode"):
+        assert native.touched < native.phases[phase].anon < onnx.phases[phase].anon
+    assert set(native.phases) == {"load", "prefill", "decode"}
+    heap = predict_memory(E2B, plan, "int4", 128, 4096, engine="executorch", cache=False)
+    moved = heap.phases["decode"].anon - native.phases["decode"].anon
+    assert moved == native.phases["decode"].file - heap.phases["decode"].file > 1.2e9
