@@ -30,7 +30,6 @@ from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, RuntimeFault
 from edge_kv.runtime.bench import bench
 
-FLASH = ("0", "1")
 PEER = "llama.cpp"
 
 
@@ -45,7 +44,7 @@ def main() -> None:
                 name = f"{artifact.manifest.name} {engine}"
                 subjects[name] = lambda d, a=artifact, e=engine: _ours(a, e, d, args)
     if args.peer:
-        for flash in FLASH:
+        for flash in args.flash.split(","):
             subjects[f"{PEER} fa={flash}"] = lambda d, f=flash: _peer(d, f, args)
     rows = []
     for depth in depths:
@@ -174,6 +173,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, help="the program built from llama_peer.c")
     parser.add_argument("--gguf", type=Path, help="the peer's model")
     parser.add_argument("--snapshots", type=Path, help="where the peer keeps its state at a depth")
+    parser.add_argument("--flash", default="0,1", help="the peer's flash attention: 0, 1 or both")
     parser.add_argument("--depths", default="0,4096,16384,32256")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--prompt", type=int, default=512)
