@@ -154,6 +154,33 @@ def prefill_sentence() -> str:
     return ""
 
 
+def full_size() -> str:
+    """E2B on both engines beside llama.cpp: a row a depth, the medians of alternating rounds."""
+    columns = {"llama.cpp": "llama.cpp", " onnx": "ONNX", " executorch": "ExecuTorch"}
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for name in ("full_size_e2b", "full_size_e2b_long"):
+        for r in load(name)["summary"]:
+            column = next(c for part, c in columns.items() if part in r["subject"])
+            found.setdefault(r["depth"], {})[column] = r
+    figures = {
+        "decode": ("decode tok/s", lambda r: f"{r['decode']:.1f}"),
+        "prefill": ("prefill tok/s", lambda r: f"{r['prefill']:.0f}"),
+        "anon": ("anonymous MB", lambda r: f"{r['anon_peak'] / 1e6:.0f}"),
+        "peak": ("peak RSS MB", lambda r: f"{r['rss_peak'] / 1e6:.0f}"),
+    }
+    parts = []
+    for names in (("decode", "prefill"), ("anon", "peak")):
+        chosen = [figures[n] for n in names]
+        head = ["depth", *(f"{label}: {c}" for label, _ in chosen for c in columns.values())]
+        rows = [
+            [f"{depth:,}"]
+            + [show(of[c]) if c in of else MISSING for _, show in chosen for c in columns.values()]
+            for depth, of in sorted(found.items())
+        ]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
 def load(name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return result
@@ -207,7 +234,12 @@ def first_line(path: Path) -> str:
     return " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
 
 
-PARTS: dict[str, Callable[[], str]] = {"results": results, "memory": memory, "files": file_map}
+PARTS: dict[str, Callable[[], str]] = {
+    "results": results,
+    "full-size": full_size,
+    "memory": memory,
+    "files": file_map,
+}
 
 
 if __name__ == "__main__":

@@ -35,15 +35,16 @@ PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
 BASE_ANON = 34_000_000  # interpreter, numpy, onnxruntime: heap
 BASE_FILE = 46 << 20  # … and their mapped libraries
 GRAPH_BYTES = 440_000  # heap of one layer in one program: nodes, kernels, names
-PACKING = 1.35  # times the largest packed matrix: what a load takes for a moment
+PACKING = 1.55  # times the largest packed matrix: what a load takes for a moment
 FIRST_PACKING = 1.17  # times all packed matrices of decode: what the load that writes them takes
 TOKENIZER_BYTES = 1152  # heap of the tokenizers library for each entry of the vocabulary
 LOOKUP_BYTES = 148_000  # file pages mapped around one looked-up row of the token table
 HEAD_PARTS = 8  # the head is packed in row blocks
-# Workspace, in f32 copies that an arena has held at once (fitted to E2B and Gemma 3 270M):
-ACTIVATIONS = 10  # rows of the widest layer
+# Workspace, in f32 copies that an arena has held at once (fitted to E2B and E4B):
+ACTIVATIONS = 9  # rows of the widest layer
 RING_SCORES = 6  # scores of one sliding layer [q_heads, rows, slots]
-FULL_SCORES = 3  # scores of one full layer over the rows it reads at a time [q_heads, rows, rows]
+FULL_SCORES = 3  # scores of one full layer and a chunk over a block of rows [q_heads, rows, rows]
+STEP_SCORES = 6  # scores of one full layer and one token over all live rows [q_heads, live]
 FLOAT_ROWS = 3  # rows of one full layer, K or V, turned into float for a chunk
 ATTEND_BLOCK = 1024  # rows a chunk turns into float at a time
 LOGITS = 2  # the row of logits
@@ -294,7 +295,7 @@ def _full_attention(layer: LayerPlan, rows: int, live: int) -> int:
     One token scores all rows as they are stored; a chunk goes block by block, each made float.
     """
     if rows == 1:
-        return FULL_SCORES * layer.q_heads * live
+        return STEP_SCORES * layer.q_heads * live
     block = min(live, ATTEND_BLOCK)
     floats = FLOAT_ROWS * block * layer.kv_heads * layer.head_dim
     return floats + FULL_SCORES * layer.q_heads * rows * block

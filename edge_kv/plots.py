@@ -89,6 +89,7 @@ def _memory(axes: Any, document: dict[str, Any]) -> None:
             )  # fmt: skip
     axes.set_title("Peak anonymous memory, MB")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7 * min(v / 1e6 for v in (*planned, *(y for _, y in measured))))
     _contexts(axes, contexts, "context")
     axes.legend(frameon=False, loc="upper left")
     _plain_numbers(axes)
