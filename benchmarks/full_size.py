@@ -58,7 +58,9 @@ def main() -> None:
         "threads": args.threads, "prompt": args.prompt, "tokens": args.tokens,
         "repeats": args.repeats, "fill": args.fill,
     }  # fmt: skip
-    write_result(args.result, {"conditions": conditions, "summary": summary, "rows": rows})
+    said = {"note": args.note + " "} if args.note else {}
+    measured = {"conditions": conditions, "summary": summary, "rows": rows}
+    write_result(args.result, {**said, **measured})
     show("Medians of all rounds; ratios to the best of llama.cpp", _table(summary))
 
 
@@ -181,6 +183,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--fill", default="prefill", help="how a depth is reached: prefill, random")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--note", default="", help="a sentence on what is compared")
     parser.add_argument("--result", default="full_size", help="name in results/")
     args = parser.parse_args()
     given = [bool(args.peer), bool(args.gguf), bool(args.snapshots)]
