@@ -142,8 +142,8 @@ def full_size(r: dict[str, Any]) -> str:
     how = {"prefill": "by prefill", "random": "with random rows"}[c["fill"]]
     rounds = max(x["rounds"] for x in r["summary"])
     return (
-        f"{r.get('note', '')}{c['threads']} threads, prefill of {c['prompt']} tokens, depth reached {how}; medians of "
-        f"{rounds} alternating rounds.\n\n" + markdown(head, rows)
+        f"{r.get('note', '')}{c['threads']} threads, prefill of {c['prompt']} tokens, depth "
+        f"reached {how}; medians of {rounds} alternating rounds.\n\n" + markdown(head, rows)
     )
 
 
