@@ -111,8 +111,58 @@ RUN
     chmod +x build/host/server
 }
 
+build_app() { # the screens, and the ExecuTorch engine, which is checked here and not in the APK
+    fetch npm react-native-executorch@0.9.3 react-native-executorch-0.9.3.tgz \
+        70a20a865b82f47ac46c82711d93c2038cf99eccbb9b287494219063f2217622
+    unpack executorch tar xzf "$cache/react-native-executorch-0.9.3.tgz" package/android/libs/classes.jar
+    local executorch=$tools/executorch/package/android/libs/classes.jar
+    rm -rf build/apk build/app build/app-java
+    mkdir -p build/apk/gen build/app-java
+    aapt2 compile --dir src/main/res -o build/apk/res.zip
+    aapt2 link -I /usr/share/android-framework-res/framework-res.apk --manifest src/main/AndroidManifest.xml \
+        --min-sdk-version 24 --target-sdk-version 34 --java build/apk/gen -o build/apk/resources.apk build/apk/res.zip
+    javac --release 8 -Xlint:-options -d build/app-java build/apk/gen/**/*.java
+    say "compiling the app"
+    kotlinc -no-jdk -cp "$android:$ort:$executorch:$kotlin/kotlin-stdlib.jar:build/runtime:build/app-java" \
+        -d build/app $main/app $main/executorch
+}
+
+build_apk() {
+    build_runtime
+    build_app
+    say "shrinking and packing"
+    local out=build/apk
+    mkdir -p $out/dex $out/lib/arm64-v8a
+    java -Xmx1g -cp "$tools/android/d8.jar" com.android.tools.r8.R8 --release --min-api 24 \
+        --lib "$tools/android/android.jar" --pg-conf proguard-rules.pro --output $out/dex \
+        build/runtime/**/*.class build/app/edgekv/app/*.class build/app-java/**/*.class "$ort" "$kotlin/kotlin-stdlib.jar"
+    cp "$tools"/aar/jni/arm64-v8a/*.so $out/lib/arm64-v8a/
+    cp $out/resources.apk $out/unaligned.apk
+    (cd $out && zip -qrX unaligned.apk lib && zip -qjX unaligned.apk dex/classes.dex)
+    zipalign -f -p 4 $out/unaligned.apk $out/unsigned.apk
+    rm -f $out/throw-away.p12
+    keytool -genkeypair -keystore $out/throw-away.p12 -storetype PKCS12 -storepass throwaway -alias key \
+        -keyalg EC -dname "CN=edge-kv throw-away" -validity 3650
+    apksigner sign --ks $out/throw-away.p12 --ks-pass pass:throwaway --min-sdk-version 24 \
+        --out build/edge-kv.apk $out/unsigned.apk
+    check_apk
+}
+
+check_apk() {
+    apksigner verify --min-sdk-version 24 build/edge-kv.apk
+    zipalign -c -p 4 build/edge-kv.apk
+    dexdump -c build/apk/dex/classes.dex >/dev/null
+    aapt2 dump badging build/edge-kv.apk >build/apk/badging.txt
+    for fact in "package: name='edgekv.app'" "sdkVersion:'24'" "targetSdkVersion:'34'" \
+        "launchable-activity: name='edgekv.app.MainActivity'" "native-code: 'arm64-v8a'"; do
+        grep -qF "$fact" build/apk/badging.txt || { echo "the APK lacks $fact" >&2; exit 1; }
+    done
+    say "build/edge-kv.apk, $(stat -c %s build/edge-kv.apk) bytes, verified; no phone has run it"
+}
+
 case ${1:-} in
 host) get_tools && build_host ;;
+apk) get_tools && build_apk ;;
 *)
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
     exit 2

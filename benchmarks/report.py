@@ -26,7 +26,7 @@ from edge_kv.terminal import size
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/android.md")
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/quality.py
     "int8 weights": "int8 block 32, f32 KV",
@@ -234,11 +234,44 @@ def first_line(path: Path) -> str:
     return " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
 
 
+def jvm() -> str:
+    """The Android app's classes against the Python runtime, one row a prompt."""
+    result = load("android_jvm")
+    rows = [
+        [
+            run["model"],
+            run["stored"],
+            f"{p['prompt']:,}",
+            f"{p['first_equal']} of {p['tokens']}",
+            f"{p['max_kl']:.0e}",
+        ]
+        for run in result["runs"]
+        for p in run["prompts"]
+    ]
+    head = ["model", "stored as", "prompt", "first greedy tokens equal", "largest KL of a step"]
+    strings = "; ".join(
+        f"{t['tokenizer']} {t['equal']:,} of {t['strings']:,}" for t in result["tokenizers"]
+    )
+    sentence = f"Strings with the ids of Hugging Face `tokenizers`: {strings}."
+    return f"{table(head, rows, left=2)}\n\n{sentence}"
+
+
+def apk() -> str:
+    """What the APK holds, largest first."""
+    result = load("android_apk")
+    files = sorted(result["files"], key=lambda f: -f["stored"])
+    rows = [[f"`{f['path']}`", size(f["bytes"]), size(f["stored"])] for f in files]
+    rows.append(["the APK, signed", "", size(result["bytes"])])
+    return table(["file", "bytes", "in the APK"], rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "full-size": full_size,
     "memory": memory,
     "files": file_map,
+    "jvm": jvm,
+    "apk": apk,
 }
 
 

@@ -13,7 +13,8 @@ from edge_kv.artifact import model_fingerprint, read_artifact
 from edge_kv.kv_plan import state_views
 from edge_kv.parity import divergence
 from edge_kv.ple import PleTable
-from edge_kv.runtime import load
+from edge_kv.runtime import Chat, Options, load
+from edge_kv.runtime.bench import bench
 from edge_kv.runtime.generation import generate
 from edge_kv.runtime.sampling import Sampler
 from edge_kv.runtime.snapshot import plan_digest
@@ -350,3 +351,117 @@ def test_damaged_snapshots_are_refused_and_change_nothing(host, tmp_path):
     with pytest.raises(HostError, match="Cannot write the snapshot"):
         host.ask("snapshot", path=str(tmp_path / "no" / "where.kv"))
     shutil.rmtree(root)
+
+
+def test_packed_weights_are_made_once_and_give_the_same_logits(host, exact_artifact, tmp_path):
+    ids = prompt(50)
+    host.ask("open", root=str(exact_artifact), threads=1)
+    host.ask("prefill", ids=ids[:40])
+    wanted = host.decode(ids[40:])
+
+    def opened():
+        answer = host.ask(
+            "open", root=str(exact_artifact), threads=1, pack_from=0, cache=str(tmp_path)
+        )
+        assert answer["packed"]
+        host.ask("prefill", ids=ids[:40])
+        np.testing.assert_array_equal(host.decode(ids[40:]), wanted)
+        (weights,) = tmp_path.glob("packed/*/weights.bin")
+        return weights
+
+    weights = opened()
+    made = weights.stat().st_mtime_ns
+    assert opened().stat().st_mtime_ns == made
+    with weights.open("ab") as f:  # a file that is not as it was recorded is made anew
+        f.write(b"x")
+    assert opened().stat().st_size < weights.stat().st_size + 1
+    assert not list(tmp_path.glob("packed/*.part")) and not list(tmp_path.glob("*.kv"))
+
+
+def test_a_measurement_is_the_document_of_edge_kv_bench(host, exact_artifact):
+    asked = {"prompt": 32, "tokens": 4, "repeats": 2}
+    answer = host.ask("bench", root=str(exact_artifact), depths=[512, 100], **asked)
+    found = answer["document"]
+    wanted = bench(read_artifact(exact_artifact), [100, 512], threads=1, **asked)
+    assert keys(found) == keys(wanted)
+    assert [r["ctx"] for r in found["runs"]] == [100, 512]
+    for run, theirs in zip(found["runs"], wanted["runs"], strict=True):
+        assert keys({**run, "roofline": theirs["roofline"]}) == keys(theirs)
+        assert run["depth"] == theirs["depth"] and run["filled"] == "prefilled in this run"
+        assert run["decode"]["tokens"] == 8 and len(run["prefill"]["seconds"]) == 2
+        assert 0 < run["decode"]["seconds"]["p50"] <= run["decode"]["seconds"]["p99"]
+        assert all(run["memory"][p]["anon_peak"] > 0 for p in ("load", "prefill", "decode"))
+    planned = read_artifact(exact_artifact).manifest.memory["phases"]["decode"]["anon"]
+    assert found["plan"][0]["phases"]["decode"]["anon"] == planned
+    assert any("filling" in s for s in answer["said"])
+    with pytest.raises(HostError, match="Depth 513 is outside 2 … 512"):
+        host.ask("bench", root=str(exact_artifact), depths=[513], **asked)
+
+
+def keys(value):
+    """The shape of a document: its keys, without values; what a phone leaves out is null."""
+    if isinstance(value, dict):
+        unmeasured = ("bandwidth", "machine", "plan", "runs", "load_average")
+        return {k: None if k in unmeasured else keys(v) for k, v in value.items()}
+    return None
+
+
+@pytest.fixture
+def storage(exact_artifact, tmp_path):
+    """App storage with tiny in it, and a directory that is not an artifact."""
+    (tmp_path / "storage" / "empty").mkdir(parents=True)
+    (tmp_path / "storage" / "tiny").symlink_to(exact_artifact)
+    (tmp_path / "cache").mkdir()
+    return {"storage": str(tmp_path / "storage"), "cache": str(tmp_path / "cache")}
+
+
+def test_a_screen_chats_and_takes_a_conversation_up_again(host, storage, exact_artifact):
+    assert host.ask("assistant", **storage) == ["tiny"]
+    screen = host.ask("act", action="load", name="tiny")
+    assert screen["model"] == "tiny" and screen["ctx"] == 512 and screen["problem"] is None
+    screen = host.ask("act", action="send", content="And it came to pass", max_new_tokens=20)
+    with load(exact_artifact, threads=1) as session:
+        chat = Chat(session, options=Options(max_new_tokens=20))
+        first = "".join(chat.send("And it came to pass"))
+        second = "".join(chat.send("Behold"))
+    assert screen["transcript"] == f"▸ And it came to pass\n\n{first}"
+    assert screen["speed"] > 0 and screen["position"] > 20 and screen["activity"] is None
+    host.ask("act", action="save")
+    host.ask("assistant", **storage)  # the system ended the app, the user opens it again
+    again = host.ask("act", action="load", name="tiny")
+    assert again["transcript"] == screen["transcript"]
+    again = host.ask("act", action="send", content="Behold", max_new_tokens=20)
+    assert again["transcript"].endswith(f"▸ Behold\n\n{second}")
+    assert host.ask("act", action="new chat")["transcript"] == ""
+
+
+def test_a_screen_says_what_is_wrong_in_words(host, storage):
+    host.ask("assistant", **storage)
+    problem = host.ask("act", action="send", content="Hi", max_new_tokens=1)["problem"]
+    assert problem == "No model is loaded; choose one first."
+    assert "is not an edge-kv artifact" in host.ask("act", action="load", name="empty")["problem"]
+    host.ask("assistant", available=10_000_000, **storage)
+    screen = host.ask("act", action="load", name="tiny")
+    assert screen["model"] is None
+    assert "of memory by its plan, 10 MB are available; close other apps" in screen["problem"]
+
+
+def test_stop_ends_a_reply_at_once(host, storage):
+    host.ask("assistant", **storage)
+    host.ask("act", action="load", name="tiny")
+    host.ask("act", action="send", content="And it came", max_new_tokens=400, wait=False)
+    while not host.ask("act", action="look", wait=False)["position"]:
+        pass
+    screen = host.ask("act", action="stop")
+    assert screen["activity"] is None and screen["problem"] is None
+    assert 0 < screen["position"] < 400
+    screen = host.ask("act", action="send", content="And", max_new_tokens=5)
+    assert screen["problem"] is None and "▸ And" in screen["transcript"]
+
+
+def test_a_screen_measures_and_loads_its_model_again(host, storage):
+    host.ask("assistant", **storage)
+    host.ask("act", action="load", name="tiny")
+    screen = host.ask("act", action="measure", depths=[100, 2048])
+    assert screen["problem"] is None
+    assert [r["ctx"] for r in screen["measurement"]["runs"]] == [100, 512]

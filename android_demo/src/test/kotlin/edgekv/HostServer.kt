@@ -1,12 +1,16 @@
 package edgekv
 
 import edgekv.core.Artifact
+import edgekv.core.Assistant
+import edgekv.core.Bench
 import edgekv.core.Chat
 import edgekv.core.ChatTemplate
 import edgekv.core.EdgeKvException
+import edgekv.core.Engines
 import edgekv.core.Fields
 import edgekv.core.IntList
 import edgekv.core.Json
+import edgekv.core.Memory
 import edgekv.core.MemoryMeter
 import edgekv.core.Message
 import edgekv.core.NumpyRandom
@@ -30,22 +34,33 @@ import java.util.Base64
 private class HostServer(private val scratch: File) {
     private var session: Session? = null
     private var chat: Chat? = null
+    private var assistant: Assistant? = null
     private val tokenizers = HashMap<String, Tokenizer>()
 
     fun answer(request: Fields): Any? = when (val op = request.text("op")) {
-        "json" -> mapOf("compact" to Json.compact(request.tree("value")), "python" to Json.python(request.tree("value")))
         "tokenize" -> tokenize(request)
         "render" -> render(request)
         "random" -> random(request)
+        "version" -> OnnxSession.version
         "sample" -> sample(request)
-        "memory" -> MemoryMeter.read(pss = true).let { mapOf("anon" to it.anon, "file" to it.file, "peak" to it.peak, "pss" to it.pss) }
-        "artifact" -> Artifact.open(File(request.text("root"))).let { a ->
-            if (request.flagOr("digests", false)) a.checkDigests()
-            mapOf("fingerprint" to a.manifest.fingerprint, "plan" to a.plan.digest, "bytes" to a.plan.bytes, "views" to a.plan.views.map { it.name })
-        }
+        "memory" -> memory(MemoryMeter.read(pss = true))
+        "artifact" -> describe(Artifact.open(File(request.text("root"))), request.flagOr("digests", false))
         "ple" -> ple(request)
         "open" -> open(request)
+        "bench" -> bench(request)
+        "assistant" -> assistant(request)
+        "act" -> act(request, assistant!!)
         else -> session(op, request, session ?: throw IllegalStateException("open a session first"))
+    }
+
+    private fun memory(m: Memory) = mapOf("anon" to m.anon, "file" to m.file, "peak" to m.peak, "pss" to m.pss)
+
+    private fun describe(artifact: Artifact, digests: Boolean): Any? {
+        if (digests) artifact.checkDigests()
+        return mapOf(
+            "fingerprint" to artifact.manifest.fingerprint, "plan" to artifact.plan.digest,
+            "bytes" to artifact.plan.bytes, "views" to artifact.plan.views.map { it.name },
+        )
     }
 
     private fun session(op: String, request: Fields, session: Session): Any? = when (op) {
@@ -62,7 +77,7 @@ private class HostServer(private val scratch: File) {
         "restore" -> session.restore(File(request.text("path"))).let { state(session) + ("note" to it) }
         "send" -> send(request, session)
         "save" -> chat(session).save(File(request.text("path"))).let { null }
-        "load" -> chat(session).let { chat -> chat.load(File(request.text("path"))).let { chat.messages.map { listOf(it.role, it.content) } } }
+        "load" -> chat(session).also { it.load(File(request.text("path"))) }.messages.map { listOf(it.role, it.content) }
         "cancel" -> cancel(request, session)
         "close" -> session.close().let { null }
         else -> throw IllegalArgumentException("no such request: $op")
@@ -71,13 +86,65 @@ private class HostServer(private val scratch: File) {
     private fun open(request: Fields): Any? {
         session?.close()
         chat = null
-        val opened = OnnxSession(Artifact.open(File(request.text("root"))), scratch, request.int("threads"))
+        val artifact = Artifact.open(File(request.text("root")))
+        val threads = request.int("threads")
+        val opened = if (request.has("pack_from")) {
+            OnnxSession(artifact, File(request.text("cache")), threads, request.long("pack_from"))
+        } else {
+            OnnxSession(artifact, scratch, threads)
+        }
         session = opened
-        return state(opened)
+        return state(opened) + ("packed" to opened.packed)
+    }
+
+    private fun assistant(request: Fields): Any? {
+        val available = if (request.has("available")) request.long("available") else MemoryMeter.available()
+        val cache = File(request.text("cache"))
+        val engines = object : Engines {
+            override fun open(artifact: Artifact) = OnnxSession(artifact, cache, 1)
+
+            override fun isPacked(artifact: Artifact) = OnnxSession.isPacked(artifact, cache)
+        }
+        val made = Assistant(File(request.text("storage")), cache, mapOf("cpu" to "host"), 1, { available }, engines)
+        assistant = made
+        return made.models()
+    }
+
+    /** What a screen does; answers with what a screen shows, after the work unless `wait` is false. */
+    private fun act(request: Fields, assistant: Assistant): Any? {
+        val options = { Options(request.int("max_new_tokens")) }
+        when (val action = request.text("action")) {
+            "load" -> assistant.load(request.text("name"))
+            "send" -> assistant.send(request.text("content"), options())
+            "new chat" -> assistant.newChat()
+            "measure" -> assistant.measure(request.ints("depths"))
+            "stop" -> assistant.stop()
+            "save" -> assistant.save()
+            "look" -> Unit
+            else -> throw IllegalArgumentException("no such action: $action")
+        }
+        while (request.flagOr("wait", true) && assistant.busy) Thread.sleep(5)
+        val s = assistant.state
+        return mapOf(
+            "model" to s.model, "transcript" to s.transcript, "activity" to s.activity, "problem" to s.problem,
+            "speed" to s.speed, "position" to s.position, "ctx" to s.ctx,
+            "measurement" to s.measurement?.let { Json.parse(it.toByteArray()) },
+        )
     }
 
     private fun state(session: Session): Map<String, Any?> =
         mapOf("pos" to session.pos, "written" to session.written, "max_rewind" to session.maxRewind)
+
+    private fun bench(request: Fields): Any? {
+        val artifact = Artifact.open(File(request.text("root")))
+        val machine = mapOf("cpu" to "host", "versions" to mapOf("onnxruntime" to OnnxSession.version))
+        val bench = Bench(artifact, 1, machine, scratch) { OnnxSession(artifact, scratch, 1) }
+        bench.prompt = request.int("prompt")
+        bench.tokens = request.int("tokens")
+        bench.repeats = request.int("repeats")
+        val said = ArrayList<String>()
+        return mapOf("document" to bench.run(request.ints("depths")) { said += it }, "said" to said)
+    }
 
     private fun chat(session: Session): Chat = chat ?: run {
         val template = ChatTemplate.of(session.artifact) ?: ChatTemplate.RAW
@@ -113,7 +180,9 @@ private class HostServer(private val scratch: File) {
 
     private fun tokenize(request: Fields): Any? {
         val path = request.text("file")
-        val tokenizer = tokenizers.getOrPut(path) { Tokenizer.read(File(path), request.int("bos"), request.flag("add_bos")) }
+        val tokenizer = tokenizers.getOrPut(path) {
+            Tokenizer.read(File(path), request.int("bos"), request.flag("add_bos"))
+        }
         val start = request.flagOr("start", false)
         val encoded = request.texts("texts").map { tokenizer.encode(it, start) }
         val decode = if (request.has("decode")) request.list("decode").map { tokenizer.decode(ints(it)) } else emptyList()
@@ -127,14 +196,16 @@ private class HostServer(private val scratch: File) {
 
     private fun random(request: Fields): Any? {
         val seed = request.long("seed")
-        val doubles = NumpyRandom(seed).let { random -> List(request.int("count")) { random.nextDouble() } }
-        return mapOf("doubles" to doubles, "integers" to NumpyRandom(seed).integers(request.int("bound"), request.int("count")).toList())
+        val count = request.int("count")
+        val doubles = NumpyRandom(seed).let { random -> List(count) { random.nextDouble() } }
+        val integers = NumpyRandom(seed).integers(request.int("bound"), count)
+        return mapOf("doubles" to doubles, "integers" to integers.toList())
     }
 
     private fun sample(request: Fields): Any? {
         val sampler = Sampler(sampling(request))
         val logits = bytes(request.text("logits")).asFloatBuffer().let { b -> FloatArray(b.remaining()).also(b::get) }
-        return List(request.int("count")) { sampler.choose(logits, ids(request, "history")) }
+        return List(request.int("count")) { sampler.choose(logits) { ids(request, "history") } }
     }
 
     private fun ple(request: Fields): Any? {
@@ -165,7 +236,8 @@ private class HostServer(private val scratch: File) {
         return Base64.getEncoder().encodeToString(out.array())
     }
 
-    private fun bytes(text: String): ByteBuffer = ByteBuffer.wrap(Base64.getDecoder().decode(text)).order(ByteOrder.LITTLE_ENDIAN)
+    private fun bytes(text: String): ByteBuffer =
+        ByteBuffer.wrap(Base64.getDecoder().decode(text)).order(ByteOrder.LITTLE_ENDIAN)
 }
 
 fun main(args: Array<String>) {

@@ -7,7 +7,13 @@ import java.util.PriorityQueue
  * with the lowest rank first, the leftmost of equals; characters without a token fall back to
  * their bytes, and without those to the unknown token.
  */
-class Bpe(private val vocabulary: Vocabulary, private val unknown: Int, private val fuseUnknown: Boolean, private val byteFallback: Boolean, private val ignoreMerges: Boolean) {
+class Bpe(
+    private val vocabulary: Vocabulary,
+    private val unknown: Int,
+    private val fuseUnknown: Boolean,
+    private val byteFallback: Boolean,
+    private val ignoreMerges: Boolean,
+) {
     private var keys = LongArray(1 shl 12) // left id, right id; open addressing
     private var ranks = IntArray(1 shl 12) // rank + 1; 0: empty
     private val made = IntList() // what the merge of a rank makes

@@ -30,7 +30,7 @@ fun generate(session: Session, prompt: IntArray, options: Options, stop: Set<Int
     session.feed(prompt.copyOf(prompt.size - 1))
     repeat(options.maxNewTokens) {
         if (history.size > session.plan.ctx) return
-        val id = sampler.choose(session.decode(history[history.size - 1]), history.toArray())
+        val id = sampler.choose(session.decode(history[history.size - 1]), history::toArray)
         if (id in stop) return
         history.add(id)
         onToken(id)

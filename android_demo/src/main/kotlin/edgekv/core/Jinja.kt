@@ -63,9 +63,17 @@ internal object Jinja {
         "join" to { v, a -> items(v).joinToString(text(a.positional.getOrElse(0) { "" })) { text(it) } },
         "tojson" to { v, _ -> Json.spaced(v) },
         "items" to { v, _ -> (v as? Map<*, *>).orEmpty().map { listOf(it.key, it.value) } },
-        "dictsort" to { v, _ -> (v as? Map<*, *>).orEmpty().map { listOf(it.key, it.value) }.sortedBy { text(it[0]).lowercase() } },
-        "default" to { v, a -> if (v === Undefined || a.positional.getOrNull(1) == true && !truth(v)) a.positional.getOrElse(0) { "" } else v },
-        "map" to { v, a -> items(v).map { item -> FILTERS.getValue(text(a.positional[0]))(item, Arguments(a.positional.drop(1), emptyMap())) } },
+        "dictsort" to { v, _ ->
+            (v as? Map<*, *>).orEmpty().map { listOf(it.key, it.value) }.sortedBy { text(it[0]).lowercase() }
+        },
+        "default" to { v, a ->
+            val missing = v === Undefined || a.positional.getOrNull(1) == true && !truth(v)
+            if (missing) a.positional.getOrElse(0) { "" } else v
+        },
+        "map" to { v, a ->
+            val filter = FILTERS[text(a.positional[0])] ?: throw Fault("the filter '${a.positional[0]}' is not supported")
+            items(v).map { filter(it, Arguments(a.positional.drop(1), emptyMap())) }
+        },
     )
 
     val TESTS: Map<String, (Any?) -> Boolean> = mapOf(
@@ -84,7 +92,10 @@ internal object Jinja {
     )
 
     private val METHODS: Map<String, (Any?, Arguments) -> Any?> = mapOf(
-        "get" to { v, a -> (v as? Map<*, *> ?: fault("get", v)).let { if (it.containsKey(a.positional[0])) it[a.positional[0]] else a.positional.getOrNull(1) } },
+        "get" to { v, a ->
+            val map = v as? Map<*, *> ?: fault("get", v)
+            if (map.containsKey(a.positional[0])) map[a.positional[0]] else a.positional.getOrNull(1)
+        },
         "items" to { v, a -> FILTERS.getValue("items")(v, a) },
         "keys" to { v, _ -> (v as? Map<*, *> ?: fault("keys", v)).keys.toList() },
         "values" to { v, _ -> (v as? Map<*, *> ?: fault("values", v)).values.toList() },
@@ -94,7 +105,10 @@ internal object Jinja {
         "rstrip" to { v, a -> string("rstrip", v).trimEnd(stripped(a)) },
         "startswith" to { v, a -> string("startswith", v).startsWith(string("startswith", a.positional.getOrNull(0))) },
         "endswith" to { v, a -> string("endswith", v).endsWith(string("endswith", a.positional.getOrNull(0))) },
-        "replace" to { v, a -> string("replace", v).replace(string("replace", a.positional[0]), string("replace", a.positional[1])) },
+        "replace" to { v, a ->
+            val (old, new) = List(2) { string("replace", a.positional.getOrNull(it)) }
+            string("replace", v).replace(old, new)
+        },
         "upper" to { v, _ -> string("upper", v).uppercase() },
         "lower" to { v, _ -> string("lower", v).lowercase() },
     )
@@ -135,7 +149,8 @@ internal object Jinja {
 
     fun item(v: Any?, key: Any?): Any? = when {
         v === Undefined -> throw Fault("${if (key is String) "'$key'" else "an item"} is asked of something undefined")
-        key is Long && (v is List<*> || v is String) -> items(v).let { it.getOrElse(if (key < 0) it.size + key.toInt() else key.toInt()) { Undefined } }
+        key is Long && (v is List<*> || v is String) ->
+            items(v).let { it.getOrElse(if (key < 0) it.size + key.toInt() else key.toInt()) { Undefined } }
         v is Map<*, *> && v.containsKey(key) -> v[key]
         key is String -> attribute(v, key)
         else -> Undefined
@@ -143,7 +158,10 @@ internal object Jinja {
 
     fun slice(v: Any?, from: Any?, until: Any?): Any? {
         val all = items(v)
-        fun bound(n: Any?, default: Int) = if (n == null) default else number(n).toInt().let { (if (it < 0) it + all.size else it).coerceIn(0, all.size) }
+        fun bound(n: Any?, default: Int): Int {
+            val at = if (n == null) default else number(n).toInt()
+            return (if (at < 0) at + all.size else at).coerceIn(0, all.size)
+        }
         val (a, b) = Pair(bound(from, 0), bound(until, all.size))
         val part = if (a < b) all.subList(a, b) else emptyList()
         return if (v is String) part.joinToString("") else part

@@ -109,8 +109,10 @@ internal class JinjaParser(source: String) {
                 all.forEachIndexed { i, item ->
                     val loop = mapOf(
                         "index" to i + 1L, "index0" to i.toLong(), "first" to (i == 0), "last" to (i == all.lastIndex),
-                        "length" to all.size.toLong(), "revindex" to (all.size - i).toLong(), "revindex0" to (all.lastIndex - i).toLong(),
-                        "previtem" to all.getOrElse(i - 1) { Jinja.Undefined }, "nextitem" to all.getOrElse(i + 1) { Jinja.Undefined },
+                        "length" to all.size.toLong(),
+                        "revindex" to (all.size - i).toLong(), "revindex0" to (all.lastIndex - i).toLong(),
+                        "previtem" to all.getOrElse(i - 1) { Jinja.Undefined },
+                        "nextitem" to all.getOrElse(i + 1) { Jinja.Undefined },
                     )
                     try {
                         body.run(Scope(bound(item) + ("loop" to loop), scope), out)
@@ -241,7 +243,9 @@ internal class JinjaParser(source: String) {
             val operation: (Any?, Any?) -> Any? = when {
                 accept("*") -> { x, y -> Jinja.arithmetic(x, y, Long::times, Double::times) }
                 accept("//") -> { x, y -> Jinja.arithmetic(x, y, ::floorDivide) { p, q -> Math.floor(p / q) } }
-                accept("%") -> { x, y -> Jinja.arithmetic(x, y, { p, q -> p - q * floorDivide(p, q) }) { p, q -> p - q * Math.floor(p / q) } }
+                accept("%") -> { x, y ->
+                    Jinja.arithmetic(x, y, { p, q -> p - q * floorDivide(p, q) }) { p, q -> p - q * Math.floor(p / q) }
+                }
                 else -> return left
             }
             val b = unary()

@@ -28,7 +28,7 @@ class TensorIO(val name: String, val dtype: String, val shape: List<Any?>)
 
 class Program(val file: String, val inputs: List<TensorIO>, val outputs: List<TensorIO>)
 
-class Backend(val programs: Map<String, Program>, val files: List<String>)
+class Backend(val programs: Map<String, Program>, val files: List<String>, val details: Map<*, *>)
 
 class TokenizerEntry(val file: String, val chatTemplate: String?, val addBos: Boolean, val stopIds: List<Int>)
 
@@ -40,6 +40,8 @@ class PhasePlan(val anon: Long, val file: Long)
 /** `manifest.json`, schema version 1; the schema in words: docs/artifact.md. */
 class Manifest(
     val name: String,
+    /** The version of edge-kv that wrote it. */
+    val madeBy: String,
     val model: ModelConfig,
     val modelTree: Map<*, *>,
     val plan: KvPlan,
@@ -97,6 +99,7 @@ class Manifest(
             val memory = root.fields("memory")
             return Manifest(
                 name = root.text("name"),
+                madeBy = root.text("edge_kv"),
                 model = model,
                 modelTree = root.tree("model"),
                 plan = plan(root.fields("plan"), model),
@@ -154,6 +157,7 @@ class Manifest(
                 Program(it.text("file"), tensors(it, "inputs"), tensors(it, "outputs"))
             },
             files = f.texts("files"),
+            details = if (f.has("details")) f.tree("details") else emptyMap<String, Any?>(),
         )
 
         private fun tensors(f: Fields, name: String) =

@@ -67,8 +67,10 @@ class NumpyRandom(seed: Long) {
 
     /** Upper 64 bits of an unsigned product; `Math.multiplyHigh` needs Android 12. */
     private fun multiplyHigh(a: Long, b: Long): Long {
-        val (aHigh, aLow) = (a ushr 32) to (a and MASK)
-        val (bHigh, bLow) = (b ushr 32) to (b and MASK)
+        val aHigh = a ushr 32
+        val aLow = a and MASK
+        val bHigh = b ushr 32
+        val bLow = b and MASK
         val middle = aHigh * bLow + (aLow * bLow ushr 32)
         val lower = aLow * bHigh + (middle and MASK)
         return aHigh * bHigh + (middle ushr 32) + (lower ushr 32)

@@ -12,12 +12,13 @@ class Sampling(
     val seed: Long? = null,
 ) {
     init {
+        fun positive(x: Double) = x > 0 && !x.isInfinite()
         val faults = listOf(
-            "temperature $temperature must be 0 (greedy) or a positive number" to (temperature >= 0 && !temperature.isInfinite()),
+            "temperature $temperature must be 0 (greedy) or a positive number" to (temperature == 0.0 || positive(temperature)),
             "top_k $topK must be 0 (off) or more" to (topK >= 0),
             "top_p $topP must lie above 0 and up to 1" to (topP > 0 && topP <= 1),
             "min_p $minP must lie in 0 … 1" to (minP in 0.0..1.0),
-            "repetition_penalty $repetitionPenalty must be a positive number" to (repetitionPenalty > 0 && !repetitionPenalty.isInfinite()),
+            "repetition_penalty $repetitionPenalty must be a positive number" to positive(repetitionPenalty),
             "seed $seed must not be negative" to (seed == null || seed >= 0),
         ).filterNot { it.second }.map { it.first }
         if (faults.isNotEmpty()) throw ConfigException("Sampling: " + faults.joinToString("; ") + ".")
@@ -33,14 +34,14 @@ class Sampler(private val options: Sampling) {
      *
      * @throws RuntimeFault a logit is NaN or +inf, or all are -inf
      */
-    fun choose(logits: FloatArray, history: IntArray): Int {
+    fun choose(logits: FloatArray, history: () -> IntArray): Int {
         var top = Float.NEGATIVE_INFINITY
         for (x in logits) top = if (x.isNaN()) x else maxOf(top, x)
         if (top.isNaN() || top.isInfinite()) {
             throw RuntimeFault("The largest logit is $top: the model computed nothing usable; check the artifact's files.")
         }
-        val row = if (options.repetitionPenalty == 1.0) logits else penalised(logits, history)
-        if (options.temperature == 0.0) return row.indices.maxWith { a, b -> if (row[a] != row[b]) row[a].compareTo(row[b]) else b - a }
+        val row = if (options.repetitionPenalty == 1.0) logits else penalised(logits, history())
+        if (options.temperature == 0.0) return likeliest(row)
         val (ids, weights) = candidates(row)
         val cumulative = DoubleArray(weights.size)
         var total = 0.0
@@ -51,6 +52,12 @@ class Sampler(private val options: Sampling) {
         val at = random.nextDouble() * total
         val chosen = cumulative.indexOfFirst { it > at } // never lands on a weight of 0
         return ids[if (chosen < 0) ids.lastIndex else chosen]
+    }
+
+    private fun likeliest(row: FloatArray): Int {
+        var best = 0
+        for (id in row.indices) if (row[id] > row[best]) best = id
+        return best
     }
 
     /** Ids that survive the filters and their unnormalised probabilities, likeliest first if filtered. */
@@ -104,6 +111,7 @@ class Sampler(private val options: Sampling) {
             if (count >= weights.size) return weights.indices.sortedWith(better.reversed()).toIntArray()
             val heap = java.util.PriorityQueue(count + 1, better)
             for (i in weights.indices) {
+                if (heap.size == count && weights[i] <= weights[heap.peek()!!]) continue
                 heap.add(i)
                 if (heap.size > count) heap.poll()
             }

@@ -48,6 +48,9 @@ abstract class Session(val artifact: Artifact) : Closeable {
     /** Whether `snapshot` and `restore` work: the engine's state can be reached. */
     open val canSnapshot get() = true
 
+    /** Whether weights are mapped from a file packed for this device, rather than on the heap. */
+    open val packed get() = false
+
     /**
      * Feeds `ids` in chunks of `plan.chunk`; yields no logits. Finished chunks stay fed.
      *

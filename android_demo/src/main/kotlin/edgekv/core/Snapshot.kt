@@ -26,7 +26,15 @@ object Snapshot {
     }
 
     /** @throws SnapshotException the file cannot be written */
-    fun write(file: File, identity: Identity, plan: KvPlan, state: KvState, tokens: IntArray, written: Int, note: Map<String, Any?>) {
+    fun write(
+        file: File,
+        identity: Identity,
+        plan: KvPlan,
+        state: KvState,
+        tokens: IntArray,
+        written: Int,
+        note: Map<String, Any?>,
+    ) {
         val header = identity.entries + mapOf(
             "pos" to tokens.size, "written" to written, "note" to note, "sections" to sections(plan, tokens.size, written),
         )
@@ -114,7 +122,8 @@ object Snapshot {
         }
         val pos = (header["pos"] as? Long)?.toInt() ?: -1
         val written = (header["written"] as? Long)?.toInt() ?: -1
-        val wanted = if (pos in 0..written && written <= plan.ctx && plan.canRewind(pos, written)) sections(plan, pos, written) else null
+        val possible = pos in 0..written && written <= plan.ctx && plan.canRewind(pos, written)
+        val wanted = if (possible) sections(plan, pos, written) else null
         val bytes = wanted?.sumOf { it.getValue("bytes") as Long }
         if (wanted == null || bytes != body || Json.python(header["sections"]) != Json.python(wanted)) {
             throw SnapshotException("$file does not hold the rows its plan asks for; take it again.")
@@ -151,7 +160,8 @@ object Snapshot {
         } catch (e: JsonException) {
             throw SnapshotException("$file has a header that is not JSON; take it again.", e)
         }
-        return Pair(header as? Map<*, *> ?: throw SnapshotException("$file has a header that is not an object; take it again."), body - length)
+        if (header !is Map<*, *>) throw SnapshotException("$file has a header that is not an object; take it again.")
+        return Pair(header, body - length)
     }
 
     private fun digestMatches(channel: FileChannel, prefix: ByteArray, body: Long): Boolean {

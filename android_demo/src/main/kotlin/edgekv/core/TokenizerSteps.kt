@@ -46,7 +46,8 @@ internal object TokenizerSteps {
     /** Split at a text that stays at the end of the piece before it ("MergedWithPrevious"). */
     private fun splitAfter(f: Fields): (String) -> List<String> {
         val pattern = f.fields("pattern").textOrNull("String")?.ifEmpty { null }
-        if (pattern == null || f.text("behavior") != "MergedWithPrevious" || f.flagOr("invert", false)) refuse("pre-tokenizer", f)
+        val merged = f.text("behavior") == "MergedWithPrevious" && !f.flagOr("invert", false)
+        if (pattern == null || !merged) refuse("pre-tokenizer", f)
         return { text ->
             val pieces = ArrayList<String>()
             var begin = 0
@@ -81,7 +82,8 @@ internal object TokenizerSteps {
             run.reset()
         }
         for (token in tokens) {
-            val byte = if (token.length == 6 && token.startsWith("<0x") && token.endsWith(">")) token.substring(3, 5).toIntOrNull(16) else null
+            val spelled = token.length == 6 && token.startsWith("<0x") && token.endsWith(">")
+            val byte = if (spelled) token.substring(3, 5).toIntOrNull(16) else null
             if (byte != null) {
                 run.write(byte)
             } else {

@@ -6,6 +6,7 @@ import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtException
 import ai.onnxruntime.OrtLoggingLevel
 import ai.onnxruntime.OrtSession
+import ai.onnxruntime.OrtSession.SessionOptions
 import ai.onnxruntime.TensorInfo
 import edgekv.core.Artifact
 import edgekv.core.ArtifactException
@@ -27,10 +28,18 @@ import java.nio.ByteOrder
  * State is bound in place: every state input and its output are the same memory, so TensorScatter
  * writes rows without copying a buffer. Append buffers are bound one head at a time as a prefix of
  * `plan.liveRows(end)` rows, so that the cost of a step follows the live length, not ctx.
+ *
+ * `cache` takes weights packed for this device, from `packFrom` bytes of them on, and for a moment
+ * the files that state is mapped from.
  */
-class OnnxSession(artifact: Artifact, scratch: File, threads: Int) : Session(artifact) {
+class OnnxSession(
+    artifact: Artifact,
+    private val cache: File,
+    private val threads: Int,
+    private val packFrom: Long = PackedWeights.WORTH_PACKING,
+) : Session(artifact) {
     override val engine = ENGINE
-    private val state = KvState(plan, scratch)
+    private val state = KvState(plan, cache)
     private val environment = OrtEnvironment.getEnvironment(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
     private val run = OrtSession.RunOptions()
     private val ple: PleTable?
@@ -42,8 +51,9 @@ class OnnxSession(artifact: Artifact, scratch: File, threads: Int) : Session(art
         val opened = ArrayList<Closeable>()
         try {
             ple = artifact.manifest.ple?.let { PleTable(artifact.file(it.file), it) }?.also { opened += it }
-            prefill = Bound("prefill", threads, plan.chunk, model.owning).also { opened += it }
-            decode = Bound("decode", threads, 1, model.layers).also { opened += it }
+            val engines = load().onEach { opened += Closeable { it.value.close() } }
+            prefill = Bound("prefill", engines, plan.chunk, model.owning)
+            decode = Bound("decode", engines, 1, model.layers)
         } catch (e: Exception) {
             opened.asReversed().forEach { it.close() }
             run.close()
@@ -51,6 +61,9 @@ class OnnxSession(artifact: Artifact, scratch: File, threads: Int) : Session(art
         }
         stats.loadSeconds = (System.nanoTime() - begin) / 1e9
     }
+
+    override var packed = false
+        private set
 
     override fun state() = state
 
@@ -73,27 +86,26 @@ class OnnxSession(artifact: Artifact, scratch: File, threads: Int) : Session(art
     }
 
     /** One program with its inputs and outputs bound to fixed memory. */
-    private inner class Bound(private val name: String, threads: Int, width: Int, private val layers: Int) : Closeable {
-        private val program = artifact.backend(ENGINE).programs[name]
-            ?: throw ArtifactException("${artifact.root.name} has no $name program; export again.")
+    private inner class Bound(
+        private val name: String,
+        engines: Map<String, OrtSession>,
+        width: Int,
+        private val layers: Int,
+    ) : Closeable {
+        private val program = program(name)
         private val file = artifact.file(program.file)
-        private val engine = load(file, threads)
+        private val engine = engines.getValue(name)
         private val idsBytes = direct(8 * width)
         private val posBytes = direct(8)
         private val pleBytes = direct(4 * width * layers * model.pleDim)
-        private val logitsBytes = direct(4 * model.vocabSize)
+        private val logitsBytes = direct(if (program.outputs.any { it.name == LOGITS }) 4 * model.vocabSize else 0)
         private val inputs = HashMap<String, OnnxTensor>()
         private val outputs = HashMap<String, OnnxTensor>()
         private var bound: Pair<Int, Int>? = null
-        val logits = FloatArray(model.vocabSize)
+        val logits = FloatArray(logitsBytes.capacity() / 4)
 
         init {
-            try {
-                checkContract()
-            } catch (e: Exception) {
-                close()
-                throw e
-            }
+            checkContract()
         }
 
         fun run(ids: IntArray, pos: Int) {
@@ -107,7 +119,7 @@ class OnnxSession(artifact: Artifact, scratch: File, threads: Int) : Session(art
             } catch (e: OrtException) {
                 throw fault(e, RuntimeFault("onnxruntime failed in $name at position $pos: ${line(e)}", e))
             }
-            if (LOGITS in outputs) logitsBytes.asFloatBuffer().get(logits)
+            if (logits.isNotEmpty()) logitsBytes.asFloatBuffer().get(logits)
         }
 
         override fun close() {
@@ -130,7 +142,7 @@ class OnnxSession(artifact: Artifact, scratch: File, threads: Int) : Session(art
                 inputs[view.name] = bound
                 outputs["${view.name}.out"] = bound
             }
-            if (program.outputs.any { it.name == LOGITS }) {
+            if (logits.isNotEmpty()) {
                 val sizes = longArrayOf(model.vocabSize.toLong())
                 outputs[LOGITS] = tensor(logitsBytes, logitsBytes.capacity(), sizes, OnnxJavaType.FLOAT)
             }
@@ -167,20 +179,58 @@ class OnnxSession(artifact: Artifact, scratch: File, threads: Int) : Session(art
         }
     }
 
-    private fun load(file: File, threads: Int): OrtSession {
-        OrtSession.SessionOptions().use { options ->
+    /** An engine for every program: packed for this device, or from the artifact itself. */
+    private fun load(): Map<String, OrtSession> {
+        val files = PROGRAMS.associateWith { artifact.file(program(it).file) }
+        val packing = PackedWeights(artifact, File(cache, PACKED), version, packFrom) { file, settings ->
+            create(file, settings).close()
+        }
+        packing.programs()?.let { found ->
+            try {
+                return createAll(found) { setOptimizationLevel(SessionOptions.OptLevel.NO_OPT) }.also { packed = true }
+            } catch (e: ArtifactException) {
+                packing.discard()
+            }
+        }
+        return createAll(files) {}
+    }
+
+    private fun createAll(files: Map<String, File>, settings: SessionOptions.() -> Unit): Map<String, OrtSession> {
+        val made = LinkedHashMap<String, OrtSession>()
+        try {
+            for (name in PROGRAMS) made[name] = create(files.getValue(name), settings)
+        } catch (e: EdgeKvException) {
+            made.values.forEach { it.close() }
+            throw e
+        }
+        return made
+    }
+
+    private fun create(file: File, settings: SessionOptions.() -> Unit): OrtSession = SessionOptions().use { options ->
+        try {
             options.setIntraOpNumThreads(threads)
             options.setMemoryPatternOptimization(false) // a planned arena only holds more
-            try {
-                return environment.createSession(file.path, options)
-            } catch (e: OrtException) {
-                throw fault(e, ArtifactException("onnxruntime cannot load $file: ${line(e)}", e))
-            }
+            options.settings()
+            environment.createSession(file.path, options)
+        } catch (e: OrtException) {
+            throw fault(e, ArtifactException("onnxruntime cannot load $file: ${line(e)}", e))
         }
     }
 
+    private fun program(name: String): Program = artifact.backend(ENGINE).programs[name]
+        ?: throw ArtifactException("${artifact.root.name} has no $name program; export again.")
+
     companion object {
         const val ENGINE = "onnx"
+
+        /** Whether the weights of `artifact` were packed for this device. */
+        fun isPacked(artifact: Artifact, cache: File): Boolean =
+            PackedWeights(artifact, File(cache, PACKED), version) { _, _ -> }.valid() != null
+
+        /** Of onnxruntime's core. */
+        val version: String get() = OrtEnvironment.getEnvironment().version
+        private const val PACKED = "packed"
+        private val PROGRAMS = listOf("prefill", "decode")
         private const val LOGITS = "logits"
         private val TYPES = mapOf(
             "float" to OnnxJavaType.FLOAT,
