@@ -9,7 +9,11 @@ import java.io.File
 import java.io.IOException
 
 /** Copies an artifact that the system's file picker found into the app's storage, and checks it there. */
-class ArtifactImport(private val resolver: ContentResolver, private val storage: File, private val stopped: () -> Boolean) {
+class ArtifactImport(
+    private val resolver: ContentResolver,
+    private val storage: File,
+    private val stopped: () -> Boolean,
+) {
     /**
      * Copies the directory `tree`; nothing is left behind unless all of it arrived as it was made.
      *

@@ -29,7 +29,8 @@ class EdgeKvApp : Application(), Engines {
         return try {
             // by name: only builds with Google's Maven at hand hold this engine
             val type = Class.forName("edgekv.executorch.ExecuTorchSession")
-            type.getConstructor(Artifact::class.java, Int::class.javaPrimitiveType).newInstance(artifact, THREADS) as Session
+            val constructor = type.getConstructor(Artifact::class.java, Int::class.javaPrimitiveType)
+            constructor.newInstance(artifact, THREADS) as Session
         } catch (e: ClassNotFoundException) {
             throw ArtifactException(
                 "${artifact.root.name} has no programs for onnx, and this build of the app holds no other engine; " +

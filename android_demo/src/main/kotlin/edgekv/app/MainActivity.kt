@@ -18,7 +18,6 @@ import edgekv.core.MemoryFit
 import edgekv.core.MemoryMeter
 import edgekv.core.Options
 import java.io.IOException
-import java.util.Locale
 
 /**
  * The one screen. It keeps nothing: the assistant lives in the application, and what it says is
@@ -129,8 +128,8 @@ class MainActivity : Activity() {
         view<Button>(R.id.model).text = state.model ?: getString(R.string.choose_model)
         view<TextView>(R.id.speed).text = listOfNotNull(
             state.activity,
-            String.format(Locale.getDefault(), getString(R.string.speed), state.speed).takeIf { state.speed > 0 },
-            String.format(Locale.getDefault(), getString(R.string.context), state.position, state.ctx).takeIf { state.ctx > 0 },
+            getString(R.string.speed, state.speed).takeIf { state.speed > 0 },
+            getString(R.string.context, state.position, state.ctx).takeIf { state.ctx > 0 },
         ).joinToString(" · ")
         val samples = memory.samples
         view<TextView>(R.id.memory).text = samples.lastOrNull()?.let(::memoryLine).orEmpty()

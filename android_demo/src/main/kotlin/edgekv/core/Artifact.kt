@@ -38,8 +38,12 @@ class Artifact private constructor(val root: File, val manifest: Manifest) {
          */
         fun open(root: File): Artifact {
             val manifest = File(root, Manifest.FILE)
-            if (!root.isDirectory) throw ArtifactException("$root is not a directory; choose the directory `edge-kv export` made.")
-            if (!manifest.isFile) throw ArtifactException("$root has no ${Manifest.FILE}; it is not an edge-kv artifact.")
+            if (!root.isDirectory) {
+                throw ArtifactException("$root is not a directory; choose the directory `edge-kv export` made.")
+            }
+            if (!manifest.isFile) {
+                throw ArtifactException("$root has no ${Manifest.FILE}; it is not an edge-kv artifact.")
+            }
             val bytes = try {
                 manifest.readBytes()
             } catch (e: IOException) {

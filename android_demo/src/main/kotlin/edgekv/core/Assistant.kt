@@ -46,15 +46,19 @@ class Assistant(
 ) {
     @Volatile var state = ScreenState()
         private set
-    private val worker: ExecutorService = Executors.newSingleThreadExecutor { Thread(it, "edge-kv").apply { isDaemon = true } }
+    private val worker: ExecutorService = Executors.newSingleThreadExecutor {
+        Thread(it, "edge-kv").apply { isDaemon = true }
+    }
     private val conversation = File(cache, "conversation.kv")
     @Volatile private var session: Session? = null
     private var chat: Chat? = null
     @Volatile private var stopping = false
 
     /** Names of the artifacts in storage. */
-    fun models(): List<String> =
-        storage.listFiles().orEmpty().filter { File(it, Manifest.FILE).isFile && !it.name.startsWith(".") }.map { it.name }.sorted()
+    fun models(): List<String> = storage.listFiles().orEmpty()
+        .filter { File(it, Manifest.FILE).isFile && !it.name.startsWith(".") }
+        .map { it.name }
+        .sorted()
 
     /** Whether something runs that `stop` would end. */
     val busy get() = state.activity != null
@@ -88,7 +92,8 @@ class Assistant(
         state = state.copy(transcript = state.transcript + question + shown("assistant", "", question))
         val before = session.stats.decodeTokens to session.stats.decodeSeconds
         val reply = chat.send(content, options) { piece ->
-            val (tokens, seconds) = Pair(session.stats.decodeTokens - before.first, session.stats.decodeSeconds - before.second)
+            val tokens = session.stats.decodeTokens - before.first
+            val seconds = session.stats.decodeSeconds - before.second
             state = state.copy(
                 transcript = state.transcript + piece, activity = "Writing", position = session.pos,
                 speed = if (seconds > 0) tokens / seconds else 0.0,

@@ -33,20 +33,30 @@ class Bench(
     fun run(depths: List<Int>, onProgress: (String) -> Unit): Map<String, Any?> {
         val ctx = artifact.plan.ctx
         depths.firstOrNull { it !in 2..ctx }?.let {
-            throw ConfigException("Depth $it is outside 2 … $ctx, the context ${artifact.manifest.name} was exported for.")
+            throw ConfigException(
+                "Depth $it is outside 2 … $ctx, the context ${artifact.manifest.name} was exported for; choose a smaller one.",
+            )
         }
         onProgress("Loading")
         val begin = System.nanoTime()
         val (session, loaded) = watched(open)
         session.use {
             session.decode(promptIds(1)[0])
-            val first = mapOf("seconds" to session.stats.loadSeconds, "start_to_first_token" to (System.nanoTime() - begin) / 1e9)
+            val first = mapOf(
+                "seconds" to session.stats.loadSeconds,
+                "start_to_first_token" to (System.nanoTime() - begin) / 1e9,
+            )
             val runs = depths.sorted().map { depth -> measure(session, depth, loaded, onProgress) + ("load" to first) }
             return document(session, depths.sorted(), runs)
         }
     }
 
-    private fun measure(session: Session, depth: Int, loaded: Map<String, Long?>, onProgress: (String) -> Unit): Map<String, Any?> {
+    private fun measure(
+        session: Session,
+        depth: Int,
+        loaded: Map<String, Long?>,
+        onProgress: (String) -> Unit,
+    ): Map<String, Any?> {
         val ahead = minOf(prompt, depth)
         val start = depth - ahead
         val steps = maxOf(1, minOf(tokens, artifact.plan.ctx - start, ahead))
@@ -57,7 +67,11 @@ class Bench(
         if (start > 0 && session.canSnapshot) session.snapshot(held)
 
         fun atDepth() {
-            if (start == 0) session.reset() else if (session.canSnapshot) session.restore(held) else session.feed(ids.copyOf(start))
+            when {
+                start == 0 -> session.reset()
+                session.canSnapshot -> session.restore(held)
+                else -> session.feed(ids.copyOf(start))
+            }
         }
         try {
             onProgress("$depth tokens: reading a prompt")
@@ -124,12 +138,13 @@ class Bench(
             "machine" to machine,
             "conditions" to mapOf(
                 "threads" to threads, "cache" to session.packed, "prompt" to prompt, "tokens" to tokens,
-                "repeats" to repeats, "load_average" to null,
+                "repeats" to repeats, "fill" to "prefill", "load_average" to null,
             ),
             "bandwidth" to null,
             "plan" to depths.filter { it == artifact.plan.ctx }.map { depth ->
                 mapOf(
-                    "ctx" to depth, "state" to artifact.plan.touchedBytes(depth), "tokenizer" to manifest.tokenizerBytes,
+                    "engine" to session.engine, "ctx" to depth, "state" to artifact.plan.touchedBytes(depth),
+                    "tokenizer" to manifest.tokenizerBytes,
                     "phases" to manifest.phases.mapValues { mapOf("anon" to it.value.anon, "file" to it.value.file) },
                     "baselines_f16" to null,
                 )

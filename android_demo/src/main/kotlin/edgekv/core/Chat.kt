@@ -44,7 +44,8 @@ class Chat(private val session: Session, private val tokenizer: Tokenizer, priva
     fun send(content: String, options: Options, onPiece: (String) -> Unit): Reply {
         val begin = System.nanoTime()
         val asked = messages + Message("user", content)
-        val rendered = template.render(asked, tokenizer.bosToken, session.model.eosIds.firstOrNull()?.let(tokenizer::token) ?: "")
+        val eosToken = session.model.eosIds.firstOrNull()?.let(tokenizer::token) ?: ""
+        val rendered = template.render(asked, tokenizer.bosToken, eosToken)
         val prompt = encode(rendered)
         val stream = TextStream(tokenizer)
         val made = IntList()

@@ -168,7 +168,7 @@ internal object Jinja {
     }
 
     fun call(v: Any?, arguments: Arguments): Any? =
-        (v as? Callable ?: throw Fault(if (v === Undefined) "something undefined is called" else "a ${kind(v)} is called")).call(arguments)
+        (v as? Callable ?: throw Fault("a ${kind(v)} is called")).call(arguments)
 
     fun contains(container: Any?, v: Any?): Boolean =
         if (container is String) string("in", v) in container else items(container).any { equal(it, v) }

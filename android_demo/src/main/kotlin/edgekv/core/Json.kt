@@ -231,7 +231,8 @@ object Json {
 
     /** The shortest digits that read back as `value`, laid out as Python's `repr` does. */
     fun pythonFloat(value: Double): String {
-        if (value.isNaN() || value.isInfinite()) return if (value.isNaN()) "NaN" else if (value > 0) "Infinity" else "-Infinity"
+        if (value.isNaN()) return "NaN"
+        if (value.isInfinite()) return if (value > 0) "Infinity" else "-Infinity"
         if (value == 0.0) return if (1 / value < 0) "-0.0" else "0.0"
         val exact = BigDecimal(value)
         val shortest = (1..17).map { exact.round(MathContext(it)) }.first { it.toDouble() == value }

@@ -106,7 +106,8 @@ class KvPlan(
             if (b.kind != "ring" && b.kind != "append") refuse("plans ${b.name} as '${b.kind}'")
             if (b.shape.size !in 2..3 || b.shape.any { it < 1 }) refuse("gives ${b.name} the shape ${b.shape}")
             val need = if (b.isRing) minOf(ctx, window + chunk - 1) else ctx
-            if (if (b.isRing) b.slots < need else b.slots != need) refuse("gives ${b.name} ${b.slots} slots where $need are needed")
+            val enough = if (b.isRing) b.slots >= need else b.slots == need
+            if (!enough) refuse("gives ${b.name} ${b.slots} slots where $need are needed")
             if (b.isRing && b.slots != ringSlots) refuse("has rings of ${b.slots} and of $ringSlots slots")
             if (b.slots.toLong() * b.rowBytes != b.bytes) refuse("says ${b.name} takes ${b.bytes} bytes")
             val readers = b.readers

@@ -37,7 +37,9 @@ class KvState(val plan: KvPlan, scratch: File) {
 
     private fun map(b: StateBuffer, scratch: File): ByteBuffer {
         if (b.bytes > Int.MAX_VALUE) {
-            throw MemoryLimitException("${b.name} takes ${b.bytes} bytes, more than one mapping holds; export with a smaller --ctx.")
+            throw MemoryLimitException(
+                "${b.name} takes ${b.bytes} bytes, more than one mapping holds; export with a smaller --ctx.",
+            )
         }
         try {
             val file = File.createTempFile("state", ".kv", scratch)

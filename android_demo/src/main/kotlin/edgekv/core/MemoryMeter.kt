@@ -48,7 +48,8 @@ object MemoryMeter {
     private fun fields(file: File): Map<String, Long> = try {
         file.readLines().mapNotNull { line ->
             val words = line.substringAfter(':').trim().split(' ')
-            if (words.size == 2 && words[1] == "kB") words[0].toLongOrNull()?.let { line.substringBefore(':') to it * 1024 } else null
+            val kilobytes = if (words.size == 2 && words[1] == "kB") words[0].toLongOrNull() else null
+            kilobytes?.let { line.substringBefore(':') to it * 1024 }
         }.toMap()
     } catch (e: IOException) {
         emptyMap()

@@ -14,9 +14,11 @@ class PleTable(private val file: File, private val entry: PleEntry) : Closeable 
     private val row = ByteBuffer.allocate(maxOf(entry.rowBytes, 0)).order(ByteOrder.LITTLE_ENDIAN)
 
     init {
-        if (entry.bits !in listOf(4, 8, 32) || entry.bits != 32 && (entry.block <= 0 || entry.values % entry.block != 0)) {
+        val blocks = entry.bits == 32 || entry.block > 0 && entry.values % entry.block == 0
+        if (entry.bits !in listOf(4, 8, 32) || !blocks) {
             throw ArtifactException(
-                "$file is said to store ${entry.bits} bits in blocks of ${entry.block}, which this app does not read; export again.",
+                "$file is said to store ${entry.bits} bits in blocks of ${entry.block}, which this app does not read; " +
+                    "export again.",
             )
         }
         try {
@@ -27,7 +29,9 @@ class PleTable(private val file: File, private val entry: PleEntry) : Closeable 
         val need = entry.rows.toLong() * entry.rowBytes
         if (channel.size() < need) {
             channel.close()
-            throw ArtifactException("$file is shorter than the $need bytes of ${entry.rows} rows; copy or export the artifact again.")
+            throw ArtifactException(
+                "$file is shorter than the $need bytes of ${entry.rows} rows; copy or export the artifact again.",
+            )
         }
     }
 
@@ -42,7 +46,9 @@ class PleTable(private val file: File, private val entry: PleEntry) : Closeable 
             while (row.hasRemaining()) {
                 val at = id.toLong() * entry.rowBytes + row.position()
                 if (channel.read(row, at) < 0) {
-                    throw ArtifactException("$file ends inside the row of token $id; it is cut off; copy or export the artifact again.")
+                    throw ArtifactException(
+                        "$file ends inside the row of token $id; it is cut off; copy or export the artifact again.",
+                    )
                 }
             }
             dequantise(layers * entry.dim, out, i * layers * entry.dim)

@@ -193,7 +193,8 @@ abstract class Session(val artifact: Artifact) : Closeable {
         ids.forEachIndexed { i, id ->
             if (id !in 0 until model.vocabSize) {
                 throw PromptException(
-                    "Token id $id at index $i is outside 0 … ${model.vocabSize - 1}; encode the text with this model's tokenizer.",
+                    "Token id $id at index $i is outside 0 … ${model.vocabSize - 1}; " +
+                        "encode the text with this model's tokenizer.",
                 )
             }
         }

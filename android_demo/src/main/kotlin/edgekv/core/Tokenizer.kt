@@ -38,7 +38,10 @@ class Tokenizer private constructor(file: File, private val bosId: Int, private 
             if (f.has(name) && f.textOrNull(name) != "") refuse("uses $name")
         }
         val unknown = f.textOrNull("unk_token")?.let { vocabulary.id(it) } ?: -1
-        bpe = Bpe(vocabulary, unknown, f.flagOr("fuse_unk", false), f.flagOr("byte_fallback", false), f.flagOr("ignore_merges", false))
+        bpe = Bpe(
+            vocabulary, unknown, f.flagOr("fuse_unk", false), f.flagOr("byte_fallback", false),
+            f.flagOr("ignore_merges", false),
+        )
         json.position = merges // only now is the vocabulary complete
         readMerges(json)
         val all = Fields(rest, file.name)
@@ -89,7 +92,9 @@ class Tokenizer private constructor(file: File, private val bosId: Int, private 
             json.readArray { parts += json.readString() }
             Pair(parts.getOrElse(0) { "" }, parts.getOrElse(1) { "" })
         }
-        if (!bpe.add(left, right)) throw JsonException("the merge of '${left.take(20)}' and '${right.take(20)}' makes no token")
+        if (!bpe.add(left, right)) {
+            throw JsonException("the merge of '${left.take(20)}' and '${right.take(20)}' makes no token")
+        }
     }
 
     companion object {

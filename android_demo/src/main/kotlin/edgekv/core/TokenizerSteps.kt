@@ -122,7 +122,8 @@ internal object ByteLevel {
     fun decode(tokens: List<String>): String {
         val out = java.io.ByteArrayOutputStream()
         for (token in tokens) {
-            if (token.all { it in bytes }) token.forEach { out.write(bytes.getValue(it)) } else out.write(token.toByteArray())
+            val known = token.all { it in bytes }
+            if (known) token.forEach { out.write(bytes.getValue(it)) } else out.write(token.toByteArray())
         }
         return String(out.toByteArray(), Charsets.UTF_8)
     }

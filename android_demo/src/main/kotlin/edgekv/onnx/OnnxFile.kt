@@ -116,7 +116,7 @@ internal object OnnxFile {
                 5 -> 4L
                 else -> throw IOException("wire type ${tag and 7} at byte $start of an ONNX file")
             }
-            if (length < 0 || length > message.until - at) throw IOException("a field at byte $start of an ONNX file is cut off")
+            if (length !in 0..message.until - at) throw IOException("a field at byte $start of an ONNX file is cut off")
             val content = Span(message.data, at, at + length.toInt())
             at = content.until
             yield(Field((tag ushr 3).toInt(), content, Span(message.data, start, at)))
