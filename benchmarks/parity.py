@@ -1,7 +1,8 @@
-"""Records how far the decoder and its ONNX programs are from transformers, family by family.
+"""Records how far the decoder and its programs are from transformers, family by family.
 
 Tiny models, every parameter randomised, float weights, f32 state; mixed chunks, ring wraps and
 rewinds (`tests/parity_runs.py`). `tests/test_parity.py` bounds what this writes to results/.
+Mixtures of experts have no ExecuTorch programs: the exporter's reason is recorded.
 
     python benchmarks/parity.py
 """
@@ -11,30 +12,52 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
-from common import say, write_result
+from common import run_main, say, write_result
+
+from edge_kv.errors import ExportError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from parity_runs import LENGTH, Eager, onnx_logits, reference, static_logits
+from parity_runs import LENGTH, Eager, program_logits, reference, static_logits
 from weights_models import NAMES
 
+# What is run: engine and attention of each column.
+PROGRAMS = {
+    "onnx": ("onnx", "native"),
+    "executorch": ("executorch", "native"),
+    "executorch_portable": ("executorch-python", "portable"),
+}
+BLOCK = 32  # three blocks to a buffer of full attention, so that the portable loop really loops
 
-def measure(name: str, folder: Path) -> dict[str, float]:
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
     """Largest |Δlogit| against transformers and the spread of its logits."""
     ids, expected = reference(name, folder / "hf")
     static = static_logits(Eager(folder / "hf"), ids)
-    onnx = onnx_logits(folder / "hf", folder / "artifact", ids.numpy())
-    return {
-        "pytorch": max(float((row - expected[i]).abs().max()) for i, row in static.items()),
-        "onnx": max(float(abs(row - expected[i].numpy()).max()) for i, row in onnx),
-        "spread": float(expected.std()),
+    row: dict[str, Any] = {
+        "pytorch": max(float((row - expected[i]).abs().max()) for i, row in static.items())
     }
+    for column, (engine, attention) in PROGRAMS.items():
+        say(f"{name}: {column}")
+        try:
+            got = program_logits(folder / "hf", folder / column, ids.numpy(), engine, attention)
+        except ExportError as e:
+            row[column] = None
+            row["why_not"] = str(e)
+        else:
+            row[column] = max(float(abs(logits - expected[i].numpy()).max()) for i, logits in got)
+    return {**row, "spread": float(expected.std())}
 
 
 def main() -> None:
     rows = {}
     for name in NAMES:
-        with tempfile.TemporaryDirectory() as folder:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch("edge_kv.export.executorch_portable.BLOCK", BLOCK),
+        ):
             rows[name] = measure(name, Path(folder))
         say(f"{name}: {rows[name]}")
     write_result(
@@ -48,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

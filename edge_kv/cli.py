@@ -149,6 +149,10 @@ def export(
     backend: Annotated[
         str, typer.Option("--backend", help="Programs to export: onnx, executorch or both.")
     ] = "onnx",
+    attention: Annotated[
+        str,
+        typer.Option("--attention", help="Of ExecuTorch programs: native, or portable (stock)."),
+    ] = "native",
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory to make; default: NAME-CTX.")
     ] = None,
@@ -178,6 +182,7 @@ def export(
             quant=quant,
             block_size=block_size,
             backends=("onnx", "executorch") if backend == "both" else (backend,),
+            attention=attention,
             out=out or Path(f"{name}-{length}"),
             open_session=load,
             progress=bar,

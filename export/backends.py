@@ -26,16 +26,21 @@ from edge_kv.kv_plan import KVPlan
 
 WEIGHTS = "weights.bin"
 WORTH_A_PROCESS = 256 << 20  # bytes of weights whose lowering leaves much memory behind
+ATTENTIONS = ("native", "portable")
 INSTALL = "pip install --no-deps executorch==1.5.1"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every backend lowers: a model, its state, and the layout of its PLE file."""
+    """What every backend lowers: a model, its state, and the layout of its PLE file.
+
+    `attention` is what ExecuTorch programs attend with: operators of ours, or stock ones only.
+    """
 
     config: ModelConfig
     plan: KVPlan
     ple: PleEntry | None
+    attention: str = "native"
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class ExecuTorchLowering:
             run = apart if weights.layout.bytes > WORTH_A_PROCESS else _here
             details = run(
                 lower_executorch, request.config, request.plan, weights, path,
-                facts=_facts(request), delegate=delegate,
+                facts=_facts(request), attention=request.attention, delegate=delegate,
             )  # fmt: skip
             record.write_text(json.dumps(details))
         file = f"{path.parent.name}/{path.name}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from edge_kv.export import executorch_ops as op
 from edge_kv.kv_plan import KVPlan, LayerPlan
-from edge_kv.model.state import TORCH_DTYPES, HeadNorms, Rope
+from edge_kv.model.state import TORCH_DTYPES, HeadNorms, Rope, State
 
 
 class StateBuffers(nn.Module):
@@ -15,6 +17,7 @@ class StateBuffers(nn.Module):
 
     def __init__(self, plan: KVPlan):
         super().__init__()
+        self.chunk = plan.chunk
         for b in plan.buffers:
             buffer = torch.zeros(b.shape, dtype=TORCH_DTYPES[b.dtype])
             self.register_buffer(attribute(b.name), buffer, persistent=False)
@@ -29,8 +32,17 @@ def attribute(name: str) -> str:
     return name.replace(".", "_")
 
 
-class ExecuTorchState:
-    """`State` over `StateBuffers`; every attention is one op on the raw projections."""
+class StoringState(State, Protocol):
+    """A `State` that can also store rows without attending over them."""
+
+    def store(
+        self, layer: LayerPlan, k: Tensor, v: Tensor, norms: HeadNorms, rope: Rope, pos: Tensor
+    ) -> Tensor:
+        """Write k, v [T, kv_heads*head_dim] at pos; returns pos + T, [1]."""
+
+
+class NativeState:
+    """`State` over `StateBuffers`; every attention is one op of ours on the raw projections."""
 
     def __init__(self, buffers: StateBuffers):
         self.buffers = buffers
@@ -54,16 +66,23 @@ class ExecuTorchState:
             layer.window, norms.eps, layer.scale,
         )  # fmt: skip
 
+    def store(
+        self, layer: LayerPlan, k: Tensor, v: Tensor, norms: HeadNorms, rope: Rope, pos: Tensor
+    ) -> Tensor:
+        return op.store_own(
+            k, v, norms.k, rope.cos, rope.sin,
+            *self.buffers.rows(layer.k), *self.buffers.rows(layer.v), pos, norms.v, norms.eps,
+        )  # fmt: skip
 
-class PrefillState(ExecuTorchState):
+
+class PrefillState:
     """State of a prompt chunk: the last layer only stores, since nothing reads its output.
 
     That saves its attention, which no dead-code pass could remove from an op that also writes.
     """
 
-    def __init__(self, buffers: StateBuffers, last: int):
-        super().__init__(buffers)
-        self.last = last
+    def __init__(self, state: StoringState, last: int):
+        self.state, self.last = state, last
         self.end: Tensor | None = None  # position after the chunk, set by the last layer
 
     def attend_own(
@@ -71,9 +90,11 @@ class PrefillState(ExecuTorchState):
         pos: Tensor,
     ) -> Tensor:  # fmt: skip
         if layer.layer != self.last:
-            return super().attend_own(layer, q, k, v, norms, rope, pos)
-        self.end = op.store_own(
-            k, v, norms.k, rope.cos, rope.sin,
-            *self.buffers.rows(layer.k), *self.buffers.rows(layer.v), pos, norms.v, norms.eps,
-        )  # fmt: skip
+            return self.state.attend_own(layer, q, k, v, norms, rope, pos)
+        self.end = self.state.store(layer, k, v, norms, rope, pos)
         return q
+
+    def attend_shared(
+        self, layer: LayerPlan, q: Tensor, norms: HeadNorms, rope: Rope, pos: Tensor
+    ) -> Tensor:
+        return self.state.attend_shared(layer, q, norms, rope, pos)

@@ -6,6 +6,7 @@ with positive bfloat16 scales, or by 8-bit weights with one positive scale per r
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from edge_kv.config import ModelConfig
 from edge_kv.export.quantize import quantize
 from edge_kv.export.weight_file import StoredTensor, StoredWeights, WeightLayout
 from edge_kv.model.binding import load_parameters
-from edge_kv.model.decoder import Attention, Decoder, QuantLinear, RMSNorm
+from edge_kv.model.decoder import Attention, Decoder, Gelu, QuantLinear, RMSNorm
 from edge_kv.model.ops import unpack_blocks
 from edge_kv.tensors import TensorSpec
 
@@ -83,6 +84,14 @@ class XnnpackNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.mean, self.floor)) * self.weight
 
 
+class XnnpackGelu(nn.Module):
+    """`Gelu` as the sigmoid that it is: XNNPACK's own gelu is the erf form, 5e-4 off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slope = 2 * (2 / math.pi) ** 0.5
+        return x * torch.sigmoid(x * (x * x * (slope * 0.044715) + slope))
+
+
 def _fixed(values: Tensor) -> nn.Parameter:
     """A parameter: ExecuTorch drops those that a method does not use, but keeps every buffer."""
     return nn.Parameter(values, requires_grad=False)
@@ -96,7 +105,7 @@ def load_decoder(decoder: Decoder, config: ModelConfig, weights: StoredWeights) 
 
 
 def for_xnnpack(module: nn.Module) -> None:
-    """Replace linears and norms by their XNNPACK forms, one at a time: weights are held once.
+    """Replace linears, norms and gelus by their XNNPACK forms; weights are held once.
 
     The norms of an attention's heads are left: the state computes with their weights.
     """
@@ -105,5 +114,7 @@ def for_xnnpack(module: nn.Module) -> None:
             setattr(module, name, XnnpackLinear(child))
         elif isinstance(child, RMSNorm) and not isinstance(module, Attention):
             setattr(module, name, XnnpackNorm(child))
+        elif isinstance(child, Gelu):
+            setattr(module, name, XnnpackGelu())
         else:
             for_xnnpack(child)

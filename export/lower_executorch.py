@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +28,90 @@ from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.backends import quiet
+from edge_kv.export.executorch_portable import PortableState, for_any_runtime
 from edge_kv.export.executorch_state import (
-    ExecuTorchState,
+    NativeState,
     PrefillState,
     StateBuffers,
+    StoringState,
     attribute,
 )
 from edge_kv.export.executorch_weights import for_xnnpack, load_decoder
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import StoredWeights
 from edge_kv.kv_plan import KVPlan
-from edge_kv.model.decoder import Decoder
+from edge_kv.model.decoder import Attention, Decoder
 
+ATTENTION = f"{Attention.__module__}.{Attention.__qualname__}"
+INPLACE_WRITE = "aten.index_put_.default"
 STATE_ALIGNMENT = 16  # ExecuTorch aligns every planned tensor to this many bytes
+
+
+@dataclass(frozen=True)
+class AttentionLowering:
+    """A lowering of attention: its state over (buffers, most tokens of a step), and what else it
+    replaces in a decoder."""
+
+    state: Callable[[StateBuffers, int], StoringState]
+    replace: Callable[[nn.Module], None]
+
+
+ATTENTIONS = {
+    "native": AttentionLowering(lambda buffers, tokens: NativeState(buffers), lambda decoder: None),
+    "portable": AttentionLowering(PortableState, for_any_runtime),
+}
+
+
+class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
+    """XNNPACK for all it takes but what a state does, which would be a dozen pieces a layer."""
+
+    def get_matched_nodes_from_configs(self, program: Any) -> Any:
+        found = super().get_matched_nodes_from_configs(program)
+        return [nodes for nodes in found if not any(map(_of_state, nodes))]
+
+
+def _of_state(node: Any) -> bool:
+    """Whether a node was traced in an attention but in none of its projections."""
+    modules = list(node.meta.get("nn_module_stack", {}).values())
+    return bool(modules) and modules[-1][1] == ATTENTION
+
+
+class StatePlanning(MemoryPlanningPass):  # type: ignore[misc]
+    """Plans the state once: the result of an in-place write is the buffer it wrote to."""
+
+    def run(self, graph_module: Any, graph_signature: Any = None) -> Any:
+        written = {}
+        for node in graph_module.graph.nodes:
+            if getattr(node.target, "__name__", "") == INPLACE_WRITE:
+                written[id(node.meta["spec"])] = node.args[0].meta["spec"]
+                node.meta["spec"] = node.args[0].meta["spec"]
+            elif node.op == "output":
+                specs = node.meta["spec"]
+                node.meta["spec"] = type(specs)(written.get(id(s), s) for s in specs)
+        return super().run(graph_module, graph_signature)
 
 
 class DecodeMethod(nn.Module):
     """ids [1], pos [1], ple [1, n_layers, dim] -> logits [vocab]."""
 
-    def __init__(self, decoder: Decoder, state: StateBuffers):
+    def __init__(self, decoder: Decoder, state: StateBuffers, attention: AttentionLowering):
         super().__init__()
-        self.decoder, self.state = decoder, state
+        self.decoder, self.state, self.attention = decoder, state, attention
 
     def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
-        return self.decoder.decode(ids, pos, ple, ExecuTorchState(self.state))
+        return self.decoder.decode(ids, pos, ple, self.attention.state(self.state, 1))
 
 
 class PrefillMethod(nn.Module):
     """ids [chunk], pos [1], ple [chunk, n_own, dim] -> the position after them, [1]."""
 
-    def __init__(self, decoder: Decoder, state: StateBuffers):
+    def __init__(self, decoder: Decoder, state: StateBuffers, attention: AttentionLowering):
         super().__init__()
-        self.decoder, self.state = decoder, state
+        self.decoder, self.state, self.attention = decoder, state, attention
 
     def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
-        state = PrefillState(self.state, self.decoder.config.n_own - 1)
+        inner = self.attention.state(self.state, self.state.chunk)
+        state = PrefillState(inner, self.decoder.config.n_own - 1)
         self.decoder.prefill(ids, pos, ple, state)
         assert state.end is not None
         return state.end
@@ -69,12 +119,13 @@ class PrefillMethod(nn.Module):
 
 def lower_executorch(
     config: ModelConfig, plan: KVPlan, weights: StoredWeights, path: Path, *, facts: dict[str, int],
-    delegate: bool,
+    attention: str, delegate: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the `.pte` at `path`; returns the backend's manifest details.
 
-    With `delegate` false nothing goes to XNNPACK and linears multiply float activations: what is
-    left against PyTorch is the lowering. `facts` are integers for a runner that reads no manifest.
+    `attention` is a key of ATTENTIONS. With `delegate` false nothing goes to XNNPACK and linears
+    multiply float activations: what is left against PyTorch is the lowering. `facts` are integers
+    for a runner that reads no manifest.
 
     Raises:
         ExportError: ExecuTorch cannot lower this model, or it plans state that is not the plan's.
@@ -84,19 +135,22 @@ def lower_executorch(
     load_decoder(decoder, config, weights)
     if delegate:
         for_xnnpack(decoder)
+    ATTENTIONS[attention].replace(decoder)
     try:
         with quiet(), _cheap_copies():
-            exported = _trace(decoder, plan, config)
+            exported = _trace(decoder, plan, config, ATTENTIONS[attention])
             edge = to_edge_transform_and_lower(
                 exported,
-                partitioner={name: [XnnpackPartitioner()] if delegate else [] for name in exported},
+                partitioner={name: [Partitioner()] if delegate else [] for name in exported},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 constant_methods=dict(facts),
             )
             delegates = {name: _delegates(edge.exported_program(name)) for name in exported}
-            planning = MemoryPlanningPass(alloc_graph_input=False, share_mutable_buffers=True)
+            planning = StatePlanning(alloc_graph_input=False, share_mutable_buffers=True)
             program = edge.to_executorch(
                 ExecutorchBackendConfig(
+                    run_reinplace_pass=True,
+                    emit_mutable_buffer_names=True,
                     memory_planning_pass=planning,
                     sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
                 )
@@ -107,7 +161,7 @@ def lower_executorch(
     except Exception as e:
         raise ExportError(f"Lowering to ExecuTorch failed: {e}") from e
     return {
-        "attention": "native",
+        "attention": attention,
         "delegates": delegates,
         "state": _state_offsets(plan, planning),
     }
@@ -140,7 +194,9 @@ def programs(config: ModelConfig, plan: KVPlan, file: str) -> dict[str, Program]
     }
 
 
-def _trace(decoder: Decoder, plan: KVPlan, config: ModelConfig) -> dict[str, Any]:
+def _trace(
+    decoder: Decoder, plan: KVPlan, config: ModelConfig, attention: AttentionLowering
+) -> dict[str, Any]:
     state = StateBuffers(plan)
     chunk = torch.export.Dim("chunk", min=1, max=plan.chunk)
     exported = {}
@@ -156,8 +212,9 @@ def _trace(decoder: Decoder, plan: KVPlan, config: ModelConfig) -> dict[str, Any
             shapes["ple"] = grows
         with torch.no_grad():
             exported[name] = torch.export.export(
-                method(decoder, state).eval(), tuple(args), dynamic_shapes=shapes, strict=False
-            )
+                method(decoder, state, attention).eval(), tuple(args), dynamic_shapes=shapes,
+                strict=False,
+            )  # fmt: skip
     return exported
 
 

@@ -34,7 +34,7 @@ from edge_kv.artifact import (
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
 from edge_kv.export import gate
-from edge_kv.export.backends import BACKENDS, WEIGHTS, Lowered, Request
+from edge_kv.export.backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import (
     Journal,
@@ -65,6 +65,7 @@ def export_model(
     quant: str = "int4",
     block_size: int | None = None,
     backends: tuple[str, ...] = ("onnx",),
+    attention: str = "native",
     out: Path,
     open_session: gate.OpenSession,
     progress: Progress | None = None,
@@ -77,6 +78,7 @@ def export_model(
         ctx, chunk: positions of context, tokens of a prefill step.
         kv: state storage f32 | f16 | int8. quant: weight storage int4 | int8 | none.
         block_size: weights that share a scale, 32 | 64 | 128.
+        attention: of ExecuTorch programs: native (operators of ours) or portable (stock ones).
         open_session: opens an artifact directory for an engine; the parity gate runs on it.
 
     Raises:
@@ -87,6 +89,10 @@ def export_model(
     for backend in backends:
         if backend not in BACKENDS:
             raise ConfigError(f"Unknown backend {backend!r}.{did_you_mean(backend, BACKENDS)}")
+    if attention not in ATTENTIONS:
+        raise ConfigError(f"Unknown attention {attention!r}.{did_you_mean(attention, ATTENTIONS)}")
+    if attention != "native" and "executorch" not in backends:
+        raise ConfigError(f"Attention {attention!r} is ExecuTorch's; add --backend executorch.")
     block = tensors.block_size(block_size)
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
@@ -101,7 +107,7 @@ def export_model(
         BACKENDS[backend].check(source.config)
     layouts = {b: BACKENDS[b].layout(source.config, quant, block) for b in backends}
     check_weights(source)
-    job = _Job(source, plan, layouts, out, open_session, progress)
+    job = _Job(source, plan, layouts, attention, out, open_session, progress)
     job.run()
     return out
 
@@ -110,10 +116,11 @@ class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: WeightSource, plan: KVPlan, layouts: dict[str, WeightLayout], out: Path,
-        open_session: gate.OpenSession, progress: Progress,
+        self, source: WeightSource, plan: KVPlan, layouts: dict[str, WeightLayout],
+        attention: str, out: Path, open_session: gate.OpenSession, progress: Progress,
     ):  # fmt: skip
         self.source, self.plan, self.layouts, self.out = source, plan, layouts, out
+        self.attention = attention
         self.layout = next(iter(layouts.values()))
         self.config: ModelConfig = source.config
         self.open_session, self.progress = open_session, progress
@@ -127,7 +134,7 @@ class _Job:
             lowered = {}
             for name in self.layouts:
                 self.progress.stage(f"programs: {name}")
-                request = Request(self.config, self.plan, ple)
+                request = Request(self.config, self.plan, ple, self.attention)
                 stored = self._stored(name)
                 lowered[name] = BACKENDS[name].lower(request, stored, stored.path.parent)
             self._finish(reports, ple, tokenizer, lowered)
@@ -150,6 +157,7 @@ class _Job:
                 "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
                 "quant": [self.layout.scheme, self.layout.block_size],
                 "backends": list(self.layouts),
+                "attention": self.attention,
             },
             sort_keys=True,
         )

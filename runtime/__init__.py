@@ -40,11 +40,15 @@ __all__ = [
     "reset_peak",
 ]
 
-# Engine -> its module and session class; imported when an artifact is loaded with it.
+# Engine -> its module and session class, imported when an artifact is loaded with it, and the
+# backend whose programs it runs.
 ENGINES = {
-    "onnx": ("edge_kv.runtime.onnx_session", "OnnxSession"),
-    "executorch": ("edge_kv.runtime.executorch_session", "ExecuTorchSession"),
-}
+    "onnx": ("edge_kv.runtime.onnx_session", "OnnxSession", "onnx"),
+    "executorch": ("edge_kv.runtime.executorch_session", "ExecuTorchSession", "executorch"),
+    "executorch-python": (
+        "edge_kv.runtime.executorch_python", "ExecuTorchPythonSession", "executorch",
+    ),
+}  # fmt: skip
 
 _HOMES = {
     "Chat": "chat",
@@ -86,8 +90,8 @@ def load(
     if engine not in ENGINES:
         raise ConfigError(f"Unknown engine {engine!r}.{did_you_mean(engine, ENGINES)}")
     artifact = path if isinstance(path, Artifact) else read_artifact(path)
-    artifact.backend(engine)  # before the engine is imported: a missing backend is the likely error
-    module, name = ENGINES[engine]
+    module, name, backend = ENGINES[engine]
+    artifact.backend(backend)  # before the engine is imported: a missing one is the likely error
     session: Session = getattr(import_module(module), name)(artifact, threads=threads, cache=cache)
     return session
 

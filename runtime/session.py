@@ -83,6 +83,11 @@ class Session(ABC):
         self._closed = False
 
     @property
+    def backend(self) -> str:
+        """The backend whose programs this engine runs: that of its own name, unless it says so."""
+        return self.engine
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """Ids fed so far, in order."""
         return tuple(self._tokens)

@@ -47,7 +47,7 @@ def verify(session: Session, on_step: Callable[[int, int], None] | None = None) 
     Raises:
         ArtifactError: no vectors or limits, or they cannot be read.
     """
-    ids, prompt, reference, limits = _vectors(session.artifact, session.engine)
+    ids, prompt, reference, limits = _vectors(session.artifact, session.backend)
     session.reset()
     session.prefill(ids[:prompt])
     steps = []
@@ -67,10 +67,10 @@ def verify(session: Session, on_step: Callable[[int, int], None] | None = None) 
 
 
 def _vectors(
-    artifact: Artifact, engine: str
+    artifact: Artifact, backend: str
 ) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[Any], tuple[float, float]]:
     parity = artifact.manifest.parity
-    parity = parity.get(engine, parity)  # the first backend's entry is the artifact's own
+    parity = parity.get(backend, parity)  # the first backend's entry is the artifact's own
     name, limits = parity.get("vectors"), parity.get("verify")
     if name not in artifact.manifest.files or not isinstance(limits, dict):
         raise ArtifactError(f"{artifact.root} holds no reference vectors to verify; export again.")

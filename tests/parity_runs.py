@@ -78,14 +78,17 @@ def static_logits(eager: Eager, ids: torch.Tensor) -> dict[int, torch.Tensor]:
     return got
 
 
-def onnx_logits(root: Path, out: Path, ids: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(position, logits) of the unquantised ONNX programs: decoding, two rewinds, one restart."""
+def program_logits(
+    root: Path, out: Path, ids: np.ndarray, engine: str = "onnx", attention: str = "native"
+) -> list[tuple[int, np.ndarray]]:
+    """(position, logits) of unquantised programs: decoding, two rewinds, one restart."""
+    backend = "onnx" if engine == "onnx" else "executorch"
     export_model(
         weights=str(root), ctx=CTX, chunk=CHUNK, kv="f32", quant="none", out=out,
-        open_session=runtime.load,
+        backends=(backend,), attention=attention, open_session=runtime.load,
     )  # fmt: skip
     got = []
-    with runtime.load(out) as session:
+    with runtime.load(out, engine) as session:
         for size in CHUNKS:
             session.prefill(ids[session.pos : session.pos + size])
         for stop in (42, 59, LENGTH):

@@ -221,6 +221,11 @@ CASES = [
     Case("flags", "an unknown weight storage", "plan --model e2b --ctx 4k --quant int3"),
     Case("flags", "a block size nobody packs", "plan --model e2b --ctx 4k --block-size 48"),
     Case("flags", "an unknown backend", "export --model tiny --ctx 64 --backend onxx"),
+    Case("flags", "an unknown attention", "export --model tiny --ctx 64 --attention portabel"),
+    Case(
+        "flags", "an attention of another backend",
+        "export --model tiny --ctx 64 --attention portable",
+    ),
     Case("flags", "a target that exists", EXPORT, lambda d: (checkpoint(d), (d / "out").mkdir())),
     Case("flags", "an unknown engine", f"{RUN} --engine onx", artifact()),
     Case("flags", "an engine it was not exported for", RUN, artifact(programs=False)),

@@ -1,28 +1,38 @@
 """The ExecuTorch backend: its ops against the static state, its weights, and a program that ran."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from edge_kv.artifact import read_artifact
 from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
 from edge_kv.errors import ArtifactError, ConfigError, ExportError, RewindError, RuntimeFault
 from edge_kv.export.backends import BACKENDS
-from edge_kv.export.executorch_state import ExecuTorchState, PrefillState, StateBuffers, attribute
-from edge_kv.export.executorch_weights import XnnpackLayout, XnnpackLinear, XnnpackNorm
+from edge_kv.export.executorch_portable import PortableEmbedding
+from edge_kv.export.executorch_state import NativeState, PrefillState, StateBuffers, attribute
+from edge_kv.export.executorch_weights import (
+    XnnpackGelu,
+    XnnpackLayout,
+    XnnpackLinear,
+    XnnpackNorm,
+)
 from edge_kv.export.quantize import quantize
 from edge_kv.kv_plan import plan_kv
-from edge_kv.model.decoder import Decoder, QuantLinear, RMSNorm
+from edge_kv.model.decoder import Decoder, Gelu, QuantEmbedding, QuantLinear, RMSNorm
 from edge_kv.model.state import StaticState
 from edge_kv.parity import divergence
 from edge_kv.presets import PRESETS
 from edge_kv.runtime import load, native_library
+from edge_kv.runtime.verify import verify
 
 CTX, CHUNK = 192, 16
 
@@ -64,12 +74,12 @@ def test_ops_compute_what_the_static_state_computes(kv, k_eq_v):
         ids = torch.arange(at, at + n + 1) * 37 % config.vocab_size
         ple = torch.randn(n + 1, config.n_layers, config.ple_dim)
         pos = torch.tensor([at])
-        prefill = PrefillState(buffers, config.n_own - 1)
+        prefill = PrefillState(NativeState(buffers), config.n_own - 1)
         decoder.prefill(ids[:n], pos, ple[:n, : config.n_own], prefill)
         decoder.prefill(ids[:n], pos, ple[:n, : config.n_own], static)
         assert prefill.end == at + n
         one = (ids[n:], pos + n, ple[n:])
-        got = decoder.decode(*one, ExecuTorchState(buffers))
+        got = decoder.decode(*one, NativeState(buffers))
         want = decoder.decode(*one, static)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         at += n
@@ -108,6 +118,23 @@ def test_xnnpack_linear_is_the_packed_linear_up_to_8_bit_activations(bits, block
 
 
 @torch.no_grad()
+def test_xnnpack_gelu_is_the_tanh_form():
+    x = torch.linspace(-30, 30, 4001)
+    torch.testing.assert_close(XnnpackGelu()(x), Gelu()(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 16), (8, 64), (8, 16)])
+@torch.no_grad()
+def test_portable_embedding_is_the_packed_embedding(bits, block):
+    torch.manual_seed(2)
+    source = QuantEmbedding(96, 64, bits, block)
+    packed, source.scales, _ = quantize(torch.randn(96, 64), bits, block)
+    source.packed = packed.flatten(1)
+    ids = torch.tensor([5, 0, 95, 5])
+    assert torch.equal(PortableEmbedding(source)(ids), source(ids))
+
+
+@torch.no_grad()
 def test_xnnpack_norm_is_the_norm():
     norm = RMSNorm(64, 1e-6)
     norm.weight.data = torch.rand(64) + 0.5
@@ -127,17 +154,42 @@ def test_missing_package_is_named(monkeypatch):
         BACKENDS["executorch"].check(CONFIG)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A small random model, exported through the whole pipeline."""
+def exported(tmp_path_factory, attention):
+    """A small random model, exported through the whole pipeline once for all workers of a run."""
     from edge_kv.export import export_model
 
-    with pytest.MonkeyPatch.context() as patch:
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base  # a pytest-xdist worker
+    root = shared / f"executorch-{attention}"
+    with FileLock(f"{root}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "small", replace(PRESETS["tiny"], config=CONFIG))
-        return export_model(
-            model="small", weights="random:1", ctx=CTX, chunk=CHUNK, backends=("executorch",),
-            out=tmp_path_factory.mktemp("executorch") / "small", open_session=load,
-        )  # fmt: skip
+        patch.setattr("edge_kv.export.executorch_portable.BLOCK", 64)  # three to a buffer
+        if not root.exists():
+            export_model(
+                model="small", weights="random:1", ctx=CTX, chunk=CHUNK, attention=attention,
+                backends=("executorch",), out=root, open_session=load,
+            )  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return exported(tmp_path_factory, "native")
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory):
+    return exported(tmp_path_factory, "portable")
+
+
+RUNS = [("native", "executorch"), ("portable", "executorch"), ("portable", "executorch-python")]
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]} on {run[1]}")
+def case(request, tmp_path_factory):
+    """(artifact directory, engine): every attention on every engine that runs it."""
+    attention, engine = request.param
+    return exported(tmp_path_factory, attention), engine
 
 
 def ids_for(n, seed=3):
@@ -166,16 +218,63 @@ def test_artifact_holds_one_program_and_no_other_weights(root):
     assert manifest.parity["lowering"]["max_kl"] < 1e-6
 
 
-def test_delegates_stay_few(root):
-    """Each layer's attention cuts the graph once; anything more is an operator XNNPACK lost."""
-    delegates = read_artifact(root).manifest.backends["executorch"].details["delegates"]
-    assert 0 < delegates["decode"] <= CONFIG.n_layers + 2
-    assert 0 < delegates["prefill"] <= CONFIG.n_own + 2
+@pytest.mark.parametrize(("attention", "more"), [("native", 2), ("portable", 3)])
+def test_delegates_stay_few(tmp_path_factory, attention, more):
+    """Each layer's attention cuts the graph once; anything more is an operator XNNPACK lost.
+
+    The look-up of tokens in stock operators is one of its own.
+    """
+    manifest = read_artifact(exported(tmp_path_factory, attention)).manifest
+    details = manifest.backends["executorch"].details
+    assert details["attention"] == attention
+    assert 0 < details["delegates"]["decode"] <= CONFIG.n_layers + more
+    assert 0 < details["delegates"]["prefill"] <= CONFIG.n_own + more
 
 
-def test_state_is_the_plans_and_lives_in_the_program(root):
+def test_portable_program_needs_stock_operators_only(portable):
+    """Every operator is registered in the stock runtime, and state is planned once, in place."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.extension.pybindings import _C
+
+    artifact = read_artifact(portable)
+    data = (portable / "executorch/model.pte").read_bytes()
+    stock, arenas = set(_C._get_operator_names()), []
+    for method in deserialize_pte_binary(data).program.execution_plan[:2]:
+        assert method.name in ("prefill", "decode")
+        used = {f"{o.name}.{o.overload}" if o.overload else o.name for o in method.operators}
+        assert used <= stock and {d.id for d in method.delegates} == {"XnnpackBackend"}
+        assert "aten::index_put_" in used and "aten::index_put.out" not in used
+        arenas.append(method.non_const_buffer_sizes[1:])
+    state = sum(-(-b.bytes // 16) * 16 for b in artifact.plan.buffers)
+    assert [state_bytes for _, state_bytes in arenas] == [state, state]
+
+
+def test_native_program_is_refused_by_the_stock_runtime(root):
+    with pytest.raises(ArtifactError, match=r"use --engine executorch, or export with --attention"):
+        load(root, "executorch-python")
+
+
+def test_stock_runtime_is_quiet_pins_no_pages_and_keeps_its_rights(portable, capfd):
+    def held():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return [x for x in lines if x.startswith(("VmLck", "CapEff", "CapPrm"))]
+
+    before = held(), resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    with load(portable, "executorch-python"):
+        assert (held(), resource.getrlimit(resource.RLIMIT_MEMLOCK)) == before
+    assert capfd.readouterr().err == ""
+
+
+def test_stock_runtime_without_torch_is_one_sentence(portable, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch.extension.pybindings", None)
+    with pytest.raises(RuntimeFault, match=r"needs torch and executorch .*; run: pip install"):
+        load(portable, "executorch-python")
+
+
+def test_state_is_the_plans_and_lives_in_the_program(case):
+    root, engine = case
     artifact = read_artifact(root)
-    with load(artifact, "executorch", threads=1) as session:
+    with load(artifact, engine, threads=1) as session:
         assert {n: a.shape for n, a in session.state.items()} == {
             b.name: b.shape for b in artifact.plan.buffers
         }
@@ -188,9 +287,10 @@ def test_state_is_the_plans_and_lives_in_the_program(root):
         assert end - begin == artifact.plan.bytes
 
 
-def test_chunks_wraps_and_rewinds_do_not_change_the_logits(root):
+def test_chunks_wraps_and_rewinds_do_not_change_the_logits(case):
+    root, engine = case
     ids = ids_for(CTX)
-    with load(root, "executorch", threads=2) as session:
+    with load(root, engine, threads=2) as session:
         want = logits_of(session, ids, [16] * 11)
         session.reset()
         # other chunk sizes round activations the same way: only summation orders differ
@@ -203,13 +303,14 @@ def test_chunks_wraps_and_rewinds_do_not_change_the_logits(root):
             session.rewind(CTX - 5)
 
 
-def test_snapshot_restores_bit_equal_logits_in_another_session(root, tmp_path):
+def test_snapshot_restores_bit_equal_logits_in_another_session(case, tmp_path):
+    root, engine = case
     ids = ids_for(80)
-    with load(root, "executorch") as session:
+    with load(root, engine) as session:
         session.prefill(ids[:60])
         session.snapshot(tmp_path / "s")
         want = [session.decode(int(i)) for i in ids[60:]]
-    with load(root, "executorch") as session:
+    with load(root, engine) as session:
         session.prefill(ids_for(30, seed=9))
         session.restore(tmp_path / "s")
         assert session.pos == 60
@@ -234,6 +335,23 @@ def test_weights_are_packed_once_and_a_damaged_packing_is_made_again(root, cache
     with load(root, "executorch") as session:
         session.decode(5)
     assert packed.stat().st_mtime_ns == before.st_mtime_ns and before.st_size > 10_000
+
+
+def test_portable_attention_is_native_attention(root, portable):
+    """The same weights and 8-bit activations: the summation orders differ, and roundings by them"""
+    ids = ids_for(CTX)
+    logits = []
+    for path, engine in ((root, "executorch"), (portable, "executorch-python")):
+        with load(path, engine, threads=1) as session:
+            logits.append(logits_of(session, ids, [16] * 10))
+    assert divergence(*logits).max_kl < 1e-3
+
+
+def test_verify_knows_whose_programs_an_engine_runs(case):
+    root, engine = case
+    with load(root, engine) as session:
+        assert session.engine == engine and session.backend == "executorch"
+        assert verify(session).passed
 
 
 def test_torch_is_never_imported_and_the_log_stays_clean(root):
@@ -276,14 +394,15 @@ def test_runner_without_python_says_what_the_session_says(root):
         assert done.returncode == 1 and done.stderr.startswith(f"Error: {message}")
 
 
-def test_damaged_program_is_one_sentence(root, tmp_path):
+def test_damaged_program_is_one_sentence(case, tmp_path):
+    root, engine = case
     copy = shutil.copytree(root, tmp_path / "copy")
     path = copy / "executorch/model.pte"
     data = path.read_bytes()
     for bad in (b"\xff" * len(data), data[: len(data) // 2] + bytes(len(data) - len(data) // 2)):
         path.write_bytes(bad)
         with pytest.raises(ArtifactError, match=r"ExecuTorch cannot load .*model.pte: ") as e:
-            load(copy, "executorch", cache=False)
+            load(copy, engine, cache=False)
         assert "\n" not in str(e.value)
 
 

@@ -1,15 +1,23 @@
-"""The native kernels against float64 attention: every instruction set, storage, shape and edge."""
+"""The native kernels against float64 attention: every instruction set, storage, shape and edge.
+
+Where a cross-compiler and an emulator for aarch64 are installed (Debian: g++-aarch64-linux-gnu and
+qemu-user), its kernels take the same tests: correctness, not speed.
+"""
 
 import ctypes
+import hashlib
 import os
 import platform
+import shutil
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edge_kv.runtime.native_library import ISAS, build_kernels
+from edge_kv.runtime.native_library import ISAS, KERNELS, SOURCES, build, build_kernels
 
 EPS = 1e-6
 DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
@@ -48,11 +56,90 @@ def have(isa):
 
 
 MACHINE_ISAS = [isa for isa in ISAS[platform.machine()] if have(isa)]
+CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+EMULATED = [f"aarch64:{isa}" for isa in ISAS["aarch64"]]
+if platform.machine() == "aarch64" or not (shutil.which(CROSS) and shutil.which(EMULATOR)):
+    EMULATED = []
+ALL_ISAS = MACHINE_ISAS + EMULATED
+
+
+class Library:
+    """The kernels of this machine, and through a pipe those that an emulator runs."""
+
+    def __init__(self, native=None):
+        self.native = native or ctypes.CDLL(str(build_kernels()))
+        self.emulator = None
+
+    def attention(self, isa, cache, request, arrays, out):
+        """Run one step; fills the cache and `out`, returns the status."""
+        if isa in EMULATED:
+            return self._emulated(isa, cache, request, arrays, out)
+        rows, scales = cache.rows, cache.scales
+        address = [s.ctypes.data if cache.storage == "int8" else None for s in scales]
+        layer = Layer(
+            rows[0].ctypes.data, address[0], rows[1].ctypes.data, address[1],
+            request["slots"], request["kv_heads"], request["dim"], request["storage"],
+        )  # fmt: skip
+        step = Step(
+            arrays["cos"].ctypes.data, arrays["sin"].ctypes.data, request["position"],
+            request["tokens"], request["q_heads"], request["window"], request["eps"],
+            request["scale"], request["v_norm"], request["threads"],
+        )  # fmt: skip
+        return self.native.edge_kv_attention(
+            isa.encode(), ctypes.byref(layer), ctypes.byref(step),
+            *(ctypes.c_void_p(a.ctypes.data if a.size else None) for a in (
+                arrays[n] for n in ("q", "k", "v", "q_norm", "k_norm"))),
+            ctypes.c_void_p(out.ctypes.data),
+        )  # fmt: skip
+
+    def _emulated(self, isa, cache, request, arrays, out):
+        self.emulator = self.emulator or start_emulator()
+        scales = cache.scales if cache.storage == "int8" else [np.empty(0, np.float32)] * 2
+        state = [cache.rows[0], scales[0], cache.rows[1], scales[1]]
+        fields = ("storage", "kv_heads", "slots", "dim", "position", "tokens", "q_heads", "window",
+                  "v_norm", "threads")  # fmt: skip
+        has = (arrays["q"].size > 0, arrays["k"].size > 0)
+        head = struct.pack(
+            "<16s12q2d", isa.partition(":")[2].encode(), *(int(request[f]) for f in fields), *has,
+            request["eps"], request["scale"],
+        )  # fmt: skip
+        parts = [arrays[n] for n in ("cos", "sin", "q_norm", "k_norm")]
+        parts += state + [arrays[n] for n in ("q", "k", "v")]
+        pipe = self.emulator
+        pipe.stdin.write(head + b"".join(np.ascontiguousarray(p).tobytes() for p in parts))
+        pipe.stdin.flush()
+        (status,) = struct.unpack("<q", pipe.stdout.read(8))
+        for array in (*state, out):
+            array[...] = np.frombuffer(pipe.stdout.read(array.nbytes), array.dtype).reshape(
+                array.shape
+            )
+        return status
+
+    def close(self):
+        if self.emulator:
+            self.emulator.stdin.close()
+            self.emulator.wait()
+            self.emulator.stdout.close()
+
+
+def start_emulator():
+    """The kernels of aarch64 behind tests/kernel_driver.cpp, in the emulator."""
+    driver = Path(__file__).parent / "kernel_driver.cpp"
+    digest = hashlib.sha256(driver.read_bytes()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", CROSS)
+        link = ("-static", "-pthread", "-std=c++17", "-O2", f"-I{SOURCES}", f"-DDRIVER={digest}")
+        program = build(
+            "kernel_driver", dict.fromkeys(KERNELS, ()), (*link, str(driver)), machine="aarch64"
+        )
+    return subprocess.Popen([EMULATOR, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
 def library():
-    return ctypes.CDLL(str(build_kernels()))
+    made = Library()
+    yield made
+    made.close()
 
 
 class Cache:
@@ -76,23 +163,17 @@ class Cache:
     def run(self, position, q=None, k=None, v=None):
         tokens = len(q if q is not None else k)
         cos, sin = self.angles(position, tokens)
-        scales = [s.ctypes.data if self.storage == "int8" else None for s in self.scales]
-        layer = Layer(
-            self.rows[0].ctypes.data, scales[0], self.rows[1].ctypes.data, scales[1],
-            self.slots, self.kv_heads, self.dim, list(DTYPES).index(self.storage),
-        )  # fmt: skip
-        step = Step(
-            cos.ctypes.data, sin.ctypes.data, position, tokens, self.kv_heads * self.group,
-            self.window, EPS, self.scale, self.v_norm, self.threads,
-        )  # fmt: skip
+        request = {
+            "slots": self.slots, "kv_heads": self.kv_heads, "dim": self.dim,
+            "storage": list(DTYPES).index(self.storage), "position": position, "tokens": tokens,
+            "q_heads": self.kv_heads * self.group, "window": self.window, "eps": EPS,
+            "scale": self.scale, "v_norm": self.v_norm, "threads": self.threads,
+        }  # fmt: skip
+        arrays = {"cos": cos, "sin": sin, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            arrays[name] = np.ascontiguousarray([] if x is None else x, np.float32)
         out = np.full((tokens, self.kv_heads * self.group * self.dim), np.nan, np.float32)
-        data = [None if x is None else np.ascontiguousarray(x, np.float32) for x in (q, k, v)]
-        status = self.library.edge_kv_attention(
-            self.isa.encode(), ctypes.byref(layer), ctypes.byref(step),
-            *(ctypes.c_void_p(None if x is None else x.ctypes.data) for x in data),
-            ctypes.c_void_p(self.q_norm.ctypes.data), ctypes.c_void_p(self.k_norm.ctypes.data),
-            ctypes.c_void_p(out.ctypes.data),
-        )  # fmt: skip
+        status = self.library.attention(self.isa, self, request, arrays, out)
         assert status == 0, f"no {self.isa} kernels on a CPU that has it"
         return out
 
@@ -141,7 +222,7 @@ def close(got, want, tolerance=3e-6):
     np.testing.assert_array_less(np.abs(got - want).max(), tolerance * max(scale, 1e-30))
 
 
-@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize("isa", ALL_ISAS)
 @pytest.mark.parametrize("storage", ["f32", "f16", "int8"])
 @pytest.mark.parametrize(
     ("kv_heads", "group", "dim"),
@@ -152,14 +233,14 @@ def test_steps_of_every_length_match_float64(library, isa, storage, kv_heads, gr
     cache = Cache(library, isa, storage, slots=200, kv_heads=kv_heads, group=group, dim=dim,
                   scale=dim**-0.5)  # fmt: skip
     at = 0
-    for n in (1, 2, 3, 17, 64, 1, 33, 1):
+    for n in (1, 2, 3, 17, 64, 1, 33, 1, 70):
         q, k, v = tokens_of(rng, n, cache)
         got = cache.run(at, q, k, v)
         close(got, cache.expected(at, q, at + n))
         at += n
 
 
-@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize("isa", ALL_ISAS)
 @pytest.mark.parametrize("storage", ["f32", "int8"])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_rings_wrap(library, isa, storage, threads):
@@ -176,7 +257,7 @@ def test_rings_wrap(library, isa, storage, threads):
     assert at > 2 * cache.slots
 
 
-@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize("isa", ALL_ISAS)
 def test_rows_are_normed_rotated_and_stored(library, isa):
     rng = np.random.default_rng(2)
     for storage, tolerance in (("f32", 2e-6), ("f16", 6e-4), ("int8", 5e-3)):
@@ -194,7 +275,7 @@ def test_rows_are_normed_rotated_and_stored(library, isa):
             assert not cache.rows[0][:, :41].any()
 
 
-@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize("isa", ALL_ISAS)
 def test_adversarial_scores(library, isa):
     """Huge norms, equal scores and one key that outweighs all others."""
     rng = np.random.default_rng(3)
@@ -210,7 +291,7 @@ def test_adversarial_scores(library, isa):
         assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("isa", [i for i in MACHINE_ISAS if i != "scalar"])
+@pytest.mark.parametrize("isa", [i for i in ALL_ISAS if "scalar" not in i])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_long_caches(library, isa, threads):
     rng = np.random.default_rng(4)
@@ -228,7 +309,7 @@ def test_thread_counts_and_instruction_sets_agree(library):
     rng = np.random.default_rng(5)
     outputs = []
     inputs = None
-    for isa in MACHINE_ISAS:
+    for isa in ALL_ISAS:
         for threads in (1, 2, 4):
             cache = Cache(library, isa, "int8", slots=2000, kv_heads=2, threads=threads)
             inputs = inputs or (tokens_of(rng, 1500, cache), tokens_of(rng, 1, cache))
@@ -241,6 +322,7 @@ def test_thread_counts_and_instruction_sets_agree(library):
 
 
 def test_half_precision_is_numpys(library):
+    library = library.native
     library.edge_kv_to_half.argtypes = [ctypes.c_float]
     library.edge_kv_to_half.restype = ctypes.c_uint16
     library.edge_kv_from_half.argtypes = [ctypes.c_uint16]
@@ -269,6 +351,7 @@ def test_packed_linear(library, isa, bits, block):
     x = rng.normal(size=(tokens, n_in)).astype(np.float32)
     out = np.empty((tokens, n_out), np.float32)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library = library.native
     library.edge_kv_linear.argtypes = [
         ctypes.c_char_p, ctypes.c_int, pointer, number, pointer, pointer, number, number,
         ctypes.c_int, number, pointer,
@@ -293,7 +376,7 @@ def test_sanitizers_find_nothing(tmp_path):
 import ctypes, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_executorch_kernels as t
-library = ctypes.CDLL({str(path)!r})
+library = t.Library(ctypes.CDLL({str(path)!r}))
 for isa in t.MACHINE_ISAS:
     for storage in t.DTYPES:
         for shape in ((1, 8, 64), (2, 3, 20), (1, 5, 8)):

@@ -1,4 +1,4 @@
-"""The decoder and its ONNX programs against transformers: every family, every parameter random.
+"""The decoder and its programs against transformers: every family, every parameter random.
 
 The oracle is transformers' uncached float32 forward; the runs are in `parity_runs`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity_runs import CHUNK, LENGTH, Eager, onnx_logits, reference, static_logits
+from parity_runs import CHUNK, LENGTH, Eager, program_logits, reference, static_logits
 from weights_models import NAMES
 
 from edge_kv.model.oracle import oracle_logits
@@ -61,7 +61,22 @@ def test_prefill_then_decode_equals_the_full_run(case):
 
 def test_onnx_matches_transformers(case, tmp_path):
     root, ids, expected = case
-    got = onnx_logits(root, tmp_path / "artifact", ids.numpy())
+    check(program_logits(root, tmp_path / "artifact", ids.numpy()), expected)
+
+
+# An ExecuTorch export takes a minute: two families here, all of them in benchmarks/parity.py.
+@pytest.mark.parametrize("name", ["e2b", "31b"])
+@pytest.mark.parametrize(
+    ("engine", "attention"), [("executorch", "native"), ("executorch-python", "portable")]
+)
+def test_executorch_matches_transformers(name, engine, attention, tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_kv.export.executorch_portable.BLOCK", 32)  # three to a buffer
+    ids, expected = reference(name, tmp_path / "hf")
+    out = tmp_path / "artifact"
+    check(program_logits(tmp_path / "hf", out, ids.numpy(), engine, attention), expected)
+
+
+def check(got, expected):
     assert len(got) > LENGTH - 34
     for pos, logits in got:
         assert np.abs(logits - expected[pos].numpy()).max() <= TOLERANCE, pos

@@ -147,17 +147,25 @@ class Attention(nn.Module):
         return self.o_proj(out)
 
 
+class Gelu(nn.Module):
+    """The tanh form of gelu."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
 class MLP(nn.Module):
-    """GeGLU with tanh gelu."""
+    """GeGLU."""
 
     def __init__(self, hidden: int, width: int, fmt: WeightFormat, at: str):
         super().__init__()
         self.gate_proj = fmt.linear(f"{at}.gate_proj", hidden, width)
         self.up_proj = fmt.linear(f"{at}.up_proj", hidden, width)
         self.down_proj = fmt.linear(f"{at}.down_proj", width, hidden)
+        self.gelu = Gelu()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(self.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Experts(nn.Module):
@@ -243,9 +251,10 @@ class PleGate(nn.Module):
         self.gate = fmt.linear(f"{at}.gate", config.hidden, config.ple_dim)
         self.proj = fmt.linear(f"{at}.proj", config.ple_dim, config.hidden)
         self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.gelu = Gelu()
 
     def forward(self, x: Tensor, ple: Tensor) -> Tensor:
-        return self.norm(self.proj(F.gelu(self.gate(x), approximate="tanh") * ple))
+        return self.norm(self.proj(self.gelu(self.gate(x)) * ple))
 
 
 class Layer(nn.Module):
