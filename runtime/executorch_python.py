@@ -28,6 +28,7 @@ from edge_kv.runtime.threads import thread_count
 
 INSTALL = "pip install --no-deps executorch==1.5.1 'torch==2.13.*'"
 CAP_IPC_LOCK = 14
+PROGRAM = b"ET12"  # the flatbuffer identifier, at byte 4
 _CAPABILITY_VERSION = 0x20080522
 
 
@@ -60,6 +61,9 @@ class ExecuTorchPythonSession(Session):
         self._torch, self._runtime = _import()
         self.threads = thread_count(threads)
         path = artifact.path(backend.programs["decode"].file)
+        with path.open("rb") as file:  # the runtime's own check reads past the end without one
+            if file.read(8)[4:] != PROGRAM:
+                raise ArtifactError(f"ExecuTorch cannot load {path}: it is no ExecuTorch program.")
         with _log() as log, _no_mlock():
             if self._runtime._threadpool_get_thread_count() != self.threads:
                 self._runtime._unsafe_reset_threadpool(self.threads)

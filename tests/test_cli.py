@@ -166,16 +166,19 @@ def test_export_passes_every_option_on(monkeypatch, tmp_path):
     out = tmp_path / "made"
     result = good(
         "export", "--model", "e2b", "--weights", "random", "--ctx", "4k", "--chunk", "64", "--kv",
-        "f16", "--quant", "int8", "--block-size", "64", "--backend", "both", "--out", out,
+        "f16", "--quant", "int8", "--block-size", "64", "--backend", "both",
+        "--attention", "portable", "--out", out,
     )  # fmt: skip
     assert result.stdout == f"{out}\n"
     assert {k: seen[k] for k in seen if k not in ("progress", "open_session", "out")} == {
         "model": "e2b", "weights": "random", "ctx": 4096, "chunk": 64, "kv": "f16",
         "quant": "int8", "block_size": 64, "backends": ("onnx", "executorch"),
+        "attention": "portable",
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     result = good("export", "--weights", "models/my-model.gguf", "--ctx", "2k", "--json")
     assert seen["out"] == Path("my-model-2048") and seen["backends"] == ("onnx",)
+    assert seen["attention"] == "native"
     assert json.loads(result.stdout)["artifact"] == "my-model-2048"
 
 
