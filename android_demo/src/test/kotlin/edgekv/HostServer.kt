@@ -119,7 +119,7 @@ private class HostServer(private val scratch: File) {
             "new chat" -> assistant.newChat()
             "measure" -> assistant.measure(request.ints("depths"))
             "stop" -> assistant.stop()
-            "save" -> assistant.save()
+            "save" -> assistant.save()?.get()
             "look" -> Unit
             else -> throw IllegalArgumentException("no such action: $action")
         }

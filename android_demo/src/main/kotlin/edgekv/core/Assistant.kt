@@ -3,6 +3,7 @@ package edgekv.core
 import java.io.File
 import java.util.concurrent.ExecutorService
 import java.util.concurrent.Executors
+import java.util.concurrent.Future
 
 /** What the screen shows; replaced as a whole whenever something changes. */
 data class ScreenState(
@@ -142,15 +143,13 @@ class Assistant(
     /** Whether `stop` was called: for work that is not a session's. */
     val stopped get() = stopping
 
-    /** Keeps the conversation for the next start; does nothing while a reply is being written. */
-    fun save() {
-        if (!busy) worker.execute {
-            val saved = chat?.takeIf { session?.canSnapshot == true && session?.pos != 0 } ?: return@execute
-            try {
-                saved.save(conversation)
-            } catch (e: EdgeKvException) {
-                conversation.delete() // no room: the conversation is not worth an alarm
-            }
+    /** Keeps the conversation for the next start; null, and nothing done, while a reply is being written. */
+    fun save(): Future<*>? = if (busy) null else worker.submit {
+        val saved = chat?.takeIf { session?.canSnapshot == true && session?.pos != 0 } ?: return@submit
+        try {
+            saved.save(conversation)
+        } catch (e: EdgeKvException) {
+            conversation.delete() // no room: the conversation is not worth an alarm
         }
     }
 
