@@ -12,8 +12,8 @@ namespace {
 
 struct Request {
   char isa[16];
-  int64_t storage, kv_heads, slots, dim, position, tokens, q_heads, window, v_norm, threads;
-  int64_t has_q, has_kv;
+  int64_t storage, key_zero, kv_heads, slots, dim, position, tokens, q_heads, window;
+  int64_t v_norm, threads, has_q, has_kv;
   double eps, scale;
 };
 
@@ -47,7 +47,8 @@ int main() {
     Bytes out(queries);
     const edge_kv_layer layer{keys.data.data(), scaled ? key_scales.floats() : nullptr,
                               values.data.data(), scaled ? value_scales.floats() : nullptr,
-                              r.slots, int32_t(r.kv_heads), int32_t(r.dim), int32_t(r.storage)};
+                              r.slots, int32_t(r.kv_heads), int32_t(r.dim), int32_t(r.storage),
+                              int32_t(r.key_zero)};
     const edge_kv_step step{cos.floats(), sin.floats(), r.position, int32_t(r.tokens),
                             int32_t(r.q_heads), r.window, float(r.eps), float(r.scale),
                             int32_t(r.v_norm), int32_t(r.threads)};

@@ -21,13 +21,14 @@ from edge_kv.runtime.native_library import ISAS, KERNELS, SOURCES, build, build_
 
 EPS = 1e-6
 DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+STORAGES = ["f32", "f16", "int8", "int8+128"]  # the last: int8 with keys stored plus 128
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("keys", "key_scales", "values", "value_scales")),
         ("slots", ctypes.c_int64),
-        *((n, ctypes.c_int32) for n in ("kv_heads", "dim", "storage")),
+        *((n, ctypes.c_int32) for n in ("kv_heads", "dim", "storage", "key_zero")),
     ]
 
 
@@ -79,6 +80,7 @@ class Library:
         layer = Layer(
             rows[0].ctypes.data, address[0], rows[1].ctypes.data, address[1],
             request["slots"], request["kv_heads"], request["dim"], request["storage"],
+            request["key_zero"],
         )  # fmt: skip
         step = Step(
             arrays["cos"].ctypes.data, arrays["sin"].ctypes.data, request["position"],
@@ -96,11 +98,11 @@ class Library:
         self.emulator = self.emulator or start_emulator()
         scales = cache.scales if cache.storage == "int8" else [np.empty(0, np.float32)] * 2
         state = [cache.rows[0], scales[0], cache.rows[1], scales[1]]
-        fields = ("storage", "kv_heads", "slots", "dim", "position", "tokens", "q_heads", "window",
-                  "v_norm", "threads")  # fmt: skip
+        fields = ("storage", "key_zero", "kv_heads", "slots", "dim", "position", "tokens",
+                  "q_heads", "window", "v_norm", "threads")  # fmt: skip
         has = (arrays["q"].size > 0, arrays["k"].size > 0)
         head = struct.pack(
-            "<16s12q2d", isa.partition(":")[2].encode(), *(int(request[f]) for f in fields), *has,
+            "<16s13q2d", isa.partition(":")[2].encode(), *(int(request[f]) for f in fields), *has,
             request["eps"], request["scale"],
         )  # fmt: skip
         parts = [arrays[n] for n in ("cos", "sin", "q_norm", "k_norm")]
@@ -149,8 +151,12 @@ class Cache:
                  scale=1.0, v_norm=True, threads=1):  # fmt: skip
         self.library, self.isa, self.threads = library, isa, threads
         self.slots, self.kv_heads, self.group, self.dim = slots, kv_heads, group, dim
-        self.window, self.scale, self.v_norm, self.storage = window, scale, v_norm, storage
-        self.rows = [np.zeros((kv_heads, slots, dim), DTYPES[storage]) for _ in "kv"]
+        self.window, self.scale, self.v_norm = window, scale, v_norm
+        self.storage, _, zero = storage.partition("+")
+        self.key_zero = int(zero or 0)
+        self.rows = [np.zeros((kv_heads, slots, dim), DTYPES[self.storage]) for _ in "kv"]
+        if self.key_zero:
+            self.rows[0] = np.full((kv_heads, slots, dim), self.key_zero, np.uint8)
         self.scales = [np.zeros((kv_heads, slots), np.float32) for _ in "kv"]
         rng = np.random.default_rng(0)
         self.q_norm, self.k_norm = rng.uniform(0.5, 1.5, (2, dim)).astype(np.float32)
@@ -165,9 +171,10 @@ class Cache:
         cos, sin = self.angles(position, tokens)
         request = {
             "slots": self.slots, "kv_heads": self.kv_heads, "dim": self.dim,
-            "storage": list(DTYPES).index(self.storage), "position": position, "tokens": tokens,
-            "q_heads": self.kv_heads * self.group, "window": self.window, "eps": EPS,
-            "scale": self.scale, "v_norm": self.v_norm, "threads": self.threads,
+            "storage": list(DTYPES).index(self.storage), "key_zero": self.key_zero,
+            "position": position, "tokens": tokens, "q_heads": self.kv_heads * self.group,
+            "window": self.window, "eps": EPS, "scale": self.scale, "v_norm": self.v_norm,
+            "threads": self.threads,
         }  # fmt: skip
         arrays = {"cos": cos, "sin": sin, "q_norm": self.q_norm, "k_norm": self.k_norm}
         for name, x in zip("qkv", (q, k, v), strict=True):
@@ -190,7 +197,7 @@ class Cache:
 
     def stored(self, which):
         """What the buffer holds as float64 [kv_heads, slots, dim]."""
-        rows = self.rows[which].astype(np.float64)
+        rows = self.rows[which].astype(np.float64) - (self.key_zero if which == 0 else 0)
         return rows * self.scales[which][..., None] if self.storage == "int8" else rows
 
     def expected(self, position, q, written):
@@ -223,7 +230,7 @@ def close(got, want, tolerance=3e-6):
 
 
 @pytest.mark.parametrize("isa", ALL_ISAS)
-@pytest.mark.parametrize("storage", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "dim"),
     [(1, 8, 64), (2, 4, 32), (4, 1, 48), (1, 5, 8), (2, 3, 20), (1, 16, 256)],
@@ -241,7 +248,7 @@ def test_steps_of_every_length_match_float64(library, isa, storage, kv_heads, gr
 
 
 @pytest.mark.parametrize("isa", ALL_ISAS)
-@pytest.mark.parametrize("storage", ["f32", "int8"])
+@pytest.mark.parametrize("storage", ["f32", "int8", "int8+128"])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_rings_wrap(library, isa, storage, threads):
     rng = np.random.default_rng(1)
@@ -260,7 +267,7 @@ def test_rings_wrap(library, isa, storage, threads):
 @pytest.mark.parametrize("isa", ALL_ISAS)
 def test_rows_are_normed_rotated_and_stored(library, isa):
     rng = np.random.default_rng(2)
-    for storage, tolerance in (("f32", 2e-6), ("f16", 6e-4), ("int8", 5e-3)):
+    for storage, tolerance in (("f32", 2e-6), ("f16", 6e-4), ("int8", 5e-3), ("int8+128", 5e-3)):
         for v_norm in (True, False):
             cache = Cache(library, isa, storage, slots=50, kv_heads=2, group=2, v_norm=v_norm)
             _, k, v = tokens_of(rng, 9, cache)
@@ -272,7 +279,7 @@ def test_rows_are_normed_rotated_and_stored(library, isa):
             for which, want in ((0, keys), (1, values)):
                 got = cache.stored(which)[:, 41:].transpose(1, 0, 2)
                 close(got, want, tolerance)
-            assert not cache.rows[0][:, :41].any()
+            assert not cache.stored(0)[:, :41].any()
 
 
 @pytest.mark.parametrize("isa", ALL_ISAS)
@@ -378,7 +385,7 @@ sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_executorch_kernels as t
 library = t.Library(ctypes.CDLL({str(path)!r}))
 for isa in t.MACHINE_ISAS:
-    for storage in t.DTYPES:
+    for storage in t.STORAGES:
         for shape in ((1, 8, 64), (2, 3, 20), (1, 5, 8)):
             t.test_steps_of_every_length_match_float64(library, isa, storage, *shape)
     for threads in (1, 4):

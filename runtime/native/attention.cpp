@@ -45,14 +45,16 @@ void store_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, cons
       const int64_t to = h * b.slots + slot;
       kernels.norm_rope(k + from, k_norm, step.cos + t * b.dim / 2, step.sin + t * b.dim / 2,
                         b.dim, step.eps, 1.0f, row);
-      kernels.store(row, b.dim, b.storage, static_cast<char*>(b.keys) + size_t(to) * row_bytes,
+      kernels.store(row, b.dim, b.storage, b.key_zero,
+                    static_cast<char*>(b.keys) + size_t(to) * row_bytes,
                     b.key_scales ? b.key_scales + to : nullptr);
       const float* value = v + from;
       if (v_norm) {
         kernels.norm_rope(value, nullptr, nullptr, nullptr, b.dim, step.eps, 1.0f, row);
         value = row;
       }
-      kernels.store(value, b.dim, b.storage, static_cast<char*>(b.values) + size_t(to) * row_bytes,
+      kernels.store(value, b.dim, b.storage, 0,
+                    static_cast<char*>(b.values) + size_t(to) * row_bytes,
                     b.value_scales ? b.value_scales + to : nullptr);
     }
   });
@@ -103,7 +105,7 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
                       b.key_scales ? b.key_scales + offset : nullptr,
                       static_cast<const char*>(b.values) + size_t(offset) * row_bytes,
                       b.value_scales ? b.value_scales + offset : nullptr,
-                      b.slots, dim, b.storage};
+                      b.slots, dim, b.storage, b.key_zero};
     const int64_t position = step.position + first;
     const Queries mine{queries + (int64_t(head) * tokens + first) * group * dim, count * group,
                        group, position, window};

@@ -13,7 +13,8 @@ struct Pool {
   void (*run)(int64_t count, void (*task)(void* context, int64_t i), void* context);
 };
 
-// Buffers of one layer, [kv_heads, slots, dim] and scales [kv_heads, slots] (null unless int8).
+// Buffers of one layer, [kv_heads, slots, dim] and scales [kv_heads, slots] (null unless int8);
+// `key_zero` as in Cache.
 struct Buffers {
   void* keys;
   float* key_scales;
@@ -23,6 +24,7 @@ struct Buffers {
   int kv_heads;
   int dim;
   Storage storage;
+  int key_zero = 0;
 };
 
 // cos and sin [tokens, dim / 2] of the step's tokens, which start at `position`.

@@ -31,7 +31,7 @@ struct edge_kv_layer {
   void* values;
   float* value_scales;
   int64_t slots;
-  int32_t kv_heads, dim, storage;  // storage: 0 f32, 1 f16, 2 int8
+  int32_t kv_heads, dim, storage, key_zero;  // storage: 0 f32, 1 f16, 2 int8
 };
 
 struct edge_kv_step {
@@ -55,7 +55,8 @@ EDGE_KV_API int edge_kv_attention(const char* isa, const edge_kv_layer* layer,
   const edge_kv::Pool pool{step->threads, run_on_threads};
   const edge_kv::Buffers buffers{layer->keys,  layer->key_scales, layer->values,
                                  layer->value_scales, layer->slots, layer->kv_heads,
-                                 layer->dim,   edge_kv::Storage(layer->storage)};
+                                 layer->dim,   edge_kv::Storage(layer->storage),
+                                 layer->key_zero};
   const edge_kv::Step at{step->cos, step->sin, step->tokens, step->position, step->eps};
   if (k) edge_kv::store_rows(*kernels, pool, buffers, at, k, v, k_norm, step->v_norm != 0);
   if (q)

@@ -124,7 +124,7 @@ struct Tile {
 };
 
 // Fold one tile into R query rows, the first of which is row `first` of `q`.
-template <int R, class E>
+template <int R, class K, class V>
 void fold(const Cache& cache, const Queries& q, int first, const Tile& tile, const Partial& out) {
   const int64_t oldest = q.position + first / q.group;
   const int64_t newest = q.position + (first + R - 1) / q.group;
@@ -133,12 +133,12 @@ void fold(const Cache& cache, const Queries& q, int first, const Tile& tile, con
   alignas(64) float scores[R][kTile];
   const int dim = cache.dim;
   const float* rows = q.rows + int64_t(first) * dim;
-  const E* keys = static_cast<const E*>(cache.keys) + tile.slot * dim;
-  const E* values = static_cast<const E*>(cache.values) + tile.slot * dim;
+  const K* keys = static_cast<const K*>(cache.keys) + tile.slot * dim;
+  const V* values = static_cast<const V*>(cache.values) + tile.slot * dim;
   int j = 0;
   for (; j + 2 <= tile.count; j += 2) {
     if (first == 0)  // the values are next; later rows find them in the cache
-      for (int b = 0; b < 2 * dim * int(sizeof(E)); b += 64)
+      for (int b = 0; b < 2 * dim * int(sizeof(V)); b += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(values + int64_t(j) * dim) + b, 0, 2);
     dot_pair<R>(rows, dim, keys + int64_t(j) * dim, scores, j);
   }
@@ -162,7 +162,7 @@ void fold(const Cache& cache, const Queries& q, int first, const Tile& tile, con
   mix_values<R>(scores, keep, values, tile.count, dim, out.mix + int64_t(first) * dim);
 }
 
-template <class E>
+template <class K, class V>
 void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                const Partial& out) {
   for (int64_t at = begin; at < end;) {
@@ -170,19 +170,21 @@ void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
     if (tile.count > end - at) tile.count = int(end - at);
     if (tile.count > cache.slots - tile.slot) tile.count = int(cache.slots - tile.slot);
     int r = 0;
-    for (; r + kRows <= q.count; r += kRows) fold<kRows, E>(cache, q, r, tile, out);
-    if (kRows > 4 && r + 4 <= q.count) fold<4, E>(cache, q, r, tile, out), r += 4;
-    if (r + 2 <= q.count) fold<2, E>(cache, q, r, tile, out), r += 2;
-    if (r < q.count) fold<1, E>(cache, q, r, tile, out);
+    for (; r + kRows <= q.count; r += kRows) fold<kRows, K, V>(cache, q, r, tile, out);
+    if (kRows > 4 && r + 4 <= q.count) fold<4, K, V>(cache, q, r, tile, out), r += 4;
+    if (r + 2 <= q.count) fold<2, K, V>(cache, q, r, tile, out), r += 2;
+    if (r < q.count) fold<1, K, V>(cache, q, r, tile, out);
     at += tile.count;
   }
 }
 
 void attend(const Cache& cache, const Queries& q, int64_t begin, int64_t end, const Partial& out) {
   switch (cache.storage) {
-    case Storage::f32: return attend_as<float>(cache, q, begin, end, out);
-    case Storage::f16: return attend_as<uint16_t>(cache, q, begin, end, out);
-    case Storage::int8: return attend_as<int8_t>(cache, q, begin, end, out);
+    case Storage::f32: return attend_as<float, float>(cache, q, begin, end, out);
+    case Storage::f16: return attend_as<uint16_t, uint16_t>(cache, q, begin, end, out);
+    case Storage::int8:
+      return cache.key_zero ? attend_as<uint8_t, int8_t>(cache, q, begin, end, out)
+                            : attend_as<int8_t, int8_t>(cache, q, begin, end, out);
   }
 }
 
@@ -202,7 +204,7 @@ void norm_rope(const float* x, const float* weight, const float* cos, const floa
   }
 }
 
-void store(const float* x, int dim, Storage storage, void* row, float* row_scale) {
+void store(const float* x, int dim, Storage storage, int zero, void* row, float* row_scale) {
   switch (storage) {
     case Storage::f32: memcpy(row, x, sizeof(float) * size_t(dim)); return;
     case Storage::f16:
@@ -212,7 +214,8 @@ void store(const float* x, int dim, Storage storage, void* row, float* row_scale
       float top = 1e-20f;
       for (int d = 0; d < dim; ++d) top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
       const float scale = top * float(1.0 / 127);
-      for (int d = 0; d < dim; ++d) static_cast<int8_t*>(row)[d] = int8_t(rintf(x[d] / scale));
+      for (int d = 0; d < dim; ++d)
+        static_cast<uint8_t*>(row)[d] = uint8_t(int(rintf(x[d] / scale)) + zero);
       *row_scale = scale;
       return;
     }

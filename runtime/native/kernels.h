@@ -12,7 +12,8 @@ namespace edge_kv {
 enum class Storage { f32, f16, int8 };
 
 // One KV head of a cache: rows [slots, dim]; the row of absolute position p is at p % slots.
-// Scales [slots] belong to int8 rows and are null otherwise.
+// Scales [slots] belong to int8 rows and are null otherwise. Int8 keys are stored plus `key_zero`:
+// 0, or 128 where a runtime multiplies unsigned bytes.
 struct Cache {
   const void* keys;
   const float* key_scales;
@@ -21,6 +22,7 @@ struct Cache {
   int64_t slots;
   int dim;
   Storage storage;
+  int key_zero = 0;
 };
 
 // Query rows [rows, dim], already normed, rotated and scaled; `group` consecutive rows stand at one
@@ -54,8 +56,8 @@ struct Kernels {
   void (*norm_rope)(const float* x, const float* weight, const float* cos, const float* sin,
                     int dim, float eps, float scale, float* out);
 
-  // Store one row; int8 rows get the scale max|x| / 127.
-  void (*store)(const float* x, int dim, Storage, void* row, float* row_scale);
+  // Store one row; int8 rows get the scale max|x| / 127 and are shifted by `zero`, 0 or 128.
+  void (*store)(const float* x, int dim, Storage, int zero, void* row, float* row_scale);
 
   float (*dot)(const float* a, const float* b, int n);
 };
