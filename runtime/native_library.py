@@ -30,14 +30,20 @@ EXECUTORCH = "1.5.1"  # its C++ interface is not stable between versions
 INSTALL = f"pip install --no-deps executorch=={EXECUTORCH}"
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
+AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c")
 # Instruction sets of kernels.cpp: it is compiled once for each, the CPU chooses at run time.
 ISAS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "scalar": (),
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
-        "avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"),
+        "avx512": AVX512,
+        "avx512vnni": (*AVX512, "-mavx512vnni"),
     },
-    "aarch64": {"scalar": ("-DEDGE_KV_SCALAR",), "neon": ()},
+    "aarch64": {
+        "scalar": ("-DEDGE_KV_SCALAR",),
+        "neon": (),
+        "dotprod": ("-march=armv8.2-a+dotprod",),
+    },
 }
 KERNELS = ("dispatch.cpp", "attention.cpp")
 ENGINE = ("operators.cpp", "engine.cpp")

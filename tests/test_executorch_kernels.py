@@ -53,7 +53,7 @@ def have(isa):
         return True
     with open("/proc/cpuinfo") as f:
         flags = f.read().split("flags", 1)[-1].split("\n", 1)[0].split()
-    return {"avx2": "avx2", "avx512": "avx512vl"}[isa] in flags
+    return {"avx2": "avx2", "avx512": "avx512vl", "avx512vnni": "avx512_vnni"}[isa] in flags
 
 
 MACHINE_ISAS = [isa for isa in ISAS[platform.machine()] if have(isa)]
@@ -62,13 +62,16 @@ EMULATED = [f"aarch64:{isa}" for isa in ISAS["aarch64"]]
 if platform.machine() == "aarch64" or not (shutil.which(CROSS) and shutil.which(EMULATOR)):
     EMULATED = []
 ALL_ISAS = MACHINE_ISAS + EMULATED
+FLOATING = ("scalar", "neon")  # these multiply int8 rows in floats, the others in 16-bit integers
+LARGEST = 127 * 256  # of those integers
 
 
 class Library:
     """The kernels of this machine, and through a pipe those that an emulator runs."""
 
-    def __init__(self, native=None):
+    def __init__(self, native=None, cpu="max"):
         self.native = native or ctypes.CDLL(str(build_kernels()))
+        self.cpu = cpu
         self.emulator = None
 
     def attention(self, isa, cache, request, arrays, out):
@@ -95,7 +98,7 @@ class Library:
         )  # fmt: skip
 
     def _emulated(self, isa, cache, request, arrays, out):
-        self.emulator = self.emulator or start_emulator()
+        self.emulator = self.emulator or start_emulator(self.cpu)
         scales = cache.scales if cache.storage == "int8" else [np.empty(0, np.float32)] * 2
         state = [cache.rows[0], scales[0], cache.rows[1], scales[1]]
         fields = ("storage", "key_zero", "kv_heads", "slots", "dim", "position", "tokens",
@@ -124,7 +127,7 @@ class Library:
             self.emulator.stdout.close()
 
 
-def start_emulator():
+def start_emulator(cpu):
     """The kernels of aarch64 behind tests/kernel_driver.cpp, in the emulator."""
     driver = Path(__file__).parent / "kernel_driver.cpp"
     digest = hashlib.sha256(driver.read_bytes()).hexdigest()
@@ -134,7 +137,9 @@ def start_emulator():
         program = build(
             "kernel_driver", dict.fromkeys(KERNELS, ()), (*link, str(driver)), machine="aarch64"
         )
-    return subprocess.Popen([EMULATOR, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [EMULATOR, "-cpu", cpu, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +205,25 @@ class Cache:
         rows = self.rows[which].astype(np.float64) - (self.key_zero if which == 0 else 0)
         return rows * self.scales[which][..., None] if self.storage == "int8" else rows
 
+    def check(self, got, position, q, written, tolerance=3e-6):
+        """Hold `got` against float64 attention over the stored rows of positions below `written`.
+
+        `tolerance` is of the largest output. Integer kernels may add what 16 bits do: rounding a
+        query moves each score by half a step times the root of the summed squares of a key, over
+        sqrt(3) and five deviations of it; rounding a weight, by half a step of the largest.
+        """
+        want = self.expected(position, q, written)
+        allowed = tolerance * np.abs(want).max()
+        if self.storage == "int8" and self.isa.rpartition(":")[2] not in FLOATING:
+            heads = self.kv_heads * self.group
+            queries = self.prepared(q, heads, self.q_norm, position, rotate=True) * self.scale
+            half_step = np.abs(queries).max() / LARGEST / 2
+            norm = np.sqrt((self.stored(0) ** 2).sum(-1)).max()
+            score = 5 * half_step * norm / 3**0.5
+            allowed += (score + 1 / LARGEST) * np.abs(self.stored(1)).max()
+        assert np.isfinite(got).all()
+        np.testing.assert_array_less(np.abs(got - want).max(), max(allowed, 1e-30))
+
     def expected(self, position, q, written):
         """Attention over the stored rows of positions below `written`."""
         tokens = len(q)
@@ -233,7 +257,17 @@ def close(got, want, tolerance=3e-6):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "dim"),
-    [(1, 8, 64), (2, 4, 32), (4, 1, 48), (1, 5, 8), (2, 3, 20), (1, 16, 256)],
+    [
+        (1, 8, 64),
+        (2, 4, 32),
+        (4, 1, 48),
+        (1, 5, 8),
+        (2, 3, 20),
+        (1, 16, 256),
+        (2, 1, 128),
+        (1, 2, 256),
+        (1, 70, 32),
+    ],
 )
 def test_steps_of_every_length_match_float64(library, isa, storage, kv_heads, group, dim):
     rng = np.random.default_rng(dim)
@@ -243,7 +277,7 @@ def test_steps_of_every_length_match_float64(library, isa, storage, kv_heads, gr
     for n in (1, 2, 3, 17, 64, 1, 33, 1, 70):
         q, k, v = tokens_of(rng, n, cache)
         got = cache.run(at, q, k, v)
-        close(got, cache.expected(at, q, at + n))
+        cache.check(got, at, q, at + n)
         at += n
 
 
@@ -259,7 +293,7 @@ def test_rings_wrap(library, isa, storage, threads):
     for n in (1, 24, 24, 7, 1, 24, 1, 1, 24, 13, 24, 1):
         q, k, v = tokens_of(rng, n, cache)
         got = cache.run(at, q, k, v)
-        close(got, cache.expected(at, q, at + n))
+        cache.check(got, at, q, at + n)
         at += n
     assert at > 2 * cache.slots
 
@@ -294,8 +328,7 @@ def test_adversarial_scores(library, isa):
         # a query along a stored key makes that key dominate
         got = cache.run(299, np.tile(k, (1, 8)), k, v)
         tolerance = 3e-6 if scale < 50 else 3e-4  # scores near 6400 carry f32 steps of 5e-4
-        close(got, cache.expected(299, np.tile(k, (1, 8)), 300), tolerance)
-        assert np.isfinite(got).all()
+        cache.check(got, 299, np.tile(k, (1, 8)), 300, tolerance)
 
 
 @pytest.mark.parametrize("isa", [i for i in ALL_ISAS if "scalar" not in i])
@@ -309,7 +342,49 @@ def test_long_caches(library, isa, threads):
         cache.scales[i][:] = rng.uniform(0.005, 0.02, cache.scales[i].shape)
     q, k, v = tokens_of(rng, 1, cache)
     got = cache.run(rows - 1, q, k, v)
-    close(got, cache.expected(rows - 1, q, rows), 2e-5)
+    cache.check(got, rows - 1, q, rows, 2e-5)
+    cache.rows[0][0, 77_777] = 127  # a key that outweighs all others
+    cache.rows[0][0, 77_777, ::2] = -127
+    cache.scales[0][0, 77_777] = 4.0
+    q = np.tile(cache.rows[0][0, 77_777].astype(np.float64), (1, 8))
+    cache.check(cache.run(rows - 1, q, k, v), rows - 1, q, rows, 2e-5)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("dim", [512, 1024])
+def test_the_largest_products_fit(library, isa, dim):
+    """Every factor at its limit: the sums of a row fill an int32."""
+    rng = np.random.default_rng(8)
+    for storage in ("int8", "int8+128"):
+        cache = Cache(library, isa, storage, slots=130, dim=dim, group=2, scale=1e-4)
+        cache.q_norm[:] = 1
+        signs = rng.choice([-1.0, 1.0], (1, dim))
+        cache.angles = lambda position, tokens, dim=dim: (
+            np.ones((tokens, dim // 2), np.float32), np.zeros((tokens, dim // 2), np.float32),
+        )  # fmt: skip
+        for i, zero in ((0, cache.key_zero), (1, 0)):
+            cache.rows[i][:] = 127 * signs + zero
+            cache.scales[i][:] = rng.uniform(0.005, 0.02, cache.scales[i].shape)
+        cache.rows[0][:, ::2] = -127 * signs + cache.key_zero
+        for position in (0, 1, 2, 63, 64, 129):
+            q = np.tile(signs, (1, 2))
+            cache.check(cache.run(position, q), position, q, position + 1)
+
+
+@pytest.mark.skipif(not EMULATED, reason="no emulator for aarch64")
+def test_dot_products_are_for_cpus_that_have_them(library):
+    for cpu, has in (("cortex-a72", False), ("cortex-a76", True)):
+        emulated = Library(library.native, cpu)
+        q, k, v = (np.ones((1, 64)) for _ in range(3))
+        try:
+            cache = Cache(emulated, "aarch64:dotprod", "int8", slots=4, group=1)
+            if has:
+                cache.check(cache.run(0, q, k, v), 0, q, 1)
+            else:
+                with pytest.raises(AssertionError, match="no aarch64:dotprod kernels"):
+                    cache.run(0, q, k, v)
+        finally:
+            emulated.close()
 
 
 def test_thread_counts_and_instruction_sets_agree(library):
@@ -386,11 +461,12 @@ import test_executorch_kernels as t
 library = t.Library(ctypes.CDLL({str(path)!r}))
 for isa in t.MACHINE_ISAS:
     for storage in t.STORAGES:
-        for shape in ((1, 8, 64), (2, 3, 20), (1, 5, 8)):
+        for shape in ((2, 3, 20), (1, 5, 8), (1, 70, 32)):
             t.test_steps_of_every_length_match_float64(library, isa, storage, *shape)
     for threads in (1, 4):
         t.test_rings_wrap(library, isa, "int8", threads)
     t.test_adversarial_scores(library, isa)
+    t.test_the_largest_products_fit(library, isa, 512)
     t.test_packed_linear(library, isa, 4, 32)
 print("clean")
 """

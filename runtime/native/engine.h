@@ -33,7 +33,7 @@ EDGE_KV_API int edge_kv_prefill(edge_kv_engine*, const int64_t* ids, int64_t cou
 EDGE_KV_API int edge_kv_decode(edge_kv_engine*, int64_t id, int64_t pos, const float* ple,
                                float* logits, int64_t vocab, char* error, int error_bytes);
 
-// The instruction set the kernels use: "avx512", "avx2", "neon" or "scalar".
+// The instruction set the kernels use, a name as EDGE_KV_ISA takes it (kernels.h).
 EDGE_KV_API const char* edge_kv_isa(void);
 
 #if defined(__cplusplus)

@@ -1,6 +1,9 @@
 // The kernels behind a plain C function, on threads of their own: for tests and measurements.
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -8,17 +11,68 @@
 
 namespace {
 
+// Threads that stay, and look out for the next job a while before they sleep.
+class Workers {
+ public:
+  ~Workers() {
+    post(nullptr, 0);
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void run(int threads, int64_t count, void (*task)(void*, int64_t), void* context) {
+    const std::lock_guard<std::mutex> one_job(job_);
+    while (int(threads_.size()) < threads - 1) threads_.emplace_back([this, seen = posted_.load()] { work(seen); });
+    const std::function<void(int64_t)> call = [=](int64_t i) { task(context, i); };
+    helpers_ = threads - 1;
+    busy_ = int(threads_.size());
+    post(&call, count);
+    drain(call);
+    while (busy_ > 0) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int kLooks = 2000;
+
+  void post(const std::function<void(int64_t)>* call, int64_t count) {
+    next_ = 0;
+    count_ = count;
+    call_ = call;
+    const std::lock_guard<std::mutex> lock(sleep_);
+    ++posted_;
+    wake_.notify_all();
+  }
+
+  void drain(const std::function<void(int64_t)>& call) {
+    for (int64_t i; (i = next_++) < count_;) call(i);
+  }
+
+  void work(int64_t seen) {
+    for (;; ++seen) {
+      for (int look = 0; posted_ == seen && look < kLooks; ++look) std::this_thread::yield();
+      if (posted_ == seen) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        wake_.wait(lock, [&] { return posted_ != seen; });
+      }
+      if (!call_) return;
+      if (helpers_-- > 0) drain(*call_);
+      --busy_;
+    }
+  }
+
+  std::mutex job_, sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> threads_;
+  std::atomic<int64_t> posted_{0}, next_{0};
+  std::atomic<int> helpers_{0}, busy_{0};
+  int64_t count_ = 0;
+  const std::function<void(int64_t)>* call_ = nullptr;
+};
+
 thread_local int wanted_threads = 1;
 
 void run_on_threads(int64_t count, void (*task)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t i; (i = next++) < count;) task(context, i);
-  };
-  std::vector<std::thread> threads;
-  for (int i = 1; i < wanted_threads; ++i) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
+  static Workers workers;
+  workers.run(wanted_threads, count, task, context);
 }
 
 }  // namespace

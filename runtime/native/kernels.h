@@ -62,8 +62,8 @@ struct Kernels {
   float (*dot)(const float* a, const float* b, int n);
 };
 
-// The kernels for this CPU; EDGE_KV_ISA=scalar|avx2|avx512|neon in the environment asks for one
-// that it supports.
+// The kernels for this CPU; EDGE_KV_ISA=scalar|avx2|avx512|avx512vnni|neon|dotprod in the
+// environment asks for one that it supports.
 const Kernels& best_kernels();
 
 // Kernels by name, null where this build or this CPU has none.

@@ -33,9 +33,27 @@ inline float half_bits_to_float(uint16_t half) {
   return value;
 }
 
+// Round to nearest even; overflow is infinity.
+inline uint16_t float_to_half_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffffu;
+  if (bits >= 0x7f800000u) return uint16_t(sign | (bits > 0x7f800000u ? 0x7e00 : 0x7c00));
+  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00);
+  if (bits < 0x38800000u) {  // subnormal: the float adder rounds at 2^-24
+    float shifted;
+    memcpy(&shifted, &bits, 4);
+    shifted += 0.5f;
+    memcpy(&bits, &shifted, 4);
+    return uint16_t(sign | (bits - 0x3f000000u));
+  }
+  const uint32_t odd = (bits >> 13) & 1;
+  return uint16_t(sign | ((bits - 0x38000000u + 0xfff + odd) >> 13));
+}
+
 #if defined(__AVX512F__)
 
-#define EDGE_KV_ISA_NAME "avx512"
 constexpr int kWidth = 16;
 constexpr int kRows = 8;  // query rows of one register block: 8 x 2 sums, 2 keys, 1 query
 using Vec = __m512;
@@ -49,6 +67,9 @@ inline Vec load(const uint8_t* p) {  // a byte is its value plus 128
 }
 inline Vec load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void save(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline void save(uint16_t* p, Vec x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 inline Vec splat(float x) { return _mm512_set1_ps(x); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -62,7 +83,6 @@ inline Vec power_of_two(Vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n
 
 #elif defined(__AVX2__)
 
-#define EDGE_KV_ISA_NAME "avx2"
 constexpr int kWidth = 8;
 constexpr int kRows = 4;
 using Vec = __m256;
@@ -76,6 +96,9 @@ inline Vec load(const uint8_t* p) {
 }
 inline Vec load(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void save(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+inline void save(uint16_t* p, Vec x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 inline Vec splat(float x) { return _mm256_set1_ps(x); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
@@ -100,7 +123,6 @@ inline Vec power_of_two(Vec n) {
 
 #elif defined(__ARM_NEON) && !defined(EDGE_KV_SCALAR)
 
-#define EDGE_KV_ISA_NAME "neon"
 constexpr int kWidth = 4;
 constexpr int kRows = 8;
 using Vec = float32x4_t;
@@ -115,6 +137,7 @@ inline Vec load(const int8_t* p) { return load_bytes(p, 0); }
 inline Vec load(const uint8_t* p) { return load_bytes(p, 0x80808080u); }
 inline Vec load(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void save(float* p, Vec x) { vst1q_f32(p, x); }
+inline void save(uint16_t* p, Vec x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 inline Vec splat(float x) { return vdupq_n_f32(x); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -130,7 +153,6 @@ inline Vec power_of_two(Vec n) {
 
 #else
 
-#define EDGE_KV_ISA_NAME "scalar"
 constexpr int kWidth = 1;
 constexpr int kRows = 4;
 using Vec = float;
@@ -139,6 +161,7 @@ inline Vec load(const int8_t* p) { return float(*p); }
 inline Vec load(const uint8_t* p) { return float(int(*p) - 128); }
 inline Vec load(const uint16_t* p) { return half_bits_to_float(*p); }
 inline void save(float* p, Vec x) { *p = x; }
+inline void save(uint16_t* p, Vec x) { *p = float_to_half_bits(x); }
 inline Vec splat(float x) { return x; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec add(Vec a, Vec b) { return a + b; }

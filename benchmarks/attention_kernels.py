@@ -1,0 +1,172 @@
+"""The attention kernels alone: time for a layer by instruction set, depth, tokens and storage.
+
+    python benchmarks/attention_kernels.py        results/attention_kernels.json
+
+Layers are E2B's: eight query heads on one KV head, 512 wide with full attention (int8 rows), 256
+wide with a window of 512 (f16 rows, and int8 rows). Runs of the instruction sets alternate; the
+times are medians. `--before` adds the kernels of a library built from other sources, by the name
+build_kernels() gave it, to the same rounds. GB/s count the state's bytes once, however often the
+tokens of a step read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import run_main, say, show, write_result
+
+from edge_kv.runtime.native_library import ISAS, build_kernels
+
+HEADS, THREADS = 8, 2
+STORAGES = ("f32", "f16", "int8")
+
+
+class Layer(ctypes.Structure):
+    """edge_kv_layer of kernel_interface.cpp."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("keys", "key_scales", "values", "value_scales")),
+        ("slots", ctypes.c_int64),
+        *((n, ctypes.c_int32) for n in ("kv_heads", "dim", "storage", "key_zero")),
+    ]
+
+
+class Step(ctypes.Structure):
+    """edge_kv_step of kernel_interface.cpp."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("cos", "sin")),
+        ("position", ctypes.c_int64),
+        *((n, ctypes.c_int32) for n in ("tokens", "q_heads")),
+        ("window", ctypes.c_int64),
+        *((n, ctypes.c_float) for n in ("eps", "scale")),
+        *((n, ctypes.c_int32) for n in ("v_norm", "threads")),
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and step: `depth` rows are seen by the last token."""
+
+    storage: str
+    dim: int
+    depth: int
+    tokens: int
+    window: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.window + self.tokens - 1 if self.window else self.depth
+
+    @property
+    def state_bytes(self) -> int:
+        rows = min(self.depth, self.slots)
+        width = {"f32": 4, "f16": 2, "int8": 1}[self.storage]
+        return 2 * rows * (self.dim * width + (4 if self.storage == "int8" else 0))
+
+
+CASES = [Case("int8", 512, depth, 1) for depth in (4096, 32768, 131072)]
+CASES += [Case("int8", 512, 32768, 512)]
+CASES += [Case(s, 256, 32768, t, window=512) for s in ("f16", "int8") for t in (1, 512)]
+
+
+class Problem:
+    """Filled buffers of a case and a step over them."""
+
+    def __init__(self, case: Case):
+        rng = np.random.default_rng(0)
+        self.case = case
+        shape = (case.slots, case.dim)
+        if case.storage == "int8":
+            block = [
+                rng.integers(-127, 128, (min(4096, shape[0]), case.dim), np.int8) for _ in "kv"
+            ]
+            self.rows = [np.resize(b, shape) for b in block]
+        else:
+            self.rows = [rng.normal(size=shape).astype(np.float16) for _ in "kv"]
+        self.scales = [rng.uniform(0.005, 0.02, case.slots).astype(np.float32) for _ in "kv"]
+        angles = rng.uniform(0, 6.28, (case.tokens, case.dim // 2))
+        self.cos, self.sin = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
+        self.q = rng.normal(size=(case.tokens, HEADS * case.dim)).astype(np.float32)
+        self.norm = np.ones(case.dim, np.float32)
+        self.out = np.empty_like(self.q)
+
+    def run(self, library: ctypes.CDLL, isa: str) -> float:
+        """Seconds of one step; infinite where the CPU has no such kernels."""
+        case = self.case
+        scales = [s.ctypes.data if case.storage == "int8" else None for s in self.scales]
+        layer = Layer(
+            self.rows[0].ctypes.data, scales[0], self.rows[1].ctypes.data, scales[1],
+            case.slots, 1, case.dim, STORAGES.index(case.storage), 0,
+        )  # fmt: skip
+        step = Step(
+            self.cos.ctypes.data, self.sin.ctypes.data, case.depth - case.tokens, case.tokens,
+            HEADS, case.window, 1e-6, case.dim**-0.5, 0, THREADS,
+        )  # fmt: skip
+        q, norm, out = (ctypes.c_void_p(a.ctypes.data) for a in (self.q, self.norm, self.out))
+        begin = time.perf_counter()
+        failed = library.edge_kv_attention(
+            isa.encode(), ctypes.byref(layer), ctypes.byref(step), q, None, None, norm, norm, out
+        )
+        return float("inf") if failed else time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--before", type=Path, help="a kernel library of other sources")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="for an instruction set in a case"
+    )
+    parser.add_argument("--isas", nargs="*", help="only these")
+    given = parser.parse_args()
+    known = [isa for machine in ISAS.values() for isa in machine if isa != "scalar"]
+    libraries = {"": ctypes.CDLL(str(build_kernels()))}
+    if given.before:
+        libraries["before "] = ctypes.CDLL(str(given.before))
+    tiny = Problem(Case("f16", 256, 512, 1, 512))
+    sides = {
+        label + isa: (library, isa)
+        for isa in known
+        if not given.isas or isa in given.isas
+        for label, library in libraries.items()
+        if tiny.run(library, isa) != float("inf")
+    }
+    found = [measure(case, sides, given.seconds) for case in CASES]
+    show(
+        f"Attention of one layer: ms (GB/s of state), {THREADS} threads",
+        (
+            {n: r[n] for n in ("storage", "dim", "depth", "window", "tokens")}
+            | {side: f"{r['ms'][side]:.3g} ({r['gb_per_s'][side]:.1f})" for side in sides}
+            for r in found
+        ),
+    )
+    write_result("attention_kernels", {"threads": THREADS, "query_heads": HEADS, "cases": found})
+
+
+def measure(
+    case: Case, sides: dict[str, tuple[ctypes.CDLL, str]], seconds: float
+) -> dict[str, Any]:
+    problem = Problem(case)
+    slowest = max(problem.run(*side) for side in sides.values())
+    rounds = max(3, min(500, int(seconds / slowest)))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            times[name].append(problem.run(*side))
+    ms = {name: round(median(x) * 1e3, 4) for name, x in times.items()}
+    rate = {name: round(case.state_bytes / x / 1e6, 2) for name, x in ms.items()}
+    say(f"{case}: {ms}")
+    return {**asdict(case), "state_bytes": case.state_bytes, "rounds": rounds, "ms": ms,
+            "least_ms": {name: round(min(x) * 1e3, 4) for name, x in times.items()},
+            "gb_per_s": rate}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)
