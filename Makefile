@@ -22,7 +22,7 @@ comma := ,
 EXTRAS := export$(patsubst %,$(comma)%,$(filter-out onnx,$(ENGINES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint android clean
+.PHONY: help demo test lint android arm64 arm64-guide arm64-e2b clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test    install, then ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make android build the app's runtime, run it in a desktop JVM against the Python one"
+	@echo "make arm64   run the shipped model in an emulated 64-bit ARM board (needs root and qemu)"
 	@echo "make clean   remove .venv, artifacts and caches"
 
 demo: $(DEMO)/manifest.json
@@ -48,6 +49,18 @@ lint: $(VENV)/dev.stamp
 android: $(VENV)/dev.stamp
 	android_demo/build.sh host
 	EDGE_KV_ANDROID=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_android_*.py
+
+# The board is a virtual machine: see benchmarks/arm64_vm.py for what it needs.
+arm64: $(DEMO)/manifest.json
+	$(BIN)/python benchmarks/arm64.py $(DEMO) $(ARM64_OPTIONS)
+
+# The commands of docs/raspberry-pi.md, on an empty board.
+arm64-guide: $(DEMO)/manifest.json
+	$(BIN)/python benchmarks/arm64.py $(DEMO) --guide $(ARM64_OPTIONS)
+
+# A full-size artifact at real depth inside 2 GiB; takes an hour and 8 GB of disk.
+arm64-e2b: $(VENV)/export.stamp
+	$(BIN)/python benchmarks/arm64_e2b.py $(ARTIFACT) $(ARM64_OPTIONS)
 
 clean:
 	rm -rf android_demo/build $(VENV) artifacts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ from edge_kv.terminal import size
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/android.md")
+DOCUMENTS = ("README.md", "docs/android.md", "docs/raspberry-pi.md")
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/quality.py
     "int8 weights": "int8 block 32, f32 KV",
@@ -35,6 +35,9 @@ STORED = {  # how a row calls a run of benchmarks/quality.py
 }
 NEW = 64  # greedy tokens compared
 MISSING = "–"
+BOARDS = {"Pi 4, 4 GB": 4 << 30, "Pi 5, 8 GB": 8 << 30}
+SYSTEM_BYTES = 600 << 20  # what Raspberry Pi OS without a desktop and an ssh login leave less
+BOARD_MODELS = ("gemma3-270m", "gemma3-1b", "e2b", "e4b")
 CONTEXTS = {"32k": 32_768, "128k": 131_072}
 ROOMS = ("edge_kv", "edge_kv/model", "edge_kv/weights", "export", "runtime", "runtime/native",
          "benchmarks", "tests")  # fmt: skip
@@ -212,6 +215,75 @@ def memory() -> str:
     )
 
 
+def boards() -> str:
+    """Which model and context a board holds: anonymous memory has to fit, weights should."""
+    rows = []
+    for name in BOARD_MODELS:
+        config = PRESETS[name].config
+        for ctx in (8192, *CONTEXTS.values()):
+            if ctx > config.max_ctx:
+                continue
+            plan = plan_kv(config, ctx=ctx)
+            cost = predict_memory(config, plan)
+            anon, weights = cost.phases["decode"].anon, cost.weight_file
+            verdicts = []
+            for ram in BOARDS.values():
+                left = ram - SYSTEM_BYTES - anon
+                verdicts.append(
+                    "no" if left < 0 else "yes" if left >= weights else "slow: reads weights again"
+                )
+            costs = (size(plan.bytes), size(anon), size(weights))
+            rows.append([f"`{name}`", f"{ctx // 1024}k", *costs, *verdicts])
+    head = ["model, int4", "context", "state, int8", "anonymous RAM", "weights", *BOARDS]
+    return table(head, rows)
+
+
+def arm64() -> str:
+    """Both engines on both emulated CPUs, under a limit; a sentence about the full-size run."""
+    rows = []
+    for board in load("arm64_vm")["boards"]:
+        for name, label in (("onnx", "Python, ONNX Runtime"), ("executorch", "edge-kv-run")):
+            engine = board["engines"][name]
+            group, tokens = engine["run_group"], engine["tokens"]
+            if name == "onnx":
+                verify = engine["verify"]
+                parity = f"KL {verify['max_kl']:.1e} at most, top-1 {verify['top1']:.0%}"
+                peak = engine["vm_hwm"]
+            else:
+                parity = f"top-1 {engine['reference_top1']:.0%} of {engine['reference_steps']}"
+                peak = engine["memory"]["VmHWM"]
+            rows.append(
+                [board["cpu"], label, mib(group["limit"]), mib(group["peak"]), mib(peak), parity,
+                 f"{tokens['equal_to_x86_64']} of {tokens['made']}"]
+            )  # fmt: skip
+    head = ["CPU", "engine", "memory.max", "memory.peak", "VmHWM", "against the reference logits",
+            "tokens as on x86-64"]  # fmt: skip
+    return "\n\n".join([table(head, rows, left=2), *full_size_sentence()])
+
+
+def full_size_sentence() -> list[str]:
+    """The proof that a full-size model fits, once it has been run."""
+    if not (RESULTS / "arm64_e2b.json").is_file():
+        return []
+    r = load("arm64_e2b")
+    group, held, apart = r["group"], r["memory"]["decoding"], r["against_x86_64"]
+    return [
+        f"At full size ({r['artifact']['layers']} layers, {r['artifact']['quant']} in blocks of "
+        f"{r['artifact']['block_size']}, random weights; exported for {r['artifact']['ctx']:,} "
+        f"tokens): a state of {r['state']['tokens']:,} tokens, made {r['state']['filled']} on "
+        f"x86-64, restored on a {r['board']['cpu']} with {r['board']['memory']} of RAM, and "
+        f"{r['decoded']} tokens decoded up to a context of {r['ctx']:,} inside "
+        f"{mib(group['limit'])}. Anonymous memory {mib(held['anon'])} (planned "
+        f"{mib(r['planned']['anon'])}), `memory.peak` {mib(group['peak'])} with the page cache of "
+        f"the weights, no OOM kill; KL from x86-64 {apart['max_kl']:.1e} at most, top-1 "
+        f"{apart['top1']:.0%}."
+    ]
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
 def file_map() -> str:
     """One line for every source file: what it says about itself first."""
     lines = []
@@ -269,6 +341,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "full-size": full_size,
     "memory": memory,
+    "boards": boards,
+    "arm64": arm64,
     "files": file_map,
     "jvm": jvm,
     "apk": apk,

@@ -6,10 +6,13 @@ have neither Python nor glibc: `edge-kv-run`, ExecuTorch's libraries, and the C 
 of the cross-compiler they were linked with. It is started as
 
     ./ld-linux-aarch64.so.1 --library-path ./lib ./edge-kv-run ARTIFACT --ids 2,651,9029
+
+A board that shall not compile anything runs it too: `python -m edge_kv.bundle FOLDER` makes it.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import os
@@ -22,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import edge_kv
-from edge_kv.errors import DeployError, RuntimeFault
+from edge_kv.errors import DeployError, EdgeKVError, RuntimeFault
 
 MACHINE = "aarch64"
 PLATFORM = "manylinux_2_28_aarch64"
@@ -161,3 +164,17 @@ def fetch_executorch() -> Path:
     if not (home / "executorch" / "lib").is_dir():
         raise RuntimeFault(f"{home} holds no libraries; remove it and try again.")
     return home / "executorch"
+
+
+def main() -> None:
+    """Make the runner bundle in a directory."""
+    parser = argparse.ArgumentParser(prog="python -m edge_kv.bundle")
+    parser.add_argument("folder", type=Path, help="where to put edge-kv-run and its libraries")
+    try:
+        print(write_runner(parser.parse_args().folder))
+    except EdgeKVError as e:
+        sys.exit(f"Error: {e}")
+
+
+if __name__ == "__main__":
+    main()

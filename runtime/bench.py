@@ -254,11 +254,11 @@ def _fill(job: Job, open_session: Open) -> dict[str, str]:
     artifact = read_artifact(job.artifact)
     made = {str(d): "kept from an earlier run" for d in job.depths}
     made["0"] = "empty"
-    missing = [d for d in job.depths if d and not _snapshot(artifact, job, d).exists()]
+    missing = [d for d in job.depths if d and not snapshot_path(artifact, job, d).exists()]
     with open_session(artifact, job) as session:
         ids = prompt_ids(session.config.vocab_size, max(job.depths))
         for depth in missing:
-            path = _snapshot(artifact, job, depth)
+            path = snapshot_path(artifact, job, depth)
             path.parent.mkdir(parents=True, exist_ok=True)
             if job.fill == "random":
                 _write_random(session, path, ids[:depth])
@@ -300,7 +300,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
         def at_depth() -> None:
             session.reset()
             if depth:
-                session.restore(_snapshot(artifact, job, depth))
+                session.restore(snapshot_path(artifact, job, depth))
 
         prefills: list[float] = []
         with _Watch(memory, "prefill"):
@@ -393,7 +393,7 @@ def _shape(artifact: Artifact, depth: int, prompt: int, tokens: int) -> tuple[in
     return start, ahead, max(1, min(tokens, artifact.plan.ctx - start, ahead))
 
 
-def _snapshot(artifact: Artifact, job: Job, depth: int) -> Path:
+def snapshot_path(artifact: Artifact, job: Job, depth: int) -> Path:
     """Where the state at a depth is kept; the file itself says which model and plan it is of."""
     model = model_fingerprint(artifact.manifest)[:16]
     plan = snapshots.plan_digest(artifact.plan)[:16]

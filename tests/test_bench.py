@@ -52,7 +52,7 @@ def test_depths_are_real_and_say_where_they_come_from(document, tiny):
     assert len(deep["prefill"]["seconds"]) == 2 and deep["decode"]["tokens"] == 12
     artifact = read_artifact(tiny)
     job = module.Job("fill", str(tiny), "onnx", 1, True, (448,), 64, 6, 2)
-    path = module._snapshot(artifact, job, 448)
+    path = module.snapshot_path(artifact, job, 448)
     with runtime.load(artifact, threads=1) as session:
         session.restore(path)
         want = module.prompt_ids(session.config.vocab_size, 512)[:448]
