@@ -155,7 +155,7 @@ def measure(
 ) -> dict[str, Any]:
     problem = Problem(case)
     slowest = max(problem.run(*side) for side in sides.values())
-    rounds = max(3, min(500, int(seconds / slowest)))
+    rounds = max(2, min(500, int(seconds / slowest)))
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():

@@ -286,11 +286,11 @@ def test_steps_of_every_length_match_float64(library, isa, storage, kv_heads, gr
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_rings_wrap(library, isa, storage, threads):
     rng = np.random.default_rng(1)
-    window, chunk = 40, 24
-    cache = Cache(library, isa, storage, slots=window + chunk - 1, window=window, dim=32,
-                  threads=threads)  # fmt: skip
+    window, chunk = 140, 24  # long enough for a chunk to be spread over threads
+    cache = Cache(library, isa, storage, slots=window + chunk - 1, window=window, dim=64,
+                  scale=0.125, threads=threads)  # fmt: skip
     at = 0
-    for n in (1, 24, 24, 7, 1, 24, 1, 1, 24, 13, 24, 1):
+    for n in (1, 24, 24, 7, 1, 24, 24, 1, 1, 24, 13, 24, 24, 1, *(24,) * 7):
         q, k, v = tokens_of(rng, n, cache)
         got = cache.run(at, q, k, v)
         cache.check(got, at, q, at + n)
@@ -348,6 +348,8 @@ def test_long_caches(library, isa, threads):
     cache.scales[0][0, 77_777] = 4.0
     q = np.tile(cache.rows[0][0, 77_777].astype(np.float64), (1, 8))
     cache.check(cache.run(rows - 1, q, k, v), rows - 1, q, rows, 2e-5)
+    cache.window, at = 100_000, rows + 30_000  # the same rows as a ring, wrapped within the window
+    cache.check(cache.run(at, q), at, q, at + 1, 2e-5)
 
 
 @pytest.mark.parametrize("isa", ALL_ISAS)
@@ -449,7 +451,7 @@ def test_packed_linear(library, isa, bits, block):
 
 def test_sanitizers_find_nothing(tmp_path):
     """The steps, wraps and edges above in a process built with AddressSanitizer and UBSan."""
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
     path = build_kernels(*flags)
     preload = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

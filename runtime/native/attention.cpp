@@ -8,8 +8,11 @@
 namespace edge_kv {
 namespace {
 
-constexpr int kBlockRows = 64;    // query rows of one task: its sums stay in the L2 cache
-constexpr int64_t kMinKeys = 256;  // a shorter share of the keys is not worth a thread
+constexpr int kBlockRows = 64;  // query rows of one task: its sums stay in the L2 cache
+// Multiplications that are worth a thread, some 20 microseconds of them; reading a row counts as
+// two queries.
+constexpr int64_t kMinWork = 1 << 20;
+constexpr int kReading = 2;
 
 template <class F>
 void parallel(const Pool& pool, int64_t count, F task) {
@@ -71,8 +74,11 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
   const int blocks = (tokens + block - 1) / block;
   const int64_t end = step.position + tokens;
   const int64_t reach = window ? std::min(end, window + tokens - 1) : end;
-  const int64_t wanted = (pool.threads + int64_t(blocks) * b.kv_heads - 1) / (int64_t(blocks) * b.kv_heads);
-  const int shares = int(std::max<int64_t>(1, std::min(wanted, reach / kMinKeys)));
+  const int64_t queries_of_task = int64_t(std::min(tokens, block)) * group;
+  const int64_t work = 2 * reach * dim * b.kv_heads * blocks * (queries_of_task + kReading);
+  const Pool team{int(std::min<int64_t>(pool.threads, std::max<int64_t>(1, work / kMinWork))),
+                  pool.run};
+  const int shares = (team.threads + blocks * b.kv_heads - 1) / (blocks * b.kv_heads);
   const int rows = block * group;
   const int64_t tasks = int64_t(b.kv_heads) * blocks * shares;
 
@@ -80,7 +86,7 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
   const size_t partial_floats = size_t(rows) * (dim + 2);
   float* queries = scratch(query_floats + size_t(tasks) * partial_floats);
   float* partials = queries + query_floats;
-  parallel(pool, tokens, [&](int64_t t) {
+  parallel(team, tokens, [&](int64_t t) {
     for (int h = 0; h < q_heads; ++h) {  // [kv_head, token, group, dim]: a block's rows adjoin
       const int64_t to = (int64_t(h / group) * tokens + t) * group + h % group;
       kernels.norm_rope(q + (t * q_heads + h) * dim, q_norm, step.cos + t * dim / 2,
@@ -92,7 +98,7 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
     float* at = partials + size_t(task) * partial_floats;
     return Partial{at, at + rows, at + 2 * rows};
   };
-  parallel(pool, tasks, [&](int64_t task) {
+  parallel(team, tasks, [&](int64_t task) {
     const int share = int(task % shares), at = int(task / shares % blocks);
     const int head = int(task / shares / blocks);
     const int first = at * block, count = std::min(block, tokens - first);
@@ -115,7 +121,7 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
                    oldest + keys * (share + 1) / shares, partial);
   });
 
-  parallel(pool, tokens, [&](int64_t t) {
+  parallel(team, tokens, [&](int64_t t) {
     for (int h = 0; h < q_heads; ++h) {
       const int64_t task = (int64_t(h / group) * blocks + t / block) * shares;
       const int64_t row = t % block * group + h % group;

@@ -21,7 +21,8 @@ class Workers {
 
   void run(int threads, int64_t count, void (*task)(void*, int64_t), void* context) {
     const std::lock_guard<std::mutex> one_job(job_);
-    while (int(threads_.size()) < threads - 1) threads_.emplace_back([this, seen = posted_.load()] { work(seen); });
+    while (int(threads_.size()) < threads - 1)
+      threads_.emplace_back([this, seen = posted_.load()] { work(seen); });
     const std::function<void(int64_t)> call = [=](int64_t i) { task(context, i); };
     helpers_ = threads - 1;
     busy_ = int(threads_.size());

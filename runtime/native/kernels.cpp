@@ -10,7 +10,7 @@
 namespace edge_kv {
 namespace {
 
-constexpr int kTile = 64;  // keys whose scores are held at a time
+constexpr int kTile = 128;  // keys whose scores are held at a time; their rows fit the L2 cache
 
 float dot(const float* a, const float* b, int n) {
   Vec sum = splat(0.0f);
@@ -133,7 +133,8 @@ inline bool sees(const Queries& q, int first, int rows, const Tile& tile) {
 }
 
 // Turn the products of R query rows with a tile's keys into the weights of its values; `steps` is
-// what a unit of each row's products stands for, `keep` gets the factors for what was summed before.
+// what a unit of each row's products stands for, `keep` gets the factors for what was summed
+// before.
 template <int R>
 inline void weigh(const Cache& cache, const Queries& q, int first, const Tile& tile,
                   const float* steps, float (*scores)[kTile], float* keep, const Partial& out) {
@@ -253,17 +254,22 @@ inline void digit_dots(const Digit* q, int dim, const K* one, const K* two, floa
   }
 }
 
-// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * values[j]
+// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * values[j]; unless `next` is null, as
+// many bytes from there are fetched on the way.
 template <int R>
 inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps, const float* keep,
-                      const int8_t* values, int n, int dim, float* mix) {
+                      const int8_t* values, int n, int dim, float* mix, const char* next) {
   for (int d = 0; d < dim; d += 2 * kWidth) {
     Dots low[R][kDigits], high[R][kDigits];
     for (int r = 0; r < R; ++r)
       for (int g = 0; g < kDigits; ++g) low[r][g] = high[r][g] = no_dots();
     for (int j = 0; j < n; j += kGroup) {
-      const int8_t* rows[kGroup];  // beyond the last row the weights are zero
-      for (int i = 0; i < kGroup; ++i) rows[i] = values + int64_t(j + i < n ? j + i : n - 1) * dim + d;
+      const int8_t* rows[kGroup];
+      for (int i = 0; i < kGroup; ++i) {
+        const int row = j + i < n ? j + i : n - 1;  // beyond the last row the weights are zero
+        rows[i] = values + int64_t(row) * dim + d;
+      }
+      if (next) __builtin_prefetch(next, 0, 2), next += kGroup * 2 * kWidth;
       Digits v[2];
       columns(rows, v);
       for (int r = 0; r < R; ++r)
@@ -321,7 +327,9 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
         for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
         steps[r] = to_digits(scores[r], padded, kLargest, weights[r][0], kTile);
       }
-      digit_mix<R>(weights, steps, keep, values, n, dim, out.mix + int64_t(first) * dim);
+      const bool more = first == 0 && tile.slot + 2 * n <= cache.slots;
+      digit_mix<R>(weights, steps, keep, values, n, dim, out.mix + int64_t(first) * dim,
+                   more ? reinterpret_cast<const char*>(keys + int64_t(n) * dim) : nullptr);
     });
   }
 }
@@ -393,6 +401,7 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
 #define EDGE_KV_QUOTED(isa) #isa
 #define EDGE_KV_TEXT(isa) EDGE_KV_QUOTED(isa)
 extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
-const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot};
+const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store,
+                                            dot};
 
 }  // namespace edge_kv
