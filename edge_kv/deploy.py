@@ -348,12 +348,15 @@ def _install(
             given += [_item(p, f"{root}/wheels/{p.name}") for p in sorted(wheels.glob("*.whl"))]
         _copy(device, given, progress)
     progress.stage("install")
-    if device.run(f"rm -f {stamp}; {_q(python)} -m pip --version").status:
+    here = f"{_q(python)} -c 'import edge_kv, pip'"
+    update = not device.run(f"rm -f {stamp}; {here} 2>/dev/null").status
+    if not update:  # nothing yet, or cut off
         checked(device, f"python3 -m venv --clear {_q(root + '/venv')}", "python3 -m venv")
     pip = f"{_q(python)} -m pip install --quiet --disable-pip-version-check"
     if wheels:
         pip += f" --no-index --find-links {_q(root + '/wheels')}"
-    checked(device, f"{pip} --force-reinstall --no-deps {_q(wheel.target)}", "pip install")
+    if update:  # pip takes an equal version for the same
+        checked(device, f"{pip} --force-reinstall --no-deps {_q(wheel.target)}", "pip install")
     checked(device, f"{pip} {_q(wheel.target)}", "pip install")
     if extra:
         checked(device, f"{pip} --no-deps {_q(extra[0])}", "pip install executorch")
