@@ -7,27 +7,24 @@ lies between two of them (attention, token look-up, rotary angles) stays in the 
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch import Tensor, nn
-from torch.fx.traceback import NodeSource
 
 from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.backends import quiet
+from edge_kv.export.executorch_lean import lean
 from edge_kv.export.executorch_portable import PortableState, for_any_runtime
 from edge_kv.export.executorch_state import (
     NativeState,
@@ -137,14 +134,17 @@ def lower_executorch(
         for_xnnpack(decoder)
     ATTENTIONS[attention].replace(decoder)
     try:
-        with quiet(), _cheap_copies():
+        with quiet(), lean():
             exported = _trace(decoder, plan, config, ATTENTIONS[attention])
-            edge = to_edge_transform_and_lower(
+            # XNNPACK knows a linear as what it is; else it becomes a product by a transpose.
+            kept = [torch.ops.aten.linear.default] if delegate else []
+            edge = to_edge(
                 exported,
-                partitioner={name: [Partitioner()] if delegate else [] for name in exported},
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, preserve_ops=kept),
                 constant_methods=dict(facts),
             )
+            if delegate:
+                edge = edge.to_backend({name: Partitioner() for name in exported})
             delegates = {name: _delegates(edge.exported_program(name)) for name in exported}
             planning = StatePlanning(alloc_graph_input=False, share_mutable_buffers=True)
             program = edge.to_executorch(
@@ -253,25 +253,3 @@ def _write(program: Any, path: Path) -> None:
         f.flush()
         os.fsync(f.fileno())
     part.replace(path)
-
-
-@contextmanager
-def _cheap_copies() -> Iterator[None]:
-    """Copy less: weights that XNNPACK only reads, and each node's record of what it came from.
-
-    Every pass copies that record whole, which makes it as deep as there were passes.
-    """
-    plain = XnnpackBackend.copy_exported_program_for_preprocess
-
-    def share(cls: Any, program: Any, specs: Any) -> Any:
-        tensors = [*program.state_dict.values(), *program.constants.values()]
-        held = {id(t): t for t in tensors if isinstance(t, torch.Tensor)}
-        return copy.deepcopy(program, held)
-
-    XnnpackBackend.copy_exported_program_for_preprocess = classmethod(share)
-    NodeSource.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        XnnpackBackend.copy_exported_program_for_preprocess = plain
-        del NodeSource.__deepcopy__  # type: ignore[attr-defined]
