@@ -6,11 +6,13 @@ scored by the squared error left after its least-squares scale, <w,q>^2 / <q,q>.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
 SEARCH = {4: (8.0, 7.6, 7.2, 6.8, 8.4, 8.8, -7.0, -7.4), 8: (127.0,)}
-_CHUNK = 1 << 20  # values quantised at a time: the search's temporaries stay small
+_CHUNK = 1 << 18  # values quantised at a time: the search's temporaries stay small
 
 
 def quantize(
@@ -27,14 +29,23 @@ def quantize(
     n, width = rows.shape
     packed = torch.empty(n, width // block, block * bits // 8, dtype=torch.uint8)
     scales = torch.empty(n, width // block)
-    lost = 0.0
     step = max(1, _CHUNK // width)
-    for at in range(0, n, step):
+
+    def some(at: int) -> float:
         part = rows[at : at + step].reshape(-1, block)
         q, scale, error = _search(part, bits, signed_scales)
         packed[at : at + step] = _pack(q, bits).view(-1, width // block, block * bits // 8)
         scales[at : at + step] = scale.view(-1, width // block)
-        lost += error
+        return error
+
+    # A thread a core, each alone with its part: torch's own threads would wait at every operation.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            lost = sum(pool.map(some, range(0, n, step)))
+    finally:
+        torch.set_num_threads(threads)
     return packed, scales, lost
 
 
