@@ -5,8 +5,9 @@ kernel may drop. The model below is how onnxruntime's CPU provider was seen to b
 packed for the CPU, once, into a cache file that every later load maps (or, without a cache, on the
 heap of every program); a load still packs each matrix for a moment to find it in the file. State
 costs RAM as far as rows were written; token lookups map pages of the embedding; arenas keep the
-largest workspace they ever needed. ExecuTorch differs in the libraries it brings, in its workspace,
-and in mapping every packed matrix once for both programs.
+largest workspace they ever needed. With native operators decoding maps the weights as they were
+exported, only prefill's are packed, and no score matrix exists. ExecuTorch differs in the libraries
+it brings, in its workspace, and in mapping every packed matrix once for both programs.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ FLOAT_ROWS = 3  # rows of one full layer, K or V, turned into float for a chunk
 ATTEND_BLOCK = 1024  # rows a chunk turns into float at a time
 LOGITS = 2  # the row of logits
 TOKEN_BYTES = 40  # a session's list of fed ids: one Python integer and its place
+OPERATORS_ACTIVATIONS = 10.2  # f32 copies of a chunk's widest rows, with native operators
 # ExecuTorch (fitted to E2B and tiny):
 NATIVE_ANON = 25_500_000  # interpreter, numpy, our library: heap
 NATIVE_FILE = 24 << 20  # … and the mapped libraries
@@ -147,7 +149,7 @@ def predict_memory(
         scales += kept  # both programs map the same file
     touched = plan.touched_bytes(depth)
     tokenizer = TOKENIZER_BYTES * config.vocab_size
-    weights = _Packed(packed, largest, scales, kinds[EMBED])
+    weights = _Weights(packed, largest, scales, kinds[EMBED], sum(kinds.values()))
     phases = ENGINES.get(engine, _onnx)(config, plan, depth, weights, cache)
     held = tokenizer + TOKEN_BYTES * depth
     phases = {
@@ -168,18 +170,38 @@ def predict_memory(
 
 
 @dataclass(frozen=True)
-class _Packed:
+class _Weights:
     """Bytes of weights as an engine holds them."""
 
     programs: dict[str, int]  # matrices packed by each program
     largest: int  # of them, the largest matrix; a part of the head counts as one
     scales: int  # left in the artifact's file by onnxruntime
     table: int  # the token table
+    stored: int  # everything in the weight file
 
 
 def _onnx(
-    config: ModelConfig, plan: KVPlan, depth: int, weights: _Packed, cache: bool
+    config: ModelConfig, plan: KVPlan, depth: int, weights: _Weights, cache: bool
 ) -> dict[str, Phase]:
+    """onnxruntime with native operators."""
+    base = BASE_ANON + GRAPH_BYTES * (config.n_layers + config.n_own)
+    packed = weights.programs["prefill"]
+    work = _native_workspace(config, plan, depth, OPERATORS_ACTIVATIONS)
+    lookup = min(weights.table, LOOKUP_BYTES * depth)
+    phases = {FIRST_LOAD: Phase(base + int(FIRST_PACKING * packed), BASE_FILE)} if cache else {}
+    held, mapped = (base, packed) if cache else (base + packed, 0)
+    running = held + plan.touched_bytes(depth) + work
+    return phases | {
+        "load": Phase(held, BASE_FILE),
+        "prefill": Phase(running, BASE_FILE + lookup + mapped),
+        "decode": Phase(running, BASE_FILE + weights.stored),
+    }
+
+
+def _onnx_stock(
+    config: ModelConfig, plan: KVPlan, depth: int, weights: _Weights, cache: bool
+) -> dict[str, Phase]:
+    """onnxruntime as it is installed."""
     packed = weights.programs
     base = BASE_ANON + GRAPH_BYTES * (config.n_layers + config.n_own)
     chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
@@ -202,18 +224,10 @@ def _onnx(
 
 
 def _executorch(
-    config: ModelConfig, plan: KVPlan, depth: int, weights: _Packed, cache: bool
+    config: ModelConfig, plan: KVPlan, depth: int, weights: _Weights, cache: bool
 ) -> dict[str, Phase]:
     base = NATIVE_ANON + NATIVE_GRAPH * (config.n_layers + config.n_own)
-    rows = min(plan.chunk, depth)
-    run = [p for p in plan.layers if not p.skip_in_prefill]
-    widest = max(max(config.mlp(p.layer), p.q_heads * p.head_dim) for p in run)
-    attention = max(
-        rows * p.q_heads * p.head_dim + max(rows * p.q_heads, NATIVE_QUERY_BLOCK) * p.head_dim
-        for p in run
-    )
-    floats = NATIVE_ACTIVATIONS * rows * max(widest, config.hidden) + attention
-    work = int(4 * (floats + LOGITS * config.vocab_size))
+    work = _native_workspace(config, plan, depth, NATIVE_ACTIVATIONS)
     held = base if cache else base + weights.programs["decode"]
     file = NATIVE_FILE + min(weights.table, NATIVE_LOOKUP * depth)
     file += weights.programs["decode"] if cache else 0
@@ -221,7 +235,20 @@ def _executorch(
     return {"load": Phase(held, NATIVE_FILE), "prefill": running, "decode": running}
 
 
-ENGINES = {"onnx": _onnx, "executorch": _executorch}
+def _native_workspace(config: ModelConfig, plan: KVPlan, depth: int, activations: float) -> int:
+    """Bytes that a chunk needs where attention is ours: its queries and sums, never scores."""
+    rows = min(plan.chunk, depth)
+    run = [p for p in plan.layers if not p.skip_in_prefill]
+    widest = max(max(config.mlp(p.layer), p.q_heads * p.head_dim) for p in run)
+    attention = max(
+        rows * p.q_heads * p.head_dim + max(rows * p.q_heads, NATIVE_QUERY_BLOCK) * p.head_dim
+        for p in run
+    )
+    floats = activations * rows * max(widest, config.hidden) + attention
+    return int(4 * (floats + LOGITS * config.vocab_size))
+
+
+ENGINES = {"onnx": _onnx, "onnx-stock": _onnx_stock, "executorch": _executorch}
 RUNNING = ("prefill", "decode")  # phases in which tokens have been fed
 
 
@@ -235,8 +262,7 @@ def streamed_bytes(config: ModelConfig, quant: str, block_size: int) -> int:
     for spec in tensor_table(config):
         if spec.kind == PLE_TABLE:
             continue
-        stored, heap, _ = _tensor_bytes(spec, quant, block_size)
-        size = heap or stored
+        size, _, _ = _tensor_bytes(spec, quant, block_size)
         if spec.kind == EXPERT and config.moe:
             size = size * config.moe.top_k // config.moe.n_experts
         total += size

@@ -55,6 +55,8 @@ class Lowered:
 class Lowering(Protocol):
     """One backend."""
 
+    gate: str  # the engine that judges its programs
+
     def check(self, config: ModelConfig) -> None:
         """Refuse what this backend cannot export, before any weight is read.
 
@@ -75,6 +77,8 @@ class Lowering(Protocol):
 
 class OnnxLowering:
     """Two graphs over one external weight file."""
+
+    gate = "onnx-stock"  # without native operators: the exact variant is one of the programs
 
     def check(self, config: ModelConfig) -> None:
         pass
@@ -101,6 +105,8 @@ class OnnxLowering:
 
 class ExecuTorchLowering:
     """One `.pte` with both methods; the weights are inside it, so their file does not ship."""
+
+    gate = "executorch"
 
     def check(self, config: ModelConfig) -> None:
         for package in ("executorch", "flatbuffers", "ruamel", "tabulate", "torchao"):

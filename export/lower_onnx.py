@@ -1,5 +1,9 @@
 """Lowers the decoder to ONNX: two programs, `prefill` and `decode`, over one external weight file.
 
+What a program does with its state are calls of functions that come with it, made of standard
+operators: onnxruntime inlines them, unless it was given native operators of the same names
+(`runtime/native/onnx_operators.cpp`), which then run instead.
+
 Graphs are traced on the meta device, so a full-size graph costs no weight memory; initializers
 then become references into the weight file that `weight_file` streamed.
 """
@@ -10,6 +14,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +26,14 @@ from torch import Tensor, nn
 from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
-from edge_kv.export.onnx_ops import OPSET, TRANSLATIONS
-from edge_kv.export.onnx_state import K_ZERO, OnnxDecodeState, OnnxPrefillState, OnnxState
+from edge_kv.export.onnx_attention import K_ZERO, body, view_dtype
+from edge_kv.export.onnx_ops import DECODE_TRANSLATIONS, DOMAIN, OPSET, TRANSLATIONS, linear
+from edge_kv.export.onnx_state import OnnxState
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import Region, WeightLayout
 from edge_kv.kv_plan import APPEND, KVPlan, state_views
 from edge_kv.model.binding import parameter_rows
 from edge_kv.model.decoder import Decoder
-from edge_kv.model.state import TORCH_DTYPES
 
 IR_VERSION = 11
 EXACT = ".exact"  # suffix of the variant with float kernels, which only the parity gate runs
@@ -44,7 +49,7 @@ class DecodeProgram(nn.Module):
         self.decoder, self.plan = decoder, plan
 
     def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None, *views: Tensor) -> Any:
-        state = OnnxDecodeState(self.plan, list(views))
+        state = OnnxState(self.plan, list(views))
         return self.decoder.decode(ids, pos, ple, state), *state.outputs()
 
 
@@ -56,7 +61,7 @@ class PrefillProgram(nn.Module):
         self.decoder, self.plan = decoder, plan
 
     def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None, *views: Tensor) -> Any:
-        state: OnnxState = OnnxPrefillState(self.plan, list(views))
+        state = OnnxState(self.plan, list(views))
         self.decoder.prefill(ids, pos, ple, state)
         return tuple(state.outputs())
 
@@ -101,13 +106,11 @@ def _trace(module: nn.Module, plan: KVPlan, config: ModelConfig, name: str) -> i
     decode = name == "decode"
     tokens = 1 if decode else 3  # any example length: the chunk is dynamic
     layers = config.n_layers if decode else config.n_own
-    chunk = torch.export.Dim("chunk", min=1, max=plan.chunk)
-    live = torch.export.Dim("live", min=1, max=plan.ctx)
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         views = [
             torch.empty(
                 [min(256, plan.ctx) if isinstance(d, str) else d for d in v.shape],
-                dtype=_view_dtype(v.buffer.role, v.buffer.dtype),
+                dtype=view_dtype(v.buffer),
             )
             for v in state_views(plan)
         ]
@@ -118,29 +121,60 @@ def _trace(module: nn.Module, plan: KVPlan, config: ModelConfig, name: str) -> i
             ple,
             *views,
         )
-        grows = None if decode or plan.chunk == 1 else {0: chunk}
-        shapes = (
-            grows,
-            None,
-            grows if ple is not None else None,
-            tuple(
-                {1: live} if v.buffer.kind == APPEND and plan.ctx > 1 else None
-                for v in state_views(plan)
-            ),
+    grows = None if decode or plan.chunk == 1 else {0: "chunk"}
+    live = {1: "live"} if plan.ctx > 1 else None
+    state = tuple(live if v.buffer.kind == APPEND else None for v in state_views(plan))
+    shapes = (grows, None, grows if ple is not None else None, state)
+    model = _to_onnx(module, args, shapes, plan, decode)
+    _attach_functions(model, config, plan, decode)
+    return model
+
+
+def _to_onnx(
+    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...], plan: KVPlan, decode: bool
+) -> ir.Model:
+    """`module` as an ONNX graph; `shapes` name the axes "chunk" and "live" of `args`."""
+    dims = {
+        "chunk": torch.export.Dim("chunk", min=1, max=plan.chunk),
+        "live": torch.export.Dim("live", min=1, max=plan.ctx),
+    }
+
+    def named(axes: Any) -> Any:
+        if isinstance(axes, tuple):
+            return tuple(named(a) for a in axes)
+        return axes and {axis: dims[name] for axis, name in axes.items()}
+
+    with torch.device("meta"), torch.no_grad(), _quiet():
+        exported = torch.export.export(module, args, dynamic_shapes=named(shapes))
+        program = torch.onnx.export(
+            exported,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=DECODE_TRANSLATIONS if decode else TRANSLATIONS,
+            optimize=False,
+            verbose=False,
         )
-        with _quiet():
-            exported = torch.export.export(module, args, dynamic_shapes=shapes)
-            program = torch.onnx.export(
-                exported,
-                (),
-                dynamo=True,
-                opset_version=OPSET,
-                custom_translation_table=TRANSLATIONS,
-                optimize=False,
-                verbose=False,
-            )
     assert program is not None
     return program.model
+
+
+def _attach_functions(model: ir.Model, config: ModelConfig, plan: KVPlan, decode: bool) -> None:
+    """Give the model a body for every function of ours that it calls."""
+    calls = {n.op_type: n for n in model.graph if n.domain == DOMAIN}
+    for name, call in calls.items():
+        if name == "linear":
+            given = ir.serde.deserialize_function(linear.to_function_proto())
+            model.functions[given.identifier()] = given
+            continue
+        with torch.device("meta"):
+            module, args, shapes = body(name, config, plan, decode)
+        made = _to_onnx(module, args, shapes, plan, decode)
+        _inline_constants(made.graph)
+        attributes = [ir.Attr(a.name, a.type, None) for a in call.attributes.values()]
+        function = ir.Function(DOMAIN, name, graph=made.graph, attributes=attributes)
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports.setdefault(DOMAIN, 1)
 
 
 class _quiet:
@@ -164,8 +198,14 @@ class _quiet:
         gc.enable()
 
 
-def _view_dtype(role: str, dtype: str) -> torch.dtype:
-    return torch.uint8 if role == "k" and dtype == "int8" else TORCH_DTYPES[dtype]
+def _inline_constants(graph: ir.Graph) -> None:
+    """Make every initializer a Constant node: a function has no initializers."""
+    for value in list(graph.initializers.values()):
+        assert value.const_value is not None
+        constant = ir.node("Constant", [], {"value": value.const_value})
+        graph.insert_before(graph[0], constant)
+        value.replace_all_uses_with(constant.outputs[0])
+    graph.initializers.clear()
 
 
 def _name_io(model: ir.Model, plan: KVPlan, name: str, *, has_ple: bool) -> None:
@@ -237,7 +277,8 @@ def _external(
 
 def _exact(model: ir.Model) -> None:
     """Let quantised matrices multiply in float: what is left against PyTorch is the lowering."""
-    for node in model.graph:
+    graphs = [model.graph, *(f.graph for f in model.functions.values())]
+    for node in chain.from_iterable(graphs):
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
 

@@ -8,7 +8,7 @@ and GatherBlockQuantized.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import onnxscript
@@ -23,41 +23,120 @@ from edge_kv.model import ops as model_ops
 OPSET = 24
 CONTRIB = "com.microsoft"
 
-# ONNX Runtime's contrib operators have no schema in the onnx package: name -> (inputs, attributes).
-_CONTRIB_OPS: dict[str, tuple[str, str]] = {
-    "MatMulNBits": ("A B scales", "K N bits block_size accuracy_level"),
-    "GatherBlockQuantized": ("data indices scales", "bits block_size gather_axis quantize_axis"),
-}
+DOMAIN = "edge_kv"  # functions of ours, made of standard operators: see onnx_attention
+_SEEN = "q q_norm cos sin pos"
+_STORED = "k v k_norm cos sin pos"
 
 
-def _declare(name: str, inputs: str, attributes: str) -> None:
-    schema, any_type = onnx.defs.OpSchema, ["tensor(float)", "tensor(uint8)", "tensor(int8)"]
-    any_type += ["tensor(int32)", "tensor(int64)"]
-    given = inputs.split()
-    onnx.defs.register_schema(
-        schema(
-            name,
-            CONTRIB,
-            1,
-            inputs=[schema.FormalParameter(n, f"T{i}") for i, n in enumerate(given)],
-            outputs=[schema.FormalParameter("output", "TO")],
-            type_constraints=[(f"T{i}", any_type, "") for i in range(len(given))]
-            + [("TO", ["tensor(float)"], "")],
-            attributes=[
-                schema.Attribute(a, schema.AttrType.INT, "", required=False)
-                for a in attributes.split()
-            ],
+class _Schema(NamedTuple):
+    """An operator the onnx package has no schema for: names of what it takes and gives."""
+
+    domain: str
+    name: str
+    inputs: str
+    outputs: str
+    ints: str = ""
+    floats: str = ""
+
+    def register(self) -> None:
+        schema, types = onnx.defs.OpSchema, [f"tensor({t})" for t in _TYPES]
+
+        def values(names: str, letter: str) -> list[Any]:
+            return [schema.FormalParameter(n, f"{letter}{i}") for i, n in enumerate(names.split())]
+
+        inputs, outputs = values(self.inputs, "I"), values(self.outputs, "O")
+        attributes = [(n, schema.AttrType.INT) for n in self.ints.split()]
+        attributes += [(n, schema.AttrType.FLOAT) for n in self.floats.split()]
+        onnx.defs.register_schema(
+            schema(
+                self.name,
+                self.domain,
+                1,
+                inputs=inputs,
+                outputs=outputs,
+                type_constraints=[(v.type_str, types, "") for v in (*inputs, *outputs)],
+                attributes=[schema.Attribute(n, t, "", required=False) for n, t in attributes],
+            )
         )
-    )
 
 
-for _name, (_inputs, _attributes) in _CONTRIB_OPS.items():
-    if not onnx.defs.has(_name, CONTRIB):
-        _declare(_name, _inputs, _attributes)
+_TYPES = ("float", "float16", "uint8", "int8", "int32", "int64")
+_BITS = "K N bits block_size"
+SCHEMAS = (
+    _Schema(CONTRIB, "MatMulNBits", "A B scales", "Y", f"{_BITS} accuracy_level"),
+    _Schema(CONTRIB, "GatherBlockQuantized", "data indices scales", "Y",
+            "bits block_size gather_axis quantize_axis"),
+    _Schema(DOMAIN, "attend_ring", f"{_SEEN} keys values", "Y", "window", "eps scale"),
+    _Schema(DOMAIN, "attend_append", f"{_SEEN} keys values", "Y", "", "eps scale"),
+    _Schema(DOMAIN, "attend_append_int8", f"{_SEEN} keys values k_scale v_scale", "Y", "",
+            "eps scale"),
+    _Schema(DOMAIN, "store_ring", f"{_STORED} keys values", "K V", "v_norm", "eps"),
+    _Schema(DOMAIN, "store_append", f"{_STORED} keys values", "K V", "v_norm", "eps"),
+    _Schema(DOMAIN, "store_append_int8", f"{_STORED} keys values k_scale v_scale", "K V KS VS",
+            "v_norm", "eps"),
+    _Schema(DOMAIN, "linear", "x packed scales", "Y", _BITS),
+)  # fmt: skip
+for _schema in SCHEMAS:
+    if not onnx.defs.has(_schema.name, _schema.domain):
+        _schema.register()
 
 onnx_op: Any = Opset("", OPSET)
 ms_op: Any = Opset(CONTRIB, 1)
+our_op: Any = Opset(DOMAIN, 1)
 base_op: Any = Opset("", 18)  # whole functions must be of the opset torch builds at and converts
+
+
+@custom_op("edge_kv::attend_rows", mutates_args=())
+def attend_rows(
+    q: Tensor, q_norm: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, k: Tensor, v: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None, window: int, eps: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """Attend with raw q [T, q_heads*D] at pos … pos+T-1 over stored rows; [T, q_heads*D].
+
+    k and v are state views: a ring [1, kv_heads, slots, D] where `window` is not 0, else the live
+    rows of one KV head [1, live, D], int8 (keys as uint8 + 128) where they have scales [1, live].
+    """
+    raise NotImplementedError("This op is lowered: see onnx_attention for its meaning.")
+
+
+@attend_rows.register_fake
+def _(q: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+@custom_op("edge_kv::store_rows", mutates_args=())
+def store_rows(
+    k: Tensor, v: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, pos: Tensor,
+    keys: Tensor, values: Tensor, ring: bool, v_norm: bool, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The views `keys` and `values` with raw k, v [T, heads*D] stored at pos … pos+T-1."""
+    raise NotImplementedError("This op is lowered: see onnx_attention for its meaning.")
+
+
+@store_rows.register_fake
+def _(
+    k: Tensor, v: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, pos: Tensor,
+    keys: Tensor, values: Tensor, ring: bool, v_norm: bool, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(keys), torch.empty_like(values)
+
+
+@custom_op("edge_kv::store_rows_int8", mutates_args=())
+def store_rows_int8(
+    k: Tensor, v: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, pos: Tensor,
+    keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor, v_norm: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`store_rows` into the int8 views of one KV head: keys, values and their scales [1, live]."""
+    raise NotImplementedError("This op is lowered: see onnx_attention for its meaning.")
+
+
+@store_rows_int8.register_fake
+def _(
+    k: Tensor, v: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, pos: Tensor,
+    keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor, v_norm: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    views = (keys, values, k_scale, v_scale)
+    return tuple(torch.empty_like(x) for x in views)  # type: ignore[return-value]
 
 
 @custom_op("edge_kv::write_rows", mutates_args=())
@@ -140,7 +219,7 @@ def _(
     return torch.empty_like(q)
 
 
-@onnxscript.script(Opset("edge_kv", 1), default_opset=base_op)
+@onnxscript.script(our_op, default_opset=base_op)
 def attend_blocks(q, k, k_scale, k_zero, v, v_scale, at) -> FLOAT[...]:  # type: ignore
     """`attend_chunk`, one block of rows after the other.
 
@@ -187,12 +266,56 @@ def _attend_chunk(q: Any, k: Any, k_scale: Any, k_zero: int, v: Any, v_scale: An
     return attend_blocks(q, k, k_scale, zero, v, v_scale, at)
 
 
-def _linear_q(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
+def _matmul_bits(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
     n_out, n_blocks = scales.shape
     return ms_op.MatMulNBits(
         x, packed, scales, K=n_blocks * block, N=n_out, bits=bits, block_size=block,
         accuracy_level=4,
     )  # fmt: skip
+
+
+@onnxscript.script(our_op, default_opset=base_op)
+def linear(x, packed, scales, K: int, N: int, bits: int, block_size: int) -> FLOAT[...]:  # type: ignore
+    """`model.ops.linear_q`, as a function that a faster kernel can stand in for."""
+    return ms_op.MatMulNBits(
+        x, packed, scales, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=4
+    )
+
+
+def _linear(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
+    n_out, n_blocks = scales.shape
+    return our_op.linear(
+        x, packed, scales, K=n_blocks * block, N=n_out, bits=bits, block_size=block
+    )
+
+
+def _attend_rows(
+    q: Any, q_norm: Any, cos: Any, sin: Any, pos: Any, k: Any, v: Any, k_scale: Any, v_scale: Any,
+    window: int, eps: float, scale: float,
+) -> Any:  # fmt: skip
+    seen = (q, q_norm, cos, sin, pos, k, v)
+    if window:
+        return our_op.attend_ring(*seen, window=window, eps=eps, scale=scale)
+    if k_scale is None:
+        return our_op.attend_append(*seen, eps=eps, scale=scale)
+    return our_op.attend_append_int8(*seen, k_scale, v_scale, eps=eps, scale=scale)
+
+
+def _store_rows(
+    k: Any, v: Any, k_norm: Any, cos: Any, sin: Any, pos: Any, keys: Any, values: Any, ring: bool,
+    v_norm: bool, eps: float,
+) -> Any:  # fmt: skip
+    store = our_op.store_ring if ring else our_op.store_append
+    return store(k, v, k_norm, cos, sin, pos, keys, values, v_norm=int(v_norm), eps=eps)
+
+
+def _store_rows_int8(
+    k: Any, v: Any, k_norm: Any, cos: Any, sin: Any, pos: Any, keys: Any, values: Any,
+    k_scale: Any, v_scale: Any, v_norm: bool, eps: float,
+) -> Any:  # fmt: skip
+    return our_op.store_append_int8(
+        k, v, k_norm, cos, sin, pos, keys, values, k_scale, v_scale, v_norm=int(v_norm), eps=eps
+    )
 
 
 def _embed_q(ids: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
@@ -271,13 +394,18 @@ def _arange(end: Any, **kwargs: Any) -> Any:
 
 _OPS = torch.ops.edge_kv
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    _OPS.attend_rows.default: _attend_rows,
+    _OPS.store_rows.default: _store_rows,
+    _OPS.store_rows_int8.default: _store_rows_int8,
     _OPS.write_rows.default: _write_rows,
     _OPS.rope.default: _rope,
     _OPS.matmul_int8.default: _matmul_int8,
     _OPS.attend_chunk.default: _attend_chunk,
-    model_ops.linear_q._opoverload: _linear_q,
+    model_ops.linear_q._opoverload: _matmul_bits,
     model_ops.embed_q._opoverload: _embed_q,
     model_ops.experts._opoverload: _experts,
     model_ops.experts_q._opoverload: _experts_q,
     torch.ops.aten.arange.default: _arange,
 }
+# One token: what streams weights is a function of its own.
+DECODE_TRANSLATIONS = TRANSLATIONS | {model_ops.linear_q._opoverload: _linear}

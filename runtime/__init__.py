@@ -44,6 +44,7 @@ __all__ = [
 # backend whose programs it runs.
 ENGINES = {
     "onnx": ("edge_kv.runtime.onnx_session", "OnnxSession", "onnx"),
+    "onnx-stock": ("edge_kv.runtime.onnx_session", "OnnxStockSession", "onnx"),
     "executorch": ("edge_kv.runtime.executorch_session", "ExecuTorchSession", "executorch"),
     "executorch-python": (
         "edge_kv.runtime.executorch_python", "ExecuTorchPythonSession", "executorch",

@@ -45,7 +45,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
         "dotprod": ("-march=armv8.2-a+dotprod",),
     },
 }
-KERNELS = ("dispatch.cpp", "attention.cpp")
+KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp")
 ENGINE = ("operators.cpp", "engine.cpp")
 LIBRARIES = (
     "executorch",
@@ -178,6 +178,16 @@ def build_kernels(*extra: str) -> Path:
     flags = dict.fromkeys((*KERNELS, "kernel_interface.cpp"), extra)
     link = ("-shared", "-pthread", *extra)
     return build("edge_kv_kernels", flags, link, kernel_flags=extra, suffix=".so")
+
+
+def build_onnx_operators() -> Path:
+    """The operators that stand in for the functions of an ONNX program.
+
+    Raises:
+        RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
+    """
+    sources: dict[str, tuple[str, ...]] = dict.fromkeys((*KERNELS, "onnx_operators.cpp"), ())
+    return build("edge_kv_onnx", sources, ("-shared", "-pthread"), suffix=".so")
 
 
 def build(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,11 @@ from edge_kv.artifact import Artifact, Program
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import state_views
 from edge_kv.ple import PleTable
-from edge_kv.runtime import mapped, packed
+from edge_kv.runtime import mapped, native_library, packed
 from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 
+log = logging.getLogger(__name__)
 PROGRAMS = ("prefill", "decode")
 WARNING, ERROR = 2, 3  # onnxruntime's log severities
 _TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
@@ -39,9 +41,15 @@ _TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
 
 
 def create_engine(
-    model: Path, threads: int, log_severity: int, options: ort.SessionOptions | None = None
+    model: Path,
+    threads: int,
+    log_severity: int,
+    options: ort.SessionOptions | None = None,
+    operators: Path | None = None,
 ) -> Any:
     """An onnxruntime InferenceSession for one program, weights mapped from beside it.
+
+    `operators` is the library of native operators to run in place of the program's functions.
 
     Raises:
         ArtifactError: onnxruntime refuses the file.
@@ -52,6 +60,9 @@ def create_engine(
     options.log_severity_level = log_severity
     options.enable_mem_pattern = False  # a planned arena holds 40 MB more at E2B, and gains nothing
     try:
+        if operators:
+            options.add_session_config_entry("edge_kv.threads", str(threads))
+            options.register_custom_ops_library(str(operators))
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's exceptions share no base of their own
         raise _fault(e, ArtifactError(f"onnxruntime cannot load {model}: {_line(e)}")) from e
@@ -74,7 +85,10 @@ def _trim_heap() -> None:
 
 
 class OnnxSession(Session):
-    """A session on onnxruntime; both programs share the state."""
+    """A session on onnxruntime with native operators for state and weights, where it can have them.
+
+    Without a compiler the program's own functions run, as in `OnnxStockSession`.
+    """
 
     engine = "onnx"
 
@@ -98,11 +112,11 @@ class OnnxSession(Session):
         """
         begin = time.perf_counter()
         super().__init__(artifact)
-        programs = artifact.backend(self.engine).programs
+        programs = artifact.backend(self.backend).programs
         entry = artifact.manifest.ple
         self.threads = thread_count(threads)
         self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
-        self._folder = artifact.root
+        self.operators = self._operators()
         self._mapped: dict[str, set[mapped.Span]] = {}
         self._running = ""  # the program whose pages are resident
         self._lean = not artifact.manifest.finished
@@ -121,21 +135,26 @@ class OnnxSession(Session):
             raise
         self.stats.load_seconds = time.perf_counter() - begin
 
+    @property
+    def backend(self) -> str:
+        return "onnx"
+
     def _load(self, cache: bool, log_severity: int) -> Callable[[str], Any]:
         """What creates a program's engine: packed for this device, or from the artifact itself."""
 
         def create(model: Path, options: ort.SessionOptions | None = None) -> Any:
-            return create_engine(model, self.threads, log_severity, options)
+            return create_engine(model, self.threads, log_severity, options, self.operators)
 
-        programs = self.artifact.backend(self.engine).programs
+        programs = self.artifact.backend(self.backend).programs
         plain = {name: self.artifact.path(programs[name].file) for name in PROGRAMS}
-        found = packed.packed_programs(self.artifact, create) if cache else None
-        self._folder = next(iter((found or plain).values())).parent
-        if not found:
-            return lambda name: create(plain[name])
-        files = found
+        # Native operators decode from the weights as they were exported; only prefill packs.
+        names = PROGRAMS[:1] if self.operators else PROGRAMS
+        files = (packed.packed_programs(self.artifact, names, create) if cache else None) or {}
+        self._folders = {name: files.get(name, plain[name]).parent for name in PROGRAMS}
 
-        def create_packed(name: str) -> Any:
+        def create_program(name: str) -> Any:
+            if name not in files:
+                return create(plain[name])
             try:
                 return create(files[name], _optimised())
             except ArtifactError as e:
@@ -143,14 +162,23 @@ class OnnxSession(Session):
                 packed.log.warning("Packed weights were discarded: %s", e)
                 return create(plain[name])
 
-        return create_packed
+        return create_program
+
+    def _operators(self) -> Path | None:
+        """The library of native operators; None where there is none to be had."""
+        try:
+            return native_library.build_onnx_operators()
+        except RuntimeFault as e:
+            log.info("Decoding without native operators: %s", e)
+            return None
 
     def _open(self, name: str) -> None:
         """Create a program's engine, note what it maps, and bind the state to it."""
-        program = self.artifact.backend(self.engine).programs[name]
-        before = mapped.spans(self._folder)
+        program = self.artifact.backend(self.backend).programs[name]
+        folder = self._folders[name]
+        before = mapped.spans(folder)
         engine = self._create(name)
-        self._mapped[name] = mapped.spans(self._folder) - before
+        self._mapped[name] = mapped.spans(folder) - before
         self._bound[name] = _Bound(self, name, program, engine)
 
     def _program(self, name: str) -> _Bound:
@@ -162,7 +190,7 @@ class OnnxSession(Session):
                         del self._bound[other]
                         _trim_heap()
                     else:
-                        mapped.let_go(self._mapped[other], self._folder)
+                        mapped.let_go(self._mapped[other], self._folders[other])
             if name not in self._bound:
                 self._open(name)
             self._running = name
@@ -184,6 +212,15 @@ class OnnxSession(Session):
         if self._ple:
             self._ple.close()
         self._bound.clear()
+
+
+class OnnxStockSession(OnnxSession):
+    """A session on onnxruntime as it is installed: every function is made of its own operators."""
+
+    engine = "onnx-stock"
+
+    def _operators(self) -> Path | None:
+        return None
 
 
 class _Bound:

@@ -3,8 +3,8 @@
 onnxruntime rearranges every matrix for the CPU it runs on. It can write the result to a file and
 map it at the next load: packed weights are then clean file pages that the kernel may drop. The
 layout belongs to one engine version and one kind of CPU, so it is made here, at the first load,
-and kept in a cache directory outside the artifact. Both programs point into the one file that
-`decode` was packed into; `prefill` runs a subset of its matrices.
+and kept in a cache directory outside the artifact. All packed programs point into the one file
+that the last of them was packed into; `prefill` runs a subset of the matrices of `decode`.
 
     <cache>/<key>.lock            held while packing: two processes do not do it twice
     <cache>/<key>.part/           being written; renamed when complete
@@ -22,7 +22,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,16 @@ Saver = Callable[[Path, Any], None]  # creates an engine for a model, with sessi
 log = logging.getLogger(__name__)
 
 
-def packed_programs(artifact: Artifact, save: Saver) -> dict[str, Path] | None:
-    """The programs of `artifact` packed for this device: name -> file; made when missing.
+def packed_programs(
+    artifact: Artifact, names: Sequence[str], save: Saver
+) -> dict[str, Path] | None:
+    """The programs `names` of `artifact` packed for this device: name -> file; made when missing.
 
-    None where there is nothing to gain or nowhere to write: the artifact's own programs are then
-    loaded as they are. `save(model, options)` loads a program with the given session options.
+    The last of them has the weights of them all. None where there is nothing to gain or nowhere to
+    write: the artifact's own programs are then loaded as they are. `save(model, options)` loads a
+    program with the given session options.
     """
-    key = _key(artifact)
+    key = _key(artifact, names)
     weights = _weight_bytes(artifact)
     if key is None or weights < WORTH_PACKING:
         return None
@@ -62,7 +65,7 @@ def packed_programs(artifact: Artifact, save: Saver) -> dict[str, Path] | None:
             return found
         home.parent.mkdir(parents=True, exist_ok=True)
         with _locked(home.with_name(f"{key}.lock")):
-            return _valid(home) or _make(artifact, home, weights, save)
+            return _valid(home) or _make(artifact, names, home, weights, save)
     except (OSError, EdgeKVError, KeyError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         log.warning("Weights stay unpacked and are loaded to the heap: %s (%s).", home, reason)
@@ -75,13 +78,13 @@ def discard(programs: dict[str, Path]) -> None:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _key(artifact: Artifact) -> str | None:
+def _key(artifact: Artifact, names: Sequence[str]) -> str | None:
     """What packed weights depend on, as a digest; None without digests (a running export)."""
     files = artifact.manifest.files
     if not artifact.manifest.finished:
         return None
     digests = [files[name].sha256 for name in sorted(artifact.backend("onnx").files)]
-    parts = [LAYOUT, ort.__version__, *_cpu(), *digests]
+    parts = [LAYOUT, *names, ort.__version__, *_cpu(), *digests]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -133,7 +136,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(artifact: Artifact, home: Path, weights: int, save: Saver) -> dict[str, Path]:
+def _make(
+    artifact: Artifact, names: Sequence[str], home: Path, weights: int, save: Saver
+) -> dict[str, Path]:
     """Pack into a directory beside `home` and rename it; the lock is held."""
     part = home.with_name(f"{home.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -146,17 +151,18 @@ def _make(artifact: Artifact, home: Path, weights: int, save: Saver) -> dict[str
     log.info("Packing the weights for this machine, once (in %s) …", home.parent)
     try:
         part.mkdir()
-        programs = artifact.backend("onnx").programs
-        _save(artifact.path(programs["decode"].file), part / "decode.onnx", save, packed=True)
-        written = external_data((part / "decode.onnx").read_bytes())
+        programs = {name: artifact.backend("onnx").programs[name] for name in names}
+        *others, whole = names
+        _save(artifact.path(programs[whole].file), part / f"{whole}.onnx", save, packed=True)
+        written = external_data((part / f"{whole}.onnx").read_bytes())
         known = _align(part / WEIGHTS, written)
         work = part / "work"  # takes the weights that come with other programs: known already
         work.mkdir()
-        for name, program in programs.items():
+        for name in names:
             graph = part / f"{name}.onnx"
-            if name != "decode":
+            if name in others:
                 graph = work / graph.name
-                _save(artifact.path(program.file), graph, save, packed=False)
+                _save(artifact.path(programs[name].file), graph, save, packed=False)
             rewritten = replace_external_data(graph.read_bytes(), known)
             (part / f"{name}.onnx").write_bytes(rewritten)
         shutil.rmtree(work)

@@ -1,9 +1,11 @@
-// Runs the attention kernels on requests from stdin: for tests of another CPU's build, emulated.
+// Runs the kernels on requests from stdin: for tests of another CPU's build, emulated.
 //
-// A request is a Request, then the arrays cos, sin, q_norm, k_norm, keys, key scales, values, value
+// Called with "dense": a Product, then x, packed rows and scales; the reply is an int64 status and
+// the result. Otherwise attention: a request is a Request, then the arrays cos, sin, q_norm, k_norm, keys, key scales, values, value
 // scales, q, k, v; the reply is an int64 status, then keys, key scales, values, value scales, out.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "kernel_interface.cpp"
@@ -27,9 +29,33 @@ struct Bytes {
   float* floats() { return reinterpret_cast<float*>(data.data()); }
 };
 
+struct Product {
+  char isa[16];
+  int64_t tokens, n_out, n_in, bits, block;
+};
+
+void answer_products() {
+  Product p;
+  while (fread(&p, sizeof p, 1, stdin) == 1) {
+    Bytes x(p.tokens * p.n_in * 4), packed(p.n_out * p.n_in * p.bits / 8);
+    Bytes scales(p.n_out * p.n_in / p.block * 4), out(p.tokens * p.n_out * 4);
+    for (Bytes* part : {&x, &packed, &scales}) part->read();
+    const int64_t status = edge_kv_dense(
+        p.isa, 1, x.floats(), p.tokens, reinterpret_cast<uint8_t*>(packed.data.data()),
+        scales.floats(), p.n_out, p.n_in, int(p.bits), p.block, out.floats());
+    fwrite(&status, sizeof status, 1, stdout);
+    out.write();
+    fflush(stdout);
+  }
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** words) {
+  if (count > 1 && !strcmp(words[1], "dense")) {
+    answer_products();
+    return 0;
+  }
   Request r;
   while (fread(&r, sizeof r, 1, stdin) == 1) {
     const int64_t width = r.storage == 0 ? 4 : r.storage == 1 ? 2 : 1;

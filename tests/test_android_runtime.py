@@ -2,18 +2,19 @@
 
 import base64
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
-from android_host import HostError, floats, start
+from android_host import DEMO, HostError, floats, start
 from fake_artifact import edit_manifest, write_artifact
 
 from edge_kv.artifact import model_fingerprint, read_artifact
 from edge_kv.kv_plan import state_views
 from edge_kv.parity import divergence
 from edge_kv.ple import PleTable
-from edge_kv.runtime import Chat, Options, load
+from edge_kv.runtime import Chat, Options, load, native_library
 from edge_kv.runtime.bench import bench
 from edge_kv.runtime.generation import generate
 from edge_kv.runtime.sampling import Sampler
@@ -466,3 +467,19 @@ def test_a_screen_measures_and_loads_its_model_again(host, storage):
     screen = host.ask("act", action="measure", depths=[100, 2048])
     assert screen["problem"] is None
     assert [r["ctx"] for r in screen["measurement"]["runs"]] == [100, 512]
+
+
+def test_native_operators_know_the_places_of_onnxruntimes_functions(host):
+    """Each function that runtime/native/onnx_abi.h names, at its place in the release's header."""
+    header = (DEMO / "build/tools/aar/headers/onnxruntime_c_api.h").read_text()
+    table = header[header.index("struct OrtApi {") :]
+    table = re.sub(r"//[^\n]*|/\*.*?\*/", "", table[: table.index("\n};")], flags=re.DOTALL)
+    member = (
+        r"ORT_API2_STATUS\((\w+)|ORT_CLASS_RELEASE\((\w+)\)|\(\s*ORT_API_CALL\s*\*\s*(\w+)\s*\)"
+    )
+    places = [a or (b and f"Release{b}") or c for a, b, c in re.findall(member, table)]
+    ours = (native_library.SOURCES / "onnx_abi.h").read_text()
+    named = re.findall(r"Entry<(\d+),[^;]*?>\s*(\w+)\{table\};", ours)
+    assert len(named) > 15
+    for place, name in named:
+        assert places[int(place)] == name

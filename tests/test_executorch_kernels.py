@@ -127,7 +127,7 @@ class Library:
             self.emulator.stdout.close()
 
 
-def start_emulator(cpu):
+def start_emulator(cpu, *arguments):
     """The kernels of aarch64 behind tests/kernel_driver.cpp, in the emulator."""
     driver = Path(__file__).parent / "kernel_driver.cpp"
     digest = hashlib.sha256(driver.read_bytes()).hexdigest()
@@ -138,7 +138,9 @@ def start_emulator(cpu):
             "kernel_driver", dict.fromkeys(KERNELS, ()), (*link, str(driver)), machine="aarch64"
         )
     return subprocess.Popen(
-        [EMULATOR, "-cpu", cpu, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [EMULATOR, "-cpu", cpu, program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
 
 
@@ -459,6 +461,7 @@ def test_sanitizers_find_nothing(tmp_path):
     code = f"""
 import ctypes, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_dense_kernels as d
 import test_executorch_kernels as t
 library = t.Library(ctypes.CDLL({str(path)!r}))
 for isa in t.MACHINE_ISAS:
@@ -470,6 +473,8 @@ for isa in t.MACHINE_ISAS:
     t.test_adversarial_scores(library, isa)
     t.test_the_largest_products_fit(library, isa, 512)
     t.test_packed_linear(library, isa, 4, 32)
+    for shape in d.SHAPES:
+        d.Product(*shape).run(library.native, isa)
 print("clean")
 """
     environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}

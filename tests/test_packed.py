@@ -15,6 +15,7 @@ from edge_kv.artifact import read_artifact
 from edge_kv.errors import ArtifactError
 from edge_kv.runtime import packed
 from edge_kv.runtime.onnx_file import external_data, replace_external_data
+from edge_kv.runtime.onnx_session import PROGRAMS
 
 IDS = np.random.default_rng(0).integers(0, 2000, 90)
 
@@ -32,8 +33,9 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def run(root, **options):
-    with runtime.load(root, threads=1, **options) as session:
+def run(root, engine="onnx-stock", **options):
+    """Logits of the engine that packs both programs, unless another is named."""
+    with runtime.load(root, engine, threads=1, **options) as session:
         session.prefill(IDS[:-3])
         return np.stack([session.decode(int(t)) for t in IDS[-3:]])
 
@@ -77,6 +79,15 @@ def test_every_packed_piece_is_aligned_and_prefill_shares_the_file(tiny, home):
                     pieces += 1
     assert pieces > 20
     assert prefill and all(decode[name] == tensor for name, tensor in prefill.items())
+
+
+def test_with_native_operators_only_prefill_is_packed(tiny, home):
+    """Decoding reads the weights as they were exported, so there is nothing to pack for it."""
+    plain = run(tiny, "onnx", cache=False)
+    np.testing.assert_array_equal(run(tiny, "onnx"), plain)
+    (at,) = [p for p in home.iterdir() if p.is_dir() and p.name != "native"]
+    assert {p.name for p in at.iterdir()} == {"prefill.onnx", "weights.bin", "packed.json"}
+    np.testing.assert_array_equal(run(tiny, "onnx"), plain)
 
 
 @pytest.mark.parametrize("damage", ["short", "touched", "program", "record", "gone"])
@@ -196,7 +207,7 @@ def test_two_processes_pack_once(tiny, home):
 
 def test_a_killed_packer_leaves_work_that_the_next_one_clears(tiny, home):
     artifact = read_artifact(tiny)
-    part = home / f"{packed._key(artifact)}.part"
+    part = home / f"{packed._key(artifact, PROGRAMS)}.part"
     part.mkdir(parents=True)
     (part / "weights.bin").write_bytes(b"half")
     run(tiny)
@@ -239,6 +250,7 @@ def test_opting_out_on_the_command_line(tiny, home):
     from edge_kv.cli import app
 
     options = ["run", str(tiny), "In", "--raw", "--max-new-tokens", "2", "--threads", "1"]
+    options += ["--engine", "onnx-stock"]
     assert CliRunner().invoke(app, [*options, "--no-cache"]).exit_code == 0
     assert not home.exists()
     result = CliRunner().invoke(app, options)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_kv.export.onnx_state import int8_mix, int8_scores, mix_bits
+from edge_kv.export.onnx_attention import int8_mix, int8_scores, mix_bits
 from edge_kv.export.quantize import quantize
 from edge_kv.export.weight_file import encode_ple, ple_layout
 from edge_kv.model.ops import embed_q, linear_q, unpack_blocks

@@ -4,6 +4,7 @@
 // library compiled here could replace the portable copy of it in another object file.
 #include "kernels.h"
 
+#include "dense_kernels.h"
 #include "dots.h"
 #include "simd.h"
 
@@ -401,7 +402,9 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
 #define EDGE_KV_QUOTED(isa) #isa
 #define EDGE_KV_TEXT(isa) EDGE_KV_QUOTED(isa)
 extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
-const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store,
-                                            dot};
+const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
+    EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot,
+    dense_step, dense_fits, dense_bytes, dense_round, dense_rows,
+};
 
 }  // namespace edge_kv

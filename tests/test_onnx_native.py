@@ -1,0 +1,173 @@
+"""Native operators in place of an ONNX program's functions: the same numbers, less work."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+from edge_kv import runtime
+from edge_kv.artifact import read_artifact
+from edge_kv.errors import RuntimeFault
+from edge_kv.export import export_model
+from edge_kv.runtime import native_library
+from edge_kv.runtime.onnx_session import OnnxSession, create_engine
+
+IDS = np.random.default_rng(3).integers(0, 512, 400)
+
+
+def logits(root, engine, threads=2):
+    """Prompts of every kind: across chunks, ring wraps, a rewind, and single steps between."""
+    found = []
+    with runtime.load(root, engine, threads=threads) as session:
+        session.prefill(IDS[:70])
+        found += [session.decode(int(i)) for i in IDS[70:80]]
+        session.prefill(IDS[80:81])
+        session.rewind(5)
+        found += [session.decode(int(i)) for i in IDS[76:90]]
+        session.prefill(IDS[90:393])
+        found += [session.decode(int(i)) for i in IDS[393:]]
+        state = {name: rows.copy() for name, rows in session.state.items()}
+    return np.stack(found), state
+
+
+@pytest.fixture(scope="module", params=["none f32", "none f16", "none int8"])
+def float_artifact(request, tmp_path_factory):
+    """Float weights, so that all there is between the engines is how they attend."""
+    quant, kv = request.param.split()
+    root = tmp_path_factory.mktemp(kv) / "tiny"
+    export_model(
+        model="tiny", ctx=512, chunk=32, quant=quant, kv=kv, out=root, open_session=runtime.load
+    )
+    return root, kv
+
+
+def test_native_operators_store_and_attend_as_the_functions_do(float_artifact):
+    root, kv = float_artifact
+    (native, native_state), (stock, stock_state) = (logits(root, e) for e in ("onnx", "onnx-stock"))
+    # A rounded row may fall on the other side of a half: int8 and f16 then differ by a step.
+    assert np.abs(native - stock).max() < {"f32": 1e-4, "f16": 1e-2, "int8": 0.1}[kv]
+    for name, rows in stock_state.items():
+        difference = np.abs(native_state[name].astype(np.float64) - rows.astype(np.float64))
+        step = {"float32": 1e-4, "float16": 4e-3, "uint8": 1, "int8": 1}[rows.dtype.name]
+        assert difference.max() <= step, name
+        if rows.dtype.itemsize == 1:
+            assert (difference > 0).mean() < 0.01, name
+
+
+def test_threads_do_not_change_what_native_operators_compute(tiny_artifact):
+    one, two = (logits(tiny_artifact, "onnx", threads)[0] for threads in (1, 2))
+    assert np.abs(one - two).max() < 0.05 * one.std()
+
+
+def test_quantised_weights_decode_as_well_as_with_stock_operators(tiny_artifact):
+    (native, _), (stock, _) = (logits(tiny_artifact, e) for e in ("onnx", "onnx-stock"))
+    assert np.abs(native - stock).mean() < 0.02 * stock.std()
+    assert (native.argmax(-1) == stock.argmax(-1)).mean() > 0.9
+
+
+def test_no_function_is_left_to_onnxruntime(tiny_artifact, tmp_path):
+    """The optimised programs hold our operators, and none of what the functions are made of."""
+    artifact = read_artifact(tiny_artifact)
+    library = native_library.build_onnx_operators()
+    for name, program in artifact.backend("onnx").programs.items():
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / f"{name}.onnx")
+        create_engine(artifact.path(program.file), 1, 3, options, library)
+        model = onnx.load(tmp_path / f"{name}.onnx", load_external_data=False)
+        ours = {n.op_type for n in model.graph.node if n.domain == "edge_kv"}
+        theirs = {n.op_type for n in model.graph.node if n.domain != "edge_kv"}
+        assert {"store_ring", "attend_ring", "store_append_int8"} <= ours
+        assert ("linear" in ours and "attend_append_int8" in ours) == (name == "decode")
+        assert not theirs & {"TensorScatter", "Softmax", "MatMulInteger", "Loop"}
+        assert ("MatMulNBits" in theirs) == (name == "prefill")
+
+
+def test_without_a_compiler_the_functions_run(tiny_artifact, monkeypatch):
+    def no_compiler():
+        raise RuntimeFault("no compiler")
+
+    want, _ = logits(tiny_artifact, "onnx-stock")
+    monkeypatch.setattr(native_library, "build_onnx_operators", no_compiler)
+    with OnnxSession(read_artifact(tiny_artifact), threads=2) as session:
+        assert session.operators is None
+    got, _ = logits(tiny_artifact, "onnx")
+    np.testing.assert_array_equal(got, want)
+
+
+def call(name, arrays, outputs, **attributes):
+    """Run one operator of ours on plain arrays, bound to nothing."""
+    types = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7, "float16": 10}
+    inputs = [
+        helper.make_tensor_value_info(f"i{i}", types[a.dtype.name], list(a.shape))
+        for i, a in enumerate(arrays)
+    ]
+    results = [
+        helper.make_tensor_value_info(f"o{i}", types[np.dtype(t).name], None)
+        for i, t in enumerate(outputs)
+    ]
+    node = helper.make_node(
+        name, [v.name for v in inputs], [v.name for v in results], domain="edge_kv", **attributes
+    )
+    model = helper.make_model(
+        helper.make_graph([node], "g", inputs, results),
+        opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("edge_kv", 1)],
+        ir_version=10,
+    )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(native_library.build_onnx_operators()))
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {v.name: a for v, a in zip(inputs, arrays, strict=True)})
+
+
+def f32(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_a_view_that_is_not_bound_in_place_is_copied():
+    """Outside a session an operator is a function: its inputs stay as they were."""
+    views = (f32(1, 8, 16), f32(1, 8, 16))
+    raw = (f32(2, 16), f32(2, 16), np.ones(16, np.float32), f32(2, 8), f32(2, 8))
+    pos = np.array([3], np.int64)
+    out = call("store_append", (*raw, pos, *views), ["float32"] * 2, v_norm=0, eps=1e-6)
+    for before, after in zip(views, out, strict=True):
+        kept = [i for i in range(8) if i not in (3, 4)]
+        np.testing.assert_array_equal(after[:, kept], before[:, kept])
+    np.testing.assert_array_equal(out[1][0, 3:5], raw[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({5: np.array([7], np.int64)}, "the state is shorter than what is seen of it"),
+        ({5: np.array([-1], np.int64)}, "the state is shorter than what is seen of it"),
+        ({2: f32(16)[None, :15]}, "do not fit the heads"),
+        ({0: f32(2, 24)}, "do not fit the heads"),
+        ({3: f32(1, 8)}, "do not belong to the tokens"),
+        ({6: f32(1, 9, 16)}, "keys and values are not"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_an_error(change, message):
+    arrays = [f32(2, 16), f32(2, 16), np.ones(16, np.float32), f32(2, 8), f32(2, 8)]
+    arrays += [np.array([3], np.int64), f32(1, 8, 16), f32(1, 8, 16)]
+    for at, array in change.items():
+        arrays[at] = array
+    with pytest.raises(Exception, match=message):
+        call("store_append", arrays, ["float32"] * 2, v_norm=0, eps=1e-6)
+
+
+def test_weights_that_do_not_fit_are_an_error():
+    packed, scales = np.zeros((4, 2, 16), np.uint8), f32(4, 2)
+    good = call("linear", (f32(1, 64), packed, scales), ["float32"], K=64, N=4, bits=4,
+                block_size=32)  # fmt: skip
+    assert good[0].shape == (1, 4)
+    with pytest.raises(Exception, match="weights do not fit K and N"):
+        call("linear", (f32(1, 64), packed, scales), ["float32"], K=64, N=5, bits=4, block_size=32)
+    with pytest.raises(Exception, match=r"[Tt]ype"):
+        call("linear", (f32(1, 64), packed.astype(np.int8), scales), ["float32"], K=64, N=4,
+             bits=4, block_size=32)  # fmt: skip
