@@ -291,7 +291,7 @@ def bench(
         str, typer.Option("--ctx", help="Contexts to measure: 2k,8k,32k. Default: the artifact's.")
     ] = "",
     engine: Annotated[
-        str, typer.Option("--engine", help="Runtimes to measure: onnx, executorch.")
+        str, typer.Option("--engine", help="Runtimes to measure: onnx, onnx-stock, executorch.")
     ] = "onnx",
     compare: Annotated[
         str | None, typer.Option("--compare", help="Also measure: torch (the eager decoder).")

@@ -239,7 +239,7 @@ class _Job:
                     self.layout.scheme,
                     self.layout.block_size,
                     engine="onnx-stock",  # what a device without native operators needs
-                ).as_dict(),  # fmt: skip
+                ).as_dict(),
             )
 
         def logits_of(name: str, backend: Backend) -> np.ndarray[Any, np.dtype[np.float32]]:

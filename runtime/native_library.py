@@ -1,8 +1,9 @@
-"""Builds and loads the ExecuTorch engine's native library, from source, when it is first needed.
+"""Builds and loads the native libraries, from source, when they are first needed.
 
-The library is a few hundred lines of C++ on the libraries inside the executorch wheel, none of
-which needs torch. It is compiled once for this machine's compiler, wheel and sources into the
-user's cache directory; finding the wheel does not import it.
+Two share the kernels: the ExecuTorch engine, on the libraries inside the executorch wheel, none of
+which needs torch, and the operators of the ONNX engine, which need nothing. Each is compiled once
+for this machine's compiler, wheel and sources into the user's cache directory; finding the wheel
+does not import it.
 """
 
 from __future__ import annotations
