@@ -95,8 +95,8 @@ def test_streamed_weights_are_every_matrix_once():
     counts = {}
     for spec in tensor_table(config):
         counts[spec.kind] = counts.get(spec.kind, 0) + spec.elements
-    want = (counts["embed"] + counts["linear"]) * (0.5 + 8 / 128)
-    want += counts["ple_linear"] * (1 + 8 / 128) + 4 * counts["float"]
+    want = (counts["embed"] + counts["linear"]) * (0.5 + 4 / 128)
+    want += counts["ple_linear"] * (1 + 4 / 128) + 4 * counts["float"]
     assert streamed_bytes(config, "int4", 128) == want
     moe = PRESETS["26b-a4b"].config
     everything = sum(predict_memory(moe, _plan(moe), "none").weights.values())

@@ -8,7 +8,7 @@ from fake_artifact import make_config
 from edge_kv.artifact import PleEntry
 from edge_kv.errors import ConfigError
 from edge_kv.kv_plan import plan_kv
-from edge_kv.memory import GRAPH_BYTES, parse_bytes, predict_memory
+from edge_kv.memory import GRAPH_BYTES, TOKEN_BYTES, parse_bytes, predict_memory
 from edge_kv.presets import PRESETS
 from edge_kv.tensors import tensor_table
 
@@ -60,7 +60,9 @@ def test_phases_grow_and_depth_counts_only_written_rows():
 
 def test_packed_weights_are_heap_without_a_cache_and_file_pages_with_one():
     plan = plan_kv(E2B, ctx=32_768)
-    cached, heap = (predict_memory(E2B, plan, "int4", 128, cache=c) for c in (True, False))
+    cached, heap = (
+        predict_memory(E2B, plan, "int4", 128, cache=c, engine="onnx-stock") for c in (True, False)
+    )
     assert "first load" not in heap.phases
     gap = heap.phases["decode"].anon - cached.phases["decode"].anon
     mapped = cached.phases["decode"].file - heap.phases["decode"].file
@@ -70,13 +72,29 @@ def test_packed_weights_are_heap_without_a_cache_and_file_pages_with_one():
     assert fed["first load"] > 1.3e9
 
 
+def test_with_native_operators_only_prefill_packs_and_no_scores_are_held():
+    plan = plan_kv(E2B, ctx=131_072)
+    cached, heap = (predict_memory(E2B, plan, "int4", 128, cache=c) for c in (True, False))
+    stock = predict_memory(E2B, plan, "int4", 128, engine="onnx-stock")
+    gap = heap.phases["decode"].anon - cached.phases["decode"].anon
+    assert 0.3e9 < gap < 0.5e9  # prefill's matrices; decode maps what was exported
+    assert cached.phases["decode"].file == heap.phases["decode"].file > cached.weight_file
+    assert cached.phases["decode"].anon < stock.phases["decode"].anon - 50e6
+    short = predict_memory(E2B, plan, "int4", 128, 4096)
+    grown = cached.phases["decode"].anon - short.phases["decode"].anon
+    assert grown == cached.touched - short.touched + TOKEN_BYTES * (131_072 - 4096)
+
+
 @pytest.mark.parametrize(("block", "factor"), [(32, 1.41), (128, 1.11)])
 def test_a_layer_in_one_program_costs_what_onnxruntime_was_measured_to_hold(block, factor):
     """Bytes held for each byte stored, seen by adding layers that only `decode` runs."""
     config = dataclasses.replace(E2B, ple_dim=0)
     longer = dataclasses.replace(config, pattern=config.pattern + "SSSSF", n_kv_shared=25)
     plan = plan_kv(config, ctx=512)
-    short, long = (predict_memory(c, plan, "int4", block, cache=False) for c in (config, longer))
+    short, long = (
+        predict_memory(c, plan, "int4", block, cache=False, engine="onnx-stock")
+        for c in (config, longer)
+    )
     held = long.phases["load"].total - short.phases["load"].total
     held -= 5 * GRAPH_BYTES
     assert abs(held / (long.weight_file - short.weight_file) - factor) < 0.02
