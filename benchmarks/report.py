@@ -26,7 +26,7 @@ from edge_kv.terminal import size
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/android.md", "docs/raspberry-pi.md")
+DOCUMENTS = ("README.md", "docs/android.md", "docs/executorch.md", "docs/raspberry-pi.md")
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/quality.py
     "int8 weights": "int8 block 32, f32 KV",
@@ -337,6 +337,26 @@ def apk() -> str:
     return table(["file", "bytes", "in the APK"], rows)
 
 
+def executorch_export() -> str:
+    """What exports to ExecuTorch took, under which hard limit of memory."""
+    rows = []
+    for path in sorted(RESULTS.glob("export_*_executorch.json")):
+        r = load(path.stem)
+        shown = (a for a in r["arguments"] if "/" not in a and a not in ("--out", "--backend"))
+        rows.append(
+            [
+                f"`{' '.join(a for a in shown if a != 'executorch')}`",
+                size(r["limit"]),
+                size(r["rss_peak"]),
+                f"{r['seconds'] / 60:.1f}",
+                f"{r['cpu_seconds'] / 60:.1f}",
+                f"{r['machine']['load_average'][1]:.0f}",
+            ]
+        )
+    head = ["export", "limit", "peak RSS of a process", "minutes", "CPU minutes", "load average"]
+    return table(head, rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "full-size": full_size,
@@ -346,6 +366,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "files": file_map,
     "jvm": jvm,
     "apk": apk,
+    "executorch-export": executorch_export,
 }
 
 

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from filelock import FileLock
 from edge_kv.artifact import read_artifact
 from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
 from edge_kv.errors import ArtifactError, ConfigError, ExportError, RewindError, RuntimeFault
+from edge_kv.export import lower_executorch as lowering
 from edge_kv.export.backends import BACKENDS
 from edge_kv.export.executorch_portable import PortableEmbedding
 from edge_kv.export.executorch_state import NativeState, PrefillState, StateBuffers, attribute
@@ -26,13 +28,16 @@ from edge_kv.export.executorch_weights import (
     XnnpackNorm,
 )
 from edge_kv.export.quantize import quantize
+from edge_kv.export.weight_file import Journal, StoredWeights, write_weights
 from edge_kv.kv_plan import plan_kv
 from edge_kv.model.decoder import Decoder, Gelu, QuantEmbedding, QuantLinear, RMSNorm
 from edge_kv.model.state import StaticState
 from edge_kv.parity import divergence
 from edge_kv.presets import PRESETS
+from edge_kv.progress import Silent
 from edge_kv.runtime import load, native_library
 from edge_kv.runtime.verify import verify
+from edge_kv.weights import open_weights
 
 CTX, CHUNK = 192, 16
 
@@ -229,6 +234,25 @@ def test_delegates_stay_few(tmp_path_factory, attention, more):
     assert details["attention"] == attention
     assert 0 < details["delegates"]["decode"] <= CONFIG.n_layers + more
     assert 0 < details["delegates"]["prefill"] <= CONFIG.n_own + more
+
+
+@pytest.mark.parametrize("attention", ["native", "portable"])
+def test_what_lean_lowering_leaves_out_leaves_no_trace(attention, tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_kv.export.executorch_portable.BLOCK", 16)  # a loop, not one block
+    config = replace(CONFIG, pattern="F", n_kv_shared=0, vocab_size=64)
+    plan, layout = plan_kv(config, ctx=64, chunk=8), XnnpackLayout(config, "int4", 32)
+    weights = StoredWeights(layout, tmp_path / "weights.bin")
+    source = open_weights("random", config)
+    write_weights(source, layout, weights.path, Journal(tmp_path / "journal"), Silent())
+    programs = []
+    for around in (lowering.lean, nullcontext):
+        monkeypatch.setattr(lowering, "lean", around)
+        path = tmp_path / "model.pte"
+        lowering.lower_executorch(
+            config, plan, weights, path, facts={}, attention=attention, delegate=True
+        )
+        programs.append(path.read_bytes())
+    assert programs[0] == programs[1]
 
 
 def test_portable_program_needs_stock_operators_only(portable):
