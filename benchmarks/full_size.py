@@ -28,6 +28,7 @@ from common import run_main, say, show, write_result
 
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, RuntimeFault
+from edge_kv.runtime import ENGINES
 from edge_kv.runtime.bench import bench
 
 PEER = "llama.cpp"
@@ -40,7 +41,7 @@ def main() -> None:
     subjects: dict[str, Callable[[int], dict[str, Any]]] = {}
     for artifact in artifacts:
         for engine in args.engine.split(","):
-            if engine in artifact.manifest.backends:
+            if ENGINES[engine][2] in artifact.manifest.backends:
                 name = f"{artifact.manifest.name} {engine}"
                 subjects[name] = lambda d, a=artifact, e=engine: _ours(a, e, d, args)
     if args.peer:
@@ -50,6 +51,8 @@ def main() -> None:
     for depth in depths:
         for number in range(args.rounds):
             for name, measure in subjects.items():
+                if name.startswith(PEER) and depth > args.peer_depth:
+                    continue
                 row = {"subject": name, "depth": depth, "round": number, **measure(depth)}
                 rows.append(row)
                 say(f"{name} at {depth:,}: {row['decode']:.2f} / {row['prefill']:.1f} tokens/s")
@@ -171,10 +174,13 @@ def _table(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
-    parser.add_argument("--engine", default="onnx", help="onnx, executorch or both with a comma")
+    parser.add_argument("--engine", default="onnx", help="engines of ours, with commas")
     parser.add_argument("--peer", type=Path, help="the program built from llama_peer.c")
     parser.add_argument("--gguf", type=Path, help="the peer's model")
     parser.add_argument("--snapshots", type=Path, help="where the peer keeps its state at a depth")
+    parser.add_argument(
+        "--peer-depth", type=int, default=32_768, help="the deepest the peer is measured"
+    )
     parser.add_argument("--flash", default="0,1", help="the peer's flash attention: 0, 1 or both")
     parser.add_argument("--depths", default="0,4096,16384,32256")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

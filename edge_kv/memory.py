@@ -50,7 +50,9 @@ FLOAT_ROWS = 3  # rows of one full layer, K or V, turned into float for a chunk
 ATTEND_BLOCK = 1024  # rows a chunk turns into float at a time
 LOGITS = 2  # the row of logits
 TOKEN_BYTES = 40  # a session's list of fed ids: one Python integer and its place
-OPERATORS_ACTIVATIONS = 10.2  # f32 copies of a chunk's widest rows, with native operators
+# onnxruntime with native operators (fitted to E2B and E4B):
+OPERATORS_ACTIVATIONS = 5.4  # f32 copies of a chunk's widest rows
+OPERATORS_LOGITS = 16.3  # rows of logits: the head's parts, their softcap, an arena that doubles
 # ExecuTorch (fitted to E2B and tiny):
 NATIVE_ANON = 25_500_000  # interpreter, numpy, our library: heap
 NATIVE_FILE = 24 << 20  # … and the mapped libraries
@@ -186,7 +188,7 @@ def _onnx(
     """onnxruntime with native operators."""
     base = BASE_ANON + GRAPH_BYTES * (config.n_layers + config.n_own)
     packed = weights.programs["prefill"]
-    work = _native_workspace(config, plan, depth, OPERATORS_ACTIVATIONS)
+    work = _native_workspace(config, plan, depth, OPERATORS_ACTIVATIONS, OPERATORS_LOGITS)
     lookup = min(weights.table, LOOKUP_BYTES * depth)
     phases = {FIRST_LOAD: Phase(base + int(FIRST_PACKING * packed), BASE_FILE)} if cache else {}
     held, mapped = (base, packed) if cache else (base + packed, 0)
@@ -227,7 +229,7 @@ def _executorch(
     config: ModelConfig, plan: KVPlan, depth: int, weights: _Weights, cache: bool
 ) -> dict[str, Phase]:
     base = NATIVE_ANON + NATIVE_GRAPH * (config.n_layers + config.n_own)
-    work = _native_workspace(config, plan, depth, NATIVE_ACTIVATIONS)
+    work = _native_workspace(config, plan, depth, NATIVE_ACTIVATIONS, LOGITS)
     held = base if cache else base + weights.programs["decode"]
     file = NATIVE_FILE + min(weights.table, NATIVE_LOOKUP * depth)
     file += weights.programs["decode"] if cache else 0
@@ -235,7 +237,9 @@ def _executorch(
     return {"load": Phase(held, NATIVE_FILE), "prefill": running, "decode": running}
 
 
-def _native_workspace(config: ModelConfig, plan: KVPlan, depth: int, activations: float) -> int:
+def _native_workspace(
+    config: ModelConfig, plan: KVPlan, depth: int, activations: float, logits: float
+) -> int:
     """Bytes that a chunk needs where attention is ours: its queries and sums, never scores."""
     rows = min(plan.chunk, depth)
     run = [p for p in plan.layers if not p.skip_in_prefill]
@@ -245,7 +249,7 @@ def _native_workspace(config: ModelConfig, plan: KVPlan, depth: int, activations
         for p in run
     )
     floats = activations * rows * max(widest, config.hidden) + attention
-    return int(4 * (floats + LOGITS * config.vocab_size))
+    return int(4 * (floats + logits * config.vocab_size))
 
 
 ENGINES = {"onnx": _onnx, "onnx-stock": _onnx_stock, "executorch": _executorch}
