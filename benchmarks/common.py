@@ -61,11 +61,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _portable(word: str) -> str:
+    """A word of the command line without the directories of this machine."""
+    return Path(word).name if word.startswith("/") else word
+
+
 def write_result(name: str, content: dict[str, Any]) -> Path:
     """Write `results/<name>.json`: command, machine and versions, then `content`."""
     path = RESULTS / f"{name}.json"
     card = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_portable, sys.argv)]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {p: version(p) for p in PACKAGES},
