@@ -25,6 +25,7 @@ def main() -> None:
         "limits": "\n\n".join(limits(r) for r in results("limits_")),
         "exports": exports(results("export_")),
         "memory": memory(results("bench_")),
+        "agreement": "\n\n".join(agreement(r) for r in results("engines_agree_")),
     }
     text = README.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -202,6 +203,27 @@ def memory(documents: list[dict[str, Any]]) -> str:
                         f"{m['anon_error']:+.1%}",
                     )
                 )
+    return markdown(head, rows)
+
+
+def agreement(r: dict[str, Any]) -> str:
+    """Greedy tokens that two engines share before they part, and by what gap they do."""
+    head = (
+        f"{r['model']}, ONNX Runtime and",
+        "attention",
+        "weights, state",
+        "equal tokens",
+        "gaps",
+    )
+    rows: list[tuple[Any, ...]] = []
+    for run in r["runs"]:
+        parted = [
+            f"{p['gap_at_difference'] / p['noise']:.2f}"
+            for p in run["prompts"]
+            if p["gap_at_difference"] is not None
+        ]
+        equal = ", ".join(str(p["equal"]) for p in run["prompts"])
+        rows.append((run["engine"], run["attention"], run["run"], equal, ", ".join(parted)))
     return markdown(head, rows)
 
 
