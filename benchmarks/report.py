@@ -244,7 +244,7 @@ def arm64() -> str:
     for board in load("arm64_vm")["boards"]:
         for name, label in (("onnx", "Python, ONNX Runtime"), ("executorch", "edge-kv-run")):
             engine = board["engines"][name]
-            group, tokens = engine["run_group"], engine["tokens"]
+            group, tokens = engine["group"], engine["tokens"]
             if name == "onnx":
                 verify = engine["verify"]
                 parity = f"KL {verify['max_kl']:.1e} at most, top-1 {verify['top1']:.0%}"
