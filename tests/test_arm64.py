@@ -66,3 +66,11 @@ def test_a_disk_holds_its_tree(tmp_path):
     assert "100000" in listed and "file" in listed
     with pytest.raises(RuntimeFault, match="ended with status"):
         arm64_vm._call("mke2fs", "-d", tmp_path / "missing", tmp_path / "b.img", "8M")
+
+
+def test_a_full_size_model_fits_two_gibibytes_at_32k():
+    result = load("arm64_e2b")
+    assert result["ctx"] == result["memory"]["pos"] == 32_768
+    assert result["group"]["limit"] == 2 << 30 and result["group"]["oom_kills"] == 0
+    assert result["memory"]["decoding"]["anon"] <= result["planned"]["anon"]
+    assert result["state"]["filled"] == "by prefill" and result["against_x86_64"]["max_kl"] < 0.01
