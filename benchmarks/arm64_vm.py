@@ -22,7 +22,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from edge_kv.errors import RuntimeFault
@@ -300,12 +299,7 @@ class Machine:
             time.sleep(0.05)
         return link
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         assert self._process
         self.run("sync", user="root")
         for process in (self._link, self._process):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,31 +25,11 @@ from common import run_main, say, show, write_result
 
 from edge_kv.runtime.native_library import ISAS, build_kernels
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from kernel_library import Layer, Step
+
 HEADS, THREADS = 8, 2
 STORAGES = ("f32", "f16", "int8")
-
-
-class Layer(ctypes.Structure):
-    """edge_kv_layer of kernel_interface.cpp."""
-
-    _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("keys", "key_scales", "values", "value_scales")),
-        ("slots", ctypes.c_int64),
-        *((n, ctypes.c_int32) for n in ("kv_heads", "dim", "storage", "key_zero")),
-    ]
-
-
-class Step(ctypes.Structure):
-    """edge_kv_step of kernel_interface.cpp."""
-
-    _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("cos", "sin")),
-        ("position", ctypes.c_int64),
-        *((n, ctypes.c_int32) for n in ("tokens", "q_heads")),
-        ("window", ctypes.c_int64),
-        *((n, ctypes.c_float) for n in ("eps", "scale")),
-        *((n, ctypes.c_int32) for n in ("v_norm", "threads")),
-    ]
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ Artifacts are exported on first use into --work and taken from there afterwards.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -110,10 +112,14 @@ class Variant:
         return f"{weights}, {self.kv} KV"
 
 
-def exported(model: str, variant: Variant, work: Path) -> Path:
-    """The artifact of `model` stored as `variant`, exported into `work` if it is not there yet."""
+def exported(model: str, variant: Variant, work: Path, both: str = "") -> Path:
+    """The artifact of `model` stored as `variant`, exported into `work` if it is not there yet.
+
+    For ONNX Runtime; `both` names the attention of ExecuTorch programs beside it.
+    """
     v = variant
-    root = work / f"{model}-{v.quant}{v.block}-{v.kv}-{v.ctx}"
+    name = f"{model}-both-{both}" if both else model
+    root = work / f"{name}-{v.quant}{v.block}-{v.kv}-{v.ctx}"
     if root.exists():
         return root
     work.mkdir(parents=True, exist_ok=True)
@@ -126,10 +132,40 @@ def exported(model: str, variant: Variant, work: Path) -> Path:
             kv=v.kv,
             quant=v.quant,
             block_size=v.block,
+            backends=("onnx", "executorch") if both else ("onnx",),
+            attention=both or "native",
             out=root,
             open_session=load,
             progress=bar,
         )
+
+
+def each_alone(
+    script: str, measure: Callable[[str, str, int], dict[str, Any]], description: str
+) -> tuple[argparse.Namespace, Callable[[object, str], dict[str, Any]]]:
+    """The arguments of a script that measures each case in a process of its own, and how.
+
+    The second is called with a case's path and form: `script` starts again with them, and what
+    `measure(path, form, threads)` returns there comes back.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("artifacts"), help="exports go here")
+    parser.add_argument("--measure", nargs=2, metavar=("PATH", "FORM"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(*args.measure, args.threads)))
+        raise SystemExit
+
+    def alone(path: object, form: str) -> dict[str, Any]:
+        given = ["--threads", str(args.threads), "--measure", str(path), form]
+        done = subprocess.run(
+            [sys.executable, script, *given], stdout=subprocess.PIPE, text=True, check=True
+        )
+        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return row
+
+    return args, alone
 
 
 def opened(model: str, variant: Variant, work: Path, threads: int) -> Session:

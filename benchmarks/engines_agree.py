@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import MODELS, Variant, gguf_path, read_text, run_main, say, show, write_result
+from common import MODELS, Variant, exported, read_text, run_main, say, show, write_result
 from real_weights import PROMPTS
 
 from edge_kv.artifact import read_artifact
-from edge_kv.export import export_model
 from edge_kv.runtime import Session, Tokenizer, load
-from edge_kv.terminal import Bar
 
 NEW = 256
 CTX = 2048
@@ -59,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = []
     for variant, engine, attention in RUNS[args.model]:
-        root = both(args.model, variant, attention, args.work)
+        root = exported(args.model, variant, args.work, both=attention)
         with (
             load(root, "onnx", args.threads, cache=False) as first,
             load(root, engine, args.threads, cache=False) as second,
@@ -84,30 +82,6 @@ def main() -> None:
             "runs": runs,
         },
     )
-
-
-def both(model: str, variant: Variant, attention: str, work: Path) -> Path:
-    """The artifact with programs of both backends, exported into `work` if it is not there yet."""
-    v = variant
-    root = work / f"{model}-both-{attention}-{v.quant}{v.block}-{v.kv}-{v.ctx}"
-    if root.exists():
-        return root
-    work.mkdir(parents=True, exist_ok=True)
-    say(f"exporting {root.name}")
-    with Bar() as bar:
-        return export_model(
-            model="tiny" if model == "tiny" else None,
-            weights=None if model == "tiny" else str(gguf_path()),
-            ctx=v.ctx,
-            kv=v.kv,
-            quant=v.quant,
-            block_size=v.block,
-            backends=("onnx", "executorch"),
-            attention=attention,
-            out=root,
-            open_session=load,
-            progress=bar,
-        )
 
 
 def prompts_of(model: str, tokenizer: Tokenizer) -> dict[str, list[int]]:

@@ -10,17 +10,13 @@ decodes at the end of the context. Rows are random: neither time nor memory depe
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import run_main, say, show, write_result
+from common import each_alone, run_main, say, show, write_result
 
 from edge_kv import presets
 from edge_kv.config import ModelConfig
@@ -47,19 +43,12 @@ def shaped() -> ModelConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("artifacts"), help="exports go here")
-    parser.add_argument("--measure", nargs=2, metavar=("ROOT", "ENGINE"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(*args.measure, threads=args.threads)))
-        return
+    args, alone = each_alone(__file__, measure, __doc__ or "")
     roots = {(e, ctx): export(a, ctx, args.work) for e, a in RUNS.items() for ctx in CONTEXTS}
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for _ in range(ROUNDS):  # contexts take turns, the fastest round of each counts
         for (engine, ctx), root in roots.items():
-            row = in_own_process(root, engine, args.threads)
+            row = alone(root, engine)
             say(f"{engine} {ctx}: {row}")
             kept = rows.setdefault((engine, ctx), row)
             for key in ("decode_ms", "decode_at_end_ms"):
@@ -93,14 +82,7 @@ def export(attention: str, ctx: int, work: Path) -> Path:
         )
 
 
-def in_own_process(root: Path, engine: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--threads", str(threads), "--measure", str(root), engine]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
-def measure(root: str, engine: str, *, threads: int) -> dict[str, Any]:
+def measure(root: str, engine: str, threads: int) -> dict[str, Any]:
     """One artifact in this process: memory at each stage, milliseconds a token."""
     with load(root, engine, threads) as session:
         session.decode(1)

@@ -11,11 +11,7 @@ E2B's proportions in ten layers, of which four own. Runs alternate, each in a pr
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import run_main, say, show, write_result
+from common import each_alone, run_main, say, show, write_result
 from torch import Tensor, nn
 
 from edge_kv import presets
@@ -78,19 +74,12 @@ def shaped() -> ModelConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("artifacts"), help="programs go here")
-    parser.add_argument("--measure", nargs=2, metavar=("PTE", "FORM"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(Path(args.measure[0]), args.measure[1], args.threads)))
-        return
+    args, alone = each_alone(__file__, measure, __doc__ or "")
     rows = lower_both(args.work / "executorch-methods")
     taken: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for _ in range(ROUNDS):
         for form in FORMS:
-            taken[form].append(in_own_process(rows[form]["path"], form, args.threads))
+            taken[form].append(alone(rows[form]["path"], form))
             say(f"{form}: {taken[form][-1]}")
     for form, row in rows.items():
         row["bytes"] = Path(row.pop("path")).stat().st_size
@@ -149,20 +138,13 @@ def trace_one(decoder: Any, plan: Any, config: ModelConfig, attention: Any) -> d
     return exported
 
 
-def in_own_process(path: str, form: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--threads", str(threads), "--measure", path, form]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
-def measure(path: Path, form: str, threads: int) -> dict[str, float]:
+def measure(path: str, form: str, threads: int) -> dict[str, float]:
     """Load, prefill PROMPT tokens, decode STEPS: seconds, rates and anonymous memory."""
     config, native = shaped(), load_library()
     before = read_memory().anon or 0
     error = ctypes.create_string_buffer(512)
     begin = time.perf_counter()
-    handle = native.edge_kv_open(str(path).encode(), b"", threads, error, len(error))
+    handle = native.edge_kv_open(path.encode(), b"", threads, error, len(error))
     loaded = time.perf_counter() - begin
     if not handle:
         raise SystemExit(error.value.decode())

@@ -40,8 +40,8 @@ void answer_products() {
     Bytes x(p.tokens * p.n_in * 4), packed(p.n_out * p.n_in * p.bits / 8);
     Bytes scales(p.n_out * p.n_in / p.block * 4), out(p.tokens * p.n_out * 4);
     for (Bytes* part : {&x, &packed, &scales}) part->read();
-    const int64_t status = edge_kv_dense(
-        p.isa, 1, x.floats(), p.tokens, reinterpret_cast<uint8_t*>(packed.data.data()),
+    const int64_t status = edge_kv_linear(
+        p.isa, 1, true, x.floats(), p.tokens, reinterpret_cast<uint8_t*>(packed.data.data()),
         scales.floats(), p.n_out, p.n_in, int(p.bits), p.block, out.floats());
     fwrite(&status, sizeof status, 1, stdout);
     out.write();

@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from test_executorch_kernels import EMULATED, MACHINE_ISAS, start_emulator
+from kernel_library import EMULATED, MACHINE_ISAS, linear, start_emulator
 
 from edge_kv.runtime.native_library import build_kernels
 
@@ -60,14 +60,11 @@ class Product:
         return x.reshape(tokens, n_in) @ weights.reshape(n_out, n_in).T
 
     def run(self, native, isa, threads=2):
-        tokens, n_out, n_in, bits, block = self.shape
+        tokens, n_out, _, bits, block = self.shape
         out = np.full((tokens, n_out), np.nan, np.float32)
-        wide, at = ctypes.c_int64, ctypes.c_void_p
-        status = native.edge_kv_dense(
-            isa.encode(), threads, at(self.x.ctypes.data), wide(tokens),
-            at(self.packed.ctypes.data), at(self.scales.ctypes.data), wide(n_out), wide(n_in),
-            bits, wide(block), at(out.ctypes.data),
-        )  # fmt: skip
+        status = linear(
+            native, isa, threads, True, self.x, self.packed, self.scales, bits, block, out
+        )
         assert status == 0, f"no {isa} kernels on a CPU that has it"
         return out
 

@@ -5,63 +5,22 @@ qemu-user), its kernels take the same tests: correctness, not speed.
 """
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_library import ALL_ISAS, EMULATED, MACHINE_ISAS, Layer, Step, linear, start_emulator
 
-from edge_kv.runtime.native_library import ISAS, KERNELS, SOURCES, build, build_kernels
+from edge_kv.runtime.native_library import build_kernels
 
 EPS = 1e-6
 DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
 STORAGES = ["f32", "f16", "int8", "int8+128"]  # the last: int8 with keys stored plus 128
 
 
-class Layer(ctypes.Structure):
-    _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("keys", "key_scales", "values", "value_scales")),
-        ("slots", ctypes.c_int64),
-        *((n, ctypes.c_int32) for n in ("kv_heads", "dim", "storage", "key_zero")),
-    ]
-
-
-class Step(ctypes.Structure):
-    _fields_ = [
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("position", ctypes.c_int64),
-        ("tokens", ctypes.c_int32),
-        ("q_heads", ctypes.c_int32),
-        ("window", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("v_norm", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    ]
-
-
-def have(isa):
-    """Whether this CPU runs `isa`: asked of the CPU, so that a kernel cannot skip itself."""
-    if isa == "scalar" or platform.machine() == "aarch64":
-        return True
-    with open("/proc/cpuinfo") as f:
-        flags = f.read().split("flags", 1)[-1].split("\n", 1)[0].split()
-    return {"avx2": "avx2", "avx512": "avx512vl", "avx512vnni": "avx512_vnni"}[isa] in flags
-
-
-MACHINE_ISAS = [isa for isa in ISAS[platform.machine()] if have(isa)]
-CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-EMULATED = [f"aarch64:{isa}" for isa in ISAS["aarch64"]]
-if platform.machine() == "aarch64" or not (shutil.which(CROSS) and shutil.which(EMULATOR)):
-    EMULATED = []
-ALL_ISAS = MACHINE_ISAS + EMULATED
 FLOATING = ("scalar", "neon")  # these multiply int8 rows in floats, the others in 16-bit integers
 LARGEST = 127 * 256  # of those integers
 
@@ -125,23 +84,6 @@ class Library:
             self.emulator.stdin.close()
             self.emulator.wait()
             self.emulator.stdout.close()
-
-
-def start_emulator(cpu, *arguments):
-    """The kernels of aarch64 behind tests/kernel_driver.cpp, in the emulator."""
-    driver = Path(__file__).parent / "kernel_driver.cpp"
-    digest = hashlib.sha256(driver.read_bytes()).hexdigest()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", CROSS)
-        link = ("-static", "-pthread", "-std=c++17", "-O2", f"-I{SOURCES}", f"-DDRIVER={digest}")
-        program = build(
-            "kernel_driver", dict.fromkeys(KERNELS, ()), (*link, str(driver)), machine="aarch64"
-        )
-    return subprocess.Popen(
-        [EMULATOR, "-cpu", cpu, program, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -436,17 +378,7 @@ def test_packed_linear(library, isa, bits, block):
     scales = rng.uniform(0.01, 0.02, (n_out, n_in // block)).astype(np.float32)
     x = rng.normal(size=(tokens, n_in)).astype(np.float32)
     out = np.empty((tokens, n_out), np.float32)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library = library.native
-    library.edge_kv_linear.argtypes = [
-        ctypes.c_char_p, ctypes.c_int, pointer, number, pointer, pointer, number, number,
-        ctypes.c_int, number, pointer,
-    ]  # fmt: skip
-    status = library.edge_kv_linear(
-        isa.encode(), 2, x.ctypes.data, tokens, packed.ctypes.data, scales.ctypes.data, n_out,
-        n_in, bits, block, out.ctypes.data,
-    )  # fmt: skip
-    assert status == 0
+    assert linear(library.native, isa, 2, False, x, packed, scales, bits, block, out) == 0
     weight = (q.astype(np.float64) - 2 ** (bits - 1)) * np.repeat(scales, block, 1)
     close(out, x @ weight.T)
 

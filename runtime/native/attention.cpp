@@ -14,15 +14,6 @@ constexpr int kBlockRows = 64;  // query rows of one task: its sums stay in the 
 constexpr int64_t kMinWork = 1 << 20;
 constexpr int kReading = 2;
 
-template <class F>
-void parallel(const Pool& pool, int64_t count, F task) {
-  if (count == 1 || pool.threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  pool.run(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &task);
-}
-
 size_t element_bytes(Storage storage) {
   return storage == Storage::f32 ? 4 : storage == Storage::f16 ? 2 : 1;
 }
@@ -72,10 +63,8 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
   // keys are split too and the shares are merged at the end.
   const int block = std::max(1, kBlockRows / group);
   const int blocks = (tokens + block - 1) / block;
-  const int64_t end = step.position + tokens;
-  const int64_t reach = window ? std::min(end, window + tokens - 1) : end;
   const int64_t queries_of_task = int64_t(std::min(tokens, block)) * group;
-  const int64_t work = 2 * reach * dim * b.kv_heads * blocks * (queries_of_task + kReading);
+  const int64_t work = 2 * step.seen(window) * dim * b.kv_heads * blocks * (queries_of_task + kReading);
   const Pool team{int(std::min<int64_t>(pool.threads, std::max<int64_t>(1, work / kMinWork))),
                   pool.run};
   const int shares = (team.threads + blocks * b.kv_heads - 1) / (blocks * b.kv_heads);

@@ -1,6 +1,7 @@
 // Attention over static state: norm, rotate, store rows, attend; spread over threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
@@ -12,6 +13,16 @@ struct Pool {
   int threads;
   void (*run)(int64_t count, void (*task)(void* context, int64_t i), void* context);
 };
+
+// task(i) for i in [0, count) on a pool.
+template <class F>
+void parallel(const Pool& pool, int64_t count, F task) {
+  if (count == 1 || pool.threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  pool.run(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &task);
+}
 
 // Buffers of one layer, [kv_heads, slots, dim] and scales [kv_heads, slots] (null unless int8);
 // `key_zero` as in Cache.
@@ -34,6 +45,12 @@ struct Step {
   int tokens;
   int64_t position;
   float eps;
+
+  int64_t end() const { return position + tokens; }
+  // Positions that any of the tokens sees, back from end(); a window of 0 sees all.
+  int64_t seen(int64_t window) const {
+    return window ? std::min(end(), window + tokens - 1) : end();
+  }
 };
 
 // Store raw k and v [tokens, kv_heads * dim]: keys normed and rotated, values normed if `v_norm`.

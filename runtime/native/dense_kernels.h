@@ -121,26 +121,25 @@ struct Chunk {
   int64_t values;
   int shift;     // log2 of the lanes that share a scale, where they do not all share one
   bool whole;    // they do
-  int64_t block; // values to a scale
 };
 
 inline Chunk chunk_of(int bits, int64_t block) {
-  Chunk c{kBytes * 8 / bits, 0, false, block};
+  Chunk c{kBytes * 8 / bits, 0, false};
   c.whole = block % c.values == 0;
   while ((int64_t(32 / bits) << c.shift) < block) ++c.shift;
   return c;
 }
 
-int64_t dense_step(int bits) { return kBytes * 8 / bits; }
-
-// Blocks that are whole vectors, or power-of-two parts of one that are whole lanes.
-bool dense_fits(int bits, int64_t block) {
+// Rows of whole vectors, in blocks of whole vectors or of power-of-two parts of one that are whole
+// lanes.
+bool dense_fits(int64_t n_in, int bits, int64_t block) {
   const Chunk c = chunk_of(bits, block);
-  return c.whole || (c.values % block == 0 && (int64_t(32 / bits) << c.shift) == block);
+  return n_in % c.values == 0 &&
+         (c.whole || (c.values % block == 0 && (int64_t(32 / bits) << c.shift) == block));
 }
 
 int64_t dense_bytes(int bits, int64_t n_in) {
-  return n_in + n_in / dense_step(bits) * kWidth * int64_t(sizeof(float) + sizeof(int32_t));
+  return n_in + n_in / (kBytes * 8 / bits) * kWidth * int64_t(sizeof(float) + sizeof(int32_t));
 }
 
 // x as `dense_rows` reads it: bytes, then a scale and a correction for each lane.

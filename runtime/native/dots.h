@@ -14,6 +14,12 @@
 
 namespace {
 
+inline int32_t four_bytes(const void* p) {
+  int32_t bytes;
+  memcpy(&bytes, p, 4);
+  return bytes;
+}
+
 #if defined(__AVX512BW__)
 
 using Digit = int16_t;
@@ -22,11 +28,7 @@ using Dots = __m512i;
 constexpr int kDotRows = 8;
 inline Dots no_dots() { return _mm512_setzero_si512(); }
 inline Digits load_digits(const Digit* p) { return _mm512_loadu_si512(p); }
-inline Digits splat_group(const Digit* p) {
-  int32_t group;
-  memcpy(&group, p, 4);
-  return _mm512_set1_epi32(group);
-}
+inline Digits splat_group(const Digit* p) { return _mm512_set1_epi32(four_bytes(p)); }
 inline Digits widen(const int8_t* p) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -69,11 +71,7 @@ using Dots = __m256i;
 constexpr int kDotRows = 4;
 inline Dots no_dots() { return _mm256_setzero_si256(); }
 inline Digits load_digits(const Digit* p) { return _mm256_loadu_si256((const __m256i*)p); }
-inline Digits splat_group(const Digit* p) {
-  int32_t group;
-  memcpy(&group, p, 4);
-  return _mm256_set1_epi32(group);
-}
+inline Digits splat_group(const Digit* p) { return _mm256_set1_epi32(four_bytes(p)); }
 inline Digits widen(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
 }
@@ -110,11 +108,7 @@ using Dots = int32x4_t;
 constexpr int kDotRows = 4;
 inline Dots no_dots() { return vdupq_n_s32(0); }
 inline Digits load_digits(const Digit* p) { return vld1q_s8(p); }
-inline Digits splat_group(const Digit* p) {
-  int32_t group;
-  memcpy(&group, p, 4);
-  return vreinterpretq_s8_s32(vdupq_n_s32(group));
-}
+inline Digits splat_group(const Digit* p) { return vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(p))); }
 inline Digits widen(const int8_t* p) { return vld1q_s8(p); }
 inline Digits widen(const uint8_t* p) {  // a byte is its value plus 128
   return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128)));

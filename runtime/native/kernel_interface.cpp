@@ -121,25 +121,16 @@ EDGE_KV_API int edge_kv_attention(const char* isa, const edge_kv_layer* layer,
   return 0;
 }
 
-EDGE_KV_API int edge_kv_linear(const char* isa, int threads, const float* x, int64_t tokens,
-                               const uint8_t* packed, const float* scales, int64_t n_out,
-                               int64_t n_in, int bits, int64_t block, float* out) {
+// linear_packed, or with `rounded` activations dense.
+EDGE_KV_API int edge_kv_linear(const char* isa, int threads, int rounded, const float* x,
+                               int64_t tokens, const uint8_t* packed, const float* scales,
+                               int64_t n_out, int64_t n_in, int bits, int64_t block, float* out) {
   const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
   if (!kernels) return 1;
   wanted_threads = threads;
-  edge_kv::linear_packed(*kernels, {threads, run_on_threads}, x, tokens, packed, scales, n_out,
-                         n_in, bits, block, out);
-  return 0;
-}
-
-EDGE_KV_API int edge_kv_dense(const char* isa, int threads, const float* x, int64_t tokens,
-                              const uint8_t* packed, const float* scales, int64_t n_out,
-                              int64_t n_in, int bits, int64_t block, float* out) {
-  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
-  if (!kernels) return 1;
-  wanted_threads = threads;
-  edge_kv::dense(*kernels, {threads, run_on_threads}, x, tokens, packed, scales, n_out, n_in, bits,
-                 block, out);
+  const auto product = rounded ? edge_kv::dense : edge_kv::linear_packed;
+  product(*kernels, {threads, run_on_threads}, x, tokens, packed, scales, n_out, n_in, bits, block,
+          out);
   return 0;
 }
 

@@ -404,7 +404,7 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
 extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
 const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
     EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot,
-    dense_step, dense_fits, dense_bytes, dense_round, dense_rows,
+    dense_fits, dense_bytes, dense_round, dense_rows,
 };
 
 }  // namespace edge_kv

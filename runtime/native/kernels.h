@@ -61,10 +61,9 @@ struct Kernels {
 
   float (*dot)(const float* a, const float* b, int n);
 
-  // The integer matrix-vector product of dense.h: which shapes it takes (n_in a multiple of
-  // dense_step, blocks that fit), x rounded into dense_bytes of memory, and rows [begin, end).
-  int64_t (*dense_step)(int bits);
-  bool (*dense_fits)(int bits, int64_t block);
+  // The integer matrix-vector product of dense.h: which shapes it takes, x rounded into dense_bytes
+  // of memory, and rows [begin, end).
+  bool (*dense_fits)(int64_t n_in, int bits, int64_t block);
   int64_t (*dense_bytes)(int bits, int64_t n_in);
   void (*dense_round)(const float* x, int64_t n_in, int bits, int64_t block, int8_t* out);
   void (*dense_rows)(const void* x, const uint8_t* packed, const float* scales, int64_t n_in,

@@ -147,27 +147,22 @@ Step step_of(Context* context, size_t at, int64_t tokens, const Buffers& buffers
   require(cos.count() == tokens * buffers.dim / 2 && sin.count() == cos.count() &&
               pos.count() == 1,
           "cos, sin and pos do not belong to the tokens");
-  const int64_t position = *static_cast<const int64_t*>(pos.data);
-  const int64_t end = position + tokens;
-  const int64_t seen = window ? std::min(end, window + tokens - 1) : end;
-  require(position >= 0 && seen <= buffers.slots, "the state is shorter than what is seen of it");
-  return {cos.floats(), sin.floats(), int(tokens), position, eps};
+  const Step step{cos.floats(), sin.floats(), int(tokens), *static_cast<const int64_t*>(pos.data),
+                  eps};
+  require(step.position >= 0 && step.seen(window) <= buffers.slots,
+          "the state is shorter than what is seen of it");
+  return step;
 }
-
-struct Settings {
-  int threads;
-};
 
 // attend_ring, attend_append, attend_append_int8
 struct Attend {
-  static constexpr int kOutputs = 1;
   float eps, scale;
   int64_t window;
   int threads;
 
-  Attend(const Info* info, const Settings& settings, bool ring)
+  Attend(const Info* info, int n_threads, bool ring)
       : eps(real(info, "eps")), scale(real(info, "scale")),
-        window(ring ? integer(info, "window") : 0), threads(settings.threads) {}
+        window(ring ? integer(info, "window") : 0), threads(n_threads) {}
 
   void run(Context* context, bool scaled) const {
     const Tensor q = input(context, 0, kFloat), norm = input(context, 1, kFloat);
@@ -192,14 +187,13 @@ struct Attend {
 
 // store_ring, store_append, store_append_int8
 struct Store {
-  static constexpr int kOutputs = 4;
   float eps;
   bool v_norm, ring;
   int threads;
 
-  Store(const Info* info, const Settings& settings, bool is_ring)
+  Store(const Info* info, int n_threads, bool is_ring)
       : eps(real(info, "eps")), v_norm(integer(info, "v_norm")), ring(is_ring),
-        threads(settings.threads) {}
+        threads(n_threads) {}
 
   void run(Context* context, bool scaled) const {
     const Tensor k = input(context, 0, kFloat), v = input(context, 1, kFloat);
@@ -230,13 +224,12 @@ struct Store {
 
 // linear: one token (or a few) times packed rows.
 struct Linear {
-  static constexpr int kOutputs = 1;
   int64_t n_in, n_out, bits, block;
   int threads;
 
-  Linear(const Info* info, const Settings& settings, bool)
+  Linear(const Info* info, int n_threads, bool)
       : n_in(integer(info, "K")), n_out(integer(info, "N")), bits(integer(info, "bits")),
-        block(integer(info, "block_size")), threads(settings.threads) {}
+        block(integer(info, "block_size")), threads(n_threads) {}
 
   void run(Context* context, bool) const {
     const Tensor x = input(context, 0, kFloat), packed = input(context, 1, kUint8);
@@ -258,7 +251,7 @@ struct Row : Operator {
   const char* title;
   std::vector<int> inputs, outputs;
   bool ring, scaled;
-  Settings settings;
+  int threads;
 };
 
 const Row& row(const Operator* op) { return *static_cast<const Row*>(op); }
@@ -271,7 +264,7 @@ struct Made {
 
 template <class Kernel>
 Row make(const char* title, std::vector<int> inputs, std::vector<int> outputs, bool ring,
-         bool scaled, Settings settings) {
+         bool scaled, int threads) {
   Row r{};
   r.version = kApi;
   r.title = title;
@@ -279,7 +272,7 @@ Row make(const char* title, std::vector<int> inputs, std::vector<int> outputs, b
   r.outputs = std::move(outputs);
   r.ring = ring;
   r.scaled = scaled;
-  r.settings = settings;
+  r.threads = threads;
   r.name = [](const Operator* op) { return row(op).title; };
   r.provider = [](const Operator*) -> const char* { return nullptr; };
   r.input_type = [](const Operator* op, size_t i) { return row(op).inputs[i]; };
@@ -293,7 +286,7 @@ Row make(const char* title, std::vector<int> inputs, std::vector<int> outputs, b
   r.first_version = r.last_version = [](const Operator*) { return 1; };
   r.create = [](const Operator* op, const void* const*, const Info* info, void** kernel) {
     try {
-      *kernel = new Made<Kernel>{Kernel(info, row(op).settings, row(op).ring), row(op).scaled};
+      *kernel = new Made<Kernel>{Kernel(info, row(op).threads, row(op).ring), row(op).scaled};
       return static_cast<Status*>(nullptr);
     } catch (const Failure& failure) {
       return failure.status;
@@ -315,22 +308,22 @@ Row make(const char* title, std::vector<int> inputs, std::vector<int> outputs, b
 }
 
 // An operator is a row for each type of its state: onnxruntime picks the one that fits.
-std::vector<Row> operators(Settings settings) {
+std::vector<Row> operators(int threads) {
   const int f = kFloat, p = kInt64, u = kUint8, s = kInt8;
   std::vector<Row> rows = {
-      make<Attend>("attend_append_int8", {f, f, f, f, p, u, s, f, f}, {f}, false, true, settings),
+      make<Attend>("attend_append_int8", {f, f, f, f, p, u, s, f, f}, {f}, false, true, threads),
       make<Store>("store_append_int8", {f, f, f, f, f, p, u, s, f, f}, {u, s, f, f}, false, true,
-                  settings),
-      make<Linear>("linear", {f, u, f}, {f}, false, false, settings),
+                  threads),
+      make<Linear>("linear", {f, u, f}, {f}, false, false, threads),
   };
   for (const int t : {int(kFloat), int(kHalf)}) {
-    rows.push_back(make<Attend>("attend_ring", {f, f, f, f, p, t, t}, {f}, true, false, settings));
+    rows.push_back(make<Attend>("attend_ring", {f, f, f, f, p, t, t}, {f}, true, false, threads));
     rows.push_back(
-        make<Attend>("attend_append", {f, f, f, f, p, t, t}, {f}, false, false, settings));
+        make<Attend>("attend_append", {f, f, f, f, p, t, t}, {f}, false, false, threads));
     rows.push_back(
-        make<Store>("store_ring", {f, f, f, f, f, p, t, t}, {t, t}, true, false, settings));
+        make<Store>("store_ring", {f, f, f, f, f, p, t, t}, {t, t}, true, false, threads));
     rows.push_back(
-        make<Store>("store_append", {f, f, f, f, f, p, t, t}, {t, t}, false, false, settings));
+        make<Store>("store_append", {f, f, f, f, f, p, t, t}, {t, t}, false, false, threads));
   }
   return rows;
 }
@@ -351,7 +344,7 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
     check(api->HasSessionConfigEntry(options, key, &given));
     if (given) check(api->GetSessionConfigEntry(options, key, text, &size));
     // Sessions refer to their operators for as long as the process lives.
-    auto* rows = new std::vector<Row>(operators({std::max(1, atoi(text))}));
+    auto* rows = new std::vector<Row>(operators(std::max(1, atoi(text))));
     Domain* domain;
     check(api->CreateCustomOpDomain("edge_kv", &domain));
     for (const Row& r : *rows) check(api->CustomOpDomain_Add(domain, &r));

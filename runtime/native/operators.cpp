@@ -3,7 +3,6 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "attention.h"
@@ -62,9 +61,7 @@ bool step_of(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor
   out = {cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), int(x.size(0)),
          pos.const_data_ptr<int64_t>()[0], float(eps)};
   // A ring must hold every row that the step's oldest query sees; other buffers never wrap.
-  const int64_t end = out.position + out.tokens;
-  const int64_t seen = window ? std::min(end, window + out.tokens - 1) : end;
-  return out.position >= 0 && seen <= buffers.slots;
+  return out.position >= 0 && out.seen(window) <= buffers.slots;
 }
 
 Tensor& attend_own(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
