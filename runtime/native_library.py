@@ -48,6 +48,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp")
 ENGINE = ("operators.cpp", "engine.cpp")
+RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 LIBRARIES = (
     "executorch",
     "executorch_kernels_optimized",
@@ -152,7 +153,8 @@ def build_runner(wheel: Path | None = None, machine: str | None = None) -> Path:
     """
     sources, libraries = _over_wheel(wheel or _wheel())
     link = (*libraries, "-Wl,-rpath,$ORIGIN")
-    return build("edge-kv-run", {**sources, "run_main.cpp": ()}, link, machine=machine)
+    sources.update(dict.fromkeys(RUNNER, ()))
+    return build("edge-kv-run", sources, link, machine=machine)
 
 
 def _over_wheel(wheel: Path) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:

@@ -391,33 +391,6 @@ assert not {{"torch", "executorch", "onnxruntime"}} & set(sys.modules)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_runner_without_python_says_what_the_session_says(root):
-    ids = ids_for(40).tolist()
-    with load(root, "executorch", threads=1, cache=False) as session:
-        session.prefill(ids[:-1])
-        token, want = ids[-1], []
-        for _ in range(12):
-            token = int(session.decode(token).argmax())
-            want.append(token)
-    runner = native_library.build_runner()
-    done = subprocess.run(
-        [runner, root, "--ids", ",".join(map(str, ids)), "--max-new-tokens", "12",
-         "--threads", "1"], capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [int(x) for x in done.stdout.split(",")] == want
-    assert "tokens/s" in done.stderr and "VmHWM" in done.stderr
-    for arguments, message in (
-        (["--ids", "1,x"], "--ids wants token ids below 512"),
-        (["--ids", "512"], "--ids wants token ids below 512"),
-        (["--ids"], "--ids wants a value"),
-        (["--speed", "1"], "Unknown option --speed"),
-        ([], "Usage:"),
-    ):
-        done = subprocess.run([runner, root, *arguments], capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith(f"Error: {message}")
-
-
 def test_damaged_program_is_one_sentence(case, tmp_path):
     root, engine = case
     copy = shutil.copytree(root, tmp_path / "copy")

@@ -1,9 +1,11 @@
 // edge-kv-run: token ids in, token ids out, without Python.
 //
 //   edge-kv-run ARTIFACT --ids 2,651,9029 [--max-new-tokens 64] [--threads N] [--packed FILE]
+//               [--restore SNAPSHOT] [--logits FILE]
 //
 // Decodes greedily and streams each id as it is chosen; times and memory go to stderr. Everything
-// it needs to know about the model is in the .pte, the per-layer rows are read from ple.bin.
+// it needs to know about the model is in the .pte, the per-layer rows are read from ple.bin; a
+// snapshot is placed by the manifest.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -20,10 +22,20 @@
 
 #include "engine.h"
 #include "kernels.h"
+#include "snapshot.h"
 
 namespace {
 
 constexpr int kErrorBytes = 512;
+constexpr char kHelp[] =
+    "Usage: edge-kv-run ARTIFACT --ids 2,651,9029 [options]\n"
+    "Feeds token ids to an artifact and prints those it chooses, each the likeliest.\n"
+    "  --ids IDS             ids to feed, with commas between them\n"
+    "  --max-new-tokens N    how many to choose (64)\n"
+    "  --threads N           threads (all)\n"
+    "  --packed FILE         keep packed weights there, and map them the next time\n"
+    "  --restore SNAPSHOT    go on where a session of the Python runtime was kept\n"
+    "  --logits FILE         write the logits behind every chosen id, float32 of the vocabulary\n";
 
 [[noreturn]] void stop(const std::string& sentence) {
   fprintf(stderr, "Error: %s\n", sentence.c_str());
@@ -105,6 +117,16 @@ std::vector<int64_t> parse_ids(const char* text, int64_t vocab) {
   return ids;
 }
 
+int64_t taken_up(edge_kv_engine* engine, const std::string& path, const std::string& root) {
+  int64_t bytes = 0;
+  auto* state = static_cast<uint8_t*>(edge_kv_state(engine, &bytes));
+  try {
+    return edge_kv::restore(path, root, state, bytes);
+  } catch (const std::exception& e) {
+    stop(std::string(e.what()) + ".");
+  }
+}
+
 void report_memory() {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);)
@@ -116,7 +138,7 @@ void report_memory() {
 
 int main(int argc, char** argv) {
   const char* ids_text = nullptr;
-  std::string root, packed;
+  std::string root, packed, snapshot, logits_path;
   int64_t wanted = 64;
   int threads = int(std::max(1u, std::thread::hardware_concurrency()));
   for (int i = 1; i < argc; ++i) {
@@ -125,16 +147,22 @@ int main(int argc, char** argv) {
       root = name;
       continue;
     }
+    if (name == "--help") {
+      fputs(kHelp, stdout);
+      return 0;
+    }
     if (i + 1 == argc) stop(name + " wants a value.");
     const char* value = argv[++i];
     if (name == "--ids") ids_text = value;
     else if (name == "--max-new-tokens") wanted = atoll(value);
     else if (name == "--threads") threads = atoi(value);
     else if (name == "--packed") packed = value;
-    else stop("Unknown option " + name + "; known: --ids, --max-new-tokens, --threads, --packed.");
+    else if (name == "--restore") snapshot = value;
+    else if (name == "--logits") logits_path = value;
+    else stop("Unknown option " + name + "; see --help.");
   }
   if (root.empty() || !ids_text || threads < 1)
-    stop("Usage: edge-kv-run ARTIFACT --ids 2,651,9029 [--max-new-tokens N] [--threads N].");
+    stop("Usage: edge-kv-run ARTIFACT --ids 2,651,9029 [options]; see --help.");
 
   char error[kErrorBytes] = "";
   const double begin = now();
@@ -149,8 +177,15 @@ int main(int argc, char** argv) {
   const int64_t own = edge_kv_fact(engine, "edge_kv_own", 0);
   if (vocab <= 0 || ctx <= 0) stop(program + " says nothing about its model; export it again.");
   const std::vector<int64_t> ids = parse_ids(ids_text, vocab);
-  if (int64_t(ids.size()) > ctx)
-    stop(std::to_string(ids.size()) + " ids do not fit a context of " + std::to_string(ctx) + ".");
+  const int64_t restored = snapshot.empty() ? 0 : taken_up(engine, snapshot, root);
+  if (int64_t(ids.size()) > ctx - restored)
+    stop(std::to_string(ids.size()) + " ids do not fit a context of " + std::to_string(ctx) +
+         " at position " + std::to_string(restored) + ".");
+  std::ofstream kept;
+  if (!logits_path.empty()) {
+    kept.open(logits_path, std::ios::binary);
+    if (!kept) stop("Cannot write " + logits_path + ".");
+  }
   PleRows ple(root + "/ple.bin", engine, layers);
 
   const double loaded = now();
@@ -158,21 +193,24 @@ int main(int argc, char** argv) {
   for (int64_t at = 0; at < prompt; at += chunk) {
     const int64_t count = std::min(chunk, prompt - at);
     const float* rows = ple.read(&ids[size_t(at)], count, own);
-    if (edge_kv_prefill(engine, &ids[size_t(at)], count, at, rows, error, kErrorBytes))
+    if (edge_kv_prefill(engine, &ids[size_t(at)], count, restored + at, rows, error, kErrorBytes))
       stop(std::string("Prefill failed: ") + error + ".");
   }
   const double prefilled = now();
   std::vector<float> logits(static_cast<size_t>(vocab));
-  int64_t id = ids.back(), pos = prompt, made = 0;
+  int64_t id = ids.back(), pos = restored + prompt, made = 0;
   for (; made < wanted && pos < ctx; ++made, ++pos) {
     const float* rows = ple.read(&id, 1, layers);
     if (edge_kv_decode(engine, id, pos, rows, logits.data(), vocab, error, kErrorBytes))
       stop(std::string("Decoding failed: ") + error + ".");
+    if (kept.is_open())
+      kept.write(reinterpret_cast<const char*>(logits.data()), vocab * int64_t(sizeof logits[0]));
     id = std::max_element(logits.begin(), logits.end()) - logits.begin();
     printf(made ? ",%lld" : "%lld", static_cast<long long>(id));
     fflush(stdout);
   }
   printf("\n");
+  if (kept.is_open() && !kept.flush()) stop(logits_path + " is cut off; is the disk full?");
   const double done = now();
   fprintf(stderr, "load %.2f s, prefill %lld tokens %.2f s, decode %lld tokens %.2f s (%.1f tokens/s), %s\n",
           loaded - begin, static_cast<long long>(prompt), prefilled - loaded,

@@ -1,0 +1,34 @@
+// JSON as the runner needs it: a manifest and the header of a snapshot.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace edge_kv {
+
+// Thrown by all that follows: the text is no JSON, or its values are not what they should be.
+struct JsonError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Json {
+  char kind = 'n';    // '{' '[' '"', '0' for a number, 'n' for null, true and false
+  std::string text;   // a string between its quotes, a number or a word, as written
+  std::vector<std::string> keys;  // of an object: those of `items`, as written
+  std::vector<Json> items;
+
+  const Json& at(const std::string& key) const;
+  const std::string& string() const;
+  int64_t integer() const;
+
+  // Back to text as pydantic writes it: compact, keys in their order.
+  std::string compact() const;
+  // Back to text as json.dumps(…, sort_keys=True) of Python: spaces, its way to write floats.
+  std::string python() const;
+};
+
+Json parse_json(const std::string& text);
+
+}  // namespace edge_kv
