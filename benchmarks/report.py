@@ -34,6 +34,7 @@ STORED = {  # how a row calls a run of benchmarks/quality.py
     "int4 weights and int8 KV (the default)": "int4 block 32, int8 KV",
 }
 NEW = 64  # greedy tokens compared
+PEER = "llama.cpp"  # the better of its settings counts, figure by figure
 MISSING = "–"
 BOARDS = {"Pi 4, 4 GB": 4 << 30, "Pi 5, 8 GB": 8 << 30}
 SYSTEM_BYTES = 600 << 20  # what Raspberry Pi OS without a desktop and an ssh login leave less
@@ -158,29 +159,35 @@ def prefill_sentence() -> str:
 
 
 def full_size() -> str:
-    """E2B on both engines beside llama.cpp: a row a depth, the medians of alternating rounds."""
-    columns = {"llama.cpp": "llama.cpp", " onnx": "ONNX", " executorch": "ExecuTorch"}
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    for name in ("full_size_e2b", "full_size_e2b_long"):
-        for r in load(name)["summary"]:
-            column = next(c for part, c in columns.items() if part in r["subject"])
-            found.setdefault(r["depth"], {})[column] = r
+    """Both E models on both engines beside llama.cpp: a row a depth, medians of all rounds."""
+    engines = {PEER: PEER, " onnx": "ONNX", " executorch": "ExecuTorch"}
     figures = {
-        "decode": ("decode tok/s", lambda r: f"{r['decode']:.1f}"),
-        "prefill": ("prefill tok/s", lambda r: f"{r['prefill']:.0f}"),
-        "anon": ("anonymous MB", lambda r: f"{r['anon_peak'] / 1e6:.0f}"),
-        "peak": ("peak RSS MB", lambda r: f"{r['rss_peak'] / 1e6:.0f}"),
+        "decode": ("decode tok/s", max, lambda x: f"{x:.1f}"),
+        "prefill": ("prefill tok/s", max, lambda x: f"{x:.0f}"),
+        "anon_peak": ("anonymous MB", min, lambda x: f"{x / 1e6:.0f}"),
+        "rss_peak": ("peak RSS MB", min, lambda x: f"{x / 1e6:.0f}"),
     }
     parts = []
-    for names in (("decode", "prefill"), ("anon", "peak")):
-        chosen = [figures[n] for n in names]
-        head = ["depth", *(f"{label}: {c}" for label, _ in chosen for c in columns.values())]
-        rows = [
-            [f"{depth:,}"]
-            + [show(of[c]) if c in of else MISSING for _, show in chosen for c in columns.values()]
-            for depth, of in sorted(found.items())
-        ]
-        parts.append(table(head, rows))
+    for model in ("e2b", "e4b"):
+        found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+        for path in sorted(RESULTS.glob(f"full_size_{model}*.json")):
+            for r in load(path.stem)["summary"]:
+                column = next(c for part, c in engines.items() if part in r["subject"])
+                found.setdefault(r["depth"], {}).setdefault(column, []).append(r)
+        for names in (("decode", "prefill"), ("anon_peak", "rss_peak")):
+            chosen = [(n, *figures[n]) for n in names]
+            head = [f"{model.upper()}: depth"]
+            head += [f"{label}: {c}" for _, label, _, _ in chosen for c in engines.values()]
+            rows = [
+                [f"{depth:,}"]
+                + [
+                    show(best(r[n] for r in of[c])) if c in of else MISSING
+                    for n, _, best, show in chosen
+                    for c in engines.values()
+                ]
+                for depth, of in sorted(found.items())
+            ]
+            parts.append(table(head, rows))
     return "\n\n".join(parts)
 
 
