@@ -103,7 +103,7 @@ def _peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     peak: dict[str, int] = {}
-    watcher = threading.Thread(target=_watch, args=(process, peak))
+    watcher = threading.Thread(target=watch, args=(process, peak))
     watcher.start()
     out, _ = process.communicate()
     watcher.join()
@@ -122,7 +122,7 @@ def _peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _watch(process: subprocess.Popen[bytes], peak: dict[str, int]) -> None:
+def watch(process: subprocess.Popen[bytes], peak: dict[str, int]) -> None:
     """Highest VmHWM and RssAnon of a process while it runs, in bytes."""
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:

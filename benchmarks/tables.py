@@ -26,6 +26,7 @@ def main() -> None:
         "exports": exports(results("export_")),
         "memory": memory(results("bench_")),
         "agreement": "\n\n".join(agreement(r) for r in results("engines_agree_")),
+        "peers": "\n\n".join(peers(r) for r in results("peers_")),
     }
     text = README.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -150,6 +151,38 @@ def full_size(r: dict[str, Any]) -> str:
 
 def ratio(x: float | None) -> str:
     return f"{x:.2f}x" if x else ""
+
+
+def peers(r: dict[str, Any]) -> str:
+    c = r["conditions"]
+    head = (
+        r["model"], "weights", "prefill tok/s", "to the best peer", "decode tok/s",
+        "to the best peer", "load s", "anonymous MB", "peak RSS MB",
+    )  # fmt: skip
+    rows: list[tuple[Any, ...]] = []
+    for x in r["summary"]:
+        name = f"{x['subject']} ({x['version']})" if "version" in x else x["subject"]
+        if "failed" in x:
+            rows.append((name, x["weights"], x["failed"], *[""] * (len(head) - 3)))
+            continue
+        rows.append(
+            (
+                name,
+                x["weights"],
+                f"{x['prefill']:.0f}",
+                ratio(x.get("prefill_ratio")),
+                f"{x['decode']:.1f}",
+                ratio(x.get("decode_ratio")),
+                f"{x['load']:.2f}",
+                f"{x['anon_peak'] / 1e6:.0f}",
+                f"{x['rss_peak'] / 1e6:.0f}",
+            )
+        )
+    rounds = max(x["rounds"] for x in r["summary"])
+    return (
+        f"{c['threads']} threads, {c['prompt']} tokens up to the first new one, {c['tokens']} more "
+        f"from there; medians of {rounds} alternating rounds.\n\n" + markdown(head, rows)
+    )
 
 
 def limits(r: dict[str, Any]) -> str:
