@@ -16,10 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from importlib.util import module_from_spec
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 CTX = 1024  # tokens of state where a runtime allocates it up front
@@ -220,14 +221,14 @@ class LiteRT:
 
     @staticmethod
     def make(source: str, out: str) -> None:
-        """int8, with activations quantised as they come; its most precise recipe of 8 bits.
+        """int8 weights, activations quantised as they come.
 
         The exporter imports TensorFlow's schema of the file format, which ai-edge-litert has too.
         """
         from ai_edge_litert import schema_py_generated
 
         for name in ("tensorflow", "tensorflow.lite", "tensorflow.lite.python"):
-            sys.modules[name] = ModuleType(name)
+            sys.modules[name] = module_from_spec(ModuleSpec(name, None))
         sys.modules["tensorflow.lite.python"].schema_py_generated = schema_py_generated  # type: ignore[attr-defined]
         from litert_torch.generative.export_hf.export import export
 
