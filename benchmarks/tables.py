@@ -159,12 +159,15 @@ def peers(r: dict[str, Any]) -> str:
         r["model"], "weights", "prefill tok/s", "to the best peer", "decode tok/s",
         "to the best peer", "load s", "anonymous MB", "peak RSS MB",
     )  # fmt: skip
+    rounds = max(x["rounds"] for x in r["summary"])
     rows: list[tuple[Any, ...]] = []
     for x in r["summary"]:
         name = f"{x['subject']} ({x['version']})" if "version" in x else x["subject"]
         if "failed" in x:
             rows.append((name, x["weights"], x["failed"], *[""] * (len(head) - 3)))
             continue
+        if x["rounds"] < rounds:
+            name += f", {x['rounds']} rounds: the others failed"
         rows.append(
             (
                 name,
@@ -178,7 +181,6 @@ def peers(r: dict[str, Any]) -> str:
                 f"{x['rss_peak'] / 1e6:.0f}",
             )
         )
-    rounds = max(x["rounds"] for x in r["summary"])
     return (
         f"{c['threads']} threads, {c['prompt']} tokens up to the first new one, {c['tokens']} more "
         f"from there; medians of {rounds} alternating rounds.\n\n" + markdown(head, rows)
