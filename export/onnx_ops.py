@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import onnx
+import onnx_ir as ir
 import onnxscript
 import torch
 from onnxscript import FLOAT
@@ -256,6 +257,32 @@ def attend_blocks(q, k, k_scale, k_zero, v, v_scale, at) -> FLOAT[...]:  # type:
         mixed = mixed * keep + base_op.MatMul(weights, values)
         top = highest
     return mixed / total
+
+
+def _order_loops(graph: ir.Graph) -> None:
+    """Put what a loop carries in order of name, so that every process writes the same file.
+
+    onnxscript takes it from a set of strings, whose order changes with Python's hash seed.
+    """
+    for loop in (node for node in graph if node.op_type == "Loop"):
+        inner = loop.attributes["body"].as_graph()
+        carried = [(value, i) for i, value in enumerate(loop.inputs[2:])]
+        carried.sort(key=lambda pair: str(pair[0] and pair[0].name))
+        parameters, results = list(inner.inputs[2:]), list(inner.outputs[1:])
+        uses = [list(out.uses()) for out in loop.outputs]
+        for at, (value, i) in enumerate(carried):
+            assert value is not None
+            loop.replace_input_with(2 + at, value)
+            for node, index in uses[i]:
+                node.replace_input_with(index, loop.outputs[at])
+            parameters[i].name = f"{value.name}_before"
+            loop.outputs[at].name = f"{value.name}_after"
+        order = [i for _, i in carried]
+        inner.inputs[2:] = [parameters[i] for i in order]
+        inner.outputs[1:] = [results[i] for i in order]
+
+
+_order_loops(attend_blocks.function_ir.graph)
 
 
 def _attend_chunk(q: Any, k: Any, k_scale: Any, k_zero: int, v: Any, v_scale: Any, pos: Any) -> Any:

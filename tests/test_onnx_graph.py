@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +138,22 @@ def test_no_graph_value_is_as_large_as_ctx_squared_or_a_rope_table(artifacts):
         model = onnx.load(path, load_external_data=False)
         for tensor in model.graph.initializer:
             assert 32_768 not in tensor.dims
+
+
+def test_every_process_writes_the_same_functions():
+    """onnxscript keeps a loop's variables in a set: the hash seed must leave no trace."""
+    code = (
+        "from edge_kv.export.onnx_ops import attend_blocks as f; import sys;"
+        "sys.stdout.buffer.write(f.to_function_proto().SerializeToString(deterministic=True))"
+    )
+    made = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert made[0] == made[1]
+    assert b"Loop" in made[0]
