@@ -117,7 +117,7 @@ def decode(args: argparse.Namespace) -> None:
     runs = []
     for limit in (None, *(parse_bytes(x) for x in args.limits.split(",")), None):
         forget(Path(args.artifact), cache_directory())
-        runs.append({"limit": limit, **_measured(job, limit)})
+        runs.append({"limit": limit, **measured(job, limit)})
         say(f"limit {limit}: {runs[-1].get('rate', 'killed')} tokens/s, peak {runs[-1]['peak']}")
     free = max(r["rate"] for r in runs if not r["limit"])
     for run in runs:
@@ -140,7 +140,7 @@ def decode(args: argparse.Namespace) -> None:
     )
 
 
-def _measured(job: Job, limit: int | None) -> dict[str, Any]:
+def measured(job: Job, limit: int | None) -> dict[str, Any]:
     """One measuring process in a group of its own."""
     with memory_group(limit) as group:
         done = subprocess.run(
@@ -160,6 +160,7 @@ def _measured(job: Job, limit: int | None) -> dict[str, Any]:
         "rate": 1 / run["decode"]["seconds"]["p50"],
         "seconds": run["decode"]["seconds"],
         "load": run["load"]["seconds"],
+        "first_token": run["load"]["start_to_first_token"],
         "anon": max(m["anon_peak"] for m in memory.values()),
         "rss_peak": memory["decode"]["rss_peak_so_far"],
     }

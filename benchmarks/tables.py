@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -24,9 +25,13 @@ def main() -> None:
         "full size": "\n\n".join(full_size(r) for r in results("full_size_")),
         "limits": "\n\n".join(limits(r) for r in results("limits_")),
         "exports": exports(results("export_")),
+        "resume": "\n\n".join(resume(r) for r in results("resume_")),
         "memory": memory(results("bench_")),
+        "startup": startup(result("startup")),
         "agreement": "\n\n".join(agreement(r) for r in results("engines_agree_")),
         "peers": "\n\n".join(peers(r) for r in results("peers_")),
+        "contexts": "\n\n".join(contexts(r) for r in results("executorch_contexts")),
+        "methods": "\n\n".join(methods(r) for r in results("executorch_methods")),
     }
     text = README.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -219,6 +224,18 @@ def exports(documents: list[dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
+def resume(r: dict[str, Any]) -> str:
+    """A sentence on an export that was killed again and again."""
+    kills, size = r["kills"], sum(r["equal_files"].values())
+    end = "equals" if r["passed"] else f"differs in {', '.join(r['different_files'])} from"
+    return (
+        f"`{' '.join(r['arguments'])}`, killed {len(kills)} times (SIGKILL, after "
+        f"{min(k['seconds'] for k in kills):.0f} to {max(k['seconds'] for k in kills):.0f} s): no "
+        f"finished tensor is done twice, and the artifact, {len(r['equal_files'])} files of "
+        f"{size / 1e9:.1f} GB, {end} the uninterrupted one byte by byte."
+    )
+
+
 def memory(documents: list[dict[str, Any]]) -> str:
     """Anonymous memory of the decode phase, planned and measured."""
     head = ("artifact", "engine", "KV", "context", "planned MB", "measured MB", "error")
@@ -241,6 +258,20 @@ def memory(documents: list[dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
+def startup(r: dict[str, Any]) -> str:
+    head = ("start", "page cache", "first token after s", "of which load s")
+    rows: list[tuple[Any, ...]] = [
+        (
+            row["run"],
+            row["page_cache"],
+            f"{median(row['first_token_s']):.2f}",
+            f"{median(row['load_s']):.2f}",
+        )
+        for row in r["rows"]
+    ]
+    return markdown(head, rows)
+
+
 def agreement(r: dict[str, Any]) -> str:
     """Greedy tokens that two engines share before they part, and by what gap they do."""
     head = (
@@ -259,6 +290,44 @@ def agreement(r: dict[str, Any]) -> str:
         ]
         equal = ", ".join(str(p["equal"]) for p in run["prompts"])
         rows.append((run["engine"], run["attention"], run["run"], equal, ", ".join(parted)))
+    return markdown(head, rows)
+
+
+def contexts(r: dict[str, Any]) -> str:
+    """Memory and time of a session by the size of its context."""
+    head = ("attention", "context", "state MB", "loaded", f"{r['depth']:,} tokens in", "full",
+            "ms a token", "at the end")  # fmt: skip
+    sizes = ("state", "anon_loaded", "anon_at_depth", "anon_full")
+    rows: list[tuple[Any, ...]] = [
+        (
+            row["attention"],
+            f"{row['ctx']:,}",
+            *(f"{row[key] / 1e6:.0f}" for key in sizes),
+            f"{row['decode_ms']:.2f}",
+            f"{row['decode_at_end_ms']:.2f}",
+        )
+        for row in r["rows"]
+    ]
+    return markdown(head, rows)
+
+
+def methods(r: dict[str, Any]) -> str:
+    """Two methods beside a single dynamic one."""
+    head = ("methods", "prefill tok/s", "decode tok/s", "file MB", "anonymous MB", "delegates",
+            "lowering s")  # fmt: skip
+    names = {"two": "prefill and decode", "one": "one, 1 … chunk tokens"}
+    rows: list[tuple[Any, ...]] = [
+        (
+            names[form],
+            f"{row['prefill_rate']:.0f}",
+            f"{row['decode_rate']:.1f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['anon'] / 1e6:.0f}",
+            row["delegates"],
+            row["lower_seconds"],
+        )
+        for form, row in r["rows"].items()
+    ]
     return markdown(head, rows)
 
 

@@ -33,7 +33,7 @@ FIRST_LOAD = "first load"  # the phase in which weights are packed for the devic
 PLE_BLOCK = 32  # values that share a scale in the PLE file
 SCALE_BYTES = 4  # weight scales are f32
 PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
-BASE_ANON = 34_000_000  # interpreter, numpy, onnxruntime: heap
+BASE_ANON = 32_500_000  # interpreter, numpy, onnxruntime: heap
 BASE_FILE = 46 << 20  # … and their mapped libraries
 GRAPH_BYTES = 440_000  # heap of one layer in one program: nodes, kernels, names
 PACKING = 1.55  # times the largest packed matrix: what a load takes for a moment
@@ -139,7 +139,7 @@ def predict_memory(
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
     kinds: dict[str, int] = {}
     packed = dict.fromkeys(_PROGRAMS, 0)  # what each program packs
-    largest = scales = 0
+    largest = largest_prefill = scales = 0
     for spec in tensor_table(config):
         if spec.kind == PLE_TABLE:
             continue
@@ -148,10 +148,14 @@ def predict_memory(
         for program in _programs(config, spec):
             packed[program] += heap
         largest = max(largest, heap // HEAD_PARTS if spec.kind == EMBED else heap)
+        if "prefill" in _programs(config, spec):
+            own = config.n_own if spec.name == "ple_proj.weight" else config.n_layers
+            largest_prefill = max(largest_prefill, heap * own // config.n_layers)
         scales += kept  # both programs map the same file
     touched = plan.touched_bytes(depth)
     tokenizer = TOKENIZER_BYTES * config.vocab_size
-    weights = _Weights(packed, largest, scales, kinds[EMBED], sum(kinds.values()))
+    stored_bytes = sum(kinds.values())
+    weights = _Weights(packed, largest, largest_prefill, scales, kinds[EMBED], stored_bytes)
     phases = ENGINES.get(engine, _onnx)(config, plan, depth, weights, cache)
     held = tokenizer + TOKEN_BYTES * depth
     phases = {
@@ -177,6 +181,7 @@ class _Weights:
 
     programs: dict[str, int]  # matrices packed by each program
     largest: int  # of them, the largest matrix; a part of the head counts as one
+    largest_prefill: int  # … of those that prefill packs: the owning layers' rows
     scales: int  # left in the artifact's file by onnxruntime
     table: int  # the token table
     stored: int  # everything in the weight file
@@ -192,9 +197,10 @@ def _onnx(
     lookup = min(weights.table, LOOKUP_BYTES * depth)
     phases = {FIRST_LOAD: Phase(base + int(FIRST_PACKING * packed), BASE_FILE)} if cache else {}
     held, mapped = (base, packed) if cache else (base + packed, 0)
+    packing = weights.largest_prefill if cache else 0  # of one matrix, to find it in the file
     running = held + plan.touched_bytes(depth) + work
     return phases | {
-        "load": Phase(held, BASE_FILE),
+        "load": Phase(held + packing, BASE_FILE),
         "prefill": Phase(running, BASE_FILE + lookup + mapped),
         "decode": Phase(running, BASE_FILE + weights.stored),
     }
