@@ -93,14 +93,13 @@ class Transformers(Stepwise):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        folder, file = os.path.split(source)
+        folder, file = os.path.split(os.path.abspath(source))
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        del model.config.quantization_config
         model.save_pretrained(out)
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
 
