@@ -32,6 +32,7 @@ def main() -> None:
         "peers": "\n\n".join(peers(r) for r in results("peers_")),
         "contexts": "\n\n".join(contexts(r) for r in results("executorch_contexts")),
         "methods": "\n\n".join(methods(r) for r in results("executorch_methods")),
+        "exporters": "\n\n".join(exporters(r) for r in results("executorch_peer")),
     }
     text = README.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -329,6 +330,29 @@ def methods(r: dict[str, Any]) -> str:
         for form, row in r["rows"].items()
     ]
     return markdown(head, rows)
+
+
+def exporters(r: dict[str, Any]) -> str:
+    """ExecuTorch's own Gemma 4 exporter and ours: the exports, and what they made."""
+    names = {"ours": "ours", "peer": "ExecuTorch's"}
+    made: list[tuple[Any, ...]] = []
+    ran: list[tuple[Any, ...]] = []
+    for x in r["rows"]:
+        name, ctx, e = f"{names[x['exporter']]}, {x['kv']} KV", f"{x['ctx']:,}", x["export"]
+        if failed := e.get("failed") or x.get("failed"):
+            ran.append((name, ctx, failed))
+        if "bytes" in e:
+            times = (f"{e['seconds'] / 60:.1f}", f"{e['cpu_seconds'] / 60:.1f}")
+            made.append((name, ctx, *times, *(f"{e[k] / 1e6:.0f}" for k in ("rss_peak", "bytes"))))
+        if "load_seconds" in x:
+            rates = (f"{x['first_load_seconds']:.1f}", f"{x['load_seconds']:.2f}")
+            rates += (f"{x['prefill_rate']:.0f}", f"{x['decode_rate']:.1f}")
+            rates += (f"{x['decode_rate_at_end']:.1f}",)
+            ran.append((name, ctx, *rates, *(f"{x[k] / 1e6:.0f}" for k in ("anon", "rss_peak"))))
+    head = ("export", "context", "minutes", "CPU minutes", "peak RSS MB", "artifact MB")
+    speed = ("run", "context", "first load s", "load s", f"prefill tok/s, {r['prompt']}",
+             "decode tok/s, start", "decode tok/s, end", "anonymous MB", "peak RSS MB")  # fmt: skip
+    return f"{r['model']}.\n\n{markdown(head, made)}\n\n{markdown(speed, ran)}"
 
 
 if __name__ == "__main__":
