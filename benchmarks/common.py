@@ -14,6 +14,8 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,6 +38,7 @@ from edge_kv.terminal import Bar
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("edge-kv", "numpy", "onnxruntime", "torch", "transformers")
 MODELS = ("gemma3-270m", "tiny")
+EXPORT = [sys.executable, "-c", "from edge_kv.cli import main; main()", "export"]
 console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
 
 
@@ -166,6 +169,42 @@ def each_alone(
         return row
 
     return args, alone
+
+
+def watched(
+    process: subprocess.Popen[bytes], given: bytes | None = None, timeout: float | None = None
+) -> tuple[bytes, bytes, dict[str, int]]:
+    """Output and error of a process, and its highest VmHWM and RssAnon in bytes.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `timeout` seconds and was killed.
+    """
+    peak: dict[str, int] = {}
+    watcher = threading.Thread(target=_watch, args=(process, peak))
+    watcher.start()
+    try:
+        out, err = process.communicate(given, timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    finally:
+        watcher.join()
+    return out, err, peak
+
+
+def _watch(process: subprocess.Popen[bytes], peak: dict[str, int]) -> None:
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            name, _, rest = line.partition(":")
+            if name in ("VmHWM", "RssAnon"):
+                peak[name] = max(peak.get(name, 0), 1024 * int(rest.split()[0]))
+        time.sleep(0.05)
 
 
 def opened(model: str, variant: Variant, work: Path, threads: int) -> Session:

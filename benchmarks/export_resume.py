@@ -18,25 +18,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import run_main, say, write_result
+from common import EXPORT, run_main, say, write_result
 
 from edge_kv.errors import RuntimeFault
-
-COMMAND = [sys.executable, "-c", "from edge_kv.cli import main; main()", "export"]
+from edge_kv.export.pipeline import unfinished
 
 
 def main() -> None:
     args = _arguments()
     rng = np.random.default_rng(args.seed)
-    part = args.out.parent / f".{args.out.name}.part"
+    part = unfinished(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    command = [*COMMAND, *args.args, "--out", str(args.out)]
+    command = [*EXPORT, *args.args, "--out", str(args.out)]
     journals: dict[str, list[str]] = {}
     kills = []
     while len(kills) < args.kills and not args.out.exists():

@@ -17,14 +17,13 @@ import argparse
 import json
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import run_main, say, show, write_result
+from common import run_main, say, show, watched, write_result
 
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, RuntimeFault
@@ -102,11 +101,7 @@ def _peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    peak: dict[str, int] = {}
-    watcher = threading.Thread(target=watch, args=(process, peak))
-    watcher.start()
-    out, _ = process.communicate()
-    watcher.join()
+    out, _, peak = watched(process)
     if process.returncode:
         raise RuntimeFault(f"{args.peer} ended with status {process.returncode}; run it by hand.")
     lines = [json.loads(line) for line in out.splitlines()]
@@ -120,21 +115,6 @@ def _peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
         "filled": "prefilled in this run" if len(lines) > 2 else "restored",
         "seconds": time.perf_counter() - begin,
     }
-
-
-def watch(process: subprocess.Popen[bytes], peak: dict[str, int]) -> None:
-    """Highest VmHWM and RssAnon of a process while it runs, in bytes."""
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        try:
-            lines = status.read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
-            name, _, rest = line.partition(":")
-            if name in ("VmHWM", "RssAnon"):
-                peak[name] = max(peak.get(name, 0), 1024 * int(rest.split()[0]))
-        time.sleep(0.05)
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,10 +24,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import run_main, say, show, write_result
+from common import EXPORT, run_main, say, show, write_result
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ConfigError, RuntimeFault
+from edge_kv.export.pipeline import unfinished
 from edge_kv.kv_plan import parse_size
 from edge_kv.memory import parse_bytes
 from edge_kv.runtime.bench import MODULE, Job, fill_depths
@@ -168,12 +169,12 @@ def measured(job: Job, limit: int | None) -> dict[str, Any]:
 
 def export(args: argparse.Namespace) -> None:
     limit = parse_bytes(args.limit)
-    command = [sys.executable, "-c", "from edge_kv.cli import main; main()", "export", *args.args]
+    command = [*EXPORT, *args.args]
     given = dict(zip(args.args, args.args[1:], strict=False))
     out = Path(given.get("--out", "."))
     if "--weights" in given:
         forget(Path(given["--weights"]))
-    resumed = (out.parent / f".{out.name}.part").exists()
+    resumed = unfinished(out).exists()
     begin = time.perf_counter()
     with memory_group(limit) as group:
         done = subprocess.run(command, preexec_fn=group.enter, check=False)

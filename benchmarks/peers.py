@@ -18,14 +18,12 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import read_text, run_main, say, show, write_result
-from full_size import watch
+from common import read_text, run_main, say, show, watched, write_result
 
 from edge_kv.artifact import read_artifact
 from edge_kv.runtime import ENGINES, Tokenizer
@@ -123,17 +121,10 @@ def measure(s: Subject, job: dict[str, Any], args: argparse.Namespace) -> dict[s
         )  # fmt: skip
     except OSError as e:
         return {"failed": f"its environment does not start: {e.strerror}"}
-    peak: dict[str, int] = {}
-    watcher = threading.Thread(target=watch, args=(process, peak))
-    watcher.start()
     try:
-        out, err = process.communicate(json.dumps(given).encode(), timeout=args.timeout)
+        out, err, peak = watched(process, json.dumps(given).encode(), args.timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         return {"failed": f"no result in {args.timeout} s"}
-    finally:
-        watcher.join()
     if process.returncode:
         last = (err.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         return {"failed": f"status {process.returncode}: " + re.sub(r"/\S*/", "", last)[:200]}

@@ -169,11 +169,7 @@ def full_size() -> str:
     }
     parts = []
     for model in ("e2b", "e4b"):
-        found: dict[int, dict[str, list[dict[str, Any]]]] = {}
-        for path in sorted(RESULTS.glob(f"full_size_{model}*.json")):
-            for r in load(path.stem)["summary"]:
-                column = next(c for part, c in engines.items() if part in r["subject"])
-                found.setdefault(r["depth"], {}).setdefault(column, []).append(r)
+        found = by_depth(model, engines)
         for names in (("decode", "prefill"), ("anon_peak", "rss_peak")):
             chosen = [(n, *figures[n]) for n in names]
             head = [f"{model.upper()}: depth"]
@@ -189,6 +185,16 @@ def full_size() -> str:
             ]
             parts.append(table(head, rows))
     return "\n\n".join(parts)
+
+
+def by_depth(model: str, engines: dict[str, str]) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """Rows of all full-size results of a model by depth and column of the engine."""
+    found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for path in sorted(RESULTS.glob(f"full_size_{model}*.json")):
+        for r in load(path.stem)["summary"]:
+            column = next(c for part, c in engines.items() if part in r["subject"])
+            found.setdefault(r["depth"], {}).setdefault(column, []).append(r)
+    return found
 
 
 def load(name: str) -> dict[str, Any]:

@@ -137,12 +137,9 @@ def full_size(r: dict[str, Any]) -> str:
         (
             f"{x['subject']}",
             f"{x['depth']:,}",
-            f"{x['decode']:.1f}",
-            ratio(x.get("decode_ratio")),
-            f"{x['prefill']:.0f}",
-            ratio(x.get("prefill_ratio")),
-            f"{x['anon_peak'] / 1e6:.0f}",
-            f"{x['rss_peak'] / 1e6:.0f}",
+            *rate(x, "decode"),
+            *rate(x, "prefill"),
+            *peaks(x),
         )
         for x in r["summary"]
     ]
@@ -154,8 +151,16 @@ def full_size(r: dict[str, Any]) -> str:
     )
 
 
-def ratio(x: float | None) -> str:
-    return f"{x:.2f}x" if x else ""
+def rate(x: dict[str, Any], phase: str) -> tuple[str, str]:
+    """Tokens/s of a phase, and to the best peer's where there is one."""
+    to_peer = x.get(f"{phase}_ratio")
+    digits = 1 if phase == "decode" else 0
+    return f"{x[phase]:.{digits}f}", f"{to_peer:.2f}x" if to_peer else ""
+
+
+def peaks(x: dict[str, Any]) -> tuple[str, str]:
+    """Megabytes: anonymous, and all of RSS."""
+    return f"{x['anon_peak'] / 1e6:.0f}", f"{x['rss_peak'] / 1e6:.0f}"
 
 
 def peers(r: dict[str, Any]) -> str:
@@ -177,13 +182,10 @@ def peers(r: dict[str, Any]) -> str:
             (
                 name,
                 x["weights"],
-                f"{x['prefill']:.0f}",
-                ratio(x.get("prefill_ratio")),
-                f"{x['decode']:.1f}",
-                ratio(x.get("decode_ratio")),
+                *rate(x, "prefill"),
+                *rate(x, "decode"),
                 f"{x['load']:.2f}",
-                f"{x['anon_peak'] / 1e6:.0f}",
-                f"{x['rss_peak'] / 1e6:.0f}",
+                *peaks(x),
             )
         )
     return (

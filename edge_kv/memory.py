@@ -145,10 +145,11 @@ def predict_memory(
             continue
         stored, heap, kept = _tensor_bytes(spec, quant, block_size)
         kinds[spec.kind] = kinds.get(spec.kind, 0) + stored
-        for program in _programs(config, spec):
+        programs = _programs(config, spec)
+        for program in programs:
             packed[program] += heap
         largest = max(largest, heap // HEAD_PARTS if spec.kind == EMBED else heap)
-        if "prefill" in _programs(config, spec):
+        if "prefill" in programs:
             own = config.n_own if spec.name == "ple_proj.weight" else config.n_layers
             largest_prefill = max(largest_prefill, heap * own // config.n_layers)
         scales += kept  # both programs map the same file

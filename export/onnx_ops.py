@@ -266,18 +266,16 @@ def _order_loops(graph: ir.Graph) -> None:
     """
     for loop in (node for node in graph if node.op_type == "Loop"):
         inner = loop.attributes["body"].as_graph()
-        carried = [(value, i) for i, value in enumerate(loop.inputs[2:])]
-        carried.sort(key=lambda pair: str(pair[0] and pair[0].name))
+        carried = [value for value in loop.inputs[2:] if value is not None]
+        order = sorted(range(len(carried)), key=lambda i: str(carried[i].name))
         parameters, results = list(inner.inputs[2:]), list(inner.outputs[1:])
         uses = [list(out.uses()) for out in loop.outputs]
-        for at, (value, i) in enumerate(carried):
-            assert value is not None
-            loop.replace_input_with(2 + at, value)
+        for at, i in enumerate(order):
+            loop.replace_input_with(2 + at, carried[i])
             for node, index in uses[i]:
                 node.replace_input_with(index, loop.outputs[at])
-            parameters[i].name = f"{value.name}_before"
-            loop.outputs[at].name = f"{value.name}_after"
-        order = [i for _, i in carried]
+            parameters[i].name = f"{carried[i].name}_before"
+            loop.outputs[at].name = f"{carried[i].name}_after"
         inner.inputs[2:] = [parameters[i] for i in order]
         inner.outputs[1:] = [results[i] for i in order]
 

@@ -112,6 +112,11 @@ def export_model(
     return out
 
 
+def unfinished(out: Path) -> Path:
+    """Where an export to `out` is kept until it is finished."""
+    return out.parent / f".{out.name}.part"
+
+
 class _Job:
     """One export: the paths and facts its stages share."""
 
@@ -124,7 +129,7 @@ class _Job:
         self.layout = next(iter(layouts.values()))
         self.config: ModelConfig = source.config
         self.open_session, self.progress = open_session, progress
-        self.root = out.parent / f".{out.name}.part"
+        self.root = unfinished(out)
 
     def run(self) -> None:
         self._begin()

@@ -1,6 +1,5 @@
 """edge-kv-run: the ids and logits of the Python session, from a prompt or from a snapshot of it."""
 
-import hashlib
 import json
 import shutil
 import struct
@@ -8,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from snapshot_forgery import forge, seal
 from test_executorch import CONFIG, CTX, exported, ids_for
 
 from edge_kv.artifact import model_fingerprint, read_artifact
@@ -99,20 +99,6 @@ def test_wrong_arguments_are_one_sentence(root, arguments, message):
 def test_help_names_every_option(root):
     done = run(root, "--help")
     assert done.returncode == 0 and "--restore SNAPSHOT" in done.stdout
-
-
-def forge(path, to, **changes):
-    """The snapshot at `path` with other header fields and a digest that fits."""
-    raw = path.read_bytes()
-    magic, version, length = struct.unpack("<8sII", raw[:16])
-    header = {**json.loads(raw[16 : 16 + length]), **changes}
-    text = json.dumps({k: v for k, v in header.items() if v is not None}).encode()
-    return seal(to, struct.pack("<8sII", magic, version, len(text)) + text + raw[16 + length : -32])
-
-
-def seal(to, body):
-    to.write_bytes(body + hashlib.sha256(body).digest())
-    return to
 
 
 @pytest.mark.parametrize(

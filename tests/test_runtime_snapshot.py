@@ -1,17 +1,15 @@
 """Snapshot files: bit-equal in another process, refused when anything is not as it was."""
 
-import hashlib
-import json
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_artifact import VOCAB, NumpySession, write_artifact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from snapshot_forgery import forge
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import SnapshotError
@@ -85,18 +83,6 @@ def test_any_changed_or_missing_byte_is_noticed(artifacts, taken, data):
         np.testing.assert_array_equal(array, before[name])
 
 
-def forge(path: Path, **changes) -> Path:
-    """The snapshot at `path` with other header fields and a digest that fits."""
-    raw = path.read_bytes()
-    magic, version, length = struct.unpack("<8sII", raw[:16])
-    header = {**json.loads(raw[16 : 16 + length]), **changes}
-    text = json.dumps(header).encode()
-    body = struct.pack("<8sII", magic, version, len(text)) + text + raw[16 + length : -32]
-    forged = path.with_name("forged.kv")
-    forged.write_bytes(body + hashlib.sha256(body).digest())
-    return forged
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -114,7 +100,9 @@ def forge(path: Path, **changes) -> Path:
 )
 def test_wrong_headers_with_a_right_digest(artifacts, taken, changes, message):
     with pytest.raises(SnapshotError, match=message):
-        NumpySession(artifacts["f32"]).restore(forge(taken, **changes))
+        NumpySession(artifacts["f32"]).restore(
+            forge(taken, taken.with_name("forged.kv"), **changes)
+        )
 
 
 def test_snapshot_of_another_model_or_plan(artifacts, taken, tmp_path):

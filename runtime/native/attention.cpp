@@ -64,7 +64,8 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
   const int block = std::max(1, kBlockRows / group);
   const int blocks = (tokens + block - 1) / block;
   const int64_t queries_of_task = int64_t(std::min(tokens, block)) * group;
-  const int64_t work = 2 * step.seen(window) * dim * b.kv_heads * blocks * (queries_of_task + kReading);
+  const int64_t work =
+      2 * step.seen(window) * dim * b.kv_heads * blocks * (queries_of_task + kReading);
   const Pool team{int(std::min<int64_t>(pool.threads, std::max<int64_t>(1, work / kMinWork))),
                   pool.run};
   const int shares = (team.threads + blocks * b.kv_heads - 1) / (blocks * b.kv_heads);

@@ -123,8 +123,10 @@ struct Chunk {
   bool whole;    // they do
 };
 
+constexpr int64_t values_of(int bits) { return kBytes * 8 / bits; }  // of a vector of weights
+
 inline Chunk chunk_of(int bits, int64_t block) {
-  Chunk c{kBytes * 8 / bits, 0, false};
+  Chunk c{values_of(bits), 0, false};
   c.whole = block % c.values == 0;
   while ((int64_t(32 / bits) << c.shift) < block) ++c.shift;
   return c;
@@ -139,7 +141,7 @@ bool dense_fits(int64_t n_in, int bits, int64_t block) {
 }
 
 int64_t dense_bytes(int bits, int64_t n_in) {
-  return n_in + n_in / (kBytes * 8 / bits) * kWidth * int64_t(sizeof(float) + sizeof(int32_t));
+  return n_in + n_in / values_of(bits) * kWidth * int64_t(sizeof(float) + sizeof(int32_t));
 }
 
 // x as `dense_rows` reads it: bytes, then a scale and a correction for each lane.

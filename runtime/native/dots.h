@@ -108,7 +108,9 @@ using Dots = int32x4_t;
 constexpr int kDotRows = 4;
 inline Dots no_dots() { return vdupq_n_s32(0); }
 inline Digits load_digits(const Digit* p) { return vld1q_s8(p); }
-inline Digits splat_group(const Digit* p) { return vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(p))); }
+inline Digits splat_group(const Digit* p) {
+  return vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(p)));
+}
 inline Digits widen(const int8_t* p) { return vld1q_s8(p); }
 inline Digits widen(const uint8_t* p) {  // a byte is its value plus 128
   return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128)));
