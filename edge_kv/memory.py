@@ -1,13 +1,13 @@
 """Predicted memory: weight files, state, and peak RAM of each phase, before anything is built.
 
 Anonymous memory (heap, state) cannot be reclaimed; file memory is mapped weights, clean pages the
-kernel may drop. The model below is how onnxruntime's CPU provider was seen to behave: matrices are
-packed for the CPU, once, into a cache file that every later load maps (or, without a cache, on the
-heap of every program); a load still packs each matrix for a moment to find it in the file. State
-costs RAM as far as rows were written; token lookups map pages of the embedding; arenas keep the
-largest workspace they ever needed. With native operators decoding maps the weights as they were
-exported, only prefill's are packed, and no score matrix exists. ExecuTorch differs in the libraries
-it brings, in its workspace, and in mapping every packed matrix once for both programs.
+kernel may drop. State costs RAM as far as rows were written; token lookups map pages of the
+embedding; arenas keep the largest workspace they ever needed. With native operators onnxruntime
+maps the weights as they were exported and makes no score matrix. As it is installed, it packs
+matrices for the CPU, once, into a cache file that every later load maps (or, without a cache, on
+the heap of every program); a load still packs each matrix for a moment to find it in the file.
+ExecuTorch differs in the libraries it brings, in its workspace, and in mapping every packed matrix
+once for both programs.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ ATTEND_BLOCK = 1024  # rows a chunk turns into float at a time
 LOGITS = 2  # the row of logits
 TOKEN_BYTES = 40  # a session's list of fed ids: one Python integer and its place
 # onnxruntime with native operators (fitted to E2B and E4B):
+OPERATORS_GRAPH = 393_000  # heap of one layer in one program
 OPERATORS_ACTIVATIONS = 5.4  # f32 copies of a chunk's widest rows
 OPERATORS_LOGITS = 16.3  # rows of logits: the head's parts, their softcap, an arena that doubles
 # ExecuTorch (fitted to E2B and tiny):
@@ -138,25 +139,21 @@ def predict_memory(
     """
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
     kinds: dict[str, int] = {}
-    packed = dict.fromkeys(_PROGRAMS, 0)  # what each program packs
-    largest = largest_prefill = scales = 0
+    packed, mapped = (dict.fromkeys(_PROGRAMS, 0) for _ in range(2))  # of each program
+    largest = scales = 0
     for spec in tensor_table(config):
         if spec.kind == PLE_TABLE:
             continue
         stored, heap, kept = _tensor_bytes(spec, quant, block_size)
         kinds[spec.kind] = kinds.get(spec.kind, 0) + stored
-        programs = _programs(config, spec)
-        for program in programs:
-            packed[program] += heap
+        for program, rows in _programs(config, spec).items():
+            packed[program] += int(heap * rows)
+            mapped[program] += int(stored * rows)
         largest = max(largest, heap // HEAD_PARTS if spec.kind == EMBED else heap)
-        if "prefill" in programs:
-            own = config.n_own if spec.name == "ple_proj.weight" else config.n_layers
-            largest_prefill = max(largest_prefill, heap * own // config.n_layers)
         scales += kept  # both programs map the same file
     touched = plan.touched_bytes(depth)
     tokenizer = TOKENIZER_BYTES * config.vocab_size
-    stored_bytes = sum(kinds.values())
-    weights = _Weights(packed, largest, largest_prefill, scales, kinds[EMBED], stored_bytes)
+    weights = _Weights(packed, mapped, largest, scales, kinds[EMBED])
     phases = ENGINES.get(engine, _onnx)(config, plan, depth, weights, cache)
     held = tokenizer + TOKEN_BYTES * depth
     phases = {
@@ -180,30 +177,25 @@ def predict_memory(
 class _Weights:
     """Bytes of weights as an engine holds them."""
 
-    programs: dict[str, int]  # matrices packed by each program
-    largest: int  # of them, the largest matrix; a part of the head counts as one
-    largest_prefill: int  # … of those that prefill packs: the owning layers' rows
-    scales: int  # left in the artifact's file by onnxruntime
+    packed: dict[str, int]  # matrices of each program, as it packs them
+    mapped: dict[str, int]  # what each program reads, as it was exported
+    largest: int  # packed matrix; a part of the head counts as one
+    scales: int  # left in the artifact's file where matrices are packed
     table: int  # the token table
-    stored: int  # everything in the weight file
 
 
 def _onnx(
     config: ModelConfig, plan: KVPlan, depth: int, weights: _Weights, cache: bool
 ) -> dict[str, Phase]:
     """onnxruntime with native operators."""
-    base = BASE_ANON + GRAPH_BYTES * (config.n_layers + config.n_own)
-    packed = weights.programs["prefill"]
+    base = BASE_ANON + OPERATORS_GRAPH * (config.n_layers + config.n_own)
     work = _native_workspace(config, plan, depth, OPERATORS_ACTIVATIONS, OPERATORS_LOGITS)
+    running = base + plan.touched_bytes(depth) + work
     lookup = min(weights.table, LOOKUP_BYTES * depth)
-    phases = {FIRST_LOAD: Phase(base + int(FIRST_PACKING * packed), BASE_FILE)} if cache else {}
-    held, mapped = (base, packed) if cache else (base + packed, 0)
-    packing = weights.largest_prefill if cache else 0  # of one matrix, to find it in the file
-    running = held + plan.touched_bytes(depth) + work
-    return phases | {
-        "load": Phase(held + packing, BASE_FILE),
-        "prefill": Phase(running, BASE_FILE + lookup + mapped),
-        "decode": Phase(running, BASE_FILE + weights.stored),
+    return {
+        "load": Phase(base, BASE_FILE),
+        "prefill": Phase(running, BASE_FILE + lookup + weights.mapped["prefill"]),
+        "decode": Phase(running, BASE_FILE + weights.mapped["decode"]),
     }
 
 
@@ -211,7 +203,7 @@ def _onnx_stock(
     config: ModelConfig, plan: KVPlan, depth: int, weights: _Weights, cache: bool
 ) -> dict[str, Phase]:
     """onnxruntime as it is installed."""
-    packed = weights.programs
+    packed = weights.packed
     base = BASE_ANON + GRAPH_BYTES * (config.n_layers + config.n_own)
     chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
     step = _workspace(config, plan, 1, depth) + LOGITS * 4 * config.vocab_size
@@ -237,9 +229,9 @@ def _executorch(
 ) -> dict[str, Phase]:
     base = NATIVE_ANON + NATIVE_GRAPH * (config.n_layers + config.n_own)
     work = _native_workspace(config, plan, depth, NATIVE_ACTIVATIONS, LOGITS)
-    held = base if cache else base + weights.programs["decode"]
+    held = base if cache else base + weights.packed["decode"]
     file = NATIVE_FILE + min(weights.table, NATIVE_LOOKUP * depth)
-    file += weights.programs["decode"] if cache else 0
+    file += weights.packed["decode"] if cache else 0
     running = Phase(held + plan.touched_bytes(depth) + work, file)
     return {"load": Phase(held, NATIVE_FILE), "prefill": running, "decode": running}
 
@@ -294,11 +286,13 @@ def _tensor_bytes(spec: TensorSpec, quant: str, block_size: int) -> tuple[int, i
 _PROGRAMS = ("prefill", "decode")
 
 
-def _programs(config: ModelConfig, spec: TensorSpec) -> tuple[str, ...]:
-    """The programs that pack a tensor: prefill runs the owning layers and needs no head."""
+def _programs(config: ModelConfig, spec: TensorSpec) -> dict[str, float]:
+    """Programs that read a tensor, and which part of it: prefill runs the owning layers only."""
     layer = spec.name.split(".")[1] if spec.name.startswith("layers.") else None
-    shared = layer is not None and not config.owns(int(layer))
-    return ("decode",) if shared or spec.kind == EMBED else _PROGRAMS
+    if spec.kind == EMBED or (layer is not None and not config.owns(int(layer))):
+        return {"decode": 1}
+    rows = config.n_own / config.n_layers if spec.name == "ple_proj.weight" else 1
+    return {"prefill": rows, "decode": 1}
 
 
 def _ple_file(config: ModelConfig, quant: str) -> int:

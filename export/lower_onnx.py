@@ -27,7 +27,7 @@ from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.onnx_attention import K_ZERO, body, view_dtype
-from edge_kv.export.onnx_ops import DECODE_TRANSLATIONS, DOMAIN, OPSET, TRANSLATIONS, linear
+from edge_kv.export.onnx_ops import DOMAIN, OPSET, TRANSLATIONS, linear
 from edge_kv.export.onnx_state import OnnxState
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import Region, WeightLayout
@@ -125,13 +125,13 @@ def _trace(module: nn.Module, plan: KVPlan, config: ModelConfig, name: str) -> i
     live = {1: "live"} if plan.ctx > 1 else None
     state = tuple(live if v.buffer.kind == APPEND else None for v in state_views(plan))
     shapes = (grows, None, grows if ple is not None else None, state)
-    model = _to_onnx(module, args, shapes, plan, decode)
+    model = _to_onnx(module, args, shapes, plan)
     _attach_functions(model, config, plan, decode)
     return model
 
 
 def _to_onnx(
-    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...], plan: KVPlan, decode: bool
+    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...], plan: KVPlan
 ) -> ir.Model:
     """`module` as an ONNX graph; `shapes` name the axes "chunk" and "live" of `args`."""
     dims = {
@@ -151,7 +151,7 @@ def _to_onnx(
             (),
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=DECODE_TRANSLATIONS if decode else TRANSLATIONS,
+            custom_translation_table=TRANSLATIONS,
             optimize=False,
             verbose=False,
         )
@@ -169,7 +169,7 @@ def _attach_functions(model: ir.Model, config: ModelConfig, plan: KVPlan, decode
             continue
         with torch.device("meta"):
             module, args, shapes = body(name, config, plan, decode)
-        made = _to_onnx(module, args, shapes, plan, decode)
+        made = _to_onnx(module, args, shapes, plan)
         _inline_constants(made.graph)
         attributes = [ir.Attr(a.name, a.type, None) for a in call.attributes.values()]
         function = ir.Function(DOMAIN, name, graph=made.graph, attributes=attributes)

@@ -291,14 +291,6 @@ def _attend_chunk(q: Any, k: Any, k_scale: Any, k_zero: int, v: Any, v_scale: An
     return attend_blocks(q, k, k_scale, zero, v, v_scale, at)
 
 
-def _matmul_bits(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
-    n_out, n_blocks = scales.shape
-    return ms_op.MatMulNBits(
-        x, packed, scales, K=n_blocks * block, N=n_out, bits=bits, block_size=block,
-        accuracy_level=4,
-    )  # fmt: skip
-
-
 @onnxscript.script(our_op, default_opset=base_op)
 def linear(x, packed, scales, K: int, N: int, bits: int, block_size: int) -> FLOAT[...]:  # type: ignore
     """`model.ops.linear_q`, as a function that a faster kernel can stand in for."""
@@ -426,11 +418,9 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _OPS.rope.default: _rope,
     _OPS.matmul_int8.default: _matmul_int8,
     _OPS.attend_chunk.default: _attend_chunk,
-    model_ops.linear_q._opoverload: _matmul_bits,
+    model_ops.linear_q._opoverload: _linear,
     model_ops.embed_q._opoverload: _embed_q,
     model_ops.experts._opoverload: _experts,
     model_ops.experts_q._opoverload: _experts_q,
     torch.ops.aten.arange.default: _arange,
 }
-# One token: what streams weights is a function of its own.
-DECODE_TRANSLATIONS = TRANSLATIONS | {model_ops.linear_q._opoverload: _linear}

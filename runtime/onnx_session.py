@@ -62,6 +62,7 @@ def create_engine(
     try:
         if operators:
             options.add_session_config_entry("edge_kv.threads", str(threads))
+            options.add_session_config_entry("session.disable_prepacking", "1")  # float weights too
             options.register_custom_ops_library(str(operators))
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's exceptions share no base of their own
@@ -147,9 +148,9 @@ class OnnxSession(Session):
 
         programs = self.artifact.backend(self.backend).programs
         plain = {name: self.artifact.path(programs[name].file) for name in PROGRAMS}
-        # Native operators decode from the weights as they were exported; only prefill packs.
-        names = PROGRAMS[:1] if self.operators else PROGRAMS
-        files = (packed.packed_programs(self.artifact, names, create) if cache else None) or {}
+        # Native operators multiply weights as they were exported: nothing is packed.
+        wanted = cache and not self.operators
+        files = (packed.packed_programs(self.artifact, PROGRAMS, create) if wanted else None) or {}
         self._folders = {name: files.get(name, plain[name]).parent for name in PROGRAMS}
 
         def create_program(name: str) -> Any:

@@ -1,4 +1,4 @@
-// A packed matrix times a vector, with both sides in integers: what decoding spends its time on.
+// A packed matrix times vectors, with both sides in integers: what a model spends its time on.
 #pragma once
 
 #include <cstdint>

@@ -4,6 +4,7 @@
 // nibbles, 0 … 15, which every instruction set multiplies with signed bytes without overflow. Of
 // 4-bit weights the low nibbles are the even values and the high nibbles the odd ones, so x is
 // rounded into two runs of bytes; an 8-bit weight is 16 * high + low over the same x.
+// dense_tiles.h does the same for many tokens, with the operations that are defined here.
 #pragma once
 
 #include "simd.h"
@@ -93,10 +94,7 @@ struct Ints {
   int32_t bytes, sum;  // four bytes, or one sum
 };
 inline Ints load_ints(const void* p) {
-  Ints x;
-  memcpy(&x.bytes, p, 4);
-  x.sum = x.bytes;
-  return x;
+  return {four_bytes(p), four_bytes(p)};
 }
 inline Ints low_nibbles(Ints b) { return {b.bytes & 0x0f0f0f0f, 0}; }
 inline Ints high_nibbles(Ints b) { return {(b.bytes >> 4) & 0x0f0f0f0f, 0}; }
@@ -144,6 +142,22 @@ int64_t dense_bytes(int bits, int64_t n_in) {
   return n_in + n_in / values_of(bits) * kWidth * int64_t(sizeof(float) + sizeof(int32_t));
 }
 
+// The step of n values rounded to 8 bits: the largest is 127 of them.
+inline float step_of(const float* x, int64_t n) {
+  Vec top = splat(1e-20f);
+  for (int64_t d = 0; d + kWidth <= n; d += kWidth) {
+    const Vec v = load(x + d);
+    top = larger(top, larger(v, sub(splat(0.0f), v)));
+  }
+  return largest(top) * float(1.0 / 127);
+}
+
+// n values in steps.
+inline void round_values(const float* x, int64_t n, float step, int8_t* out) {
+  const Vec inverse = splat(1.0f / step);
+  for (int64_t d = 0; d < n; d += kWidth) save_bytes(out + d, mul(load(x + d), inverse));
+}
+
 // x as `dense_rows` reads it: bytes, then a scale and a correction for each lane.
 void dense_round(const float* x, int64_t n_in, int bits, int64_t block, int8_t* out) {
   const Chunk c = chunk_of(bits, block);
@@ -158,21 +172,9 @@ void dense_round(const float* x, int64_t n_in, int bits, int64_t block, int8_t* 
     const float* from = x + i * c.values;
     const int64_t part = c.whole ? c.values : block;
     for (int64_t b = 0; b < c.values / part; ++b) {
-      if (!c.whole || i * c.values % block == 0) {
-        Vec top = splat(1e-20f);
-        for (int64_t d = 0; d + kWidth <= block; d += kWidth) {
-          const Vec v = load(from + b * part + d);
-          top = larger(top, larger(v, sub(splat(0.0f), v)));
-        }
-        scale = largest(top) * float(1.0 / 127);
-      }
+      if (!c.whole || i * c.values % block == 0) scale = step_of(from + b * part, block);
       steps[b] = scale;
-      const float inverse = 1.0f / scale;
-      float wide[kWidth];
-      for (int64_t d = 0; d < part; d += kWidth) {
-        save(wide, nearest(mul(load(from + b * part + d), splat(inverse))));
-        for (int j = 0; j < kWidth; ++j) rounded[b * part + d + j] = int8_t(int(wide[j]));
-      }
+      round_values(from + b * part, part, scale, rounded + b * part);
     }
     int8_t* to = out + i * c.values;
     if (bits == 4)

@@ -14,12 +14,6 @@
 
 namespace {
 
-inline int32_t four_bytes(const void* p) {
-  int32_t bytes;
-  memcpy(&bytes, p, 4);
-  return bytes;
-}
-
 #if defined(__AVX512BW__)
 
 using Digit = int16_t;

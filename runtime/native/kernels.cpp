@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "dense_kernels.h"
+#include "dense_tiles.h"
 #include "dots.h"
 #include "simd.h"
 
@@ -405,6 +406,7 @@ extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
 const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
     EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot,
     dense_fits, dense_bytes, dense_round, dense_rows,
+    kTileRows, tiles_fit, tile_token_bytes, tile_round, tile_bytes, tile_dense,
 };
 
 }  // namespace edge_kv

@@ -68,6 +68,17 @@ struct Kernels {
   void (*dense_round)(const float* x, int64_t n_in, int bits, int64_t block, int8_t* out);
   void (*dense_rows)(const void* x, const uint8_t* packed, const float* scales, int64_t n_in,
                      int bits, int64_t block, int64_t begin, int64_t end, float* out);
+
+  // The same for many tokens: which shapes it takes, x rounded into tile_token_bytes for each, and
+  // the `tile_rows` rows from `begin` on, unpacked in tile_bytes of memory.
+  int tile_rows;
+  bool (*tiles_fit)(int64_t n_in, int bits, int64_t block);
+  int64_t (*tile_token_bytes)(int64_t n_in, int64_t block);
+  void (*tile_round)(const float* x, int64_t n_in, int bits, int64_t block, void* out);
+  int64_t (*tile_bytes)(int64_t n_in, int64_t block);
+  void (*tile_dense)(const uint8_t* x, int64_t tokens, const uint8_t* packed, const float* scales,
+                     int64_t n_out, int64_t n_in, int bits, int64_t block, int64_t begin,
+                     uint8_t* memory, float* out);
 };
 
 // The kernels for this CPU; EDGE_KV_ISA=scalar|avx2|avx512|avx512vnni|neon|dotprod in the

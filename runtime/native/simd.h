@@ -15,6 +15,12 @@
 
 namespace {
 
+inline int32_t four_bytes(const void* p) {
+  int32_t bytes;
+  memcpy(&bytes, p, 4);
+  return bytes;
+}
+
 inline float half_bits_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16;
   const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
@@ -70,6 +76,10 @@ inline void save(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 inline void save(uint16_t* p, Vec x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+// To the nearest integers, which are bytes.
+inline void save_bytes(int8_t* p, Vec x) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 inline Vec splat(float x) { return _mm512_set1_ps(x); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -98,6 +108,12 @@ inline Vec load(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((con
 inline void save(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 inline void save(uint16_t* p, Vec x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void save_bytes(int8_t* p, Vec x) {
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
 inline Vec splat(float x) { return _mm256_set1_ps(x); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -138,6 +154,11 @@ inline Vec load(const uint8_t* p) { return load_bytes(p, 0x80808080u); }
 inline Vec load(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void save(float* p, Vec x) { vst1q_f32(p, x); }
 inline void save(uint16_t* p, Vec x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+inline void save_bytes(int8_t* p, Vec x) {
+  const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(x));
+  const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+  memcpy(p, &bytes, 4);
+}
 inline Vec splat(float x) { return vdupq_n_f32(x); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -162,6 +183,7 @@ inline Vec load(const uint8_t* p) { return float(int(*p) - 128); }
 inline Vec load(const uint16_t* p) { return half_bits_to_float(*p); }
 inline void save(float* p, Vec x) { *p = x; }
 inline void save(uint16_t* p, Vec x) { *p = float_to_half_bits(x); }
+inline void save_bytes(int8_t* p, Vec x) { *p = int8_t(int(rintf(x))); }
 inline Vec splat(float x) { return x; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec add(Vec a, Vec b) { return a + b; }
