@@ -30,6 +30,7 @@ def main() -> None:
         "startup": startup(result("startup")),
         "agreement": "\n\n".join(agreement(r) for r in results("engines_agree_")),
         "peers": "\n\n".join(peers(r) for r in results("peers_")),
+        "contexts": "\n\n".join(contexts(r) for r in results("executorch_contexts")),
         "methods": "\n\n".join(methods(r) for r in results("executorch_methods")),
         "exporters": "\n\n".join(exporters(r) for r in results("executorch_peer")),
     }
@@ -292,6 +293,24 @@ def agreement(r: dict[str, Any]) -> str:
         ]
         equal = ", ".join(str(p["equal"]) for p in run["prompts"])
         rows.append((run["engine"], run["attention"], run["run"], equal, ", ".join(parted)))
+    return markdown(head, rows)
+
+
+def contexts(r: dict[str, Any]) -> str:
+    """Memory and time of a session by the size of its context."""
+    head = ("attention", "context", "state MB", "loaded", f"{r['depth']:,} tokens in", "full",
+            "ms a token", "at the end")  # fmt: skip
+    sizes = ("state", "anon_loaded", "anon_at_depth", "anon_full")
+    rows: list[tuple[Any, ...]] = [
+        (
+            row["attention"],
+            f"{row['ctx']:,}",
+            *(f"{row[key] / 1e6:.0f}" for key in sizes),
+            f"{row['decode_ms']:.2f}",
+            f"{row['decode_at_end_ms']:.2f}",
+        )
+        for row in r["rows"]
+    ]
     return markdown(head, rows)
 
 
