@@ -18,14 +18,13 @@ size_t element_bytes(Storage storage) {
   return storage == Storage::f32 ? 4 : storage == Storage::f16 ? 2 : 1;
 }
 
-// Scratch that keeps its capacity between steps; one per calling thread.
+}  // namespace
+
 float* scratch(size_t floats) {
   static thread_local std::vector<float> memory;
   if (memory.size() < floats) memory.resize(floats);
   return memory.data();
 }
-
-}  // namespace
 
 void store_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, const Step& step,
                 const float* k, const float* v, const float* k_norm, bool v_norm) {

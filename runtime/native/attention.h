@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels.h"
@@ -23,6 +24,9 @@ void parallel(const Pool& pool, int64_t count, F task) {
   }
   pool.run(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &task);
 }
+
+// Memory of the calling thread, good until it asks again; kept between steps.
+float* scratch(size_t floats);
 
 // Buffers of one layer, [kv_heads, slots, dim] and scales [kv_heads, slots] (null unless int8);
 // `key_zero` as in Cache.
