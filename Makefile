@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 # executorch's wheel lists many packages that are not used here and not installed: no warning.
 PIP := $(BIN)/pip install --quiet --no-warn-conflicts
 DEMO := artifacts/tiny
+BOARD := $(DEMO) $(DEMO)-int8 $(DEMO)-float
 SOURCES := $(shell find edge_kv export -name '*.py' -o -path '*/data/*' -type f)
 comma := ,
 EXTRAS := export$(patsubst %,$(comma)%,$(filter-out onnx,$(ENGINES)))
@@ -51,8 +52,8 @@ android: $(VENV)/dev.stamp
 	EDGE_KV_ANDROID=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_android_*.py
 
 # The board is a virtual machine: see benchmarks/arm64_vm.py for what it needs.
-arm64: $(DEMO)/manifest.json
-	$(BIN)/python benchmarks/arm64.py $(DEMO) $(ARM64_OPTIONS)
+arm64: $(BOARD:%=%/manifest.json)
+	$(BIN)/python benchmarks/arm64.py $(BOARD) $(ARM64_OPTIONS)
 
 # The commands of docs/raspberry-pi.md, on an empty board.
 arm64-guide: $(DEMO)/manifest.json
@@ -69,6 +70,12 @@ $(DEMO)/manifest.json: $(VENV)/export.stamp $(SOURCES)
 	@rm -rf $(DEMO)
 	$(BIN)/edge-kv export --model tiny --ctx 2048 --out $(DEMO) \
 		--backend $(if $(word 2,$(ENGINES)),both,$(ENGINES))
+
+$(DEMO)-int8/manifest.json: STORAGE := --quant int8
+$(DEMO)-float/manifest.json: STORAGE := --quant none --kv f32
+$(DEMO)-%/manifest.json: $(VENV)/export.stamp $(SOURCES)
+	@rm -rf $(@D)
+	$(BIN)/edge-kv export --model tiny --ctx 2048 --out $(@D) --backend both $(STORAGE)
 
 # Stamps: a second run installs nothing, a changed pyproject.toml installs what it asks for now.
 $(VENV)/export.stamp: pyproject.toml | $(BIN)/python

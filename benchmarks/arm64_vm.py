@@ -32,6 +32,7 @@ SYSTEM = (
     "gzip", "libgomp1", "libstdc++6", "mount", "openssh-server", "procps", "python3",
     "python3-venv", "rsync", "sed", "sudo", "tar", "util-linux",
 )  # fmt: skip
+COMPILER = ("g++",)  # Raspberry Pi OS has one
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "virtio_net")
 KERNEL_SUITE = "bookworm"
 CPUS = (
@@ -89,10 +90,13 @@ def missing_tools() -> list[str]:
     return [p for p in TOOLS if not shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin")]
 
 
-def prepare(cache: Path, suite: str) -> tuple[Path, Path, Path]:
-    """(root directory of `suite`, kernel, initial RAM disk), each made once in `cache`."""
+def prepare(cache: Path, suite: str, more: tuple[str, ...] = ()) -> tuple[Path, Path, Path]:
+    """(root directory of `suite`, kernel, initial RAM disk), each made once in `cache`.
+
+    `more` are packages of the root beside SYSTEM.
+    """
     cache.mkdir(parents=True, exist_ok=True)
-    root = _unpacked(cache, suite, SYSTEM, f"root-{suite}")
+    root = _unpacked(cache, suite, tuple(sorted(SYSTEM + more)), f"root-{suite}")
     kernel = _unpacked(cache, KERNEL_SUITE, ("linux-image-arm64", "busybox-static"), "kernel")
     return root, next(kernel.glob("boot/vmlinuz-*")), _initrd(cache, kernel)
 
@@ -175,17 +179,18 @@ class Machine:
         memory: str,
         wheels: Path,
         home: Path | None = None,
+        more: tuple[str, ...] = (),
     ) -> None:
         """Prepare a disk of `suite` for a machine with `memory` ("2G").
 
-        `wheels` is a folder for pip there, `home` files for the user's home directory; `work` is
-        emptied and takes disk, keys and log.
+        `wheels` is a folder for pip there, `home` files for the user's home directory, `more`
+        packages beside SYSTEM; `work` is emptied and takes disk, keys and log.
         """
         self.cpu, self.suite, self._memory = CPUS[0], suite, memory
         self._work = work
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        root, self._kernel, self._initrd_file = prepare(cache, suite)
+        root, self._kernel, self._initrd_file = prepare(cache, suite, more)
         for name in ("host_key", "user_key"):
             _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", work / name)
         stage = work / "stage"

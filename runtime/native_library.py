@@ -135,10 +135,14 @@ def _wheel() -> Path:
     )
 
 
-def build_engine(wheel: Path) -> Path:
-    """The engine library over the wheel's own libraries."""
+def build_engine(wheel: Path, machine: str | None = None, installed: Path | None = None) -> Path:
+    """The engine library over the wheel's own libraries.
+
+    For another `machine` (see `build_runner`), `installed` is where it has that wheel.
+    """
     sources, libraries = _over_wheel(wheel)
-    return build("edge_kv", sources, ("-shared", *libraries), suffix=".so")
+    link = ("-shared", *libraries, *((f"-Wl,-rpath,{installed / 'lib'}",) if installed else ()))
+    return build("edge_kv", sources, link, suffix=".so", machine=machine)
 
 
 def build_runner(wheel: Path | None = None, machine: str | None = None) -> Path:
@@ -183,14 +187,15 @@ def build_kernels(*extra: str) -> Path:
     return build("edge_kv_kernels", flags, link, kernel_flags=extra, suffix=".so")
 
 
-def build_onnx_operators() -> Path:
-    """The operators that stand in for the functions of an ONNX program.
+def build_onnx_operators(machine: str | None = None) -> Path:
+    """The operators that stand in for the functions of an ONNX program, on any `machine` of ISAS.
 
     Raises:
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
     """
     sources: dict[str, tuple[str, ...]] = dict.fromkeys((*KERNELS, "onnx_operators.cpp"), ())
-    return build("edge_kv_onnx", sources, ("-shared", "-pthread"), suffix=".so")
+    link = ("-shared", "-pthread")
+    return build("edge_kv_onnx", sources, link, suffix=".so", machine=machine)
 
 
 def build(
