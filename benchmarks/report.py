@@ -317,9 +317,9 @@ def full_size_sentences() -> list[str]:
             f"{r['state']['filled']} on x86-64, restored on a {r['board']['cpu']} with "
             f"{r['board']['memory']} of RAM, and {r['decoded']} tokens decoded up to a context of "
             f"{r['ctx']:,} inside {mib(group['limit'])}. Anonymous memory {mib(held['anon'])} "
-            f"(planned {mib(r['planned']['anon'])}), `memory.peak` {mib(group['peak'])} with the "
-            f"page cache of the weights, no OOM kill; KL from x86-64 {apart['max_kl']:.1e} at "
-            f"most, top-1 {apart['top1']:.0%}."
+            f"(planned {mib(r['planned']['anon'])} with a tokenizer), `memory.peak` "
+            f"{mib(group['peak'])} with the page cache of the weights, no OOM kill; KL from "
+            f"x86-64 {apart['max_kl']:.1e} at most, top-1 {apart['top1']:.0%}."
         )
         for run in r.get("further", ()):
             said[-1] += (
