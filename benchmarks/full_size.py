@@ -95,9 +95,9 @@ def _peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
     """One run of llama_peer, its row and the peaks of its process."""
     ctx = -(-(depth + args.prompt) // 256) * 256
     command = [
-        str(args.peer.resolve()), f"model={args.gguf}", f"ctx={ctx}", f"fa={flash}", "kv=f16", "nout=16",
-        f"threads={args.threads}", f"depths={depth}", f"pp={args.prompt}", f"tg={args.tokens}",
-        f"reps={args.repeats}", f"snapshots={args.snapshots}",
+        str(args.peer.resolve()), f"model={args.gguf}", f"ctx={ctx}", f"fa={flash}", "kv=f16",
+        "nout=16", f"threads={args.threads}", f"depths={depth}", f"pp={args.prompt}",
+        f"tg={args.tokens}", f"reps={args.repeats}", f"snapshots={args.snapshots}",
     ]  # fmt: skip
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

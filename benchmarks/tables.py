@@ -240,24 +240,20 @@ def resume(r: dict[str, Any]) -> str:
 
 
 def memory(documents: list[dict[str, Any]]) -> str:
-    """Anonymous memory of the decode phase, planned and measured."""
-    head = ("artifact", "engine", "KV", "context", "planned MB", "measured MB", "error")
+    """Anonymous memory of each phase, planned and measured in MB, and the error."""
+    phases = ("load", "prefill", "decode")
+    head = ("artifact", "engine", "KV", "context", *(f"{p}: MB, error" for p in phases))
     rows: list[tuple[Any, ...]] = []
     for r in documents:
         for run in r["runs"]:
-            m = run["memory"]["decode"]
-            if m.get("anon_planned"):
-                rows.append(
-                    (
-                        r["artifact"]["name"],
-                        run["engine"],
-                        r["artifact"]["kv"],
-                        f"{run['ctx']:,}",
-                        f"{m['anon_planned'] / 1e6:.0f}",
-                        f"{m['anon_peak'] / 1e6:.0f}",
-                        f"{m['anon_error']:+.1%}",
-                    )
-                )
+            cells = [
+                f"{m['anon_planned'] / 1e6:.0f}, {m['anon_peak'] / 1e6:.0f}, {m['anon_error']:+.1%}"
+                for m in map(run["memory"].get, phases)
+                if m.get("anon_planned")
+            ]
+            if cells:
+                a = r["artifact"]
+                rows.append((a["name"], run["engine"], a["kv"], f"{run['ctx']:,}", *cells))
     return markdown(head, rows)
 
 
