@@ -406,7 +406,8 @@ for isa in t.MACHINE_ISAS:
     t.test_the_largest_products_fit(library, isa, 512)
     t.test_packed_linear(library, isa, 4, 32)
     for shape in d.SHAPES:
-        d.Product(*shape).run(library.native, isa)
+        for tokens in (2, 19):
+            d.Product(*shape, tokens=tokens).run(library.native, isa)
 print("clean")
 """
     environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
