@@ -30,6 +30,7 @@ from edge_kv.tensors import (
 )
 
 FIRST_LOAD = "first load"  # the phase in which weights are packed for the device
+TOKENIZER = "tokenizer"  # the phase, after a load, in which the tokenizer is read
 PLE_BLOCK = 32  # values that share a scale in the PLE file
 SCALE_BYTES = 4  # weight scales are f32
 PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
@@ -38,7 +39,8 @@ BASE_FILE = 46 << 20  # … and their mapped libraries
 GRAPH_BYTES = 440_000  # heap of one layer in one program: nodes, kernels, names
 PACKING = 1.55  # times the largest packed matrix: what a load takes for a moment
 FIRST_PACKING = 1.17  # times all packed matrices of decode: what the load that writes them takes
-TOKENIZER_BYTES = 1152  # heap of the tokenizers library for each entry of the vocabulary
+TOKENIZER_BYTES = 380  # heap of the tokenizers library for each entry of the vocabulary
+TOKENIZER_READING = 1410  # … while it reads them
 LOOKUP_BYTES = 148_000  # file pages mapped around one looked-up row of the token table
 HEAD_PARTS = 8  # the head is packed in row blocks
 # Workspace, in f32 copies that an arena has held at once (fitted to E2B and E4B):
@@ -87,7 +89,7 @@ class MemoryPlan:
     tokenizer: int  # heap; a session that is fed ids alone does without
     state: int  # allocated
     touched: int  # of it, holding rows at `depth`
-    phases: dict[str, Phase]  # (first load,) load, prefill, decode
+    phases: dict[str, Phase]  # (first load,) load, tokenizer, prefill, decode
 
     @property
     def weight_file(self) -> int:
@@ -155,11 +157,11 @@ def predict_memory(
     tokenizer = TOKENIZER_BYTES * config.vocab_size
     weights = _Weights(packed, mapped, largest, scales, kinds[EMBED])
     phases = ENGINES.get(engine, _onnx)(config, plan, depth, weights, cache)
+    reading = phases["load"].anon + TOKENIZER_READING * config.vocab_size
     held = tokenizer + TOKEN_BYTES * depth
-    phases = {
-        name: Phase(p.anon + (held if name in RUNNING else tokenizer), p.file)
-        for name, p in phases.items()
-    }
+    loads = {n: Phase(p.anon + tokenizer, p.file) for n, p in phases.items() if n not in RUNNING}
+    runs = {n: Phase(p.anon + held, p.file) for n, p in phases.items() if n in RUNNING}
+    phases = {**loads, TOKENIZER: Phase(reading, phases["load"].file), **runs}
     return MemoryPlan(
         quant=quant,
         block_size=block_size,

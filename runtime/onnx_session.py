@@ -8,8 +8,6 @@ shapes come from `state_views(plan)`.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from edge_kv.artifact import Artifact, Program
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import state_views
 from edge_kv.ple import PleTable
-from edge_kv.runtime import mapped, native_library, packed
+from edge_kv.runtime import heap, mapped, native_library, packed
 from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 
@@ -76,15 +74,6 @@ def _optimised() -> ort.SessionOptions:
     return options
 
 
-def _trim_heap() -> None:
-    """Give back what packing took and freed (glibc only): a whole block of the head, 28 MB at E2B.
-
-    What stays would be split among later allocations and never be free as a whole.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class OnnxSession(Session):
     """A session on onnxruntime with native operators for state and weights, where it can have them.
 
@@ -129,7 +118,7 @@ class OnnxSession(Session):
             self._create = self._load(cache, log_severity)
             for name in () if self._lean else PROGRAMS:
                 self._open(name)
-            _trim_heap()
+            heap.trim()
         except BaseException:
             if self._ple:
                 self._ple.close()
@@ -189,7 +178,7 @@ class OnnxSession(Session):
                 if other != name and other in self._bound:
                     if self._lean:
                         del self._bound[other]
-                        _trim_heap()
+                        heap.trim()
                     else:
                         mapped.let_go(self._mapped[other], self._folders[other])
             if name not in self._bound:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
+from edge_kv.runtime import heap
 
 _UNFINISHED = "\ufffd"  # what decoders put where the bytes of a character are not complete
 
@@ -28,6 +29,7 @@ class Tokenizer:
             raise ArtifactError(
                 f"{path} is not a tokenizer ({e}); copy or export the artifact again."
             ) from e
+        heap.trim()
         self.bos_id = bos_id
         self.add_bos = add_bos
 

@@ -1,14 +1,23 @@
 """Predicted memory: byte counts against plain arithmetic, and how it moves."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
+import tokenizers
 from fake_artifact import make_config
 
 from edge_kv.artifact import PleEntry
 from edge_kv.errors import ConfigError
 from edge_kv.kv_plan import plan_kv
-from edge_kv.memory import GRAPH_BYTES, TOKEN_BYTES, parse_bytes, predict_memory
+from edge_kv.memory import (
+    GRAPH_BYTES,
+    TOKEN_BYTES,
+    TOKENIZER_BYTES,
+    parse_bytes,
+    predict_memory,
+)
 from edge_kv.presets import PRESETS
 from edge_kv.tensors import tensor_table
 
@@ -99,9 +108,31 @@ def test_a_layer_in_one_program_costs_what_onnxruntime_was_measured_to_hold(bloc
     assert abs(held / (long.weight_file - short.weight_file) - factor) < 0.02
 
 
+_READ = """
+import sys, tokenizers
+from pathlib import Path
+from edge_kv.runtime import Tokenizer, read_memory
+before = read_memory().anon
+tokenizer = Tokenizer(Path(sys.argv[1]), bos_id=0)
+print(read_memory().anon - before)
+"""
+
+
+def test_a_tokenizer_holds_what_the_plan_counts(tmp_path):
+    """In a process of its own; what reading it took beside that was given back."""
+    letters = [chr(0x4E00 + i) for i in range(300)]
+    pairs = [(a, b) for a in letters for b in letters]
+    vocab = {token: i for i, token in enumerate((*letters, *map("".join, pairs)))}
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs)).save(str(path))
+    command = [sys.executable, "-c", _READ, str(path)]
+    held = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert held / len(vocab) == pytest.approx(TOKENIZER_BYTES, rel=0.25)
+
+
 def test_dictionary_is_complete():
     data = predict_memory(E2B, plan_kv(E2B, ctx=512)).as_dict()
-    assert set(data["phases"]) == {"load", "prefill", "decode"}
+    assert list(data["phases"]) == ["load", "tokenizer", "prefill", "decode"]
     assert data["peak"] == max(p["total"] for p in data["phases"].values())
     stock = predict_memory(E2B, plan_kv(E2B, ctx=512), engine="onnx-stock").as_dict()
     assert set(stock["phases"]) == {"first load", *data["phases"]}
@@ -132,7 +163,7 @@ def test_executorch_maps_what_onnxruntime_maps_and_needs_less_beside_it():
     assert native.phases["load"].anon < onnx.phases["load"].anon
     for phase in ("prefill", "decode"):
         assert native.touched < native.phases[phase].anon < onnx.phases[phase].anon
-    assert set(native.phases) == {"load", "prefill", "decode"}
+    assert set(native.phases) == {"load", "tokenizer", "prefill", "decode"}
     heap = predict_memory(E2B, plan, "int4", 128, 4096, engine="executorch", cache=False)
     moved = heap.phases["decode"].anon - native.phases["decode"].anon
     assert moved == native.phases["decode"].file - heap.phases["decode"].file > 1.2e9

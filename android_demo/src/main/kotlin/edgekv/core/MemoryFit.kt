@@ -5,6 +5,7 @@ import java.util.Locale
 /** Whether an artifact fits this device: its own plan against the memory there is. */
 object MemoryFit {
     private const val FIRST_LOAD = "first load"
+    private const val TOKENIZER = "tokenizer"
 
     /**
      * Peak anonymous bytes the plan expects: what has to fit, since the system cannot take it back.
@@ -12,7 +13,7 @@ object MemoryFit {
      * The plan counts the tokenizer of the Python runtime, which is large; this one's is not.
      */
     private fun needed(manifest: Manifest, packed: Boolean): Long {
-        val phases = if (packed) manifest.phases - FIRST_LOAD else manifest.phases
+        val phases = manifest.phases - if (packed) setOf(FIRST_LOAD, TOKENIZER) else setOf(TOKENIZER)
         val peak = phases.values.maxOfOrNull { it.anon } ?: (manifest.plan.bytes + manifest.weightFile)
         return peak - manifest.tokenizerBytes
     }

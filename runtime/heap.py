@@ -1,0 +1,17 @@
+"""Heap that is free and still resident: given back to the system."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+
+def trim() -> None:
+    """Give back what was freed (glibc only; a no-op elsewhere).
+
+    A library that builds something large leaves its scratch on the free lists: two thirds of what
+    reading Gemma's tokenizer took, a block of the head after packing. What stays would be split
+    among later allocations and never be free as a whole.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
