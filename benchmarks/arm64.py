@@ -325,16 +325,21 @@ def _runner(board: Machine, artifact: Artifact, expected: dict[str, Any]) -> dic
     board.checked(f"umount {empty}/proc {empty}/sys; rm -rf {empty}", "root")
     if right < len(vectors["steps"]) * vectors["min_top1"]:
         raise ParityError(f"{board.cpu}: {RUNNER} chooses the reference's id {right} times.")
-    held = dict(re.findall(r"(VmHWM|RssAnon|RssFile):\s+(\d+) kB", said))
     return {
         "artifact": artifact.root.name,
         "reference_steps": len(vectors["steps"]),
         "reference_top1": right / len(vectors["steps"]),
         "tokens": _agreement(chosen, expected["executorch", artifact.root.name]),
         "isa": said.strip().splitlines()[0].rpartition(", ")[2],
-        "memory": {name: 1024 * int(kb) for name, kb in held.items()},
+        "memory": reported(said),
         "group": group,
     }
+
+
+def reported(said: str) -> dict[str, int]:
+    """Bytes of memory by the kernel's name, from what edge-kv-run says at its end."""
+    held = re.findall(r"(VmHWM|RssAnon|RssFile):\s+(\d+) kB", said)
+    return {name: 1024 * int(kb) for name, kb in held}
 
 
 def _agreement(here: list[int], there: list[int]) -> dict[str, int]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arm64 import PYTHON, SUITE, install, wheels
+from arm64 import PYTHON, SUITE, install, reported, wheels
 from arm64_vm import CPUS, USER, Machine
 from common import run_main, say, write_result
 
@@ -81,7 +80,7 @@ class Engine:
         """What the process held, as it said."""
         if self.there != RUNNER:
             return dict(json.loads(out.strip().splitlines()[-1]))
-        sizes = {k: 1024 * int(kb) for k, kb in re.findall(r"(\w+):\s+(\d+) kB", err)}
+        sizes = reported(err)
         return {"decoding": {"anon": sizes["RssAnon"], "file": sizes["RssFile"],
                              "peak": sizes["VmHWM"]}}  # fmt: skip
 

@@ -23,11 +23,11 @@ from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, Runtime
 from edge_kv.kv_plan import state_views
 from edge_kv.ple import PleTable
 from edge_kv.runtime import heap, mapped, native_library, packed
+from edge_kv.runtime.packed import PROGRAMS
 from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 
 log = logging.getLogger(__name__)
-PROGRAMS = ("prefill", "decode")
 WARNING, ERROR = 2, 3  # onnxruntime's log severities
 _TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
     "float": np.float32,
@@ -139,7 +139,7 @@ class OnnxSession(Session):
         plain = {name: self.artifact.path(programs[name].file) for name in PROGRAMS}
         # Native operators multiply weights as they were exported: nothing is packed.
         wanted = cache and not self.operators
-        files = (packed.packed_programs(self.artifact, PROGRAMS, create) if wanted else None) or {}
+        files = (packed.packed_programs(self.artifact, create) if wanted else None) or {}
         self._folders = {name: files.get(name, plain[name]).parent for name in PROGRAMS}
 
         def create_program(name: str) -> Any:

@@ -22,7 +22,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from edge_kv.errors import EdgeKVError
 from edge_kv.runtime.cache import CACHE_VARIABLE, cache_directory
 from edge_kv.runtime.onnx_file import Entries, external_data, replace_external_data
 
+PROGRAMS = ("prefill", "decode")  # the last has the weights of them all
 LAYOUT = 1  # counts up when what is stored here changes
 WEIGHTS, RECORD = "weights.bin", "packed.json"
 WORTH_PACKING = 64 << 20  # bytes of weights below which packing is not worth a file
@@ -45,16 +46,13 @@ Saver = Callable[[Path, Any], None]  # creates an engine for a model, with sessi
 log = logging.getLogger(__name__)
 
 
-def packed_programs(
-    artifact: Artifact, names: Sequence[str], save: Saver
-) -> dict[str, Path] | None:
-    """The programs `names` of `artifact` packed for this device: name -> file; made when missing.
+def packed_programs(artifact: Artifact, save: Saver) -> dict[str, Path] | None:
+    """The programs of `artifact` packed for this device: name -> file; made when missing.
 
-    The last of them has the weights of them all. None where there is nothing to gain or nowhere to
-    write: the artifact's own programs are then loaded as they are. `save(model, options)` loads a
-    program with the given session options.
+    None where there is nothing to gain or nowhere to write: the artifact's own programs are then
+    loaded as they are. `save(model, options)` loads a program with the given session options.
     """
-    key = _key(artifact, names)
+    key = _key(artifact)
     weights = _weight_bytes(artifact)
     if key is None or weights < WORTH_PACKING:
         return None
@@ -65,7 +63,7 @@ def packed_programs(
             return found
         home.parent.mkdir(parents=True, exist_ok=True)
         with _locked(home.with_name(f"{key}.lock")):
-            return _valid(home) or _make(artifact, names, home, weights, save)
+            return _valid(home) or _make(artifact, home, weights, save)
     except (OSError, EdgeKVError, KeyError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         log.warning("Weights stay unpacked and are loaded to the heap: %s (%s).", home, reason)
@@ -78,13 +76,13 @@ def discard(programs: dict[str, Path]) -> None:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _key(artifact: Artifact, names: Sequence[str]) -> str | None:
+def _key(artifact: Artifact) -> str | None:
     """What packed weights depend on, as a digest; None without digests (a running export)."""
     files = artifact.manifest.files
     if not artifact.manifest.finished:
         return None
     digests = [files[name].sha256 for name in sorted(artifact.backend("onnx").files)]
-    parts = [LAYOUT, *names, ort.__version__, *_cpu(), *digests]
+    parts = [LAYOUT, *PROGRAMS, ort.__version__, *_cpu(), *digests]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -136,9 +134,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(
-    artifact: Artifact, names: Sequence[str], home: Path, weights: int, save: Saver
-) -> dict[str, Path]:
+def _make(artifact: Artifact, home: Path, weights: int, save: Saver) -> dict[str, Path]:
     """Pack into a directory beside `home` and rename it; the lock is held."""
     part = home.with_name(f"{home.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -151,14 +147,14 @@ def _make(
     log.info("Packing the weights for this machine, once (in %s) …", home.parent)
     try:
         part.mkdir()
-        programs = {name: artifact.backend("onnx").programs[name] for name in names}
-        *others, whole = names
+        programs = {name: artifact.backend("onnx").programs[name] for name in PROGRAMS}
+        *others, whole = PROGRAMS
         _save(artifact.path(programs[whole].file), part / f"{whole}.onnx", save, packed=True)
         written = external_data((part / f"{whole}.onnx").read_bytes())
         known = _align(part / WEIGHTS, written)
         work = part / "work"  # takes the weights that come with other programs: known already
         work.mkdir()
-        for name in names:
+        for name in PROGRAMS:
             graph = part / f"{name}.onnx"
             if name in others:
                 graph = work / graph.name

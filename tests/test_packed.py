@@ -15,7 +15,6 @@ from edge_kv.artifact import read_artifact
 from edge_kv.errors import ArtifactError
 from edge_kv.runtime import packed
 from edge_kv.runtime.onnx_file import external_data, replace_external_data
-from edge_kv.runtime.onnx_session import PROGRAMS
 
 IDS = np.random.default_rng(0).integers(0, 2000, 90)
 
@@ -205,7 +204,7 @@ def test_two_processes_pack_once(tiny, home):
 
 def test_a_killed_packer_leaves_work_that_the_next_one_clears(tiny, home):
     artifact = read_artifact(tiny)
-    part = home / f"{packed._key(artifact, PROGRAMS)}.part"
+    part = home / f"{packed._key(artifact)}.part"
     part.mkdir(parents=True)
     (part / "weights.bin").write_bytes(b"half")
     run(tiny)
