@@ -12,7 +12,9 @@ the last two `repeats` times, after one warm-up that is not counted. Prompts are
 speed and memory do not depend on them.
 
 Time per token has a floor: the bytes a token must read (packed weights and the live state) at the
-machine's streaming read bandwidth, which is measured here too.
+speed of the memory. Virtual machines have memory whose speed changes within minutes, so a plain
+read of a buffer far larger than the caches comes before and after every pass of decoding, and each
+pass is compared with its own two reads.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ class Job:
     tokens: int
     repeats: int
     fill: str = "prefill"  # one of FILLS: how a missing depth is reached
+    plain_read: int = 0  # bytes read around every pass of decoding, for the roofline; 0: none
     started: float = 0.0  # time.time() of the parent, just before the process was started
 
 
@@ -118,7 +121,8 @@ def bench(
     count = thread_count(threads)
     quant = artifact.manifest.quant
     progress.stage("bandwidth")
-    bandwidth = _ask(MODULE, {"task": "bandwidth", "threads": count})
+    read = _plain_read_size()
+    bandwidth = _ask(MODULE, {"task": "bandwidth", "threads": count, "size": read})
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "edge_kv": __version__,
@@ -160,12 +164,12 @@ def bench(
         for i, (depth, (start, ahead, steps)) in enumerate(zip(depths, starts, strict=True)):
             job = Job(
                 "measure", engine=engine, depths=(start,), prompt=ahead, tokens=steps,
-                repeats=repeats, fill=fill, **common,
+                repeats=repeats, fill=fill, plain_read=read, **common,
             )  # fmt: skip
             run = _ask(module, {**asdict(job), "started": time.time()})
             run = {"engine": engine, "ctx": depth, "filled": made[str(start)], **run}
             expected = _planned(artifact, engine, depth, cache) if engine in ENGINES else None
-            document["runs"].append(_judged(run, artifact, bandwidth, expected))
+            document["runs"].append(_judged(run, artifact, expected))
             progress.advance(f"{depth:,} tokens", i + 1, len(depths))
     return document
 
@@ -197,13 +201,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def read_bandwidth(threads: int, size: int | None = None, repeats: int = 7) -> dict[str, Any]:
-    """Streaming read speed: numpy's maximum over a float32 buffer, a slice to each thread.
+def read_bandwidth(threads: int, size: int, repeats: int = 7) -> dict[str, Any]:
+    """Speed of `repeats` plain reads of a buffer of `size` bytes, in bytes a second.
 
-    The buffer is larger than the caches (four times the last level, at least 512 MB); the best of
-    `repeats` passes counts. Bytes a second.
+    A read is numpy's maximum over float32 values, a slice to each thread.
     """
-    size = size or max(512 << 20, 4 * _last_level_cache())
     data = np.zeros(size // 4, np.float32)
     data[:: 4096 // 4] = 1.0  # a page of its own for every 4 KB: untouched ones are all the same
     parts = np.array_split(data, threads)
@@ -223,6 +225,15 @@ def read_bandwidth(threads: int, size: int | None = None, repeats: int = 7) -> d
     }
 
 
+def _plain_read_size() -> int:
+    """Bytes of the buffer for plain reads: eight times the last cache, 512 MiB or more.
+
+    At most an eighth of the memory, so that a small board can hold it beside a model.
+    """
+    wanted = max(512 << 20, 8 * _last_level_cache())
+    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
+
+
 def fill_depths(job: Job) -> dict[str, str]:
     """Make the snapshots a measuring process will restore: depth -> how its state came to be.
 
@@ -239,7 +250,7 @@ def serve(open_session: Open) -> None:
     task = request["task"]
     try:
         if task == "bandwidth":
-            result: Any = read_bandwidth(request["threads"])
+            result: Any = read_bandwidth(request["threads"], request["size"])
         else:
             job = Job(**{**request, "depths": tuple(request["depths"])})
             result = {"fill": _fill, "measure": _measure}[task](job, open_session)
@@ -310,14 +321,17 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
                 session.prefill(ids[depth:])
                 prefills.append(time.perf_counter() - begin)
         steps: list[list[float]] = []
-        with _Watch(memory, "decode"):
-            for _ in range(job.repeats + 1):
+        reads = []
+        for _ in range(job.repeats + 1):
+            reads.append(_plain_read(job))
+            with _Watch(memory, "decode"):
                 at_depth()
                 steps.append([])
                 for _ in range(job.tokens):
                     begin = time.perf_counter()
                     session.decode(int(ids[0]))
                     steps[-1].append(time.perf_counter() - begin)
+        reads.append(_plain_read(job))
         load = session.stats.load_seconds
     warm, latencies = steps[0][0], np.array(steps[1:])
     percentiles = {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 95, 99)}
@@ -338,11 +352,26 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
         },
         "first_token": seconds + percentiles["p50"],
         "memory": memory,
+        "passes": [
+            {"seconds": float(np.median(times)), "read": (before + after) / 2}
+            for times, before, after in zip(steps[1:], reads[1:], reads[2:], strict=False)
+        ],
     }
 
 
+def _plain_read(job: Job) -> float:
+    """Bytes a second of a plain read now; 0 where the job wants none."""
+    if not job.plain_read:
+        return 0.0
+    best: float = read_bandwidth(job.threads, job.plain_read, repeats=3)["best"]
+    return best
+
+
 class _Watch:
-    """Notes memory of a phase: what is held at its end, and the peaks while it ran."""
+    """Notes memory of a phase: what is held at its end, and the peaks while it ran.
+
+    Of a phase that is watched several times, the highest of each counts.
+    """
 
     def __init__(self, memory: dict[str, dict[str, int | None]], phase: str) -> None:
         self._memory, self._phase = memory, phase
@@ -358,7 +387,7 @@ class _Watch:
         self._stop.set()
         self._thread.join()
         held = read_memory()
-        self._memory[self._phase] = {
+        now = {
             "anon": held.anon,
             "anon_peak": None if held.anon is None else max(self._anon, held.anon),
             "file": held.file,
@@ -366,6 +395,11 @@ class _Watch:
             "rss_peak_so_far": held.peak,
             "pss": held.pss,
             "cgroup_peak": held.cgroup_peak,
+        }
+        before = self._memory.get(self._phase, now)
+        self._memory[self._phase] = {
+            name: None if value is None else max(value, before[name] or 0)
+            for name, value in now.items()
         }
 
     def _look(self) -> None:
@@ -419,12 +453,7 @@ def _planned(artifact: Artifact, engine: str, depth: int, cache: bool) -> dict[s
     }
 
 
-def _judged(
-    run: dict[str, Any],
-    artifact: Artifact,
-    bandwidth: dict[str, Any],
-    plan: dict[str, Any] | None,
-) -> dict[str, Any]:
+def _judged(run: dict[str, Any], artifact: Artifact, plan: dict[str, Any] | None) -> dict[str, Any]:
     """A run with the prediction beside its memory, and its distance from the roofline."""
     config, quant = artifact.config, artifact.manifest.quant
     if plan:
@@ -436,12 +465,16 @@ def _judged(
             measured["anon_error"] = expected / peak - 1 if peak else None
     weights = streamed_bytes(config, quant.scheme, quant.block_size)
     state = artifact.plan.read_traffic(run["depth"] + run["decode"]["tokens"] // 2)
-    floor = (weights + state) / bandwidth["best"]
+    passes = run.pop("passes")
+    floors = [(weights + state) / p["read"] for p in passes]
     run["roofline"] = {
         "weight_bytes": weights,
         "state_bytes": state,
-        "seconds": floor,
-        "fraction": floor / run["decode"]["seconds"]["p50"],
+        "seconds": float(np.median(floors)),
+        "fraction": float(
+            np.median([f / p["seconds"] for f, p in zip(floors, passes, strict=True)])
+        ),
+        "passes": passes,
     }
     return run
 

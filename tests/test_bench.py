@@ -85,8 +85,12 @@ def test_roofline_is_bytes_over_bandwidth(document, tiny):
     for run in document["runs"]:
         roof = run["roofline"]
         total = roof["weight_bytes"] + roof["state_bytes"]
-        assert roof["seconds"] == pytest.approx(total / document["bandwidth"]["best"])
-        assert roof["fraction"] == pytest.approx(roof["seconds"] / run["decode"]["seconds"]["p50"])
+        passes = roof["passes"]
+        assert len(passes) == 2 and all(p["read"] > 1e8 for p in passes)
+        assert roof["seconds"] == pytest.approx(np.median([total / p["read"] for p in passes]))
+        fractions = [total / p["read"] / p["seconds"] for p in passes]
+        assert roof["fraction"] == pytest.approx(np.median(fractions))
+    assert document["bandwidth"]["buffer"] >= min(512 << 20, document["machine"]["memory"] // 8)
     assert document["runs"][1]["roofline"]["state_bytes"] == plan.read_traffic(448 + 6)
 
 

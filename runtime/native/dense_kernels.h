@@ -211,6 +211,7 @@ inline void dense_span(const int8_t* x, const uint8_t* packed, const float* scal
     Vec sum = splat(0.0f);
     for (int64_t i = 0; i < chunks; ++i, from += kBytes, bytes += c.values) {
       __builtin_prefetch(from + kAhead, 0, 2);
+      if (!whole) __builtin_prefetch((const char*)scale + kAhead * 32 / (bits * block), 0, 2);
       const Ints w = load_ints(from), first = load_ints(bytes);
       const Ints begin_at = load_ints(corrections + i * kWidth);
       Ints dots = add_products(begin_at, low_nibbles(w), first);
