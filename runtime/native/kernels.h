@@ -11,9 +11,14 @@ namespace edge_kv {
 // How a state row or a weight is stored.
 enum class Storage { f32, f16, int8 };
 
-// One KV head of a cache: rows [slots, dim]; the row of absolute position p is at p % slots.
-// Scales [slots] belong to int8 rows and are null otherwise. Int8 keys are stored plus `key_zero`:
-// 0, or 128 where a runtime multiplies unsigned bytes.
+// Which values of a row an angle turns: value i and value i + angles, or values 2i and 2i + 1 of the
+// last 2 * angles.
+enum class Rotation { halves, pairs_last };
+
+// One KV head of a cache: rows of `dim` elements, `row_stride` elements from one slot to the next;
+// row i is at slot i % slots. Scales, `scale_stride` floats apart, belong to int8 rows and are null
+// otherwise. Int8 keys are stored plus `key_zero`: 0, or 128 where a runtime multiplies unsigned
+// bytes.
 struct Cache {
   const void* keys;
   const float* key_scales;
@@ -21,18 +26,26 @@ struct Cache {
   const float* value_scales;
   int64_t slots;
   int dim;
+  int64_t row_stride;
+  int64_t scale_stride;
   Storage storage;
   int key_zero = 0;
 };
 
 // Query rows [rows, dim], already normed, rotated and scaled; `group` consecutive rows stand at one
-// position, the first at `position`. A window of W sees the W newest positions, 0 sees all.
+// position, the first at `position`. Row i of the cache stands for the positions i * stride …
+// i * stride + stride - 1 and is seen once its last one is not later than the query's. A window of W
+// (with a stride of 1) sees the W newest positions, 0 sees all.
 struct Queries {
   const float* rows;
   int count;
   int group;
   int64_t position;
   int64_t window;
+  int64_t stride = 1;
+
+  // The newest row that query row r sees; -1: none.
+  int64_t newest(int r) const { return (position + r / group + 1) / stride - 1; }
 };
 
 // Softmax in progress for `count` rows: running maximum, sum of exponentials, and the weighted sum
@@ -51,15 +64,19 @@ struct Kernels {
   // Fold the keys at positions [begin, end) into `partial`.
   void (*attend)(const Cache&, const Queries&, int64_t begin, int64_t end, const Partial&);
 
-  // out = x * rsqrt(mean(x^2) + eps) * weight, then rotate halves by cos and sin [dim / 2], then
-  // times `scale`. A null weight is all ones, a null cos does not rotate.
+  // out = x * rsqrt(mean(x^2) + eps) * weight, then rotated by cos and sin [angles], then times
+  // `scale`. A negative eps does not norm, a null weight is all ones.
   void (*norm_rope)(const float* x, const float* weight, const float* cos, const float* sin,
-                    int dim, float eps, float scale, float* out);
+                    int angles, Rotation, int dim, float eps, float scale, float* out);
 
   // Store one row; int8 rows get the scale max|x| / 127 and are shifted by `zero`, 0 or 128.
   void (*store)(const float* x, int dim, Storage, int zero, void* row, float* row_scale);
 
   float (*dot)(const float* a, const float* b, int n);
+
+  // scores[i - begin] = sum over the query rows r of weights[r] * max(0, q[r] . key i).
+  void (*relu_scores)(const Cache&, const float* q, int rows, const float* weights, int64_t begin,
+                      int64_t end, float* scores);
 
   // The integer matrix-vector product of dense.h: which shapes it takes, x rounded into dense_bytes
   // of memory, and rows [begin, end).
