@@ -47,7 +47,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp")
-KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", *OPERATORS)
+KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", "weights.cpp", *OPERATORS)
 ENGINE = ("operators.cpp", "engine.cpp")
 RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 LIBRARIES = (

@@ -1,6 +1,7 @@
 // Runs the kernels on requests from stdin: for tests of another CPU's build, emulated.
 //
-// Called with "dense": a Product, then x, packed rows and scales; the reply is an int64 status and
+// Called with "dense": a Product, then x, packed rows and scales; with "weights": a StoredProduct,
+// then x and the stored matrix; the reply is an int64 status and
 // the result. Called with "ops": an OperatorCall, then each input as a TensorHead and its data, then each
 // attribute as an AttributeValue; the reply is a status and the head of the result, the inputs as they
 // were left, then the result's data or, with a status of 2, as many bytes of a sentence as `type`
@@ -115,6 +116,27 @@ void answer_operators() {
   }
 }
 
+struct StoredProduct {
+  char isa[16], format[16];
+  int64_t tokens, rows, cols;
+  double step;
+};
+
+void answer_stored_products() {
+  StoredProduct p;
+  while (fread(&p, sizeof p, 1, stdin) == 1) {
+    Bytes x(p.tokens * p.cols * 4), data(edge_kv_weight_bytes(p.format, p.rows, p.cols));
+    Bytes out(p.tokens * p.rows * 4);
+    for (Bytes* part : {&x, &data}) part->read();
+    const int64_t status = edge_kv_linear_q(
+        p.isa, 1, p.format, x.floats(), p.tokens, reinterpret_cast<uint8_t*>(data.data.data()),
+        p.rows, p.cols, float(p.step), out.floats());
+    fwrite(&status, sizeof status, 1, stdout);
+    out.write();
+    fflush(stdout);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -124,6 +146,10 @@ int main(int count, char** words) {
   }
   if (count > 1 && !strcmp(words[1], "dense")) {
     answer_products();
+    return 0;
+  }
+  if (count > 1 && !strcmp(words[1], "weights")) {
+    answer_stored_products();
     return 0;
   }
   Request r;

@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "ops.h"
+#include "weights.h"
 
 namespace {
 
@@ -213,6 +214,29 @@ EDGE_KV_API int edge_kv_call(const char* isa, int threads, const char* name,
   if (reason.empty()) return 0;
   snprintf(why, size_t(size), "%s", reason.c_str());
   return 2;
+}
+
+// linear_q; 2: no such format.
+EDGE_KV_API int edge_kv_linear_q(const char* isa, int threads, const char* format, const float* x,
+                                 int64_t tokens, const uint8_t* data, int64_t rows, int64_t cols,
+                                 float step, float* out) {
+  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
+  const edge_kv::Format* found = edge_kv::find_format(format);
+  if (!kernels || !found) return kernels ? 2 : 1;
+  wanted_threads = threads;
+  edge_kv::linear_q(*kernels, {threads, run_on_threads}, x, tokens, {found, data, rows, cols}, step,
+                    out);
+  return 0;
+}
+
+EDGE_KV_API void edge_kv_embed_row(const char* format, const uint8_t* data, int64_t rows,
+                                   int64_t cols, int64_t row, float* out) {
+  edge_kv::embed_row({edge_kv::find_format(format), data, rows, cols}, row, out);
+}
+
+EDGE_KV_API int64_t edge_kv_weight_bytes(const char* format, int64_t rows, int64_t cols) {
+  const edge_kv::Format* found = edge_kv::find_format(format);
+  return found ? edge_kv::weight_bytes(*found, rows, cols) : -1;
 }
 
 EDGE_KV_API uint16_t edge_kv_to_half(float value) { return edge_kv::float_to_half(value); }

@@ -7,6 +7,7 @@
 #include "dense_kernels.h"
 #include "dense_tiles.h"
 #include "dots.h"
+#include "weight_kernels.h"
 #include "simd.h"
 
 namespace edge_kv {
@@ -473,6 +474,7 @@ const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
     EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, relu_scores,
     dense_fits, dense_bytes, dense_round, dense_rows,
     kTileRows, tiles_fit, tile_token_bytes, tile_round, tile_bytes, tile_dense,
+    round_row, multiply_groups,
 };
 
 }  // namespace edge_kv

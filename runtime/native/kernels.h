@@ -58,6 +58,33 @@ struct Partial {
 
 constexpr float kMasked = -1e30f;
 
+// Stored matrices: edge_kv/formats.py says what they are, weights.h what is done with them.
+constexpr int kBlockValues = 32;  // values of a row that share a scale
+constexpr int kGroupRows = 16;  // rows that are stored together
+constexpr int kLineBytes = 64;   // bytes: four of each row of a group
+constexpr int8_t kLevels[16] = {-127, -102, -82, -65, -50, -36, -22, -9,
+                                3,    16,   29,  43,  57,  73,  92,  115};
+
+enum class Scale { row, s8, f16 };  // one f32 a row; a byte a block besides; a half a block
+
+struct Format {
+  const char* name;
+  int bits;
+  Scale scale;
+  bool levels;  // codes are indices into kLevels
+
+  constexpr int head() const { return scale != Scale::f16; }  // lines of row scales
+  constexpr int served() const {  // blocks whose scales fill a line
+    return scale == Scale::row ? 0 : scale == Scale::s8 ? 4 : 2;
+  }
+};
+
+// Bytes of one token's rounded activations: values, steps and sums of blocks.
+constexpr int64_t rounded_stride(int64_t cols) {
+  const int64_t blocks = (cols + kBlockValues - 1) / kBlockValues;
+  return (blocks * (kBlockValues + 8) + kLineBytes - 1) / kLineBytes * kLineBytes;
+}
+
 struct Kernels {
   const char* name;
 
@@ -96,6 +123,15 @@ struct Kernels {
   void (*tile_dense)(const uint8_t* x, int64_t tokens, const uint8_t* packed, const float* scales,
                      int64_t n_out, int64_t n_in, int bits, int64_t block, int64_t begin,
                      uint8_t* memory, float* out);
+
+  // Activations of one token into `rounded_stride` bytes: see `round_activations`.
+  void (*round_row)(const float* x, int64_t cols, float step, void* out);
+
+  // `groups` groups of rows, `rows` of which are of the matrix, with rounded activations of tokens
+  // that are `x_stride` bytes apart; rows of `out` are `stride` apart.
+  void (*multiply)(const Format&, const uint8_t* data, int64_t groups, int64_t blocks,
+                   const uint8_t* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
+                   int64_t rows);
 };
 
 // The kernels for this CPU; EDGE_KV_ISA=scalar|avx2|avx512|avx512vnni|neon|dotprod in the
