@@ -39,6 +39,7 @@ from edge_kv.model.decoder import Decoder
 from edge_kv.parity import divergence
 from edge_kv.runtime import load
 from edge_kv.runtime.onnx_session import ERROR, OnnxSession, create_engine
+from edge_kv.tensors import tensor_table
 from edge_kv.terminal import Bar
 
 CHUNK, CTX, VOCAB = 128, 2048, 8192
@@ -220,7 +221,7 @@ def lower_untrimmed(session: OnnxSession, folder: Path) -> None:
     """Lower the untrimmed graph with the exporter's own steps."""
     config, plan = session.config, session.plan
     quant = session.artifact.manifest.quant
-    layout = WeightLayout(config, quant.scheme, quant.block_size)
+    layout = WeightLayout(tensor_table(config), quant.scheme, quant.block_size)
     with torch.device("meta"):
         decoder = Decoder(config, plan, QuantFormat(layout)).eval()
     # Traced as a prefill whose per-layer embeddings cover every layer.

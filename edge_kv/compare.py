@@ -23,6 +23,7 @@ from edge_kv.model.state import StaticState
 from edge_kv.ple import PleTable
 from edge_kv.runtime.bench import Job, serve
 from edge_kv.runtime.session import Ids, Logits, Session
+from edge_kv.tensors import tensor_table
 
 
 class EagerSession(Session):
@@ -42,7 +43,7 @@ class EagerSession(Session):
         if name not in artifact.manifest.files:
             raise ArtifactError(f"{artifact.root} has no {name} to read weights from.")
         quant = artifact.manifest.quant
-        layout = WeightLayout(self.config, quant.scheme, quant.block_size)
+        layout = WeightLayout(tensor_table(self.config), quant.scheme, quant.block_size)
         read = _FloatRows(StoredWeights(layout, artifact.path(name)), layout)
         with torch.device("meta"):
             self._decoder = Decoder(self.config, self.plan).eval()

@@ -17,6 +17,8 @@ PLE_TABLE = "ple_table"  # per-layer token table [vocab, n_layers * ple_dim]: a 
 LINEAR = "linear"  # [out, in]
 PLE_LINEAR = "ple_linear"  # gates and projections of the per-layer embedding: 8 bits or more
 EXPERT = "expert"  # stacked experts [n_experts, out, in]
+HEAD = "head"  # LM head [vocab, hidden] of its own
+TABLE = "table"  # whole numbers looked up by token id
 FLOAT = "float"  # norms, scalars, the router: kept in f32
 
 
@@ -97,8 +99,8 @@ def _layer_tensors(config: ModelConfig, i: int) -> list[TensorSpec]:
 
 SCHEMES = ("int4", "int8", "none")
 _BITS = {
-    "int4": {EMBED: 4, LINEAR: 4, EXPERT: 4, PLE_TABLE: 4, PLE_LINEAR: 8},
-    "int8": {EMBED: 8, LINEAR: 8, EXPERT: 8, PLE_TABLE: 8, PLE_LINEAR: 8},
+    "int4": {EMBED: 4, HEAD: 4, LINEAR: 4, EXPERT: 4, PLE_TABLE: 4, PLE_LINEAR: 8},
+    "int8": {EMBED: 8, HEAD: 8, LINEAR: 8, EXPERT: 8, PLE_TABLE: 8, PLE_LINEAR: 8},
     "none": {},
 }
 

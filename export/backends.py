@@ -23,6 +23,7 @@ from edge_kv.errors import ConfigError, ExportError
 from edge_kv.export.apart import apart
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.kv_plan import KVPlan
+from edge_kv.tensors import tensor_table
 
 WEIGHTS = "weights.bin"
 WORTH_A_PROCESS = 256 << 20  # bytes of weights whose lowering leaves much memory behind
@@ -84,7 +85,7 @@ class OnnxLowering:
         pass
 
     def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
-        return WeightLayout(config, scheme, block_size)
+        return WeightLayout(tensor_table(config), scheme, block_size)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
         from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
@@ -124,7 +125,7 @@ class ExecuTorchLowering:
     def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
         with quiet():
             from edge_kv.export.executorch_weights import XnnpackLayout
-        return XnnpackLayout(config, scheme, block_size)
+        return XnnpackLayout(tensor_table(config), scheme, block_size)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
         shipped, exact = folder / "model.pte", folder / "exact.pte"

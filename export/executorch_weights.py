@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from edge_kv.config import ModelConfig
 from edge_kv.export.quantize import quantize
-from edge_kv.export.weight_file import StoredTensor, StoredWeights, WeightLayout
+from edge_kv.export.weight_file import Spec, StoredTensor, StoredWeights, WeightLayout
 from edge_kv.model.binding import load_parameters
 from edge_kv.model.decoder import Attention, Decoder, Gelu, QuantLinear, RMSNorm
 from edge_kv.model.ops import unpack_blocks
-from edge_kv.tensors import TensorSpec
 
 _QD: Any = torch.ops.quantized_decomposed
 
@@ -28,7 +27,7 @@ _QD: Any = torch.ops.quantized_decomposed
 class XnnpackLayout(WeightLayout):
     """A weight file of what XNNPACK multiplies by."""
 
-    def stored(self, spec: TensorSpec) -> StoredTensor:
+    def stored(self, spec: Spec) -> StoredTensor:
         t = super().stored(spec)
         return StoredTensor(t.spec, 8, spec.shape[-1]) if t.bits == 8 else t
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,19 +25,21 @@ from edge_kv.errors import ExportError
 from edge_kv.export.quantize import quantize
 from edge_kv.model.ops import unpack_blocks
 from edge_kv.progress import Progress
-from edge_kv.tensors import PLE_TABLE, TensorSpec, block_for, stored_bits, tensor_table
+from edge_kv.tensors import PLE_TABLE, TABLE, block_for, stored_bits
 
 if TYPE_CHECKING:
     from edge_kv.weights import WeightSource
 
 PAGE = 4096
 ROW_BLOCK_BYTES = 64 << 20  # f32 bytes of rows held at a time
-NUMPY: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
+NUMPY: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32), "u8": np.dtype(np.uint8), "i64": np.dtype(np.int64)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Region:
-    """One stored array in the weight file: dtype f32 or u8, row-major, page-aligned."""
+    """One stored array in the weight file: dtype f32, u8 or i64, row-major, page-aligned."""
 
     name: str
     dtype: str
@@ -53,23 +55,37 @@ class Region:
         return self.shape[0] * self.row_bytes
 
 
+class Spec(Protocol):
+    """What a layout needs to know of a tensor: its name, shape and treatment."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def elements(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """How one tensor is kept: bits 32 is float, else packed values and scales."""
 
-    spec: TensorSpec
+    spec: Spec
     bits: int
     block: int
 
 
 class WeightLayout:
-    """Where every tensor of a model lies in the weight file, for one quantisation."""
+    """Where every tensor of a model lies in the weight file, for one quantisation.
 
-    def __init__(self, config: ModelConfig, scheme: str, block_size: int):
-        self.config, self.scheme, self.block_size = config, scheme, block_size
-        self.tensors = [
-            self.stored(spec) for spec in tensor_table(config) if spec.kind != PLE_TABLE
-        ]
+    `specs` are the model's tensors in the order in which a forward pass meets them.
+    """
+
+    def __init__(self, specs: Iterable[Spec], scheme: str, block_size: int):
+        self.scheme, self.block_size = scheme, block_size
+        self.tensors = [self.stored(spec) for spec in specs if spec.kind != PLE_TABLE]
         self.by_name = {t.spec.name: t for t in self.tensors}
         self.regions: dict[str, Region] = {}
         at = 0
@@ -79,7 +95,7 @@ class WeightLayout:
                 at += -(-self.regions[name].bytes // PAGE) * PAGE
         self.bytes = at
 
-    def stored(self, spec: TensorSpec) -> StoredTensor:
+    def stored(self, spec: Spec) -> StoredTensor:
         """Bits and block of one tensor."""
         bits = stored_bits(spec.kind, self.scheme)
         block = 0 if bits == 32 else block_for(spec.shape[-1], self.block_size)
@@ -92,7 +108,7 @@ class WeightLayout:
 
 def _arrays(t: StoredTensor) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     if t.bits == 32:
-        yield t.spec.name, "f32", t.spec.shape
+        yield t.spec.name, "i64" if t.spec.kind == TABLE else "f32", t.spec.shape
         return
     base, width = t.spec.name.removesuffix(".weight"), t.spec.shape[-1]
     blocks = (*t.spec.shape[:-1], width // t.block)

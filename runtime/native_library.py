@@ -46,8 +46,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
         "dotprod": ("-march=armv8.2-a+dotprod",),
     },
 }
-OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp")
-KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", "weights.cpp", *OPERATORS)
+KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp")
 ENGINE = ("operators.cpp", "engine.cpp")
 RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 LIBRARIES = (
@@ -194,9 +193,7 @@ def build_onnx_operators(machine: str | None = None) -> Path:
     Raises:
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
     """
-    sources: dict[str, tuple[str, ...]] = dict.fromkeys(
-        (*KERNELS, "onnx_adapter.cpp", "onnx_operators.cpp"), ()
-    )
+    sources: dict[str, tuple[str, ...]] = dict.fromkeys((*KERNELS, "onnx_operators.cpp"), ())
     link = ("-shared", "-pthread")
     return build("edge_kv_onnx", sources, link, suffix=".so", machine=machine)
 

@@ -37,6 +37,7 @@ from edge_kv.presets import PRESETS
 from edge_kv.progress import Silent
 from edge_kv.runtime import load, native_library
 from edge_kv.runtime.verify import verify
+from edge_kv.tensors import tensor_table
 from edge_kv.weights import open_weights
 
 CTX, CHUNK = 192, 16
@@ -93,7 +94,7 @@ def test_ops_compute_what_the_static_state_computes(kv, k_eq_v):
 
 
 def test_layout_is_what_xnnpack_takes():
-    layout = XnnpackLayout(CONFIG, "int4", 32)
+    layout = XnnpackLayout(tensor_table(CONFIG), "int4", 32)
     rows = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
     rows[3] = 0
     for bits, block in ((4, 32), (8, 128)):
@@ -218,7 +219,7 @@ def test_artifact_holds_one_program_and_no_other_weights(root):
     }  # fmt: skip
     assert {*backend.programs} == {"prefill", "decode"}
     # The weights once, the rows of the token table beside the head, and room for the graphs.
-    layout = XnnpackLayout(CONFIG, "int4", 32)
+    layout = XnnpackLayout(tensor_table(CONFIG), "int4", 32)
     assert (root / "executorch/model.pte").stat().st_size < 1.2 * layout.bytes + (150 << 10)
     assert manifest.parity["lowering"]["max_kl"] < 1e-6
 
@@ -240,7 +241,7 @@ def test_delegates_stay_few(tmp_path_factory, attention, more):
 def test_what_lean_lowering_leaves_out_leaves_no_trace(attention, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_kv.export.executorch_portable.BLOCK", 16)  # a loop, not one block
     config = replace(CONFIG, pattern="F", n_kv_shared=0, vocab_size=64)
-    plan, layout = plan_kv(config, ctx=64, chunk=8), XnnpackLayout(config, "int4", 32)
+    plan, layout = plan_kv(config, ctx=64, chunk=8), XnnpackLayout(tensor_table(config), "int4", 32)
     weights = StoredWeights(layout, tmp_path / "weights.bin")
     source = open_weights("random", config)
     write_weights(source, layout, weights.path, Journal(tmp_path / "journal"), Silent())

@@ -43,7 +43,7 @@ class Counting:
 
 
 def write(source, folder, scheme="int4"):
-    layout, journal = WeightLayout(CONFIG, scheme, 64), Journal(folder / "journal")
+    layout, journal = WeightLayout(tensor_table(CONFIG), scheme, 64), Journal(folder / "journal")
     reports = write_weights(source, layout, folder / "weights.bin", journal, Silent())
     entry = ple_layout(CONFIG, scheme)
     error = write_ple(source, entry, folder / "ple.bin", journal, Silent())
@@ -56,7 +56,7 @@ def contents(folder):
 
 def test_layout_is_page_aligned_and_disjoint():
     for scheme in ("int4", "int8", "none"):
-        regions = list(WeightLayout(CONFIG, scheme, 64).regions.values())
+        regions = list(WeightLayout(tensor_table(CONFIG), scheme, 64).regions.values())
         assert all(r.offset % 4096 == 0 for r in regions)
         for a, b in pairwise(regions):
             assert a.offset + a.bytes <= b.offset

@@ -64,7 +64,7 @@ def _(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -
     return torch.empty_like(x)
 
 
-@custom_op("edge_kv::experts_q", mutates_args=())
+@custom_op("edge_kv::geglu_experts_q", mutates_args=())
 def experts_q(
     x: Tensor, index: Tensor, weight: Tensor,
     gate_up: Tensor, gate_up_scales: Tensor, down: Tensor, down_scales: Tensor, bits: int,

@@ -7,7 +7,7 @@ called by every net through this module.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_kv.models.model import Rope, Yarn
+from edge_kv.nets import ops
+from edge_kv.nets.ops import HALVES, gated
 
 if TYPE_CHECKING:
     from edge_kv.nets.weights import Weights
 
-HALVES, PAIRS_LAST = "halves", "pairs_last"  # which dims of a head turn together
 HEAD_BLOCKS = 8  # row blocks of the LM head: smaller transients than one [vocab, hidden] product
 
 
@@ -32,30 +33,9 @@ def norm_rope(
     x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float,
     style: str = HALVES,
 ) -> Tensor:  # fmt: skip
-    """RMS norm of each head, then rotation: x [T, heads, dim], cos and sin [T, n].
-
-    `weight` None: a norm without one; eps < 0: no norm; cos None: no rotation.
-    """
-    if eps >= 0:
-        x = rms(x, weight, eps)
-    return x if cos is None or sin is None else rotate(x, cos, sin, style)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:
-    """Turn n pairs of dims of each head by its angle; the other dims pass.
-
-    "halves": dim j with dim n + j, of the first 2n dims. "pairs_last": dims 2j and 2j + 1 of the
-    last 2n dims.
-    """
-    n = cos.shape[-1]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if style == HALVES:
-        a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
-    rest, turned = x[..., : -2 * n], x[..., -2 * n :].unflatten(-1, (n, 2))
-    a, b = turned[..., 0], turned[..., 1]
-    pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.cat((rest, pairs.flatten(-2)), -1)
+    """RMS norm of each head, then rotation: see `ops.norm_rope`."""
+    out: Tensor = ops.norm_rope(x, weight, cos, sin, eps, style)
+    return out
 
 
 class Angles(nn.Module):
@@ -111,20 +91,6 @@ def frequencies(rope: Rope) -> Tensor:
     return torch.where(medium, mixed, scaled)
 
 
-def gated(gate: Tensor, up: Tensor, act: str, limit: float = 0.0) -> Tensor:
-    """act(gate) * up; with a `limit`, gate is cut above it and up on both sides."""
-    if limit:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return ACTIVATIONS[act](gate) * up
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh}
-
-
 class GLU(nn.Module):
     """down(act(gate(x)) * up(x)): the linears `at`.gate, `at`.up and `at`.down."""
 
@@ -141,29 +107,15 @@ class GLU(nn.Module):
 def experts(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, act: str, limit: float
 ) -> Tensor:
-    """Sum over the chosen experts of weight * down_e(act(gate_e x) * up_e x).
-
-    x [T, D]; index, weight [T, k]; gate_up [E, 2I, D] (gate first); down [E, D, I]. An index that
-    names no expert adds nothing.
-    """
-    out = torch.zeros_like(x)
-    for e in range(gate_up.shape[0]):
-        token, place = (index == e).nonzero(as_tuple=True)
-        if token.numel():
-            gate, up = (x[token] @ gate_up[e].T).chunk(2, -1)
-            y = gated(gate, up, act, limit) @ down[e].T
-            out.index_add_(0, token, weight[token, place, None] * y)
+    """Sum over the chosen experts of float stacks: see `ops.experts_q`."""
+    out: Tensor = ops.experts_q(x, index, weight, gate_up, None, down, None, 32, act, limit)
     return out
 
 
 def sinkhorn(x: Tensor, iters: int, eps: float) -> Tensor:
-    """Logits [T, k, k] to nearly doubly stochastic matrices: rows, then columns, `iters` times."""
-    x = x.softmax(-1) + eps
-    x = x / (x.sum(1, keepdim=True) + eps)
-    for _ in range(iters - 1):
-        x = x / (x.sum(2, keepdim=True) + eps)
-        x = x / (x.sum(1, keepdim=True) + eps)
-    return x
+    """Logits [T, k, k] to nearly doubly stochastic matrices: see `ops.sinkhorn`."""
+    out: Tensor = ops.sinkhorn(x, iters, eps)
+    return out
 
 
 class Head(nn.Module):

@@ -1,0 +1,197 @@
+"""Operators of a net: their meaning against the oracle, and as functions of an ONNX program."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from edge_kv.export.lower_net import to_onnx
+from edge_kv.export.onnx_functions import attach_functions
+from edge_kv.export.quantize import quantize
+from edge_kv.nets import ops
+from edge_kv.nets.state import Stored, attend_rows, quantize_rows, select_rows
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def whole(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+class Call(torch.nn.Module):
+    """One call of an operator: tensors are inputs, None and plain values are fixed."""
+
+    def __init__(self, op, arguments):
+        super().__init__()
+        self.op, self.arguments = op, arguments
+
+    def forward(self, *tensors):
+        given = iter(tensors)
+        out = self.op(*(next(given) if isinstance(a, torch.Tensor) else a for a in self.arguments))
+        return tuple(out) if isinstance(out, list) else out
+
+
+def as_onnx(op, *arguments, open_axes=""):
+    """What a stock onnxruntime computes for one call.
+
+    `open_axes` has one character a tensor: "." where its shape is fixed, else the name of axis 0.
+    """
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    names = open_axes or "." * len(tensors)
+    axes = tuple(None if name == "." else {0: name} for name in names)
+    module = Call(op, [torch.empty(0) if isinstance(a, torch.Tensor) else a for a in arguments])
+    trace = tuple(t.to("meta") for t in tensors)
+    model = to_onnx(module, trace, (axes,), {})
+    attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
+    model.ir_version = 11
+    model.opset_imports.setdefault("com.microsoft", 1)
+    engine = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    feed = {i.name: t.numpy() for i, t in zip(engine.get_inputs(), tensors, strict=True)}
+    return engine.run(None, feed)
+
+
+def close(op, *arguments, open_axes="", atol=2e-6):
+    expected = op(*arguments)
+    expected = expected if isinstance(expected, list) else [expected]
+    for mine, theirs in zip(expected, as_onnx(op, *arguments, open_axes=open_axes), strict=True):
+        np.testing.assert_allclose(theirs, mine.numpy(), rtol=1e-5, atol=atol)
+
+
+NOTHING = (None,) * 5
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_attend_is_the_oracle_over_two_reads_with_picked_rows_and_a_sink(tokens, kv_heads):
+    q, sink, pos = draw(tokens, 4, 8), draw(4), whole(37)
+    ring, blocks = draw(20, kv_heads, 8), draw(12, kv_heads, 8, seed=3)
+    picked = torch.stack([torch.tensor([i % 9, -1, 3]) for i in range(tokens)])
+    expected = attend_rows(
+        q, pos, [Stored(ring, ring, 1, 9), Stored(blocks, blocks, 4, 0, picked)], 0.3, sink
+    )
+    arguments = (
+        q, pos, sink, ring, None, ring, None, None, blocks, None, blocks, None, picked,
+        0.3, [1, 4], [9, 0],
+    )  # fmt: skip
+    torch.testing.assert_close(ops.attend(*arguments), expected, rtol=1e-5, atol=1e-6)
+    close(ops.attend, *arguments, open_axes=".....bb." if tokens == 1 else "t....bbt")
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_attend_over_int8_rows_is_the_oracle_over_what_they_stand_for(tokens):
+    q, pos = draw(tokens, 6, 8), whole(30)
+    (k, ks), (v, vs) = quantize_rows(draw(64, 2, 8)), quantize_rows(draw(64, 2, 8, seed=9))
+    expected = attend_rows(q, pos, [Stored(k * ks, v * vs, 1, 0)], 0.4)
+    arguments = (q, pos, None, k, ks, v, vs, None, *NOTHING, 0.4, [1], [0])
+    torch.testing.assert_close(ops.attend(*arguments), expected, rtol=1e-5, atol=1e-6)
+    close(ops.attend, *arguments, open_axes="..ssss" if tokens == 1 else "t.ssss")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("start", [0, 6, 17])
+def test_put_writes_rows_modulo_the_length_and_nothing_else(dtype, start):
+    table, rows = draw(8, 2, 4).to(dtype), draw(5, 2, 4, seed=1)
+    (out,) = ops.put(table, None, rows, whole(start))
+    expected = table.clone()
+    for i, row in enumerate(rows):
+        expected[(start + i) % 8] = row.to(dtype)
+    assert torch.equal(out, expected)
+    assert not torch.equal(out, table)
+    close(ops.put, table, None, rows, whole(start), open_axes="sn.")
+
+
+def test_put_rounds_rows_to_int8_with_a_scale_for_each_head():
+    table, scales = torch.zeros(8, 2, 4, dtype=torch.int8), torch.zeros(8, 2, 1)
+    rows = draw(3, 2, 4)
+    values, steps = ops.put(table, scales, rows, whole(6))
+    back = (values * steps)[[6, 7, 0]]
+    assert (back - rows).abs().max() <= rows.abs().amax(-1).max() / 254 + 1e-7
+    assert values[1:6].abs().sum() == 0 and steps[1:6].abs().sum() == 0
+    close(ops.put, table, scales, rows, whole(6), open_axes="ssn.")
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("k", [3, 40])
+def test_select_picks_the_rows_that_the_oracle_picks(tokens, k):
+    q, weight, pos, rows = draw(tokens, 5, 8), draw(tokens, 5), whole(61), draw(24, 1, 8)
+    expected = select_rows(q, weight, pos, rows, k, 4)
+    arguments = (q, weight, pos, rows, None, k, 4)
+    (engine,) = as_onnx(ops.select, *arguments, open_axes="...b" if tokens == 1 else "tt.b")
+    for found in (ops.select(*arguments), torch.from_numpy(engine)):
+        assert found.shape == (tokens, k)
+        for mine, theirs in zip(found.tolist(), expected.tolist(), strict=True):
+            assert {i for i in mine if i >= 0} == {i for i in theirs if i >= 0}
+
+
+@pytest.mark.parametrize("style", [ops.HALVES, ops.PAIRS_LAST])
+@pytest.mark.parametrize("pairs", [2, 4])
+def test_norm_rope_turns_pairs_of_normed_heads(style, pairs):
+    x, weight, angle = draw(3, 2, 8), draw(8), draw(3, pairs)
+    out = ops.norm_rope(x, weight, angle.cos(), angle.sin(), 1e-6, style)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    at = (
+        [(j, j + pairs) for j in range(pairs)]
+        if style == ops.HALVES
+        else [(8 - 2 * pairs + 2 * j, 8 - 2 * pairs + 2 * j + 1) for j in range(pairs)]
+    )
+    expected = normed.clone()
+    for j, (a, b) in enumerate(at):
+        turn = torch.complex(normed[..., a], normed[..., b]) * torch.exp(1j * angle[:, None, j])
+        expected[..., a], expected[..., b] = turn.real, turn.imag
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    close(ops.norm_rope, x, weight, angle.cos(), angle.sin(), 1e-6, style, open_axes="t.tt")
+    assert torch.equal(ops.norm_rope(x, None, None, None, -1.0, style), x)
+
+
+def test_sinkhorn_makes_rows_and_columns_sum_to_one():
+    x = draw(3, 4, 4)
+    out = ops.sinkhorn(x, 20, 1e-6)
+    torch.testing.assert_close(out.sum(1), torch.ones(3, 4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.sum(2), torch.ones(3, 4), rtol=0, atol=1e-4)
+    close(ops.sinkhorn, x, 20, 1e-6, open_axes="t")
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("act", "limit"), [(ops.SILU, 0.5), (ops.GELU, 0.0)])
+def test_experts_run_where_they_are_chosen(tokens, packed, act, limit):
+    """5 experts; index 5 names none, and one expert is chosen by nobody."""
+    x, weight = draw(tokens, 64), draw(tokens, 2).softmax(-1)
+    index = torch.stack([torch.tensor([i % 4, 5 if i % 2 else 3]) for i in range(tokens)])
+    gate_up, down = draw(5, 64, 64) / 8, draw(5, 64, 32) / 6
+    scales = [None, None]
+    stacks = [gate_up, down]
+    if packed:
+        for i, w in enumerate(stacks):
+            values, steps, _ = quantize(w.flatten(0, 1), 4, 32)
+            stacks[i], scales[i] = values.unflatten(0, (5, -1)), steps.unflatten(0, (5, -1))
+        gate_up, down = (
+            ops.quantised.unpack_blocks(s, c, 4) for s, c in zip(stacks, scales, strict=True)
+        )
+    expected = torch.zeros_like(x)
+    for t in range(tokens):
+        for e, w in zip(index[t].tolist(), weight[t], strict=True):
+            if e < 5:
+                gate, up = (gate_up[e] @ x[t]).chunk(2)
+                expected[t] += w * (down[e] @ ops.gated(gate, up, act, limit))
+    arguments = (x, index, weight, stacks[0], scales[0], stacks[1], scales[1], 4, act, limit)
+    torch.testing.assert_close(ops.experts_q(*arguments), expected, rtol=1e-5, atol=1e-5)
+    close(
+        ops.experts_q,
+        *arguments,
+        open_axes=("" if tokens == 1 else "ttt...." if packed else "ttt.."),
+        atol=1e-5,
+    )
+
+
+def test_every_operator_names_its_tensors_in_order():
+    assert set(ops.OPERATORS) == {
+        "put", "attend", "select", "norm_rope", "sinkhorn", "linear_q", "embed_q", "experts_q",
+    }  # fmt: skip
+    assert ops.OPERATORS["put"].tensors == ("table", "scales", "rows", "start")
+    assert ops.OPERATORS["attend"].tensors[:3] == ("q", "pos", "sink")
