@@ -239,8 +239,10 @@ def run(
     from edge_kv.artifact import read_artifact
     from edge_kv.runtime import load
     from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Options, Template
+    from edge_kv.runtime.text import clean_text
 
     text = _prompt(prompt, file)
+    system = clean_text(system, "system prompt") if system else None
     if text is None and as_json:
         raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
     opened = read_artifact(artifact)
@@ -517,21 +519,19 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     """The prompt from the argument, --file or stdin; None to converse on a terminal."""
     if prompt is not None and file is not None:
         raise PromptError("Both a prompt and --file were given; give one of them.")
+    from edge_kv.runtime.text import clean_text
+
     if prompt is not None:
-        return prompt
+        return clean_text(prompt)
     try:
         if file is not None:
-            text = file.read_text(encoding="utf-8")
+            text = clean_text(file.read_bytes())
         elif sys.stdin.isatty():
             return None
         else:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = clean_text(sys.stdin.buffer.read())
     except OSError as e:
         raise PromptError(f"Cannot read the prompt from {file}: {e.strerror}.") from e
-    except UnicodeDecodeError as e:
-        raise PromptError(
-            f"The prompt is not UTF-8 text (byte {e.start}); convert it first."
-        ) from e
     if not text.strip():
         raise PromptError("The prompt is empty; give some text.")
     return text

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
 
-from edge_kv.artifact import Artifact
-from edge_kv.errors import ArtifactError, ConfigError, PromptError
+from edge_kv.errors import ConfigError
 from edge_kv.runtime.generation import Slide, generate
 from edge_kv.runtime.session import Session
+from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.runtime.text import TextStream, Tokenizer
 
-RAW_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-"""No roles and no marks: the model continues the text of all turns."""
+__all__ = ["RAW_TEMPLATE", "Chat", "Options", "Reply", "Template"]
 
 
 @dataclass(frozen=True)
@@ -44,60 +40,6 @@ class Reply:
     reused_tokens: int  # of those, how many the session still held
     first_token_seconds: float  # from the question to its first token
     seconds: float
-
-
-class Template:
-    """A Jinja chat template in the conventions of Hugging Face, in a sandbox."""
-
-    def __init__(self, source: str, name: str = "chat template") -> None:
-        """Compile `source`.
-
-        Raises:
-            ArtifactError: it is not a valid template.
-        """
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._name = name
-        try:
-            self._template: Any = environment.from_string(source)
-        except TemplateError as e:
-            raise ArtifactError(f"The {name} is not a valid Jinja template: {e}.") from e
-
-    @classmethod
-    def of(cls, artifact: Artifact) -> Template | None:
-        """The chat template of an artifact; None when it has none (a base model)."""
-        entry = artifact.manifest.tokenizer
-        if entry is None or entry.chat_template is None:
-            return None
-        path = artifact.path(entry.chat_template)
-        try:
-            return cls(path.read_text(encoding="utf-8"), path.name)
-        except (OSError, UnicodeDecodeError) as e:
-            raise ArtifactError(f"Cannot read the chat template {path}: {e}.") from e
-
-    def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
-        """The text of a conversation, ready for the model's next turn.
-
-        Raises:
-            PromptError: the template refuses the conversation (roles out of order, …).
-        """
-        from jinja2 import TemplateError
-
-        try:
-            text: str = self._template.render(
-                messages=messages, add_generation_prompt=True, **variables
-            )
-        except (TemplateError, TypeError, ValueError) as e:
-            raise PromptError(f"The {self._name} refuses this conversation: {e}.") from e
-        return text
 
 
 class Chat:
@@ -258,14 +200,3 @@ class Chat:
     def _eos_token(self) -> str:
         eos = self.session.config.eos_ids
         return self.tokenizer.token(eos[0]) if eos else ""
-
-
-def _refuse(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """Jinja's own filter escapes HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)

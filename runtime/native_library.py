@@ -46,7 +46,8 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
         "dotprod": ("-march=armv8.2-a+dotprod",),
     },
 }
-KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp")
+OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp")
+KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", "weights.cpp", *OPERATORS)
 ENGINE = ("operators.cpp", "engine.cpp")
 RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 LIBRARIES = (
@@ -193,7 +194,9 @@ def build_onnx_operators(machine: str | None = None) -> Path:
     Raises:
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
     """
-    sources: dict[str, tuple[str, ...]] = dict.fromkeys((*KERNELS, "onnx_operators.cpp"), ())
+    sources: dict[str, tuple[str, ...]] = dict.fromkeys(
+        (*KERNELS, "onnx_adapter.cpp", "onnx_operators.cpp"), ()
+    )
     link = ("-shared", "-pthread")
     return build("edge_kv_onnx", sources, link, suffix=".so", machine=machine)
 

@@ -395,6 +395,7 @@ import ctypes, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_dense_kernels as d
 import test_executorch_kernels as t
+import test_weight_kernels as w
 library = t.Library(ctypes.CDLL({str(path)!r}))
 for isa in t.MACHINE_ISAS:
     for storage in t.STORAGES:
@@ -408,6 +409,12 @@ for isa in t.MACHINE_ISAS:
     for shape in d.SHAPES:
         for tokens in (2, 19):
             d.Product(*shape, tokens=tokens).run(library.native, isa)
+    for name in w.FORMATS:
+        for cols, rows in w.SHAPES:
+            w.Product(name, cols, rows, tokens=15).run(library.native, isa)
+        w.Product(name, 100, 5, step=0.1).run(library.native, isa)
+for name in w.FORMATS:
+    w.test_an_embedded_row_is_the_dequantised_one(library.native, name)
 print("clean")
 """
     environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}

@@ -37,13 +37,14 @@ void store_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, cons
       const int64_t from = (t * b.kv_heads + h) * b.dim;
       const int64_t to = h * b.slots + slot;
       kernels.norm_rope(k + from, k_norm, step.cos + t * b.dim / 2, step.sin + t * b.dim / 2,
-                        b.dim, step.eps, 1.0f, row);
+                        b.dim / 2, Rotation::halves, b.dim, step.eps, 1.0f, row);
       kernels.store(row, b.dim, b.storage, b.key_zero,
                     static_cast<char*>(b.keys) + size_t(to) * row_bytes,
                     b.key_scales ? b.key_scales + to : nullptr);
       const float* value = v + from;
       if (v_norm) {
-        kernels.norm_rope(value, nullptr, nullptr, nullptr, b.dim, step.eps, 1.0f, row);
+        kernels.norm_rope(value, nullptr, nullptr, nullptr, 0, Rotation::halves, b.dim, step.eps,
+                          1.0f, row);
         value = row;
       }
       kernels.store(value, b.dim, b.storage, 0,
@@ -79,7 +80,8 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
     for (int h = 0; h < q_heads; ++h) {  // [kv_head, token, group, dim]: a block's rows adjoin
       const int64_t to = (int64_t(h / group) * tokens + t) * group + h % group;
       kernels.norm_rope(q + (t * q_heads + h) * dim, q_norm, step.cos + t * dim / 2,
-                        step.sin + t * dim / 2, dim, step.eps, scale, queries + to * dim);
+                        step.sin + t * dim / 2, dim / 2, Rotation::halves, dim, step.eps, scale,
+                        queries + to * dim);
     }
   });
 
@@ -100,7 +102,7 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
                       b.key_scales ? b.key_scales + offset : nullptr,
                       static_cast<const char*>(b.values) + size_t(offset) * row_bytes,
                       b.value_scales ? b.value_scales + offset : nullptr,
-                      b.slots, dim, b.storage, b.key_zero};
+                      b.slots, dim, dim, 1, b.storage, b.key_zero};
     const int64_t position = step.position + first;
     const Queries mine{queries + (int64_t(head) * tokens + first) * group * dim, count * group,
                        group, position, window};

@@ -7,6 +7,7 @@
 #include "dense_kernels.h"
 #include "dense_tiles.h"
 #include "dots.h"
+#include "weight_kernels.h"
 #include "simd.h"
 
 namespace edge_kv {
@@ -25,12 +26,13 @@ float dot(const float* a, const float* b, int n) {
 
 // scores[r][j] = q[r] . keys[j] for R query rows and 2 keys, each key converted once.
 template <int R, class E>
-inline void dot_pair(const float* q, int dim, const E* key, float (*scores)[kTile], int j) {
+inline void dot_pair(const float* q, int dim, const E* key, const E* next, float (*scores)[kTile],
+                     int j) {
   Vec first[R], second[R];
   for (int r = 0; r < R; ++r) first[r] = second[r] = splat(0.0f);
   int d = 0;
   for (; d + kWidth <= dim; d += kWidth) {
-    const Vec a = load(key + d), b = load(key + dim + d);
+    const Vec a = load(key + d), b = load(next + d);
     for (int r = 0; r < R; ++r) {
       const Vec x = load(q + r * dim + d);
       first[r] = multiply_add(x, a, first[r]);
@@ -41,7 +43,7 @@ inline void dot_pair(const float* q, int dim, const E* key, float (*scores)[kTil
     float a = total(first[r]), b = total(second[r]);
     for (int i = d; i < dim; ++i) {
       a += q[r * dim + i] * value_of(key[i]);
-      b += q[r * dim + i] * value_of(key[dim + i]);
+      b += q[r * dim + i] * value_of(next[i]);
     }
     scores[r][j] = a;
     scores[r][j + 1] = b;
@@ -86,10 +88,10 @@ inline float soften(float* scores, int n, float* top, float* sum) {
   return keep;
 }
 
-// mix[r] = keep[r] * mix[r] + sum_j weights[r][j] * values[j]
+// mix[r] = keep[r] * mix[r] + sum_j weights[r][j] * values[j]; values lie `stride` apart.
 template <int R, class E>
-inline void mix_values(const float (*weights)[kTile], const float* keep, const E* values, int n,
-                       int dim, float* mix) {
+inline void mix_values(const float (*weights)[kTile], const float* keep, const E* values,
+                       int64_t stride, int n, int dim, float* mix) {
   int d = 0;
   for (; d + 2 * kWidth <= dim; d += 2 * kWidth) {
     Vec low[R], high[R];
@@ -99,7 +101,7 @@ inline void mix_values(const float (*weights)[kTile], const float* keep, const E
       high[r] = mul(load(mix + r * dim + d + kWidth), k);
     }
     const E* v = values + d;
-    for (int j = 0; j < n; ++j, v += dim) {
+    for (int j = 0; j < n; ++j, v += stride) {
       const Vec a = load(v), b = load(v + kWidth);
       for (int r = 0; r < R; ++r) {
         const Vec w = splat(weights[r][j]);
@@ -115,23 +117,21 @@ inline void mix_values(const float (*weights)[kTile], const float* keep, const E
   for (; d < dim; ++d)
     for (int r = 0; r < R; ++r) {
       float x = mix[r * dim + d] * keep[r];
-      for (int j = 0; j < n; ++j) x += weights[r][j] * value_of(values[int64_t(j) * dim + d]);
+      for (int j = 0; j < n; ++j) x += weights[r][j] * value_of(values[j * stride + d]);
       mix[r * dim + d] = x;
     }
 }
 
 struct Tile {
-  int64_t position;  // of the first key
+  int64_t first;  // row
   int64_t slot;
   int count;
 };
 
 // Whether any of the query rows [first, first + rows) sees a key of the tile.
 inline bool sees(const Queries& q, int first, int rows, const Tile& tile) {
-  const int64_t oldest = q.position + first / q.group;
-  const int64_t newest = q.position + (first + rows - 1) / q.group;
-  return tile.position <= newest &&
-         (!q.window || tile.position + tile.count - 1 > oldest - q.window);
+  return tile.first <= q.newest(first + rows - 1) &&
+         (!q.window || tile.first + tile.count - 1 > q.newest(first) - q.window);
 }
 
 // Turn the products of R query rows with a tile's keys into the weights of its values; `steps` is
@@ -140,31 +140,29 @@ inline bool sees(const Queries& q, int first, int rows, const Tile& tile) {
 template <int R>
 inline void weigh(const Cache& cache, const Queries& q, int first, const Tile& tile,
                   const float* steps, float (*scores)[kTile], float* keep, const Partial& out) {
-  const int64_t oldest = q.position + first / q.group;
-  const int64_t newest = q.position + (first + R - 1) / q.group;
-  const bool edge = tile.position + tile.count - 1 > oldest ||
-                    (q.window && tile.position <= newest - q.window);
+  const bool edge = tile.first + tile.count - 1 > q.newest(first) ||
+                    (q.window && tile.first <= q.newest(first + R - 1) - q.window);
   for (int r = 0; r < R; ++r) {
     if (cache.key_scales)
       for (int i = 0; i < tile.count; ++i)
-        scores[r][i] *= steps[r] * cache.key_scales[tile.slot + i];
+        scores[r][i] *= steps[r] * cache.key_scales[(tile.slot + i) * cache.scale_stride];
     if (edge) {
-      const int64_t at = q.position + (first + r) / q.group;
+      const int64_t newest = q.newest(first + r);
       for (int i = 0; i < tile.count; ++i) {
-        const int64_t key = tile.position + i;
-        if (key > at || (q.window && key <= at - q.window)) scores[r][i] = kMasked;
+        const int64_t key = tile.first + i;
+        if (key > newest || (q.window && key <= newest - q.window)) scores[r][i] = kMasked;
       }
     }
     keep[r] = soften(scores[r], tile.count, out.top + first + r, out.sum + first + r);
     if (cache.value_scales)
-      for (int i = 0; i < tile.count; ++i) scores[r][i] *= cache.value_scales[tile.slot + i];
+      for (int i = 0; i < tile.count; ++i) scores[r][i] *= cache.value_scales[(tile.slot + i) * cache.scale_stride];
   }
 }
 
 // The values are next; later query rows find them in the cache.
-inline void prefetch(const void* rows, int64_t bytes) {
+inline void prefetch(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64)
-    __builtin_prefetch(static_cast<const char*>(rows) + b, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
 }
 
 template <int N>
@@ -202,16 +200,20 @@ void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
     alignas(64) float scores[R][kTile];
     float keep[R];
     const float* rows = q.rows + int64_t(first) * dim;
-    const K* keys = static_cast<const K*>(cache.keys) + tile.slot * dim;
-    const V* values = static_cast<const V*>(cache.values) + tile.slot * dim;
+    const int64_t stride = cache.row_stride;
+    const K* keys = static_cast<const K*>(cache.keys) + tile.slot * stride;
+    const V* values = static_cast<const V*>(cache.values) + tile.slot * stride;
     int j = 0;
     for (; j + 2 <= tile.count; j += 2) {
-      if (first == 0) prefetch(values + int64_t(j) * dim, 2 * dim * int64_t(sizeof(V)));
-      dot_pair<R>(rows, dim, keys + int64_t(j) * dim, scores, j);
+      if (first == 0) {
+        prefetch(values + j * stride, dim * int64_t(sizeof(V)));
+        prefetch(values + (j + 1) * stride, dim * int64_t(sizeof(V)));
+      }
+      dot_pair<R>(rows, dim, keys + j * stride, keys + (j + 1) * stride, scores, j);
     }
-    if (j < tile.count) dot_single<R>(rows, dim, keys + int64_t(j) * dim, scores, j);
+    if (j < tile.count) dot_single<R>(rows, dim, keys + j * stride, scores, j);
     weigh<R>(cache, q, first, tile, steps, scores, keep, out);
-    mix_values<R>(scores, keep, values, tile.count, dim, out.mix + int64_t(first) * dim);
+    mix_values<R>(scores, keep, values, stride, tile.count, dim, out.mix + int64_t(first) * dim);
   });
 }
 
@@ -256,11 +258,27 @@ inline void digit_dots(const Digit* q, int dim, const K* one, const K* two, floa
   }
 }
 
-// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * values[j]; unless `next` is null, as
-// many bytes from there are fetched on the way.
+// Rows that are read after the ones at hand, fetched a few bytes at a time.
+struct Ahead {
+  const char* row;  // null: none
+  int64_t stride;
+  int bytes;  // of a row
+  int column = 0;
+
+  void fetch(int count) {
+    if (!row) return;
+    __builtin_prefetch(row + column, 0, 2);
+    column += count;
+    if (column >= bytes) column -= bytes, row += stride;
+  }
+};
+
+// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * values[j], values lying `stride`
+// apart; as many rows are fetched `ahead` on the way.
 template <int R>
 inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps, const float* keep,
-                      const int8_t* values, int n, int dim, float* mix, const char* next) {
+                      const int8_t* values, int64_t stride, int n, int dim, float* mix,
+                      Ahead ahead) {
   for (int d = 0; d < dim; d += 2 * kWidth) {
     Dots low[R][kDigits], high[R][kDigits];
     for (int r = 0; r < R; ++r)
@@ -269,9 +287,9 @@ inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps
       const int8_t* rows[kGroup];
       for (int i = 0; i < kGroup; ++i) {
         const int row = j + i < n ? j + i : n - 1;  // beyond the last row the weights are zero
-        rows[i] = values + int64_t(row) * dim + d;
+        rows[i] = values + row * stride + d;
       }
-      if (next) __builtin_prefetch(next, 0, 2), next += kGroup * 2 * kWidth;
+      ahead.fetch(kGroup * 2 * kWidth);
       Digits v[2];
       columns(rows, v);
       for (int r = 0; r < R; ++r)
@@ -316,12 +334,13 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
       alignas(64) Digit weights[R][kDigits][kTile];
       float steps[R], keep[R];
       const Digit* rows = digits + at * kDigits * dim;
-      const K* keys = static_cast<const K*>(cache.keys) + tile.slot * dim;
-      const int8_t* values = static_cast<const int8_t*>(cache.values) + tile.slot * dim;
+      const int64_t stride = cache.row_stride;
+      const K* keys = static_cast<const K*>(cache.keys) + tile.slot * stride;
+      const int8_t* values = static_cast<const int8_t*>(cache.values) + tile.slot * stride;
       for (int j = 0; j < n; j += 2) {
-        if (first == 0) prefetch(values + int64_t(j) * dim, (j + 1 < n ? 2 : 1) * dim);
-        const K* key = keys + int64_t(j) * dim;
-        digit_dots<R>(rows, dim, key, j + 1 < n ? key + dim : key, scores, j);
+        const int next = j + 1 < n ? j + 1 : j;
+        if (first == 0) prefetch(values + j * stride, dim), prefetch(values + next * stride, dim);
+        digit_dots<R>(rows, dim, keys + j * stride, keys + next * stride, scores, j);
       }
       weigh<R>(cache, q, first, tile, query_steps + at, scores, keep, out);
       const int padded = (n + kWidth - 1) / kWidth * kWidth;
@@ -330,8 +349,10 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
         steps[r] = to_digits(scores[r], padded, kLargest, weights[r][0], kTile);
       }
       const bool more = first == 0 && tile.slot + 2 * n <= cache.slots;
-      digit_mix<R>(weights, steps, keep, values, n, dim, out.mix + int64_t(first) * dim,
-                   more ? reinterpret_cast<const char*>(keys + int64_t(n) * dim) : nullptr);
+      const Ahead keys_after{
+          more ? reinterpret_cast<const char*>(keys + n * stride) : nullptr, stride, dim};
+      digit_mix<R>(weights, steps, keep, values, stride, n, dim, out.mix + int64_t(first) * dim,
+                   keys_after);
     });
   }
 }
@@ -358,20 +379,64 @@ void attend(const Cache& cache, const Queries& q, int64_t begin, int64_t end, co
   }
 }
 
-void norm_rope(const float* x, const float* weight, const float* cos, const float* sin, int dim,
-               float eps, float scale, float* out) {
-  const float root = 1.0f / sqrtf(dot(x, x, dim) / float(dim) + eps);
-  for (int d = 0; d < dim; ++d) out[d] = x[d] * root * (weight ? weight[d] : 1.0f);
-  if (cos) {
-    const int half = dim / 2;
-    for (int d = 0; d < half; ++d) {
-      const float a = out[d], b = out[d + half];
-      out[d] = (a * cos[d] - b * sin[d]) * scale;
-      out[d + half] = (b * cos[d] + a * sin[d]) * scale;
-    }
-  } else if (scale != 1.0f) {
-    for (int d = 0; d < dim; ++d) out[d] *= scale;
+void norm_rope(const float* x, const float* weight, const float* cos, const float* sin, int angles,
+               Rotation rotation, int dim, float eps, float scale, float* out) {
+  const float root = eps < 0 ? scale : scale / sqrtf(dot(x, x, dim) / float(dim) + eps);
+  if (weight) {
+    for (int d = 0; d < dim; ++d) out[d] = x[d] * root * weight[d];
+  } else {
+    for (int d = 0; d < dim; ++d) out[d] = x[d] * root;
   }
+  if (rotation == Rotation::halves) {
+    float* const second = out + angles;
+    for (int i = 0; i < angles; ++i) {
+      const float a = out[i], b = second[i];
+      out[i] = a * cos[i] - b * sin[i];
+      second[i] = b * cos[i] + a * sin[i];
+    }
+  } else {
+    float* const last = out + dim - 2 * angles;
+    for (int i = 0; i < angles; ++i) {
+      const float a = last[2 * i], b = last[2 * i + 1];
+      last[2 * i] = a * cos[i] - b * sin[i];
+      last[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+// relu_scores of rows stored as E.
+template <class E>
+void relu_scores_as(const Cache& cache, const float* q, int rows, const float* weights,
+                    int64_t begin, int64_t end, float* scores) {
+  const int dim = cache.dim;
+  for (int64_t i = begin; i < end; ++i) scores[i - begin] = 0.0f;
+  walk<kRows>(cache, begin, end, rows, [&](auto block, int first, const Tile& tile) {
+    constexpr int R = decltype(block)::count;
+    alignas(64) float dots[R][kTile];
+    const float* mine = q + int64_t(first) * dim;
+    const E* keys = static_cast<const E*>(cache.keys) + tile.slot * cache.row_stride;
+    int j = 0;
+    for (; j + 2 <= tile.count; j += 2)
+      dot_pair<R>(mine, dim, keys + j * cache.row_stride, keys + (j + 1) * cache.row_stride, dots,
+                  j);
+    if (j < tile.count) dot_single<R>(mine, dim, keys + j * cache.row_stride, dots, j);
+    float* to = scores + (tile.first - begin);
+    for (j = 0; j < tile.count; ++j) {
+      float sum = 0.0f;
+      for (int r = 0; r < R; ++r)
+        sum += dots[r][j] > 0.0f ? weights[first + r] * dots[r][j] : 0.0f;
+      // A scale is positive: it goes through the maximum.
+      to[j] += cache.key_scales ? sum * cache.key_scales[(tile.slot + j) * cache.scale_stride] : sum;
+    }
+  });
+}
+
+void relu_scores(const Cache& cache, const float* q, int rows, const float* weights, int64_t begin,
+                 int64_t end, float* scores) {
+  const auto run = cache.storage == Storage::f32   ? relu_scores_as<float>
+                   : cache.storage == Storage::f16 ? relu_scores_as<uint16_t>
+                                                   : relu_scores_as<int8_t>;
+  run(cache, q, rows, weights, begin, end, scores);
 }
 
 void store(const float* x, int dim, Storage storage, int zero, void* row, float* row_scale) {
@@ -388,8 +453,10 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
       float top = 1e-20f;
       for (int d = 0; d < dim; ++d) top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
       const float scale = top * float(1.0 / 127);
-      for (int d = 0; d < dim; ++d)
-        static_cast<uint8_t*>(row)[d] = uint8_t(int(rintf(x[d] / scale)) + zero);
+      for (int d = 0; d < dim; ++d) {
+        const float steps = rintf(x[d] / scale);  // no number where x is not finite
+        static_cast<uint8_t*>(row)[d] = uint8_t((steps >= -127 && steps <= 127 ? int(steps) : 0) + zero);
+      }
       *row_scale = scale;
       return;
     }
@@ -404,9 +471,10 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
 #define EDGE_KV_TEXT(isa) EDGE_KV_QUOTED(isa)
 extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
 const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
-    EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot,
+    EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, relu_scores,
     dense_fits, dense_bytes, dense_round, dense_rows,
     kTileRows, tiles_fit, tile_token_bytes, tile_round, tile_bytes, tile_dense,
+    round_row, multiply_groups,
 };
 
 }  // namespace edge_kv

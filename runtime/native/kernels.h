@@ -11,9 +11,14 @@ namespace edge_kv {
 // How a state row or a weight is stored.
 enum class Storage { f32, f16, int8 };
 
-// One KV head of a cache: rows [slots, dim]; the row of absolute position p is at p % slots.
-// Scales [slots] belong to int8 rows and are null otherwise. Int8 keys are stored plus `key_zero`:
-// 0, or 128 where a runtime multiplies unsigned bytes.
+// Which values of a row an angle turns: value i and value i + angles, or values 2i and 2i + 1 of the
+// last 2 * angles.
+enum class Rotation { halves, pairs_last };
+
+// One KV head of a cache: rows of `dim` elements, `row_stride` elements from one slot to the next;
+// row i is at slot i % slots. Scales, `scale_stride` floats apart, belong to int8 rows and are null
+// otherwise. Int8 keys are stored plus `key_zero`: 0, or 128 where a runtime multiplies unsigned
+// bytes.
 struct Cache {
   const void* keys;
   const float* key_scales;
@@ -21,18 +26,26 @@ struct Cache {
   const float* value_scales;
   int64_t slots;
   int dim;
+  int64_t row_stride;
+  int64_t scale_stride;
   Storage storage;
   int key_zero = 0;
 };
 
 // Query rows [rows, dim], already normed, rotated and scaled; `group` consecutive rows stand at one
-// position, the first at `position`. A window of W sees the W newest positions, 0 sees all.
+// position, the first at `position`. Row i of the cache stands for the positions i * stride …
+// i * stride + stride - 1 and is seen once its last one is not later than the query's. A window of W
+// (with a stride of 1) sees the W newest positions, 0 sees all.
 struct Queries {
   const float* rows;
   int count;
   int group;
   int64_t position;
   int64_t window;
+  int64_t stride = 1;
+
+  // The newest row that query row r sees; -1: none.
+  int64_t newest(int r) const { return (position + r / group + 1) / stride - 1; }
 };
 
 // Softmax in progress for `count` rows: running maximum, sum of exponentials, and the weighted sum
@@ -45,21 +58,52 @@ struct Partial {
 
 constexpr float kMasked = -1e30f;
 
+// Stored matrices: edge_kv/formats.py says what they are, weights.h what is done with them.
+constexpr int kBlockValues = 32;  // values of a row that share a scale
+constexpr int kGroupRows = 16;  // rows that are stored together
+constexpr int kLineBytes = 64;   // bytes: four of each row of a group
+constexpr int8_t kLevels[16] = {-127, -102, -82, -65, -50, -36, -22, -9,
+                                3,    16,   29,  43,  57,  73,  92,  115};
+
+enum class Scale { row, s8, f16 };  // one f32 a row; a byte a block besides; a half a block
+
+struct Format {
+  const char* name;
+  int bits;
+  Scale scale;
+  bool levels;  // codes are indices into kLevels
+
+  constexpr int head() const { return scale != Scale::f16; }  // lines of row scales
+  constexpr int served() const {  // blocks whose scales fill a line
+    return scale == Scale::row ? 0 : scale == Scale::s8 ? 4 : 2;
+  }
+};
+
+// Bytes of one token's rounded activations: values, steps and sums of blocks.
+constexpr int64_t rounded_stride(int64_t cols) {
+  const int64_t blocks = (cols + kBlockValues - 1) / kBlockValues;
+  return (blocks * (kBlockValues + 8) + kLineBytes - 1) / kLineBytes * kLineBytes;
+}
+
 struct Kernels {
   const char* name;
 
   // Fold the keys at positions [begin, end) into `partial`.
   void (*attend)(const Cache&, const Queries&, int64_t begin, int64_t end, const Partial&);
 
-  // out = x * rsqrt(mean(x^2) + eps) * weight, then rotate halves by cos and sin [dim / 2], then
-  // times `scale`. A null weight is all ones, a null cos does not rotate.
+  // out = x * rsqrt(mean(x^2) + eps) * weight, then rotated by cos and sin [angles], then times
+  // `scale`. A negative eps does not norm, a null weight is all ones.
   void (*norm_rope)(const float* x, const float* weight, const float* cos, const float* sin,
-                    int dim, float eps, float scale, float* out);
+                    int angles, Rotation, int dim, float eps, float scale, float* out);
 
   // Store one row; int8 rows get the scale max|x| / 127 and are shifted by `zero`, 0 or 128.
   void (*store)(const float* x, int dim, Storage, int zero, void* row, float* row_scale);
 
   float (*dot)(const float* a, const float* b, int n);
+
+  // scores[i - begin] = sum over the query rows r of weights[r] * max(0, q[r] . key i).
+  void (*relu_scores)(const Cache&, const float* q, int rows, const float* weights, int64_t begin,
+                      int64_t end, float* scores);
 
   // The integer matrix-vector product of dense.h: which shapes it takes, x rounded into dense_bytes
   // of memory, and rows [begin, end).
@@ -79,6 +123,15 @@ struct Kernels {
   void (*tile_dense)(const uint8_t* x, int64_t tokens, const uint8_t* packed, const float* scales,
                      int64_t n_out, int64_t n_in, int bits, int64_t block, int64_t begin,
                      uint8_t* memory, float* out);
+
+  // Activations of one token into `rounded_stride` bytes: see `round_activations`.
+  void (*round_row)(const float* x, int64_t cols, float step, void* out);
+
+  // `groups` groups of rows, `rows` of which are of the matrix, with rounded activations of tokens
+  // that are `x_stride` bytes apart; rows of `out` are `stride` apart.
+  void (*multiply)(const Format&, const uint8_t* data, int64_t groups, int64_t blocks,
+                   const uint8_t* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
+                   int64_t rows);
 };
 
 // The kernels for this CPU; EDGE_KV_ISA=scalar|avx2|avx512|avx512vnni|neon|dotprod in the

@@ -52,10 +52,15 @@ struct Api {
   Entry<65, Status*(const Value*, Shape**)> GetTensorTypeAndShape{table};
   Entry<85, Status*(const Info*, const char*, float*)> KernelInfoGetAttribute_float{table};
   Entry<86, Status*(const Info*, const char*, int64_t*)> KernelInfoGetAttribute_int64{table};
+  Entry<87, Status*(const Info*, const char*, char*, size_t*)> KernelInfoGetAttribute_string{
+      table};
+  Entry<88, Status*(const Context*, size_t*)> KernelContext_GetInputCount{table};
   Entry<90, Status*(const Context*, size_t, const Value**)> KernelContext_GetInput{table};
   Entry<91, Status*(Context*, size_t, const int64_t*, size_t, Value**)>
       KernelContext_GetOutput{table};
   Entry<99, void(Shape*)> ReleaseTensorTypeAndShapeInfo{table};
+  Entry<163, Status*(const Info*, const char*, int64_t*, size_t*)>
+      KernelInfoGetAttributeArray_int64{table};
   Entry<237, Status*(const SessionOptions*, const char*, int*)> HasSessionConfigEntry{table};
   Entry<238, Status*(const SessionOptions*, const char*, char*, size_t*)>
       GetSessionConfigEntry{table};

@@ -330,28 +330,12 @@ std::vector<Row> operators(int threads) {
 
 }  // namespace
 
-// Called by onnxruntime for every session that the library is given to. The session's options
-// carry its thread count, since an operator cannot ask for it; without, one.
-extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
-    SessionOptions* options, const ApiBase* base) {
-  static const Api table{base->get_api(kApi)};
-  api = &table;
-  const char* const key = "edge_kv.threads";
-  char text[16] = "1";
-  size_t size = sizeof text;
-  int given;
-  try {
-    check(api->HasSessionConfigEntry(options, key, &given));
-    if (given) check(api->GetSessionConfigEntry(options, key, text, &size));
-    // Sessions refer to their operators for as long as the process lives.
-    auto* rows = new std::vector<Row>(operators(std::max(1, atoi(text))));
-    Domain* domain;
-    check(api->CreateCustomOpDomain("edge_kv", &domain));
-    for (const Row& r : *rows) check(api->CustomOpDomain_Add(domain, &r));
-    check(api->AddCustomOpDomain(options, domain));
-  } catch (const Failure& failure) {
-    return failure.status;
-  }
+Status* add_old_operators(const Api& of, int threads, Domain* domain) {
+  api = &of;
+  // Sessions refer to their operators for as long as the process lives.
+  auto* rows = new std::vector<Row>(operators(threads));
+  for (const Row& r : *rows)
+    if (Status* status = api->CustomOpDomain_Add(domain, &r)) return status;
   return nullptr;
 }
 

@@ -1,0 +1,278 @@
+// Products of stored matrices for one instruction set; part of kernels.cpp.
+//
+// A vector of weights is four bytes of each of kWidth rows. Its parts, fields of `bits` bits in each
+// byte, become bytes and meet four values of x, the same for all rows; an int32 lane adds the four
+// products. Where the CPU multiplies unsigned bytes with signed ones, weights stay as stored, above
+// zero, and what that adds is subtracted from the start: `kZero` times the sum of the block of x.
+#pragma once
+
+#include "dense_kernels.h"
+#include "simd.h"
+
+namespace edge_kv {
+namespace {
+
+constexpr int kVectors = kGroupRows / kWidth;  // of a line
+constexpr int kUnroll = kWidth > 1 ? 8 : 1;  // so that sums stay in registers
+constexpr int kBytesAhead = 6144;          // past the page where the hardware's own prefetch stops
+
+#if defined(__AVX512BW__)
+
+constexpr int kFewTokens = 8;
+template <int bits, bool levels>
+constexpr int kZero = levels ? 128 : 1 << (bits - 1);
+inline Ints four_values(const int8_t* x) { return _mm512_set1_epi32(four_bytes(x)); }
+inline Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+template <int bits, bool levels>
+inline Ints part_of(Ints w, int part) {
+  if (bits == 8) return w;
+  w = _mm512_and_si512(_mm512_srli_epi16(w, unsigned(part * bits)),
+                       _mm512_set1_epi8((1 << bits) - 1));
+  if (!levels) return w;
+  const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i*)kLevels), _mm_set1_epi8(-128));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), w);
+}
+template <bool wide>
+inline Ints add_part(Ints sum, Ints w, Ints x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(sum, w, x);
+#else
+  if (!wide) return add_products(sum, w, x);
+  const Ints low = _mm512_set1_epi16(255), ones = _mm512_set1_epi16(1);
+  const Ints even = _mm512_maddubs_epi16(_mm512_and_si512(w, low), x);
+  const Ints odd = _mm512_maddubs_epi16(_mm512_andnot_si512(low, w), x);
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, ones));
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(odd, ones));
+#endif
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kFewTokens = 4;
+template <int bits, bool levels>
+constexpr int kZero = levels ? 128 : 1 << (bits - 1);
+inline Ints four_values(const int8_t* x) { return _mm256_set1_epi32(four_bytes(x)); }
+inline Ints splat_int(int32_t x) { return _mm256_set1_epi32(x); }
+template <int bits, bool levels>
+inline Ints part_of(Ints w, int part) {
+  if (bits == 8) return w;
+  w = _mm256_and_si256(_mm256_srli_epi16(w, part * bits), _mm256_set1_epi8((1 << bits) - 1));
+  if (!levels) return w;
+  const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i*)kLevels), _mm_set1_epi8(-128));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), w);
+}
+template <bool wide>
+inline Ints add_part(Ints sum, Ints w, Ints x) {
+  if (!wide) return add_products(sum, w, x);
+  const Ints low = _mm256_set1_epi16(255), ones = _mm256_set1_epi16(1);
+  const Ints even = _mm256_maddubs_epi16(_mm256_and_si256(w, low), x);
+  const Ints odd = _mm256_maddubs_epi16(_mm256_andnot_si256(low, w), x);
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, ones));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, ones));
+}
+
+#elif defined(__ARM_NEON) && !defined(EDGE_KV_SCALAR)
+
+constexpr int kFewTokens = 4;
+template <int bits, bool levels>
+constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
+inline Ints four_values(const int8_t* x) { return vdupq_n_s32(four_bytes(x)); }
+inline Ints splat_int(int32_t x) { return vdupq_n_s32(x); }
+template <int bits, bool levels>
+inline Ints part_of(Ints w, int part) {
+  uint8x16_t bytes = vreinterpretq_u8_s32(w);
+  if (bits == 8) return vreinterpretq_s32_u8(veorq_u8(bytes, vdupq_n_u8(128)));
+  bytes = vandq_u8(vshlq_u8(bytes, vdupq_n_s8(int8_t(-part * bits))), vdupq_n_u8((1 << bits) - 1));
+  if (!levels) return vreinterpretq_s32_u8(bytes);
+  return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(kLevels), bytes));
+}
+template <bool wide>
+inline Ints add_part(Ints sum, Ints w, Ints x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return add_products(sum, w, x);
+#else
+  if (!wide) return add_products(sum, w, x);
+  const int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
+  return vaddq_s32(sum, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(a, b))));
+#endif
+}
+
+#else
+
+constexpr int kFewTokens = 1;
+template <int bits, bool levels>
+constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
+inline Ints four_values(const int8_t* x) { return load_ints(x); }
+inline Ints splat_int(int32_t x) { return {0, x}; }
+template <int bits, bool levels>
+inline Ints part_of(Ints w, int part) {
+  if (bits == 8) return {int32_t(uint32_t(w.bytes) ^ 0x80808080u), 0};
+  uint32_t fields = (uint32_t(w.bytes) >> (part * bits)) & 0x01010101u * ((1u << bits) - 1);
+  if (levels) {
+    uint8_t b[4];
+    memcpy(b, &fields, 4);
+    for (uint8_t& index : b) index = uint8_t(kLevels[index]);
+    memcpy(&fields, b, 4);
+  }
+  return {int32_t(fields), 0};
+}
+template <bool wide>
+inline Ints add_part(Ints sum, Ints w, Ints x) {
+  return add_products(sum, w, x);
+}
+
+#endif
+
+// What a token's rounded activations are: bytes [blocks * kBlockValues], steps and sums [blocks].
+struct Activations {
+  const int8_t* bytes;
+  const float* steps;
+  const int32_t* sums;
+
+  Activations(const void* x, int64_t blocks)
+      : bytes((const int8_t*)x), steps((const float*)(bytes + blocks * kBlockValues)),
+        sums((const int32_t*)(steps + blocks)) {}
+};
+
+void round_row(const float* x, int64_t cols, float fixed, void* out) {
+  const int64_t blocks = (cols + kBlockValues - 1) / kBlockValues;
+  const Activations to(out, blocks);
+  int8_t* bytes = (int8_t*)to.bytes;
+  for (int64_t b = 0; b < blocks; ++b, bytes += kBlockValues) {
+    float block[kBlockValues] = {};
+    const int64_t n = cols - b * kBlockValues < kBlockValues ? cols - b * kBlockValues : kBlockValues;
+    memcpy(block, x + b * kBlockValues, sizeof(float) * size_t(n));
+    const float step = fixed != 0.0f ? fixed : step_of(block, kBlockValues);
+    if (fixed != 0.0f)  // the largest value need not be 127 steps
+      for (float& v : block) v = fminf(fmaxf(v, -128.0f * fixed), 127.0f * fixed);
+    round_values(block, kBlockValues, step, bytes);
+    int32_t sum = 0;
+    for (int i = 0; i < kBlockValues; ++i) sum += bytes[i];
+    ((float*)to.steps)[b] = step;
+    ((int32_t*)to.sums)[b] = sum;
+  }
+}
+
+template <Scale scale>
+inline Vec block_scales(const uint8_t* line, int block, int vector) {
+  const int at = block * kGroupRows + vector * kWidth;
+  if (scale == Scale::s8) return load((const int8_t*)line + at);
+  return load((const uint16_t*)line + at);
+}
+
+// One group of rows with T tokens: sixteen numbers for each.
+template <int bits, Scale scale, bool levels, int T>
+void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t x_stride,
+                  float* out, int64_t stride) {
+  constexpr Format format{"", bits, scale, levels};
+  constexpr int parts = 8 / bits, zero = kZero<bits, levels>;
+  const float* row_scales = (const float*)from;
+  const uint8_t* scales = nullptr;
+  from += format.head() * kLineBytes;
+  Vec sums[T][kVectors];
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = splat(0.0f);
+  int left = 0;  // blocks that the line of scales still serves
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (format.served() && left-- == 0) {
+      __builtin_prefetch(from + kBytesAhead);
+      scales = from;
+      from += kLineBytes;
+      left = format.served() - 1;
+    }
+    Ints dots[T][kVectors];
+    for (int t = 0; t < T; ++t) {
+      const int32_t sum = zero ? -zero * Activations(x + t * x_stride, blocks).sums[b] : 0;
+      for (int v = 0; v < kVectors; ++v) dots[t][v] = splat_int(sum);
+    }
+#pragma GCC unroll kUnroll
+    for (int line = 0; line < bits; ++line, from += kLineBytes) {
+      __builtin_prefetch(from + kBytesAhead);
+#pragma GCC unroll kUnroll
+      for (int p = 0; p < parts; ++p) {
+        Ints w[kVectors];
+        for (int v = 0; v < kVectors; ++v)
+          w[v] = part_of<bits, levels>(load_ints(from + v * kBytes), p);
+#pragma GCC unroll kUnroll
+        for (int t = 0; t < T; ++t) {
+          const Ints four = four_values((const int8_t*)x + t * x_stride + b * kBlockValues +
+                                        (line * parts + p) * 4);
+          for (int v = 0; v < kVectors; ++v)
+            dots[t][v] = add_part<levels || bits == 8>(dots[t][v], w[v], four);
+        }
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec by = format.served() ? block_scales<scale>(scales, format.served() - 1 - left, v)
+                                     : splat(1.0f);
+      for (int t = 0; t < T; ++t) {
+        const Vec step = splat(Activations(x + t * x_stride, blocks).steps[b]);
+        sums[t][v] = multiply_add(to_float(dots[t][v]), format.served() ? mul(by, step) : step,
+                                  sums[t][v]);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec y = sums[t][v];
+      save(out + t * stride + v * kWidth,
+           format.head() ? mul(y, load(row_scales + v * kWidth)) : y);
+    }
+}
+
+constexpr int most_of(int tokens) { return tokens < kFewTokens ? tokens : kFewTokens; }
+
+using GroupTokens = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, float*, int64_t);
+
+// All tokens with one group after the other; its weights come from memory once.
+template <int bits, Scale scale, bool levels>
+void groups_tokens(const uint8_t* data, int64_t groups, int64_t group_bytes, int64_t blocks,
+                   const uint8_t* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
+                   int64_t rows) {
+  constexpr GroupTokens kernels[] = {
+      group_tokens<bits, scale, levels, 1>, group_tokens<bits, scale, levels, most_of(2)>,
+      group_tokens<bits, scale, levels, most_of(4)>, group_tokens<bits, scale, levels, most_of(8)>};
+  for (int64_t g = 0; g < groups; ++g, data += group_bytes, out += kGroupRows, rows -= kGroupRows) {
+    const int64_t n = rows < kGroupRows ? rows : kGroupRows;
+    int power = kFewTokens == 8 ? 3 : kFewTokens == 4 ? 2 : 0;
+    for (int64_t t = 0; t < tokens; t += int64_t(1) << power) {
+      while (tokens - t < int64_t(1) << power) --power;
+      if (n == kGroupRows) {
+        kernels[power](data, blocks, x + t * x_stride, x_stride, out + t * stride, stride);
+        continue;
+      }
+      float whole[kFewTokens * kGroupRows];
+      kernels[power](data, blocks, x + t * x_stride, x_stride, whole, kGroupRows);
+      for (int i = 0; i < 1 << power; ++i)
+        memcpy(out + (t + i) * stride, whole + i * kGroupRows, sizeof(float) * size_t(n));
+    }
+  }
+}
+
+void multiply_groups(const Format& f, const uint8_t* data, int64_t groups, int64_t blocks,
+                     const uint8_t* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
+                     int64_t rows) {
+  const auto with = [&](auto call) {
+    const int64_t lines = f.served() ? (blocks + f.served() - 1) / f.served() : 0;
+    call(data, groups, (f.head() + lines + blocks * f.bits) * kLineBytes, blocks, x, x_stride, tokens,
+         out, stride, rows);
+  };
+  switch (f.scale) {
+    case Scale::s8:
+      return f.bits == 8 ? with(groups_tokens<8, Scale::s8, false>)
+             : f.levels  ? with(groups_tokens<4, Scale::s8, true>)
+                         : with(groups_tokens<4, Scale::s8, false>);
+    case Scale::f16:
+      return f.bits == 8 ? with(groups_tokens<8, Scale::f16, false>)
+             : f.levels  ? with(groups_tokens<4, Scale::f16, true>)
+                         : with(groups_tokens<4, Scale::f16, false>);
+    case Scale::row:
+      return f.bits == 8   ? with(groups_tokens<8, Scale::row, false>)
+             : f.bits == 4 ? with(groups_tokens<4, Scale::row, false>)
+                           : with(groups_tokens<2, Scale::row, false>);
+  }
+}
+
+}  // namespace
+}  // namespace edge_kv

@@ -1,0 +1,423 @@
+"""The operators of runtime/native/ops.h against float64: instruction sets, storage, edges."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from kernel_library import ALL_ISAS
+from native_call import Operators, Refused
+
+from edge_kv.runtime.native_library import build_kernels
+
+STORAGES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+FLOATING = ("scalar", "neon")  # these multiply int8 rows in floats, the others in 16-bit integers
+LARGEST = 127 * 256  # of those integers
+
+
+@pytest.fixture(scope="module")
+def operators():
+    made = Operators()
+    yield made
+    made.close()
+
+
+class Table:
+    """A table as a session holds it, and its rows as float64."""
+
+    def __init__(self, storage, slots, heads, dim, *, stride=1, keep=0):
+        self.rows = np.zeros((slots, heads, dim), STORAGES[storage])
+        self.rows.view(np.uint8)[:] = 0x7E if storage != "int8" else 0x7F  # poison
+        self.scales = np.full((slots, heads, 1), np.nan, np.float32) if storage == "int8" else None
+        self.stride, self.keep = stride, keep
+
+    @property
+    def inputs(self):
+        return [self.rows, self.scales]
+
+    def exact(self):
+        rows = self.rows.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return rows if self.scales is None else rows * self.scales
+
+    def put(self, operators, rows, start, **how):
+        operators.run("put", [*self.inputs, rows, np.array([start])], **how)
+
+    def visible(self, at):
+        """Row indices that a query at position `at` sees."""
+        end = (at + 1) // self.stride
+        return np.arange(max(0, end - self.keep) if self.keep else 0, end)
+
+
+def attention(q, pos, reads, scale, sink=None):
+    """Float64 attention of q [T, H, D] over reads (keys, values, picked [T, k] or None)."""
+    out = np.zeros(q.shape)
+    for t, queries in enumerate(q.astype(np.float64)):
+        for h, query in enumerate(queries):
+            logits, values = [], []
+            for keys, rows, picked in reads:
+                seen = keys.visible(pos + t)
+                if picked is not None:
+                    seen = np.intersect1d(seen, picked[t])
+                head = h * keys.rows.shape[1] // q.shape[1]
+                slots = seen % len(keys.rows)
+                logits.append(keys.exact()[slots, head] @ query * scale)
+                values.append(rows.exact()[slots, head])
+            if sink is not None:
+                logits.append(sink[h : h + 1].astype(np.float64))
+                values.append(np.zeros((1, q.shape[2])))
+            logits, values = np.concatenate(logits), np.concatenate(values)
+            if len(logits):
+                weights = np.exp(logits - logits.max())
+                out[t, h] = weights @ values / weights.sum()
+    return out
+
+
+def check_attention(got, q, pos, reads, scale, sink, isa, tolerance=4e-6):
+    """Hold `got` against float64; integer kernels may add what rounding to 16 bits does.
+
+    Rounding a query moves each score by half a step times the root of the summed squares of a key,
+    over sqrt(3) and five deviations of it; rounding a weight, by half a step of the largest.
+    """
+    want = attention(q, pos, reads, scale, sink)
+    largest = max(np.abs(np.nan_to_num(values.exact())).max() for _, values, _ in reads)
+    allowed = tolerance * max(np.abs(want).max(), 0.1 * largest)
+    if isa.rpartition(":")[2] not in FLOATING and any(k.scales is not None for k, _, _ in reads):
+        half_step = np.abs(q).max() * scale / LARGEST / 2
+        norm = max(np.sqrt((np.nan_to_num(k.exact()) ** 2).sum(-1)).max() for k, _, _ in reads)
+        allowed += (5 * half_step * norm / 3**0.5 + 1 / LARGEST) * largest
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() <= allowed
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def attend(operators, q, pos, reads, scale, sink=None, **how):
+    inputs = [q, np.array([pos]), sink]
+    for keys, values, picked in reads:
+        inputs += [*keys.inputs, *values.inputs, picked]
+    return operators.run(
+        "attend", inputs, **how, scale=float(scale),
+        strides=[k.stride for k, _, _ in reads], keeps=[k.keep for k, _, _ in reads],
+    )  # fmt: skip
+
+
+def filled(operators, rng, storage, slots, heads, dim, rows, isa="scalar", **kind):
+    """A table into which rows 0 … rows - 1 were put."""
+    table = Table(storage, slots, heads, dim, **kind)
+    for start in range(0, rows, slots):
+        n = min(slots, rows - start)
+        table.put(operators, normal(rng, n, heads, dim), start, isa=isa)
+    return table
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_are_put_where_they_belong(operators, isa, storage):
+    rng = np.random.default_rng(0)
+    table = Table(storage, 7, 3, 37)
+    before = table.rows.copy()
+    rows = normal(rng, 4, 3, 37) * 10
+    table.put(operators, rows, 12, isa=isa)  # slots 5, 6, 0, 1
+    np.testing.assert_array_equal(table.rows[2:5], before[2:5])
+    got = table.exact()[[5, 6, 0, 1]]
+    steps = np.abs(rows).max(-1, keepdims=True) / 127
+    if storage == "f32":
+        np.testing.assert_array_equal(got, rows)
+    elif storage == "f16":
+        np.testing.assert_array_equal(got, rows.astype(np.float16))
+    else:
+        np.testing.assert_allclose(table.scales[[5, 6, 0, 1]], steps, rtol=1e-6)
+        assert np.abs(got - rows).max() <= steps.max() * 0.501
+    rows[0, 0, :2] = np.nan, np.inf  # no undefined conversion, and no trace in other rows
+    table.put(operators, rows, 12, isa=isa)
+    np.testing.assert_array_equal(table.exact()[[6, 0, 1]], got[1:])
+
+
+SHAPES = [(1, 1, 64), (1, 8, 512), (2, 4, 32), (3, 1, 20), (1, 16, 48), (1, 3, 576)]
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("heads", "group", "dim"), SHAPES)
+def test_attend_to_everything(operators, isa, storage, heads, group, dim):
+    rng = np.random.default_rng(1)
+    scale = dim**-0.5
+    keys, values = (
+        filled(operators, rng, storage, 330, heads, dim, 300, isa) for _ in ("keys", "values")
+    )
+    for pos, tokens in ((0, 1), (0, 5), (126, 4), (299, 1), (263, 37)):
+        q = normal(rng, tokens, heads * group, dim) * 3
+        got = attend(operators, q, pos, [(keys, values, None)], scale, isa=isa, threads=2)
+        check_attention(got, q, pos, [(keys, values, None)], scale, None, isa)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_attend_to_rings(operators, isa, storage, threads):
+    """Every place of a wrap within the window, for one token and for chunks."""
+    rng = np.random.default_rng(2)
+    window, chunk = 24, 9
+    keys, values = (
+        filled(operators, rng, storage, window + chunk - 1, 2, 32, 0, isa, keep=window)
+        for _ in ("keys", "values")
+    )
+    pos = 0
+    for tokens in (9, 1, 1, 9, 7, 9, 1, 9, 2, 9, 9, 1):
+        for table in (keys, values):
+            table.put(operators, normal(rng, tokens, 2, 32), pos, isa=isa)
+        q = normal(rng, tokens, 6, 32) * 2
+        how = {"isa": isa, "threads": threads}
+        got = attend(operators, q, pos, [(keys, values, None)], 0.25, **how)
+        check_attention(got, q, pos, [(keys, values, None)], 0.25, None, isa)
+        pos += tokens
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_attend_to_two_tables(operators, isa, storage, threads, sunk):
+    """A ring and closed blocks of four, read as keys and values at once, all or picked."""
+    rng = np.random.default_rng(3)
+    heads, dim, window = 12, 64, 16
+    ring = filled(operators, rng, "f16", window + 8, 1, dim, 200, isa, keep=window)
+    blocks = filled(operators, rng, storage, 60, 1, dim, 50, isa, stride=4)
+    sink = normal(rng, heads) * 4 if sunk else None
+    for pos, tokens in ((199, 1), (192, 8), (195, 5)):
+        q = normal(rng, tokens, heads, dim)
+        picked = rng.integers(-1, 52, (tokens, 30))  # some twice, some not yet in view
+        for picks in (None, picked, np.full((tokens, 2), -1)):
+            reads = [(ring, ring, None), (blocks, blocks, picks)]
+            how = {"isa": isa, "threads": threads}
+            got = attend(operators, q, pos, reads, 0.3, sink, **how)
+            check_attention(got, q, pos, reads, 0.3, sink, isa)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_queries_that_see_nothing(operators, isa):
+    """Before the first block is closed: zeros, or what the other read and the sink leave."""
+    rng = np.random.default_rng(4)
+    blocks = Table("int8", 4, 1, 32, stride=8)
+    blocks.put(operators, normal(rng, 2, 1, 32), 0, isa=isa)
+    ring = filled(operators, rng, "f32", 20, 1, 32, 10, isa, keep=8)
+    sink = normal(rng, 4)
+    for pos, tokens in ((0, 1), (3, 2), (4, 6)):
+        q = normal(rng, tokens, 4, 32)
+        for reads in ([(blocks, blocks, None)], [(ring, ring, None), (blocks, blocks, None)]):
+            for s in (None, sink):
+                got = attend(operators, q, pos, reads, 1.0, s, isa=isa)
+                check_attention(got, q, pos, reads, 1.0, s, isa)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_long_lists_of_picks(operators, isa, storage):
+    rng = np.random.default_rng(5)
+    keys, values = (
+        filled(operators, rng, storage, 2000, 2, 32, 2000, isa) for _ in ("keys", "values")
+    )
+    for tokens in (1, 3):
+        q = normal(rng, tokens, 4, 32)
+        picked = np.stack([rng.permutation(2000)[:700] for _ in range(tokens)])
+        reads = [(keys, values, picked)]
+        got = attend(operators, q, 1990, reads, 0.4, isa=isa, threads=2)
+        check_attention(got, q, 1990, reads, 0.4, None, isa)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 5, 64), (6, 8, 37), (1, 64, 128)])
+def test_select_takes_the_best(operators, isa, storage, tokens, heads, dim):
+    rng = np.random.default_rng(6)
+    table = filled(operators, rng, storage, 400, 1, dim, 380, isa, stride=4)
+    q, weight = normal(rng, tokens, heads, dim), normal(rng, tokens, heads)
+    for pos, k in ((1400, 16), (1400, 400), (2, 8), (39, 12)):
+        inputs = [q, weight, np.array([pos]), *table.inputs]
+        got = operators.run("select", inputs, isa=isa, threads=2, k=k, stride=4)
+        assert got.shape == (tokens, k)
+        for t in range(tokens):
+            seen = table.visible(pos + t)
+            products = np.maximum(table.exact()[seen, 0] @ q[t].T.astype(np.float64), 0)
+            scores = products @ weight[t].astype(np.float64)
+            chosen = got[t][got[t] >= 0]
+            assert len(set(chosen)) == len(chosen) == min(k, len(seen))
+            assert set(chosen) <= set(seen)
+            if len(chosen) < len(seen):  # none left out is better than one that was taken
+                left = np.delete(scores, chosen)
+                assert scores[chosen].min() >= left.max() - 1e-4 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("style", ["halves", "pairs_last"])
+@pytest.mark.parametrize(
+    ("heads", "dim", "angles"), [(8, 512, 256), (3, 36, 18), (2, 65, 7), (1, 16, 0)]
+)
+def test_norm_rope(operators, isa, style, heads, dim, angles):
+    rng = np.random.default_rng(7)
+    tokens = 5
+    x, weight = normal(rng, tokens, heads, dim) * 3, normal(rng, dim)
+    at = rng.uniform(0, 6, (tokens, angles))
+    cos, sin = np.cos(at).astype(np.float32), np.sin(at).astype(np.float32)
+    turn = [cos, sin] if angles else [None, None]
+    for eps, w in ((1e-6, weight), (0.5, None), (-1.0, None), (-1.0, weight)):
+        got = operators.run("norm_rope", [x, w, *turn], isa=isa, threads=2, eps=eps, style=style)
+        y = x.astype(np.float64)
+        if eps >= 0:
+            y /= np.sqrt((y**2).mean(-1, keepdims=True) + eps)
+        y = y if w is None else y * w
+        c, s = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+        if style == "halves":
+            a, b = y[..., :angles].copy(), y[..., angles : 2 * angles].copy()
+            y[..., :angles], y[..., angles : 2 * angles] = a * c - b * s, b * c + a * s
+        else:
+            a, b = y[..., dim - 2 * angles :: 2].copy(), y[..., dim - 2 * angles + 1 :: 2].copy()
+            if angles:
+                y[..., dim - 2 * angles :: 2] = a * c - b * s
+                y[..., dim - 2 * angles + 1 :: 2] = b * c + a * s
+        np.testing.assert_allclose(got, y, rtol=0, atol=2e-6 * np.abs(y).max())
+    flat = operators.run("norm_rope", [x[:, 0], weight, *turn], isa=isa, eps=1e-6, style=style)
+    whole = operators.run("norm_rope", [x, weight, *turn], isa=isa, eps=1e-6, style=style)
+    np.testing.assert_array_equal(flat, whole[:, 0])
+
+
+def test_sinkhorn(operators):
+    rng = np.random.default_rng(8)
+    x = normal(rng, 9, 4, 4) * 2
+    for iters, eps in ((1, 1e-6), (20, 1e-6), (3, 0.1)):
+        m = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+        m = m / m.sum(-1, keepdims=True) + eps
+        m /= m.sum(1, keepdims=True) + eps
+        for _ in range(iters - 1):
+            m /= m.sum(2, keepdims=True) + eps
+            m /= m.sum(1, keepdims=True) + eps
+        got = operators.run("sinkhorn", [x], threads=2, iters=iters, eps=eps)
+        np.testing.assert_allclose(got, m, rtol=5e-6)
+
+
+def good_calls():
+    """A call of each operator that runs: name, inputs, attributes."""
+    rng = np.random.default_rng(9)
+    f, i64 = np.float32, np.int64
+    table, scales = np.zeros((6, 2, 8), np.int8), np.ones((6, 2, 1), f)
+    blocks = np.zeros((3, 2, 8), f)
+    return {
+        "put": ([table, scales, normal(rng, 3, 2, 8), np.array([4])], {}),
+        "attend": (
+            [normal(rng, 2, 4, 8), np.array([4]), normal(rng, 4), table, scales, table, scales,
+             None, blocks, None, blocks, None, np.zeros((2, 3), i64)],
+            {"scale": 0.5, "strides": [1, 2], "keeps": [0, 0]},
+        ),
+        "select": (
+            [normal(rng, 2, 4, 8), normal(rng, 2, 4), np.array([3]), np.zeros((6, 1, 8), f), None],
+            {"k": 3, "stride": 1},
+        ),
+        "norm_rope": (
+            [normal(rng, 2, 4, 8), normal(rng, 8), normal(rng, 2, 3), normal(rng, 2, 3)],
+            {"eps": 1e-6, "style": "halves"},
+        ),
+        "sinkhorn": ([normal(rng, 2, 4, 4)], {"iters": 4, "eps": 1e-6}),
+    }  # fmt: skip
+
+
+HIGHEST = 2**63 - 1
+BAD = [  # operator, changed inputs, changed attributes, what the sentence says
+    ("put", {3: np.array([-1])}, {}, "start is -1; it must be 0 or more"),
+    ("put", {3: np.array([HIGHEST])}, {}, r"below 2\^48"),
+    ("put", {3: np.array([1, 2])}, {}, r"start is int64 \[2\]; it must hold one number"),
+    ("put", {3: np.float32([1])}, {}, "start is f32; it must be int64"),
+    ("put", {1: None}, {}, "its scales are nothing; int8 rows have scales"),
+    ("put", {1: np.ones((6, 1, 1), np.float32)}, {}, r"must be \[6, 2, 1\]"),
+    ("put", {0: np.zeros((6, 2, 8), np.uint8)}, {}, "must be f32, f16 or int8"),
+    ("put", {0: np.zeros((6, 16), np.int8)}, {}, r"must be \[slots, heads, dim\]"),
+    ("put", {2: np.zeros((7, 2, 8), np.float32)}, {}, "at most 6"),
+    ("put", {2: np.zeros((3, 2, 7), np.float32)}, {}, "at most 6, 2, 8"),
+    ("put", {2: np.zeros((0, 2, 8), np.float32)}, {}, "no axis may be empty"),
+    ("attend", {1: np.array([5])}, {}, "holds 6 rows; the step at 5 with 2 tokens looks at 7"),
+    ("attend", {1: np.array([HIGHEST])}, {}, r"below 2\^48"),
+    ("attend", {2: np.ones(3, np.float32)}, {}, "there are 4 query heads"),
+    ("attend", {0: np.ones((2, 3, 8), np.float32)}, {}, "a multiple of those of keys1"),
+    ("attend", {0: np.ones((2, 4, 7), np.float32)}, {}, "the step reads 2 heads of 7"),
+    ("attend", {4: None}, {}, "int8 rows have scales"),
+    ("attend", {5: np.zeros((5, 2, 8), np.int8), 6: np.ones((5, 2, 1), np.float32)}, {}, "alike"),
+    ("attend", {8: None}, {}, "There are 1 reads, 2 strides"),
+    ("attend", {8: None}, {"strides": [1], "keeps": [0]}, "keys2 is missing"),
+    ("attend", {10: None}, {}, "keys2 is given without values2"),
+    ("attend", {12: np.zeros((3, 3), np.int64)}, {}, r"must be \[2, picks\]"),
+    ("attend", {12: np.full((2, 3), -2)}, {}, "a pick is a row, or -1"),
+    ("attend", {12: np.full((2, 3), -(2**63))}, {}, "a pick is a row, or -1"),
+    ("attend", {}, {"strides": [1, 0]}, "out of range"),
+    ("attend", {}, {"strides": [1, HIGHEST]}, "out of range"),
+    ("attend", {}, {"keeps": [-1, 0]}, "out of range"),
+    ("attend", {}, {"keeps": [0, 2]}, "only a stride of 1 has a keep"),
+    ("attend", {}, {"strides": [1]}, "2 reads, 1 strides"),
+    ("attend", {}, {"strides": [1, 1]}, "keys2 holds 3 rows"),
+    ("select", {}, {"k": 0}, "k is 0"),
+    ("select", {}, {"k": HIGHEST}, "it must be 1 …"),
+    ("select", {}, {"stride": 0}, "stride is 0"),
+    ("select", {1: np.ones((2, 5), np.float32)}, {}, r"must be \[2, 4\]"),
+    ("select", {2: np.array([9])}, {}, "rows holds 6 rows"),
+    ("select", {3: np.zeros((6, 2, 8), np.float32)}, {}, "one head"),
+    ("norm_rope", {2: None}, {}, "both or neither"),
+    ("norm_rope", dict.fromkeys((2, 3), np.ones((2, 5), np.float32)), {}, "at most 4"),
+    ("norm_rope", {3: np.ones((2, 2), np.float32)}, {}, "both must be"),
+    ("norm_rope", {1: np.ones(7, np.float32)}, {}, "has 8 values"),
+    ("norm_rope", {}, {"style": "half"}, 'style is "half"'),
+    ("norm_rope", {}, {"eps": float("nan")}, "eps is nan"),
+    ("sinkhorn", {0: np.ones((2, 4, 5), np.float32)}, {}, r"must be \[tokens, k, k\]"),
+    ("sinkhorn", {}, {"iters": 0}, "iters is 0"),
+    ("sinkhorn", {}, {"eps": -1.0}, "eps is -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "inputs", "attributes", "says"), BAD)
+def test_what_does_not_fit_is_one_sentence(operators, name, inputs, attributes, says):
+    arrays, values = good_calls()[name]
+    operators.run(name, arrays, **values)
+    arrays = [inputs.get(i, a) for i, a in enumerate(arrays)]
+    with pytest.raises(Refused, match=says) as refused:
+        operators.run(name, arrays, **{**values, **attributes})
+    assert str(refused.value).startswith(f"{name}: ") and str(refused.value).endswith(".")
+
+
+def test_sanitizers_find_nothing():
+    """The tests above in a process built with AddressSanitizer and UBSan."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+    path = build_kernels(*flags)
+    preload = [  # the second, since the first looks for what throws exceptions when it is loaded
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    code = f"""
+import ctypes, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_native_operators as t
+from kernel_library import MACHINE_ISAS
+operators = t.Operators(ctypes.CDLL({str(path)!r}))
+for isa in MACHINE_ISAS:
+    for storage in t.STORAGES:
+        t.test_rows_are_put_where_they_belong(operators, isa, storage)
+        for shape in ((2, 4, 32), (3, 1, 20)):
+            t.test_attend_to_everything(operators, isa, storage, *shape)
+        t.test_attend_to_rings(operators, isa, storage, 3)
+        t.test_attend_to_two_tables(operators, isa, storage, 2, True)
+        t.test_select_takes_the_best(operators, isa, storage, 6, 8, 37)
+    t.test_queries_that_see_nothing(operators, isa)
+    for style in ("halves", "pairs_last"):
+        t.test_norm_rope(operators, isa, style, 2, 65, 7)
+t.test_sinkhorn(operators)
+for case in t.BAD:
+    t.test_what_does_not_fit_is_one_sentence(operators, *case)
+print("clean")
+"""
+    environment = {**os.environ, "LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[:2000]
