@@ -7,6 +7,7 @@ A config says what is computed; it holds no Hugging Face or GGUF names (those li
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from edge_kv.errors import ConfigError
 
@@ -45,6 +46,17 @@ class MoESpec:
     n_experts: int
     top_k: int
     width: int
+
+    def faults(self) -> list[str]:
+        """What cannot be, one sentence each."""
+        faults = [
+            f"{k} {v} must be positive"
+            for k, v in (("n_experts", self.n_experts), ("expert width", self.width))
+            if v <= 0
+        ]
+        if not 1 <= self.top_k <= max(1, self.n_experts):
+            faults.append(f"top_k {self.top_k} must be from 1 to n_experts {self.n_experts}")
+        return faults
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,28 @@ class ModelConfig:
             "max_ctx": self.max_ctx,
         }
         faults += [f"{k} {v} must be positive" for k, v in positive.items() if v <= 0]
+        scales = {
+            "norm_eps": self.norm_eps,
+            "attention_scale": self.attention_scale,
+            "sliding rope_theta": self.sliding.rope_theta,
+            "sliding rope_factor": self.sliding.rope_factor,
+            "full rope_theta": self.full.rope_theta,
+            "full rope_factor": self.full.rope_factor,
+        }
+        faults += [
+            f"{k} {v} must be a positive number" for k, v in scales.items() if not 0 < v < inf
+        ]
+        widths = {"ple_dim": self.ple_dim, "shared_mlp_width": self.shared_mlp_width}
+        faults += [f"{k} {v} must not be negative" for k, v in widths.items() if v < 0]
+        if not 0 <= self.final_softcap < inf:
+            faults.append(f"final_softcap {self.final_softcap} must be a number from 0")
+        faults += [
+            f"token id {i} must be below vocab_size {self.vocab_size}"
+            for i in dict.fromkeys((self.pad_id, self.bos_id, *self.eos_ids))
+            if not 0 <= i < max(1, self.vocab_size)
+        ]
+        if self.moe:
+            faults += self.moe.faults()
         for name, spec in (("sliding", self.sliding), ("full", self.full)):
             if min(spec.q_heads, spec.kv_heads, spec.head_dim) <= 0:
                 faults.append(f"{name} heads and head_dim must be positive")

@@ -79,6 +79,10 @@ def three_faults(held: dict) -> None:
     held["model.layers.1.adapter.weight"] = held["model.layers.0.input_layernorm.weight"].clone()
 
 
+def another_head(held: dict) -> None:
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] * 2
+
+
 def not_a_number(held: dict) -> None:
     held["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
 
@@ -91,6 +95,11 @@ def file(path: str, content: bytes) -> Callable[[Path], None]:
         (root / path).write_bytes(content)
 
     return prepare
+
+
+def also(path: str, content: bytes) -> Callable[[Path], None]:
+    """DIR/model, and in it DIR/path with `content`."""
+    return lambda root: (checkpoint(root), file(path, content)(root))
 
 
 def checkpoint_file(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
@@ -208,6 +217,7 @@ GGUF = "plan --weights DIR/model.gguf --ctx 512"
 INSPECT = "inspect DIR/art"
 RUN = "run DIR/art hi"
 RESTORE = "run DIR/art hi --restore DIR/chat.kv"
+INDEX = "model/model.safetensors.index.json"
 index = json.dumps({"weight_map": {"a": "../other.safetensors"}}).encode()
 parts = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}).encode()
 
@@ -248,6 +258,8 @@ CASES = [
     Case("config", "a layer type of another model", PLAN, config(layer_types=["linear"] * 8)),
     Case("config", "a layer without a type", PLAN, config(layer_types=["full_attention"] * 7)),
     Case("config", "biases", PLAN, config(attention_bias=True)),
+    Case("config", "a norm that divides by nothing", PLAN, config(rms_norm_eps=0)),
+    Case("config", "a token outside the vocabulary", PLAN, config(eos_token_id=[1, 4096])),
     Case("config", "an LM head of its own", PLAN, config(tie_word_embeddings=False)),
     Case(
         "config", "weights already quantised", PLAN,
@@ -276,12 +288,18 @@ CASES = [
     ),
     Case(
         "weights", "a shard that is missing", EXPORT,
-        lambda d: (checkpoint(d), file("model/model.safetensors.index.json", parts)(d)),
+        lambda d: (checkpoint_file("model.safetensors", gone)(d), file(INDEX, parts)(d)),
     ),
     Case(
         "weights", "a shard outside the directory", EXPORT,
-        lambda d: (checkpoint(d), file("model/model.safetensors.index.json", index)(d)),
+        lambda d: (checkpoint_file("model.safetensors", gone)(d), file(INDEX, index)(d)),
     ),
+    Case("weights", "an adapter", EXPORT, also("model/adapter_config.json", b"{}")),
+    Case(
+        "weights", "weights under another name", EXPORT,
+        lambda d: (checkpoint(d) / "model.safetensors").rename(d / "model" / "tuned.safetensors"),
+    ),
+    Case("weights", "an LM head that is not the token table", EXPORT, tensors(another_head)),
     Case("weights", "random weights of no model", "plan --weights random --ctx 512"),
     Case("weights", "a seed that is none", "plan --model e2b --weights random:x --ctx 512"),
     Case("GGUF", "not GGUF", GGUF, file("model.gguf", b"PK\x03\x04 something else")),
@@ -293,6 +311,16 @@ CASES = [
     Case("GGUF", "another architecture", GGUF, gguf_metadata("llama")),
     Case("GGUF", "metadata without a length", GGUF, gguf_metadata("gemma3")),
     Case("GGUF", "one part of several", GGUF, gguf_metadata("gemma3", split__count=2)),
+    Case("GGUF", "a vision projector", GGUF, gguf_metadata("clip")),
+    Case(
+        "GGUF", "a folder of several", "plan --weights DIR --ctx 512",
+        lambda d: (file("q4.gguf", b"GGUF")(d), file("q8.gguf", b"GGUF")(d)),
+    ),
+    Case(
+        "GGUF", "a key that comes twice", GGUF,
+        lambda d: (gguf_metadata("gemma3", gemma3__aa=1, gemma3__bb=1)(d),
+                   _change(d / "model.gguf", lambda raw: raw.replace(b"3.bb", b"3.aa"))),
+    ),
     Case("artifact", "nothing there", INSPECT),
     Case("artifact", "another directory", INSPECT, file("art/notes.txt", b"")),
     Case(

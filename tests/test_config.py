@@ -58,7 +58,7 @@ EXPECTED["31b"] = replace(
 )
 EXPECTED["gemma3"] = ModelConfig(
     family="gemma3",
-    vocab_size=96,
+    vocab_size=128,
     hidden=64,
     pattern="SSFSSS",
     sliding_window=8,
@@ -188,7 +188,6 @@ BAD = [
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
     ("31b", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("31b", {"tie_word_embeddings": False}, "tie_word_embeddings = false is not supported"),
-    ("e2b", {"vocab_size_per_layer_input": 64}, "vocab_size_per_layer_input = 64"),
     ("e2b", {"layer_types": ["sliding_attention"]}, "expected a list of 8 layer types"),
     ("e2b", {"layer_types": [*layer_types("SSFSSFSF")[:-1], "linear_attention"]},
      "layer_types = 'linear_attention' is not supported"),
@@ -207,6 +206,22 @@ BAD = [
     ("gemma3", {"rope_parameters": {"full_attention": 3}}, "one object a layer type"),
     ("e2b", {"num_hidden_layers": 10**30, "layer_types": None}, "from 1 to 1000"),
     ("gemma3", {"query_pre_attn_scalar": 0}, "expected a positive number"),
+    ("e2b", {"rms_norm_eps": 0}, "norm_eps 0.0 must be a positive number"),
+    ("e2b", {"rms_norm_eps": -1e-6}, "norm_eps -1e-06 must be a positive number"),
+    ("gemma3", {"rms_norm_eps": float("nan")}, "expected a finite number"),
+    ("gemma3", {"rms_norm_eps": 10**400}, "expected a finite number"),
+    ("26b", {"top_k_experts": 9}, "top_k 9 must be from 1 to n_experts 8"),
+    ("26b", {"top_k_experts": 0}, "top_k 0 must be from 1 to n_experts 8"),
+    ("26b", {"num_experts": 0}, "n_experts 0 must be positive"),
+    ("26b", {"moe_intermediate_size": -32}, "expert width -32 must be positive"),
+    ("e2b", {"bos_token_id": 128}, "token id 128 must be below vocab_size 128"),
+    ("e2b", {"eos_token_id": [1, -2]}, "token id -2 must be below vocab_size 128"),
+    ("gemma3", {"pad_token_id": -1}, "token id -1 must be below"),
+    ("e2b", {"hidden_size_per_layer_input": -32}, "ple_dim -32 must not be negative"),
+    ("31b", {"final_logit_softcapping": -30.0}, "final_softcap -30.0 must be a number from 0"),
+    ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "a positive number"),
+    ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": -8.0}}, "a positive number"),
+    ("gemma3", {"rope_scaling": {"type": "linear", "factor": float("nan")}}, "a finite number"),
 ]  # fmt: skip
 
 
@@ -247,12 +262,18 @@ BAD_GGUF = [
     ("e2b", {"gemma4.attention.head_count_kv": [1, 2, 1, 1, 1, 1, 1, 1]}, "= [1, 2] is not"),
     ("e2b", {"gemma4.block_count": 0}, "gemma4.block_count is 0"),
     ("e2b", {"gemma4.embedding_length": None}, "gemma4.embedding_length is absent"),
-    ("e2b", {"split.count": 3}, "split.count = 3 is not supported"),
     ("e2b", {"gemma4.attention.key_length": 64, "gemma4.attention.value_length": 64,
              "gemma4.rope.dimension_count": 64}, "rope_freqs.weight is (16,), expected 32"),
     ("e2b", {"gemma4.rope.freq_base": None}, "rope.freq_base is absent, expected a finite"),
     ("gemma3", {"gemma3.rope.freq_base": -1.0}, "gemma3.rope.freq_base is -1.0"),
     ("gemma3", {"general.architecture": "gemma2"}, "general.architecture 'gemma2'"),
+    ("gemma3", {"general.architecture": "clip"}, "is the vision or audio projector of a model"),
+    ("gemma3", {"gemma3.rope.scaling.factor": -2.0}, "expected a number from 0"),
+    ("gemma3", {"gemma3.rope.scaling.factor": float("nan")}, "expected a finite number"),
+    ("gemma3", {"gemma3.attention.layer_norm_rms_epsilon": 0.0}, "norm_eps 0.0 must be"),
+    ("gemma3", {"gemma3.attention.head_count": 0}, "must be positive"),
+    ("gemma3", {"tokenizer.ggml.eos_token_id": 128}, "token id 128 must be below"),
+    ("26b", {"gemma4.expert_used_count": 9}, "top_k 9 must be from 1 to n_experts 8"),
 ]  # fmt: skip
 
 
@@ -263,3 +284,18 @@ def test_gguf_refused_by_name(name, change, message, tmp_path):
         open_weights(str(path))
     assert message in str(error.value)
     assert "m.gguf" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        ({"gemma3.rope.scaling.factor": 0.0}, 1.0),
+        ({"gemma3.rope.scaling.type": "none"}, 1.0),
+        ({"gemma3.rope.scaling.factor": None, "gemma3.rope.scale_linear": 8.0}, 8.0),
+        ({"gemma3.rope.scaling.factor": None}, 1.0),
+    ],
+)
+def test_gguf_rope_factor_is_read_as_llama_cpp_does(change, factor, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny_hf("gemma3"), metadata=change)
+    config = open_weights(str(path)).config
+    assert (config.full.rope_factor, config.sliding.rope_factor) == (factor, 1.0)

@@ -25,6 +25,7 @@ from edge_kv.tensors import tensor_table
 from edge_kv.weights import check_weights, hub, open_weights
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
 from edge_kv.weights.random_weights import RandomWeights
+from edge_kv.weights.source import Generation
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -114,7 +115,7 @@ def test_multimodal_prefixes_and_towers(e2b, prefix):
             tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
         tensors["model.vision_tower.encoder.layers.0.self_attn.k_proj.weight"] = torch.ones(2)
         tensors["model.embed_audio.embedding_projection.weight"] = torch.ones(2, 2)
-        tensors["lm_head.weight"] = torch.ones(128, 64)  # a tied copy
+        tensors["lm_head.weight"] = tensors[f"{prefix}embed_tokens.weight"].clone()
         # Published checkpoints keep the dead keys and values of the sharing layers.
         for dead in ("k_proj", "v_proj", "k_norm"):
             tensors[f"{prefix}layers.5.self_attn.{dead}.weight"] = torch.ones(3)
@@ -139,6 +140,84 @@ def test_texts_beside_the_weights(e2b):
     assert source.chat_template() == "{{ file }}"
 
 
+def test_the_files_that_transformers_reads_are_read(e2b):
+    """model.safetensors, then the index; other files of the directory are not the model."""
+    other = {k: v + 1 for k, v in load_file(e2b / "model.safetensors").items()}
+    save_file(other, e2b / "model-00001-of-00001.safetensors")
+    save_file(other, e2b / "consolidated.safetensors")
+    save_file({"a.lora_A.weight": torch.zeros(2, 2)}, e2b / "adapter_model.safetensors")
+    save_file({"state.0.exp_avg": torch.zeros(2, 2)}, e2b / "optimizer.safetensors")
+    index(dict.fromkeys(other, "model-00001-of-00001.safetensors"))(e2b)
+    assert_same(open_weights(str(e2b)), tiny_hf("e2b"))
+    (e2b / "model.safetensors").rename(e2b / "named.safetensors")
+    assert open_weights(str(e2b)).read("norm.weight")[0] == other["model.norm.weight"][0]
+    edit_config(e2b, transformers_weights="named.safetensors")
+    assert_same(open_weights(str(e2b)), tiny_hf("e2b"))
+
+
+def test_a_head_is_dropped_only_when_it_repeats_the_token_table(e2b):
+    def add_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(e2b, add_head)
+    assert_same(open_weights(str(e2b)), tiny_hf("e2b"))
+
+    def change_one(tensors):
+        tensors["lm_head.weight"][127, 63] += 1e-3
+
+    rewrite(e2b, change_one)
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is an LM head of its own"):
+        check_weights(open_weights(str(e2b)))
+
+
+def test_tied_weights_may_be_stored_as_the_head_alone(e2b):
+    def move(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite(e2b, move)
+    assert_same(open_weights(str(e2b)), tiny_hf("e2b"))
+
+
+@pytest.mark.parametrize("rows", [96, 160])
+def test_the_per_layer_table_may_have_other_rows_than_the_token_table(tmp_path, rows):
+    model = tiny_hf("e2b", vocab_size_per_layer_input=rows)
+    model.save_pretrained(tmp_path)
+    source = open_weights(str(tmp_path))
+    check_weights(source)
+    want = model.model.embed_tokens_per_layer.weight.detach().numpy()
+    got = source.read("ple_embed.weight")
+    both = min(rows, 128)
+    np.testing.assert_array_equal(got[:both], want[:both])
+    np.testing.assert_array_equal(got[rows:], np.repeat(want[:1], max(0, 128 - rows), 0))
+    np.testing.assert_array_equal(source.read("ple_embed.weight", 90, 99), got[90:99])
+    np.testing.assert_array_equal(source.read("ple_embed.weight", 100, 101), got[100:101])
+    edit_config(tmp_path, vocab_size_per_layer_input=64)
+    with pytest.raises(WeightsError, match=r"embed_tokens_per_layer\.weight has shape"):
+        check_weights(open_weights(str(tmp_path)))
+
+
+def test_recommended_sampling(e2b):
+    assert open_weights(str(e2b)).generation() == Generation()
+    path = e2b / "generation_config.json"
+    stored = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "suppress_tokens": [7, 8]}
+    path.write_text(json.dumps(stored | {"repetition_penalty": 1.1, "do_sample": True}))
+    assert open_weights(str(e2b)).generation() == Generation(
+        temperature=1.0, top_k=64, top_p=0.95, repetition_penalty=1.1, suppress_tokens=(7, 8)
+    )
+    path.write_text(json.dumps({"temperature": 1.0, "do_sample": False}))
+    assert open_weights(str(e2b)).generation().temperature == 0
+    for fault in (
+        {"temperature": -1}, {"top_k": 1.5}, {"top_k": -1}, {"top_p": 1.5}, {"top_p": 0},
+        {"repetition_penalty": 0}, {"suppress_tokens": [128]}, {"temperature": float("inf")},
+    ):  # fmt: skip
+        path.write_text(json.dumps(fault))
+        with pytest.raises(ConfigError, match=next(iter(fault))):
+            open_weights(str(e2b)).generation()
+    path.write_text(json.dumps({"eos_token_id": [1, 500]}))
+    with pytest.raises(ConfigError, match="token ids below 128"):
+        open_weights(str(e2b)).stop_ids()
+
+
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
@@ -160,6 +239,105 @@ def test_gguf_with_gate_and_up_experts_apart(tmp_path):
     np.testing.assert_array_equal(
         source.read("layers.1.moe.gate_up", 2, 5), source.read("layers.1.moe.gate_up")[2:5]
     )
+
+
+def test_gguf_is_known_by_its_content_whatever_its_name(tmp_path):
+    model = tiny_hf("e2b")
+    path = write_gguf(tmp_path / "m.gguf", model)
+    for name in ("M.GGUF", "sha256-0123abcd", "folder/model.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path = path.rename(tmp_path / name)
+        assert_same(open_weights(str(path)), model)
+    (path.parent / "mmproj-model.gguf").write_bytes(b"GGUF")
+    (path.parent / "config.json").write_text("{}")  # of the repository it was converted from
+    assert_same(open_weights(str(path.parent)), model)
+    (path.parent / "model-q8.gguf").write_bytes(b"GGUF")
+    with pytest.raises(WeightsError, match=r"holds 2 GGUF models \(model-q8.gguf, model.gguf\)"):
+        open_weights(str(path.parent))
+
+
+def in_parts(path, model, n, **metadata):
+    """A GGUF file's tensors spread over n parts beside it, as gguf-split names and numbers them."""
+    whole = gguf.GGUFReader(write_gguf(path, model))
+    tensors = [(t.name, np.array(t.data)) for t in whole.tensors]
+    names = [path.with_name(f"{path.stem}-{i + 1:05}-of-{n:05}.gguf") for i in range(n)]
+    for i, name in enumerate(names):
+        split = {"split.no": i, "split.count": n, "split.tensors.count": len(tensors), **metadata}
+        write_gguf(name, model, metadata=split, only=dict(tensors[i::n]))
+    path.unlink()
+    return names
+
+
+def test_gguf_in_parts(tmp_path):
+    model = tiny_hf("e4b")
+    parts = in_parts(tmp_path / "m.gguf", model, 3)
+    source = open_weights(str(parts[0]))
+    assert_same(source, model)
+    assert_same(open_weights(str(tmp_path)), model)  # the directory has one model
+    with pytest.raises(WeightsError, match=r"is part 2 of 3 of a model; give m-00001-of-00003"):
+        open_weights(str(parts[1]))
+    held = parts[2].read_bytes()
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(WeightsError, match="is not part 3 of 3"):
+        open_weights(str(parts[0]))
+    parts[2].unlink()
+    with pytest.raises(WeightsError, match=r"m-00003-of-00003.gguf is not beside it"):
+        open_weights(str(parts[0]))
+    parts[2].write_bytes(held)
+    with pytest.raises(WeightsError, match="names must end in -00001-of-00003"):
+        open_weights(str(parts[0].rename(tmp_path / "renamed.gguf")))
+
+
+def test_gguf_parts_of_different_models_are_refused(tmp_path):
+    parts = in_parts(tmp_path / "m.gguf", tiny_hf("e2b"), 2, **{"split.tensors.count": 500})
+    with pytest.raises(WeightsError, match="tensors, expected 500; the parts are of different"):
+        open_weights(str(parts[0]))
+
+
+@pytest.mark.parametrize("what", ["key", "tensor"])
+def test_gguf_that_names_something_twice(what, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny_hf("e2b"))
+    raw = path.read_bytes()
+    a, b = (b"gemma4.rope.freq_base", b"gemma4.context_length") if what == "key" else (
+        b"blk.0.ffn_up.weight", b"blk.1.ffn_up.weight")  # fmt: skip
+    assert len(a) == len(b)
+    at = raw.index(struct.pack("<Q", len(b)) + b) + 8
+    path.write_bytes(raw[:at] + a + raw[at + len(a) :])
+    with pytest.raises(WeightsError, match=f"the {what} '{a.decode()}' comes twice"):
+        open_weights(str(path))
+
+
+def test_gguf_tensors_that_overlap_are_refused(gguf_file):
+    raw = bytearray(gguf_file.read_bytes())
+    at = raw.index(b"blk.1.ffn_up.weight") + len(b"blk.1.ffn_up.weight") + 4 + 16 + 4
+    other = raw.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 16 + 4
+    raw[at : at + 8] = raw[other : other + 8]
+    gguf_file.write_bytes(raw)
+    with pytest.raises(WeightsError, match="overlap"):
+        open_weights(str(gguf_file))
+
+
+def test_gguf_with_an_output_head(tmp_path):
+    model = tiny_hf("gemma3")
+    table = model.model.embed_tokens.weight.detach().numpy()
+    path = write_gguf(tmp_path / "m.gguf", model, extra={"output.weight": table})
+    assert_same(open_weights(str(path)), model)
+    path = write_gguf(tmp_path / "n.gguf", model, extra={"output.weight": table * 2})
+    with pytest.raises(WeightsError, match=r"output\.weight is an LM head of its own"):
+        check_weights(open_weights(str(path)))
+
+
+def test_gguf_with_vision_inside(tmp_path):
+    vision = {"v.blk.0.attn_q.weight": np.ones((2, 2), np.float32),
+              "mm.input_projection.weight": np.ones((2, 2), np.float32)}  # fmt: skip
+    model = tiny_hf("gemma3")
+    assert_same(open_weights(str(write_gguf(tmp_path / "m.gguf", model, extra=vision))), model)
+
+
+def test_gguf_recommended_sampling(tmp_path):
+    keys = {"general.sampling.temp": 0.75, "general.sampling.top_k": 64}
+    path = write_gguf(tmp_path / "m.gguf", tiny_hf("gemma3"), metadata=keys)
+    assert open_weights(str(path)).generation() == Generation(temperature=0.75, top_k=64)
 
 
 def test_gguf_dead_sharers_are_expected(tmp_path):
@@ -209,16 +387,33 @@ def test_real_gemma3_file(gemma3):
     assert gemma3.read("norm.weight").mean() > 1  # 1 + w is in the file already
 
 
-def test_real_gemma3_tokenizer(gemma3):
+@pytest.fixture(scope="module")
+def tokenizer3(gemma3):
+    return Tokenizer.from_str(gemma3.tokenizer_json())
+
+
+def test_real_gemma3_tokenizer(tokenizer3):
     """Ids that transformers 5.23's own conversion and llama.cpp's llama-tokenize both give."""
     cases = json.loads((Path(__file__).parent / "weights_gemma3_ids.json").read_text())
-    tokenizer = Tokenizer.from_str(gemma3.tokenizer_json())
     assert len(cases) > 50
     for text, ids in cases:
-        assert tokenizer.encode(text).ids == ids, text
-        content = tokenizer.decode(ids, skip_special_tokens=False).removeprefix("<bos>")
+        assert tokenizer3.encode(text).ids == ids, text
+        content = tokenizer3.decode(ids, skip_special_tokens=False).removeprefix("<bos>")
         if "\ufeff" not in text and "▁" not in text:  # ▁ is how the model writes a space
             assert content == text
+
+
+def test_long_runs_are_cut_as_sentencepiece_cuts_them(tokenizer3):
+    """User-defined pieces are taken from the left, the longest first."""
+    vocab = tokenizer3.get_vocab()
+    for what in (" ", "\n", "\t"):
+        piece = what.replace(" ", "▁")
+        longest = max(k for k in range(1, 64) if piece * k in vocab)
+        assert longest == 31
+        for n in (1, 2, 15, 30, 31, 32, 33, 62, 63, 64, 100, 255):
+            want = [piece * longest] * (n // longest) + [piece * (n % longest)] * (n % longest > 0)
+            tokens = tokenizer3.encode("é" + what * n, add_special_tokens=False).tokens
+            assert tokens == ["é", *want], (what, n)
 
 
 ALPHABET = "abcde  \n\té中😀▁<b>"
@@ -303,6 +498,34 @@ def test_gemma4_tokenizer_is_recovered(bpe, text):
     got = ours.encode(text)
     assert got.ids == [2, *original.encode(text).ids]
     assert ours.decode(got.ids) == original.decode(original.encode(text).ids)
+
+
+def test_marks_are_control_tokens_whatever_their_stored_type(bpe):
+    _, metadata = bpe
+    marks = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_response>", "<|think|>",
+             "<start_of_turn>", "<end_of_turn>", '<|"|>']  # fmt: skip
+    tokens = [*metadata["tokenizer.ggml.tokens"], *(m for m in marks if m != "<turn|>")]
+    for kind in (1, 3, 4):
+        stored = metadata["tokenizer.ggml.token_type"] + [kind] * (len(marks) - 1)
+        stored[tokens.index("<turn|>")] = kind
+        changed = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": stored}
+        ours = Tokenizer.from_str(hf_tokenizer_json(metadata | changed, "x.gguf") or "")
+        for mark in marks:
+            encoded = ours.encode(f"a{mark}b", add_special_tokens=False)
+            assert encoded.tokens == ["a", mark, "b"], (kind, mark)
+            assert ours.decode(encoded.ids) == "ab"
+
+
+def test_stop_ids_are_those_of_the_hub(bpe, tmp_path):
+    original, metadata = bpe
+    tokens = metadata["tokenizer.ggml.tokens"]
+    changed = {"tokenizer.ggml.tokens": [*tokens[:-1], "<|tool_response>"],
+               "tokenizer.ggml.merges": [m for m in metadata["tokenizer.ggml.merges"]
+                                         if m.replace(" ", "") != tokens[-1]]}  # fmt: skip
+    model = tiny_hf("31b", vocab_size=original.get_vocab_size())
+    path = write_gguf(tmp_path / "m.gguf", model, metadata=metadata | changed)
+    source = open_weights(str(path))
+    assert (source.config.eos_ids, source.stop_ids()) == ((1,), [4, len(tokens) - 1])
 
 
 def test_gemma4_gguf_brings_its_texts(bpe, tmp_path):
@@ -454,7 +677,47 @@ def index(weight_map):
 
 
 def duplicate(root):
-    (root / "other.safetensors").write_bytes((root / "model.safetensors").read_bytes())
+    held = (root / "model.safetensors").read_bytes()
+    (root / "model.safetensors").unlink()
+    for name in ("a.safetensors", "b.safetensors"):
+        (root / name).write_bytes(held)
+    index({"a": "a.safetensors", "b": "b.safetensors"})(root)
+
+
+def rename(name):
+    return lambda root: (root / "model.safetensors").rename(root / name)
+
+
+def only(write_index):
+    """An index instead of the whole file, which would go first."""
+
+    def apply(root):
+        write_index(root)
+        (root / "model.safetensors").unlink()
+
+    return apply
+
+
+def explicit(name):
+    return lambda root: edit_config(root, transformers_weights=name)
+
+
+def doubled_key(root):
+    path = root / "model.safetensors"
+    raw = path.read_bytes()
+    n = struct.unpack("<Q", raw[:8])[0]
+    text = raw[8 : 8 + n].rstrip()
+    entry = json.dumps(json.loads(text)["model.norm.weight"]).encode()
+    text = text[:-1] + b', "model.norm.weight": ' + entry + b"}"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + n :])
+
+
+def overlap(root):
+    def edit(entries):
+        start, end = entries["model.norm.weight"]["data_offsets"]
+        entries["model.norm.weight"]["data_offsets"] = [start - 4, end - 4]
+
+    header(edit)(root)
 
 
 def text(name, content):
@@ -483,10 +746,19 @@ BAD_DIRECTORY = [
     ("offsets reversed", entry(data_offsets=[64, 0]), "describes 'model.norm.weight' wrongly"),
     ("offsets outside", entry(data_offsets=[10**9, 10**9 + 256]), "ends at byte 1000"),
     ("wrong byte count", entry(shape=[65]), "its shape (65,) in F32 needs 260"),
-    ("shard outside", index({"a": "../model.safetensors"}), "a path outside the directory"),
-    ("shard missing", index({"a": "model-1.safetensors"}), "lacks 1 of 1 shards"),
-    ("no weight_map", index(None), "has no weight_map"),
+    ("shard outside", only(index({"a": "../model.safetensors"})), "a path outside the directory"),
+    ("shard missing", only(index({"a": "model-1.safetensors"})), "lacks 1 of 1 shards"),
+    ("no weight_map", only(index(None)), "has no weight_map"),
+    ("an empty weight_map", only(index({})), "has no weight_map"),
     ("same tensor twice", duplicate, "of another shard"),
+    ("an adapter", text("adapter_config.json", b"{}"), "holds an adapter"),
+    ("files of other names", rename("consolidated.safetensors"), "is not said; rename"),
+    ("shards without an index", rename("model-00001-of-00002.safetensors"), "is not said"),
+    ("a weight file outside", explicit("../model.safetensors"), "file of the directory"),
+    ("a weight file of another kind", explicit("pytorch_model.bin"), "file of the directory"),
+    ("a named weight file missing", explicit("other.safetensors"), "has no other.safetensors"),
+    ("the same key twice", doubled_key, "describes 'model.norm.weight' twice"),
+    ("tensors overlap", overlap, "overlap"),
 ]
 
 
@@ -575,6 +847,7 @@ def test_gguf_storage_that_cannot_be_read(gguf_file, code, message):
 
 
 BAD_TOKENIZER = [
+    ({"tokenizer.ggml.token_type": 7}, "token_type has 0 entries for"),
     ({"tokenizer.ggml.model": "gpt2"}, "'gpt2' is not supported"),
     ({"tokenizer.ggml.tokens": None}, "tokens must be a list of texts"),
     ({"tokenizer.ggml.merges": ["a"]}, "the merge 'a' does not join"),

@@ -38,8 +38,13 @@ def write_gguf(
     storage: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     metadata: dict[str, object] | None = None,
     split_experts: bool = False,
+    extra: dict[str, np.ndarray] | None = None,
+    only: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a tiny model; `storage` is for matrices whose rows it fits, `metadata` overrides."""
+    """Write a tiny model; `storage` is for matrices whose rows it fits, `metadata` overrides.
+
+    `extra` tensors are added to those of the model, `only` stand for all of them.
+    """
     config = model.config
     gemma3 = config.model_type.startswith("gemma3")
     arch = gguf.MODEL_ARCH.GEMMA3 if gemma3 else gguf.MODEL_ARCH.GEMMA4
@@ -47,7 +52,7 @@ def write_gguf(
     keys = _gemma3_keys(config) if gemma3 else _gemma4_keys(config)
     for key, value in {**keys, **(metadata or {})}.items():
         _add(writer, key, value)
-    tensors = _tensors(model, arch, gemma3, split_experts)
+    tensors = only or {**_tensors(model, arch, gemma3, split_experts), **(extra or {})}
     for name, data in tensors.items():
         block = gguf.GGML_QUANT_SIZES[storage][0]
         if data.ndim > 1 and data.shape[-1] % block == 0:
@@ -67,7 +72,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        writer.add_uint32(key, value)
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, str):

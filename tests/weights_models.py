@@ -88,7 +88,7 @@ def tiny_config(name: str, **changes: object):
     """Hugging Face text config of a tiny model: 'e2b' 'e4b' '12b' '31b' '26b' 'gemma3'."""
     if name == "gemma3":
         values = {
-            "vocab_size": 96,
+            "vocab_size": 128,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 6,

@@ -6,6 +6,7 @@ Nothing here imports torch, and a format's own libraries are imported when such 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = ["WeightSource", "check_weights", "open_weights"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LISTED = 20  # faults spelt out in one message
 _BLOCK = 4 << 20  # values looked at together
+_SEED_DIGITS = 20
 # Fields in which a preset and a checkpoint of the same model may differ.
 _FREE = {"max_ctx", "pad_id", "bos_id", "eos_ids"}
 
@@ -27,7 +29,8 @@ def open_weights(spec: str, config: ModelConfig | None = None) -> WeightSource:
     """Open weights by what `--weights` says.
 
     Args:
-        spec: a directory, a `.gguf` file, a hub id `org/name`, `random` or `random:SEED`.
+        spec: a directory, a GGUF file (of several parts the first), a hub id `org/name`, `random`
+            or `random:SEED`.
         config: needed by `random`; a checkpoint brings its own and must describe the same model.
 
     Raises:
@@ -36,21 +39,12 @@ def open_weights(spec: str, config: ModelConfig | None = None) -> WeightSource:
     """
     if spec == "random" or spec.startswith("random:"):
         return _random(spec, config)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        from edge_kv.weights.hf import HFDirectory
-
-        return _same_model(HFDirectory(path), config)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise WeightsError(
-                f"{spec} is a file but not a .gguf; give a directory with config.json and "
-                "safetensors, a .gguf file, a hub id or `random`."
-            )
-        from edge_kv.weights.gguf_model import GGUFModel
-
-        return _same_model(GGUFModel(path), config)
-    if _HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
+    path = Path(os.path.expanduser(spec))
+    if os.path.isdir(path):
+        return _same_model(_directory(path), config)
+    if os.path.isfile(path):
+        return _same_model(_file(path), config)
+    if _HUB_ID.fullmatch(spec) and path.suffix.lower() != ".gguf":
         from edge_kv.weights.hub import open_hub
 
         return _same_model(open_hub(spec), config)
@@ -83,6 +77,7 @@ def check_weights(source: WeightSource, *, values: bool = False) -> None:
         elif values and (where := _not_finite(source, spec)) is not None:
             faults.append(f"{own} is not finite at {list(where)}")
     faults += [f"{name} is not part of the model" for name in source.surplus()]
+    faults += source.differing()
     if not faults:
         return
     more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
@@ -101,13 +96,45 @@ def _not_finite(source: WeightSource, spec: TensorSpec) -> tuple[int, ...] | Non
     return None
 
 
+def _directory(path: Path) -> WeightSource:
+    """A Hugging Face directory, or the one GGUF model in a directory without safetensors."""
+    from edge_kv.weights.gguf_file import model_names
+    from edge_kv.weights.hf import HFDirectory
+
+    try:
+        names = os.listdir(path)
+    except OSError as e:
+        raise WeightsError(f"{path} cannot be read ({e.strerror}).") from e
+    found = model_names(names)
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return HFDirectory(path)
+    if len(found) > 1:
+        raise WeightsError(
+            f"{path} holds {len(found)} GGUF models ({', '.join(found[:5])}"
+            f"{', …' if len(found) > 5 else ''}); give the path of the one you mean."
+        )
+    return _file(path / found[0])
+
+
+def _file(path: Path) -> WeightSource:
+    from edge_kv.weights.gguf_file import is_gguf
+    from edge_kv.weights.gguf_model import GGUFModel
+
+    if not is_gguf(path):
+        raise WeightsError(
+            f"{path} is a file but not a .gguf; give a directory with config.json and "
+            "safetensors, a .gguf file, a hub id or `random`."
+        )
+    return GGUFModel(path)
+
+
 def _random(spec: str, config: ModelConfig | None) -> WeightSource:
     from edge_kv.weights.random_weights import RandomWeights
 
     if config is None:
         raise WeightsError("`random` weights have no config of their own; name a model (--model).")
     seed = spec.removeprefix("random").removeprefix(":") or "0"
-    if not seed.isdecimal():
+    if not (seed.isascii() and seed.isdecimal() and len(seed) < _SEED_DIGITS):
         raise WeightsError(f"{spec!r} has the seed {seed!r}, expected a whole number: random:7.")
     return RandomWeights(config, int(seed))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from edge_kv.errors import ConfigError
@@ -44,9 +44,28 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
             raise self.fault(key, "a finite number")
         return float(value)
+
+    def positive(self, key: str, *, at_most: float = inf, or_zero: bool = False) -> float | None:
+        """A number above 0 (or from 0), None when absent."""
+        if self.get(key) is None:
+            return None
+        value = self.number(key)
+        if value > at_most or value < 0 or (value == 0 and not or_zero):
+            low, high = "from 0" if or_zero else "above 0", f" to {at_most:g}" * (at_most < inf)
+            raise self.fault(key, f"a number {low}{high}")
+        return value
+
+    def count(self, key: str) -> int | None:
+        """A whole number from 0, None when absent."""
+        if self.get(key) is None:
+            return None
+        value = self.integer(key)
+        if value < 0:
+            raise self.fault(key, "a whole number from 0")
+        return value
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
@@ -61,6 +80,13 @@ class Fields:
         if any(isinstance(i, bool) or not isinstance(i, int) for i in found):
             raise self.fault(key, "a token id or a list of token ids")
         return tuple(found)
+
+    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
+        """`ids`, each of which the model has to have."""
+        found = self.ids(key)
+        if any(not 0 <= i < vocab_size for i in found):
+            raise self.fault(key, f"token ids below {vocab_size}")
+        return found
 
     def n_layers(self, key: str) -> int:
         """A number of layers; bounded, because lists of that length are made from it."""
@@ -97,6 +123,13 @@ class Fields:
             f"{self.where}: {self.prefix}{key} is {_show(self.get(key))}, expected {expected}; "
             "the file is damaged or of another model."
         )
+
+
+def _finite(value: int | float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _show(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The GGUF container: metadata, and every tensor's rows dequantised to f32, memory-mapped.
+"""The GGUF container, of one file or several: metadata, and tensors dequantised to f32 by rows.
 
 The gguf package dequantises; its own reader is not used because it makes several array views for
 every element of a metadata array, some 15 seconds for Gemma's vocabulary where one pass takes
@@ -7,8 +7,10 @@ half a second. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,75 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
+_MAX_PARTS = 1000
+_MAGIC = b"GGUF"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE | re.DOTALL)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF by its name or, whatever its name, by its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as f:
+            return f.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+def model_names(names: Iterable[str]) -> list[str]:
+    """The GGUF files among `names` that a model begins in: no later parts, no vision projectors."""
+    found = [n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower()]
+    return sorted(n for n in found if (part := _PART.fullmatch(n)) is None or int(part[2]) == 1)
+
+
+def part_names(first: str) -> list[str]:
+    """Every part of the model that begins in the file called `first`."""
+    part = _PART.fullmatch(first)
+    if part is None or int(part[2]) != 1:
+        return [first]
+    stem, count, suffix = part[1], min(int(part[3]), _MAX_PARTS), part[4] or ""
+    return [f"{stem}-{n:05}-of-{part[3]}{suffix}" for n in range(1, count + 1)]
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """The model in `path`; when it is the first of several parts, with the tensors of all.
+
+    Raises:
+        WeightsError: see `GGUFFile`; also a later part, or parts that are missing or of another
+            model.
+    """
+    first = GGUFFile(path)
+    count = first.split("count", 1)
+    if count <= 1:
+        return first
+    names = part_names(path.name)
+    if first.split("no", 0) != 0:
+        part = _PART.fullmatch(path.name)
+        name = f"{part[1]}-00001-of-{part[3]}{part[4] or ''}" if part else "the first part"
+        raise WeightsError(
+            f"{path} is part {first.split('no', 0) + 1} of {count} of a model; give {name}, the "
+            "others are found beside it."
+        )
+    if len(names) != count:
+        raise WeightsError(
+            f"{path} is the first of {count} parts, whose names must end in "
+            f"-00001-of-{count:05}.gguf and so on for them to be found; rename them."
+        )
+    for number, name in enumerate(names[1:], 1):
+        other = path.with_name(name)
+        if not other.is_file():
+            raise WeightsError(
+                f"{path} is the first of {count} parts and {name} is not beside it; download it."
+            )
+        first.join(GGUFFile(other), number, count)
+    total = first.split("tensors.count", len(first.tensors))
+    if total != len(first.tensors):
+        raise WeightsError(
+            f"{path} and its parts hold {len(first.tensors)} tensors, expected {total}; "
+            "the parts are of different models, download them again."
+        )
+    return first
 
 
 class GGUFFile:
@@ -33,13 +104,16 @@ class GGUFFile:
     Attributes:
         metadata: key -> number, bool, str, or list of them.
         tensors: every tensor under its own name, outermost axis first.
+        files: the files that hold them.
 
     Raises:
-        WeightsError: not GGUF, of another version, cut off, or a header that makes no sense.
+        WeightsError: not GGUF, of another version, cut off, or a header that makes no sense: a
+            key or a tensor that comes twice, tensors that overlap.
     """
 
     def __init__(self, path: Path):
         self._path = path
+        self.files = [path]
         try:
             size = path.stat().st_size
             self._data = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
@@ -52,13 +126,39 @@ class GGUFFile:
         if not isinstance(alignment, int) or alignment <= 0:
             self._damaged(f"its alignment is {alignment!r}")
         begin = -(-self._at // alignment) * alignment
+        self._spans: list[tuple[int, int, str]] = []
         self.tensors = {
             name: self._tensor(name, shape, kind, begin + offset)
             for name, (shape, kind, offset) in infos.items()
         }
+        for (_, end, name), (start, _, other) in pairwise(sorted(self._spans)):
+            if start < end:
+                self._damaged(f"{name!r} and {other!r} overlap")
+
+    def split(self, key: str, default: int) -> int:
+        """A whole number under `split.`: how the parts of a model say which they are."""
+        value = self.metadata.get(f"split.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            self._damaged(f"split.{key} is {value!r}")
+        return value
+
+    def join(self, part: GGUFFile, number: int, count: int) -> None:
+        """Add the tensors of `part`, which has to be number `number` (from 0) of `count`."""
+        if (part.split("no", count), part.split("count", 0)) != (number, count):
+            raise WeightsError(
+                f"{part._path} is not part {number + 1} of {count} of {self._path}; "
+                "download the parts again."
+            )
+        twice = sorted(set(part.tensors) & set(self.tensors))
+        if twice:
+            raise WeightsError(
+                f"{part._path} repeats {twice[0]!r} of another part; download the parts again."
+            )
+        self.tensors |= part.tensors
+        self.files += part.files
 
     def _header(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
-        if bytes(self._take(4)) != b"GGUF":
+        if bytes(self._take(len(_MAGIC))) != _MAGIC:
             raise WeightsError(f"{self._path} is not a GGUF file: it does not begin with 'GGUF'.")
         version = self._number("<I")
         if version not in _VERSIONS:
@@ -70,10 +170,14 @@ class GGUFFile:
         metadata: dict[str, Any] = {}
         for _ in range(n_keys):
             key = self._string()
+            if key in metadata:
+                self._damaged(f"the key {key!r} comes twice")
             metadata[key] = self._value(self._number("<I"))
-        infos = {}
+        infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(n_tensors):
             name = self._string()
+            if name in infos:
+                self._damaged(f"the tensor {name!r} comes twice")
             n_dims = self._number("<I")
             if n_dims > _MAX_DIMS:
                 self._damaged(f"{name!r} has {n_dims} dimensions")
@@ -97,6 +201,7 @@ class GGUFFile:
                 f"{self._path} is cut off: {name!r} ends at byte {end}, the file has "
                 f"{self._data.size}; download it again."
             )
+        self._spans.append((at, end, name))
         if decode is None:
             return Stored(shape, _no_rows, f"stored as {label}, which gguf does not dequantise")
 

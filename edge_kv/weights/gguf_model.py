@@ -13,11 +13,14 @@ from edge_kv.config import FULL, SLIDING, AttentionSpec, ModelConfig, MoESpec
 from edge_kv.errors import ConfigError, did_you_mean
 from edge_kv.tensors import tensor_table
 from edge_kv.weights.fields import Fields
-from edge_kv.weights.gguf_file import GGUFFile
+from edge_kv.weights.gguf_file import GGUFFile, open_gguf
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
-from edge_kv.weights.source import Checkpoint, Stored, turn_end_ids
+from edge_kv.weights.source import Checkpoint, Generation, Stored, turn_end_ids
 
 _ROPE_FREQS = "rope_freqs.weight"
+_HEAD = "output.weight"
+_TOWERS = ("v.", "a.", "mm.")  # vision, audio and their projector, when they lie in the same file
+_ARCHITECTURES = ("gemma3", "gemma4")
 _UNROTATED = 1e29  # llama.cpp divides the angles of unrotated pairs by 1e30
 _LAYERS_OF_27B = 62
 
@@ -59,7 +62,7 @@ _SHARED = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
 
 
 class GGUFModel(Checkpoint):
-    """A GGUF file of architecture `gemma3` or `gemma4`.
+    """A GGUF file of architecture `gemma3` or `gemma4`; of several parts, the first.
 
     Raises:
         WeightsError: not a GGUF file, or cut off.
@@ -67,22 +70,29 @@ class GGUFModel(Checkpoint):
     """
 
     def __init__(self, path: Path, label: str = ""):
-        file = GGUFFile(path)
+        file = open_gguf(path)
+        self._files = file.files
         self._metadata = file.metadata
         self._where = path.name
         self._tokenizer: str | None = None
         config = config_from_gguf(file, path.name)
         names = {s.name: _own_names(s.name, file.tensors) for s in tensor_table(config)}
-        used = {own for parts in names.values() for own in parts}
-        dead = {_ROPE_FREQS} | {
-            f"blk.{i}.{t}" for i in range(config.n_own, config.n_layers) for t in _SHARED
-        }
+        heads = [_HEAD] if _HEAD in file.tensors else []
+        used = {own for parts in names.values() for own in parts} | set(heads)
+        dead = {f"blk.{i}.{t}" for i in range(config.n_own, config.n_layers) for t in _SHARED}
+        if config.family == "gemma4":
+            dead.add(_ROPE_FREQS)  # read with the config
         super().__init__(
             config,
             label or f"{path.name} (GGUF)",
             stored=file.tensors,
             names=names,
-            surplus=sorted(n for n in file.tensors if n not in used and n not in dead),
+            surplus=sorted(
+                n
+                for n in file.tensors
+                if n not in used and n not in dead and not n.startswith(_TOWERS)
+            ),
+            heads=heads,
         )
 
     def tokenizer_json(self) -> str | None:
@@ -95,14 +105,24 @@ class GGUFModel(Checkpoint):
         return template if isinstance(template, str) else None
 
     def stop_ids(self) -> list[int]:
-        fields = Fields(self._metadata, self._where)
+        fields, n = Fields(self._metadata, self._where), self.config.vocab_size
         known = self.config.eos_ids
         tokens = self._metadata.get("tokenizer.ggml.tokens") or []
         ids = {
-            *fields.ids("tokenizer.ggml.eot_token_id"),
+            *fields.token_ids("tokenizer.ggml.eot_token_id", n),
             *turn_end_ids({t: i for i, t in enumerate(tokens)}, known),
         }
         return sorted(ids - set(known))
+
+    def generation(self) -> Generation:
+        fields = Fields(self._metadata, self._where, prefix="general.sampling.")
+        return Generation(
+            temperature=fields.positive("temp", or_zero=True),
+            top_k=fields.count("top_k"),
+            top_p=fields.positive("top_p", at_most=1.0),
+            min_p=fields.positive("min_p", at_most=1.0, or_zero=True),
+            repetition_penalty=fields.positive("penalty_repeat"),
+        )
 
 
 def config_from_gguf(file: GGUFFile, where: str) -> ModelConfig:
@@ -112,14 +132,18 @@ def config_from_gguf(file: GGUFFile, where: str) -> ModelConfig:
         ConfigError: an unknown architecture, an unsupported field or a wrong value, by name.
     """
     arch = file.metadata.get("general.architecture")
-    if arch not in ("gemma3", "gemma4"):
+    if arch == "clip":
+        raise ConfigError(
+            f"{where} is the vision or audio projector of a model (general.architecture 'clip'); "
+            "give the file of the language model."
+        )
+    if arch not in _ARCHITECTURES:
         raise ConfigError(
             f"{where}: general.architecture {arch!r} is not supported."
-            + did_you_mean(str(arch), ["gemma3", "gemma4"])
+            + did_you_mean(str(arch), _ARCHITECTURES)
         )
     everywhere = Fields(file.metadata, where, _token_defaults())
-    everywhere.refuse_unless("split.count", 0, 1)
-    defaults = {"rope.freq_base_swa": 1e4, "rope.scaling.factor": 1.0}  # llama.cpp's own
+    defaults = {"rope.freq_base_swa": 1e4}  # llama.cpp's own
     fields = Fields(file.metadata, where, defaults, f"{arch}.")
     fields.refuse_unless("attention.causal", True)
     fields.refuse_unless("rope.scaling.type", "none", "linear")
@@ -165,7 +189,7 @@ def _gemma3(fields: Fields, tensors: dict[str, Stored], **common: object) -> Mod
     q_heads = fields.integer("attention.head_count")
     kv_heads = _uniform(fields, "attention.head_count_kv", range(n_layers), n_layers)
     dim = _head_dim(fields, "")
-    factor = fields.number("rope.scaling.factor")
+    factor = _rope_factor(fields)
     hidden = fields.integer("embedding_length")
     # llama.cpp's rule: only the 27B scales by hidden / heads instead of head_dim.
     scale_dim = hidden / q_heads if n_layers == _LAYERS_OF_27B else dim
@@ -219,7 +243,7 @@ def _gemma4(fields: Fields, tensors: dict[str, Stored], **common: object) -> Mod
         full=AttentionSpec(
             heads[FULL], kv_heads[FULL], dims[FULL], _theta(fields, "rope.freq_base"),
             _rotated_pairs(fields.where, tensors, dims[FULL]),
-            fields.number("rope.scaling.factor"), k_eq_v,
+            _rope_factor(fields), k_eq_v,
         ),
         mlp_width=mlp,
         n_kv_shared=n_shared,
@@ -263,6 +287,16 @@ def _theta(fields: Fields, key: str) -> float:
     if theta <= 0:
         raise fields.fault(key, "a positive number")
     return theta
+
+
+def _rope_factor(fields: Fields) -> float:
+    """What positions of full layers are divided by; llama.cpp reads 0 as 1, like no scaling."""
+    if fields.get("rope.scaling.type") == "none":
+        return 1.0
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        if factor := fields.positive(key, or_zero=True):
+            return factor
+    return 1.0
 
 
 def _rotated_pairs(where: str, tensors: dict[str, Stored], head_dim: int) -> int:

@@ -8,6 +8,7 @@ whose merges are ranked by the score of what they make. Gemma 4 files ("gemma4")
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,11 @@ from edge_kv.errors import WeightsError
 from edge_kv.weights.fields import Fields
 
 _SPACE = "▁"
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # llama.cpp's token types
+# Tokens that mark turns, channels, tools and media. Files of fine-tunes give them any type.
+_MARKS = re.compile(
+    r"<(start|end)_of_(turn|image)>|<bos>|<eos>|<pad>|<\|[^\s<>|]+\|?>|<[^\s<>|]+\|>"
+)
 
 
 def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
@@ -42,12 +47,7 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise WeightsError(f"{where}: tokenizer.ggml.tokens repeats a token; convert it again.")
-    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(kinds) != len(tokens):
-        raise WeightsError(
-            f"{where}: tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} "
-            "tokens; convert it again."
-        )
+    kinds = _kinds(metadata.get("tokenizer.ggml.token_type"), tokens, where)
     if model == "llama":
         merges = _merges_of_scores(
             tokens, vocab, kinds, metadata.get("tokenizer.ggml.scores"), where
@@ -97,24 +97,31 @@ def _merges_of_scores(
 ) -> list[tuple[str, str]]:
     """Every way to make a piece from two others, best piece first, longest left part first.
 
-    SentencePiece finds user-defined pieces (runs of spaces, newlines, tags) before it merges
-    anything, so that what makes them ranks above every score.
+    SentencePiece finds user-defined pieces before it merges anything, the longest first. Those that
+    are runs of spaces are made by merges that rank above every score: with the longest left part
+    first of all, a run grows from the left until no longer piece is there.
     """
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(s, (int, float)) for s in scores)
+    ):
         raise WeightsError(
             f"{where}: tokenizer.ggml.scores must hold a score for each of {len(tokens)} tokens; "
             "convert it again."
         )
-    best = max(scores, default=0.0) + 1
-    rank = [best if k == _USER_DEFINED else s for k, s in zip(kinds, scores, strict=True)]
+    runs: list[tuple[str, str]] = []
     merges: list[tuple[str, str]] = []
-    for i in sorted(range(len(tokens)), key=lambda i: -rank[i]):  # stable: ties keep id order
+    for i in sorted(range(len(tokens)), key=lambda i: -scores[i]):  # stable: ties keep id order
         token = tokens[i]
+        run = kinds[i] == _USER_DEFINED and not token.strip(_SPACE)
+        if not run and kinds[i] != _NORMAL:  # found in the raw text, or made of a byte
+            continue
         for cut in range(len(token) - 1, 0, -1):
             left, right = token[:cut], token[cut:]
             if left in vocab and right in vocab:
-                merges.append((left, right))
-    return merges
+                (runs if run else merges).append((left, right))
+    return sorted(runs, key=lambda m: (-len(m[0]), -len(m[1]))) + merges
 
 
 def _stored_merges(merges: list[str], vocab: dict[str, int], where: str) -> list[tuple[str, str]]:
@@ -130,6 +137,21 @@ def _stored_merges(merges: list[str], vocab: dict[str, int], where: str) -> list
             )
         found.append((left, right))
     return found
+
+
+def _kinds(stored: Any, tokens: list[str], where: str) -> list[int]:
+    """A type for each token: as stored, but marks are control tokens whatever the file says."""
+    kinds = stored or [_NORMAL] * len(tokens)
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        n = len(kinds) if isinstance(kinds, list) else 0
+        raise WeightsError(
+            f"{where}: tokenizer.ggml.token_type has {n} entries for {len(tokens)} "
+            "tokens; convert it again."
+        )
+    return [
+        _CONTROL if kind != _UNKNOWN and _MARKS.fullmatch(token) else kind
+        for kind, token in zip(kinds, tokens, strict=True)
+    ]
 
 
 def _added_tokens(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:

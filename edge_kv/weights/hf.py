@@ -11,12 +11,16 @@ from edge_kv.config import ModelConfig
 from edge_kv.errors import WeightsError
 from edge_kv.tensors import tensor_table
 from edge_kv.weights.fields import Fields
-from edge_kv.weights.hf_config import config_from_hf
+from edge_kv.weights.hf_config import config_from_hf, ple_rows
 from edge_kv.weights.safetensors_file import open_safetensors
-from edge_kv.weights.source import Checkpoint, Stored, turn_end_ids
+from edge_kv.weights.source import Checkpoint, Generation, Stored, filled_up, turn_end_ids
 
 # Where the text model sits: multimodal, older multimodal, text-only, bare decoder.
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+# Where transformers looks for weights, in its order.
+_SHARD_LIST = ".safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", f"model{_SHARD_LIST}"
 # Parts of multimodal checkpoints that the text decoder does not use.
 _TOWERS = {
     "vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder",
@@ -66,20 +70,98 @@ class HFDirectory(Checkpoint):
                 f"{root} has no config.json; give a directory with config.json and safetensors, "
                 "a .gguf file, a hub id or `random`."
             )
-        config = config_from_hf(raw, str(root / "config.json"))
-        stored = _open_shards(root, self._json("model.safetensors.index.json"))
-        prefix = next((p for p in _PREFIXES if p + "embed_tokens.weight" in stored), "model.")
+        where = str(root / "config.json")
+        config = config_from_hf(raw, where)
+        self._files = self._weight_files(raw.get("transformers_weights"))
+        stored = _open_files(self._files)
+        prefix = next((p for p in _PREFIXES if p + "norm.weight" in stored), "model.")
         names = {spec.name: (prefix + hf_name(spec.name),) for spec in tensor_table(config)}
-        used = {own for parts in names.values() for own in parts}
+        table, heads = names["embed.weight"][0], [h for h in _HEADS if h in stored]
+        if table not in stored and heads:  # tied weights are stored under either name
+            names["embed.weight"] = (heads.pop(0),)
+        if config.ple_dim:
+            self._fit_ple(stored, names["ple_embed.weight"][0], ple_rows(raw, where), config)
+        used = {own for parts in names.values() for own in parts} | set(heads)
         super().__init__(
             config,
-            label or f"directory {root.name}",
+            label or f"directory {root.resolve().name}",
             stored=stored,
             names=names,
             surplus=sorted(n for n in stored if n not in used and not _dead(n, prefix, config)),
+            heads=heads,
             # transformers' Gemma3RMSNorm multiplies by 1 + weight, Gemma4RMSNorm by weight.
             norm_offset=1.0 if config.family == "gemma3" else 0.0,
         )
+
+    def _weight_files(self, named: Any) -> list[Path]:
+        """The files transformers would read, by its rule: the one that config.json names, else
+        model.safetensors, else the shards of model.safetensors.index.json. Others are ignored.
+        """
+        root = self._root
+        if (root / "adapter_config.json").is_file():
+            raise WeightsError(
+                f"{root} holds an adapter (adapter_config.json), and transformers would load it on "
+                "top of another model; merge it and give the merged directory."
+            )
+        if named is not None:
+            known = isinstance(named, str) and named.endswith((".safetensors", _SHARD_LIST))
+            if not known or Path(named).name != named:
+                raise WeightsError(
+                    f"{root / 'config.json'}: transformers_weights is {named!r}, expected a "
+                    f".safetensors or {_SHARD_LIST} file of the directory."
+                )
+            file = root / named
+        else:
+            file = next((f for f in (root / _WHOLE, root / _INDEX) if f.is_file()), root / _WHOLE)
+        if file.name.endswith(_SHARD_LIST):
+            return self._shards(file)
+        if file.is_file():
+            return [file]
+        others = sorted(f.name for f in root.glob("*.safetensors"))
+        if not others:
+            raise WeightsError(
+                f"{root} has no .safetensors file; edge-kv reads safetensors and GGUF, "
+                "convert the checkpoint."
+            )
+        raise WeightsError(
+            f"{root} has no {file.name} and no {_INDEX}, and which of its files are the model "
+            f"({', '.join(others[:3])}{', …' if len(others) > 3 else ''}) is not said; "
+            f"rename the right one to {_WHOLE}, or download the index."
+        )
+
+    def _shards(self, index: Path) -> list[Path]:
+        """The files a shard index lists."""
+        listed = (self._json(index.name) or {}).get("weight_map")
+        if (
+            not isinstance(listed, dict)
+            or not listed
+            or not all(isinstance(shard, str) for shard in listed.values())
+        ):
+            raise WeightsError(f"{index} has no weight_map; download it again.")
+        shards = sorted(set(listed.values()))
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise WeightsError(
+                    f"{index} names {shard!r}, a path outside the directory; refused."
+                )
+        missing = [shard for shard in shards if not (self._root / shard).is_file()]
+        if missing:
+            raise WeightsError(
+                f"{self._root} lacks {len(missing)} of {len(shards)} shards "
+                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); "
+                "download them again."
+            )
+        return [self._root / shard for shard in shards]
+
+    def _fit_ple(self, stored: dict[str, Stored], own: str, rows: int, config: ModelConfig) -> None:
+        """Give the per-layer table a row for every token.
+
+        A token table that was resized may be longer: tokens past the per-layer table read the
+        padding token's row, as in Gemma 3n.
+        """
+        table = stored.get(own)
+        if table and rows != config.vocab_size and table.shape[:1] == (rows,):
+            stored[own] = filled_up(table, config.vocab_size, min(config.pad_id, rows - 1))
 
     def tokenizer_json(self) -> str | None:
         return self._text("tokenizer.json")
@@ -98,16 +180,38 @@ class HFDirectory(Checkpoint):
 
     def stop_ids(self) -> list[int]:
         known = self.config.eos_ids
-        raw = self._json("generation_config.json") or {}
-        ids = Fields(raw, str(self._root / "generation_config.json")).ids("eos_token_id")
+        ids = self._generation.token_ids("eos_token_id", self.config.vocab_size)
         return sorted({i for i in (*ids, *turn_end_ids(self._tokens, known)) if i not in known})
 
+    def generation(self) -> Generation:
+        fields, n = self._generation, self.config.vocab_size
+        greedy = fields.get("do_sample") is False
+        return Generation(
+            temperature=0.0 if greedy else fields.positive("temperature", or_zero=True),
+            top_k=fields.count("top_k"),
+            top_p=fields.positive("top_p", at_most=1.0),
+            min_p=fields.positive("min_p", at_most=1.0, or_zero=True),
+            repetition_penalty=fields.positive("repetition_penalty"),
+            suppress_tokens=fields.token_ids("suppress_tokens", n),
+        )
+
     @cached_property
-    def _tokens(self) -> dict[str, Any]:
+    def _generation(self) -> Fields:
+        raw = self._json("generation_config.json") or {}
+        return Fields(raw, str(self._root / "generation_config.json"))
+
+    @cached_property
+    def _tokens(self) -> dict[str, int]:
         """Added token -> id of tokenizer.json."""
         added = (self._json("tokenizer.json") or {}).get("added_tokens")
-        entries = added if isinstance(added, list) else []
-        return {t["content"]: t["id"] for t in entries if isinstance(t, dict)}
+        entries = [t for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+        found = {t.get("content"): t.get("id") for t in entries}
+        known = range(self.config.vocab_size)
+        return {
+            t: i
+            for t, i in found.items()
+            if isinstance(t, str) and isinstance(i, int) and i in known
+        }
 
     def _text(self, name: str) -> str | None:
         path = self._root / name
@@ -142,37 +246,8 @@ def hf_name(name: str) -> str:
     return f"layers.{layer}.{_LAYER.get(rest, rest)}"
 
 
-def _open_shards(root: Path, index: dict[str, Any] | None) -> dict[str, Stored]:
-    """Every tensor of every shard; the index, if there is one, says which files belong."""
-    files: list[Path]
-    listed: dict[str, Any] = {}
-    if index is not None:
-        listed = index.get("weight_map")  # type: ignore[assignment]
-        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-            raise WeightsError(
-                f"{root / 'model.safetensors.index.json'} has no weight_map; download it again."
-            )
-        shards = sorted(set(listed.values()))
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise WeightsError(
-                    f"{root / 'model.safetensors.index.json'} names {shard!r}, a path outside the "
-                    "directory; refused."
-                )
-        files = [root / shard for shard in shards]
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise WeightsError(
-                f"{root} lacks {len(missing)} of {len(files)} shards ({', '.join(missing[:3])}"
-                f"{', …' if len(missing) > 3 else ''}); download them again."
-            )
-    else:
-        files = sorted(root.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(
-                f"{root} has no .safetensors file; edge-kv reads safetensors and GGUF, "
-                "convert the checkpoint."
-            )
+def _open_files(files: list[Path]) -> dict[str, Stored]:
+    """Every tensor of every file."""
     stored: dict[str, Stored] = {}
     for file in files:
         tensors = open_safetensors(file)
@@ -188,8 +263,6 @@ def _open_shards(root: Path, index: dict[str, Any] | None) -> dict[str, Stored]:
 def _dead(name: str, prefix: str, config: ModelConfig) -> bool:
     """Tensors that published checkpoints carry and the text decoder does not use."""
     if _TOWERS & set(name.split(".")):
-        return True
-    if name in ("lm_head.weight", "language_model.lm_head.weight"):  # a copy: tied (config.json)
         return True
     parts = name.removeprefix(prefix).split(".")
     if len(parts) != 5 or parts[0] != "layers" or parts[2] != "self_attn":

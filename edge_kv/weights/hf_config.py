@@ -76,6 +76,29 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     Raises:
         ConfigError: an unknown architecture, an unsupported field or a wrong value, by name.
     """
+    family, fields = _text_fields(raw, where)
+    for level in (Fields(raw, where), fields):
+        level.refuse_unless("tie_word_embeddings", True)
+        level.refuse_unless("quantization_config")
+    fields.refuse_unless("attention_bias", False)
+    fields.refuse_unless("attn_logit_softcapping")
+    fields.refuse_unless("hidden_activation", "gelu_pytorch_tanh")
+    eos = dict.fromkeys((*Fields(raw, where).ids("eos_token_id"), *fields.ids("eos_token_id")))
+    build = _gemma3 if family == "gemma3" else _gemma4
+    return build(fields, tuple(eos))
+
+
+def ple_rows(raw: dict[str, Any], where: str = "config.json") -> int:
+    """Rows of the per-layer token table, which may be fewer than those of the token table."""
+    fields = _text_fields(raw, where)[1]
+    rows = fields.integer("vocab_size_per_layer_input")
+    if rows < 1:
+        raise fields.fault("vocab_size_per_layer_input", "a positive whole number")
+    return rows
+
+
+def _text_fields(raw: dict[str, Any], where: str) -> tuple[str, Fields]:
+    """(family, fields) of the text model that `raw` is or contains."""
     kind = str(raw.get("model_type"))
     text = raw
     if kind in _NESTED:
@@ -91,16 +114,7 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
             + did_you_mean(kind, [*_NESTED, *_TEXT])
         )
     family, defaults = _TEXT[kind]
-    fields = Fields(text, where, defaults)
-    for level in (Fields(raw, where), fields):
-        level.refuse_unless("tie_word_embeddings", True)
-        level.refuse_unless("quantization_config")
-    fields.refuse_unless("attention_bias", False)
-    fields.refuse_unless("attn_logit_softcapping")
-    fields.refuse_unless("hidden_activation", "gelu_pytorch_tanh")
-    eos = dict.fromkeys((*Fields(raw, where).ids("eos_token_id"), *fields.ids("eos_token_id")))
-    build = _gemma3 if family == "gemma3" else _gemma4
-    return build(fields, tuple(eos))
+    return family, Fields(text, where, defaults)
 
 
 def _gemma3(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
@@ -162,12 +176,6 @@ def _gemma4(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
             *_rope(fields, rope, layer_type, dim), k_eq_v=k_eq_v and letter == FULL,
         )  # fmt: skip
     ple = fields.integer("hidden_size_per_layer_input")
-    if ple and fields.integer("vocab_size_per_layer_input") != fields.integer("vocab_size"):
-        raise fields.unsupported(
-            "vocab_size_per_layer_input",
-            fields.get("vocab_size_per_layer_input"),
-            f"only vocab_size ({fields.get('vocab_size')})",
-        )
     n_shared = fields.integer("num_kv_shared_layers")
     double = fields.flag("use_double_wide_mlp") and n_shared > 0
     return _config(

@@ -8,6 +8,8 @@ and bf16 is widened by hand (it is the upper half of an f32).
 from __future__ import annotations
 
 import json
+from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,16 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         WeightsError: not a safetensors file, cut off, or a header that points outside the file.
     """
     header, begin, size = _read_header(path)
+    header.pop("__metadata__", None)
     data = np.memmap(path, np.uint8, mode="r")
-    return {
-        name: _stored(path, data, name, entry, begin, size)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    stored = {n: _stored(path, data, n, entry, begin, size) for n, entry in header.items()}
+    spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise WeightsError(
+                f"{path} is damaged: {name!r} and {other!r} overlap; download it again."
+            )
+    return stored
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -56,7 +62,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as e:
         raise WeightsError(f"{path} cannot be read ({e.strerror}).") from e
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=partial(_distinct, path))
     except (ValueError, RecursionError) as e:
         raise WeightsError(
             f"{path} has a header that is not JSON ({e}); it is damaged, download it again."
@@ -66,13 +72,23 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
+def _distinct(path: Path, entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, no key of which comes twice."""
+    found: dict[str, Any] = {}
+    for key, value in entries:
+        if key in found:
+            raise WeightsError(f"{path} describes {key!r} twice; it is damaged, download it again.")
+        found[key] = value
+    return found
+
+
 def _stored(
     path: Path, data: NDArray[np.uint8], name: str, entry: Any, begin: int, size: int
 ) -> Stored:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        sound = all(isinstance(i, int) and i >= 0 for i in (*shape, first, last))
+        sound = all(type(i) is int and i >= 0 for i in (*shape, first, last))
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound or first > last:

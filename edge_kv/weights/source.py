@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from math import prod
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,22 @@ from edge_kv.errors import WeightsError
 from edge_kv.tensors import TensorSpec, tensor_table
 
 Array = NDArray[np.float32]
+COMPARED = 4 << 20  # values of two tensors compared together
 
-# Names under which Gemma tokenizers know the end of a turn.
-TURN_ENDS = ("<end_of_turn>", "<turn|>")
+# Names under which Gemma tokenizers know what ends a turn: the last is where a tool answers.
+TURN_ENDS = ("<end_of_turn>", "<turn|>", "<|tool_response>")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the makers of a checkpoint recommend to sample from it; None where they say nothing."""
+
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    suppress_tokens: tuple[int, ...] = ()  # ids that are never to be chosen
 
 
 class WeightSource(Protocol):
@@ -65,6 +79,21 @@ class WeightSource(Protocol):
         """Turn-end ids beside `config.eos_ids`."""
         ...
 
+    def generation(self) -> Generation:
+        """The recommended sampling.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        ...
+
+    def differing(self) -> list[str]:
+        """A sentence for every stored tensor that would have to repeat another and does not.
+
+        Reads both tensors whole.
+        """
+        ...
+
 
 class Readable:
     """`read` in terms of `load`: shape and range checked before, finiteness after."""
@@ -104,6 +133,12 @@ class Readable:
     def stop_ids(self) -> list[int]:
         return []
 
+    def generation(self) -> Generation:
+        return Generation()
+
+    def differing(self) -> list[str]:
+        return []
+
     def _request(self, name: str, start: int, stop: int | None) -> tuple[TensorSpec, int]:
         """The tensor's spec and the resolved `stop`; raises WeightsError for what cannot be."""
         spec = self._table.get(name)
@@ -131,6 +166,20 @@ class Stored:
     fault: str = ""
 
 
+def filled_up(table: Stored, rows: int, spare: int) -> Stored:
+    """`table` with `rows` rows: those it lacks are its row `spare`, those too many are left out."""
+    held = table.shape[0]
+
+    def read(start: int, stop: int) -> Array:
+        own = table.rows(min(start, held), min(stop, held))
+        if stop <= held:
+            return own
+        more = stop - max(start, held)
+        return np.concatenate([own, np.repeat(table.rows(spare, spare + 1), more, axis=0)])
+
+    return Stored((rows, *table.shape[1:]), read, table.fault)
+
+
 class Checkpoint(Readable):
     """A file format's tensors under canonical names.
 
@@ -138,6 +187,7 @@ class Checkpoint(Readable):
         stored: every tensor of the checkpoint by its own name.
         names: canonical name -> own names; several are parts joined along axis 1.
         surplus: own names that nothing uses.
+        heads: own names of LM heads, which have to repeat the token table: the models are tied.
         norm_offset: added to every norm weight (Gemma 3 stores w and multiplies by 1 + w).
     """
 
@@ -149,9 +199,11 @@ class Checkpoint(Readable):
         stored: Mapping[str, Stored],
         names: Mapping[str, tuple[str, ...]],
         surplus: list[str],
+        heads: list[str],
         norm_offset: float = 0.0,
     ):
         super().__init__(config, label)
+        self._heads = heads
         self._stored = stored
         self._names = names
         self._surplus = surplus
@@ -192,6 +244,24 @@ class Checkpoint(Readable):
     def surplus(self) -> list[str]:
         return self._surplus
 
+    def differing(self) -> list[str]:
+        table = " + ".join(self._names["embed.weight"])
+        return [
+            f"{own} is an LM head of its own (it differs from {table}), and edge-kv computes only "
+            "heads that are tied to the token table"
+            for own in self._heads
+            if not self._repeats(own, table)
+        ]
+
+    def _repeats(self, own: str, other: str) -> bool:
+        """Whether two stored tensors hold the same values."""
+        a, b = self._stored[own], self._stored.get(other)
+        if b is None or a.shape != b.shape or a.fault or b.fault:
+            return False
+        n, step = a.shape[0], max(1, COMPARED // max(1, prod(a.shape[1:])))
+        ranges = [(i, min(i + step, n)) for i in range(0, n, step)]
+        return all(np.array_equal(a.rows(*r), b.rows(*r)) for r in ranges)
+
     def stored_name(self, name: str) -> str:
         return " + ".join(self._names.get(name, (name,)))
 
@@ -216,6 +286,6 @@ def first_not_finite(block: Array, start: int = 0) -> tuple[int, ...] | None:
     return (int(index[0]) + start, *(int(i) for i in index[1:]))
 
 
-def turn_end_ids(tokens: Mapping[str, Any], known: tuple[int, ...]) -> list[int]:
+def turn_end_ids(tokens: Mapping[str, int], known: tuple[int, ...]) -> list[int]:
     """Ids of the turn-end tokens in a token -> id map that are not `known` yet."""
-    return [int(tokens[t]) for t in TURN_ENDS if t in tokens and tokens[t] not in known]
+    return [tokens[t] for t in TURN_ENDS if t in tokens and tokens[t] not in known]
