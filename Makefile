@@ -3,9 +3,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The build of PyTorch without CUDA: 200 MB instead of 3 GB. Where this index cannot be reached pip
-# says so and takes what its own index has.
-TORCH ?= torch==2.13.*
+# The build of PyTorch without CUDA, 200 MB instead of 5 GB on disk; it has an index of its own. On
+# Linux its version ends in +cpu, so that no other build is taken where that index is out of reach.
+TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Engines to install and to run the demo on; every one named here is exported to and measured.
 # ExecuTorch's is compiled when it is first used.
@@ -19,11 +19,12 @@ PIP := $(BIN)/pip install --quiet --no-warn-conflicts
 DEMO := artifacts/tiny
 BOARD := $(DEMO) $(DEMO)-int8 $(DEMO)-float
 SOURCES := $(shell find edge_kv export -name '*.py' -o -path '*/data/*' -type f)
+ENGINES_CHOSEN := $(VENV)/engines
 comma := ,
 EXTRAS := export$(patsubst %,$(comma)%,$(filter-out onnx,$(ENGINES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint android arm64 arm64-guide arm64-e2b clean
+.PHONY: FORCE help demo test lint android arm64 arm64-guide arm64-e2b clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,7 +36,7 @@ help:
 	@echo "make clean   remove .venv, artifacts and caches"
 
 demo: $(DEMO)/manifest.json
-	@$(if $(CXX_FOUND),,echo "The ExecuTorch engine is left out: it needs a C++ compiler (g++).")
+	@$(if $(CXX_FOUND),,echo "There is no C++ compiler (g++): the ExecuTorch engine is left out, and ONNX runs without its native operators.")
 	@$(BIN)/python benchmarks/demo.py $(DEMO) --engines $(ENGINES)
 
 test: lint
@@ -66,7 +67,7 @@ arm64-e2b: $(VENV)/export.stamp
 clean:
 	rm -rf android_demo/build $(VENV) artifacts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(DEMO)/manifest.json: $(VENV)/export.stamp $(SOURCES)
+$(DEMO)/manifest.json: $(VENV)/export.stamp $(ENGINES_CHOSEN) $(SOURCES)
 	@rm -rf $(DEMO)
 	$(BIN)/edge-kv export --model tiny --ctx 2048 --out $(DEMO) \
 		--backend $(if $(word 2,$(ENGINES)),both,$(ENGINES))
@@ -77,10 +78,17 @@ $(DEMO)-%/manifest.json: $(VENV)/export.stamp $(SOURCES)
 	@rm -rf $(@D)
 	$(BIN)/edge-kv export --model tiny --ctx 2048 --out $(@D) --backend both $(STORAGE)
 
+# Written anew only when other engines are asked for than the last time: a compiler was installed,
+# or ENGINES was given.
+$(ENGINES_CHOSEN): FORCE | $(BIN)/python
+	@echo '$(ENGINES)' | cmp -s - $@ || echo '$(ENGINES)' > $@
+FORCE:
+
 # Stamps: a second run installs nothing, a changed pyproject.toml installs what it asks for now.
-$(VENV)/export.stamp: pyproject.toml | $(BIN)/python
-	@echo "Installing into $(VENV): PyTorch's CPU build (about 200 MB), onnxruntime and the rest."
-	@$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+$(VENV)/export.stamp: pyproject.toml $(ENGINES_CHOSEN) | $(BIN)/python
+	@echo "Installing into $(VENV): about 290 MB of downloads, 1.3 GB on disk; PyTorch's CPU build is most of it."
+	@$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)' || { echo \
+		"PyTorch's build without CUDA ($(TORCH)) cannot be had from $(TORCH_INDEX); to take the one of pip's own index, with CUDA and 5 GB on disk, run: make $(MAKECMDGOALS) TORCH=torch==2.13.0" >&2; exit 1; }
 	@$(if $(filter executorch,$(ENGINES)),$(PIP) --no-deps executorch==1.5.1)
 	@$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
@@ -91,8 +99,8 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/export.stamp
 	@touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "edge-kv needs Python 3.10 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "edge-kv needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

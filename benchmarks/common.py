@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def write_result(name: str, content: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     card = {
         "command": shlex.join(["python", *map(_portable, sys.argv)]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {p: version(p) for p in PACKAGES},
     }

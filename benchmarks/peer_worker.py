@@ -81,10 +81,10 @@ class Transformers(Stepwise):
     def feed(self, ids: list[int]) -> int:
         with self.torch.inference_mode():
             out = self.model(
-                input_ids=self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True,
+                input_ids=self.torch.tensor([ids]), cache=self.cache, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
-        self.cache = out.past_key_values
+        self.cache = out.cache
         return int(out.logits[0, -1].argmax())
 
     @staticmethod

@@ -108,7 +108,7 @@ def transformers_greedy(model: Any, ids: list[int]) -> tuple[list[int], np.ndarr
         made.append(int(logits[-1].argmax()))
         if len(made) == NEW:
             return made, np.stack(logits)
-        out = model(torch.tensor([made[-1:]]), past_key_values=out.past_key_values)
+        out = model(torch.tensor([made[-1:]]), cache=out.cache)
 
 
 def compare(

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ArtifactError, EdgeKVError, PlanError
+from edge_kv.files import write_text
 from edge_kv.kv_plan import KVPlan, plan_kv
 
 SCHEMA_VERSION = 1
@@ -33,8 +33,8 @@ class _Schema(BaseModel):
 class FileEntry(_Schema):
     """Size in bytes and SHA-256 of one file of the artifact."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # empty while an export runs
 
 
 class PlanEntry(_Schema):
@@ -250,12 +250,7 @@ def read_artifact(root: str | Path) -> Artifact:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write `manifest.json` beside and rename it: readers see the old one or the whole new one."""
     path = root / MANIFEST
-    part = path.with_suffix(".part")
-    with part.open("w") as f:
-        f.write(manifest.model_dump_json(indent=1) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
+    write_text(path, manifest.model_dump_json(indent=1) + "\n")
 
 
 def plan_entry(plan: KVPlan) -> PlanEntry:
@@ -297,7 +292,8 @@ def _named_files(manifest: Manifest) -> Iterator[str]:
 
 def _check_file(root: Path, name: str, entry: FileEntry) -> None:
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+    odd = "\\" in name or not name.isprintable()
+    if pure.is_absolute() or ".." in pure.parts or odd or not pure.parts:
         raise ArtifactError(f"The manifest names {name!r}, a path outside the artifact; refused.")
     path = root / name
     if not path.is_file():

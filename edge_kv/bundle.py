@@ -138,7 +138,9 @@ def fetch_executorch() -> Path:
     Raises:
         DeployError: pip cannot download it.
     """
-    from edge_kv.runtime.native_library import EXECUTORCH, cache_folder, locked
+    from edge_kv.files import locked
+    from edge_kv.runtime.cache import cache_folder
+    from edge_kv.runtime.native_library import EXECUTORCH
 
     home = cache_folder("wheels") / f"executorch-{EXECUTORCH}-{PLATFORM}"
     with locked(home.with_suffix(".lock")):

@@ -346,10 +346,7 @@ def bench(
     else:
         print_bench(document, output())
     if json_file and str(json_file) != "-":
-        try:
-            json_file.write_text(text + "\n")
-        except OSError as e:
-            raise ConfigError(f"Cannot write {json_file}: {e.strerror}.") from e
+        _write_json(json_file, text)
     if plot:
         from edge_kv.plots import plot_bench
 
@@ -490,7 +487,7 @@ def deploy(
         return
     print_deploy(document, output())
     if json_file:
-        json_file.write_text(text + "\n")
+        _write_json(json_file, text)
 
 
 def _config(model: str | None, weights: str | None) -> tuple[ModelConfig, str]:
@@ -634,6 +631,15 @@ def _print_summary(summary: dict[str, Any]) -> None:
         f"planned {size(summary['planned_peak_bytes'])}",
         err=True,
     )
+
+
+def _write_json(path: Path, text: str) -> None:
+    from edge_kv.files import write_text
+
+    try:
+        write_text(path, text + "\n")
+    except OSError as e:
+        raise ConfigError(f"Cannot write {path}: {e.strerror}.") from e
 
 
 def _print_json(data: dict[str, Any]) -> None:

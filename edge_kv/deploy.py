@@ -294,7 +294,7 @@ def _finish(device: Device, item: Item) -> bool:
     """Rename a file that the device finds whole; remove one that is not."""
     part, name = _q(_part(item)), _q(item.target)
     script = (
-        f'if [ "$(sha256sum -- {part} | cut -c -64)" != {item.sha256} ]; then\n'
+        f'if [ "$(sha256sum -- {part} | cut -c -64)" != {_q(item.sha256)} ]; then\n'
         f"rm -f -- {part}; exit 0; fi\n"
         f"mv -f -- {part} {name} && echo whole"
     )
@@ -307,7 +307,7 @@ def _finish(device: Device, item: Item) -> bool:
 _NO_PYTHON, _OLD_PYTHON, _NO_VENV = 10, 11, 12
 _PYTHON_CHECK = f"""
 command -v python3 >/dev/null || exit {_NO_PYTHON}
-python3 -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 10))' ||
+python3 -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 11))' ||
     exit {_OLD_PYTHON}
 python3 -c 'import ensurepip, venv' 2>/dev/null || exit {_NO_VENV}
 """
@@ -318,7 +318,7 @@ def _python(device: Device) -> str:
     done = device.run(_PYTHON_CHECK)
     wrong = {
         _NO_PYTHON: "has no python3; install it there: sudo apt install python3-venv",
-        _OLD_PYTHON: f"has Python {done.out.strip()}, edge-kv needs 3.10 or newer; "
+        _OLD_PYTHON: f"has Python {done.out.strip()}, edge-kv needs 3.11 or newer; "
         "update its system",
         _NO_VENV: "cannot make Python environments; install there: sudo apt install python3-venv",
     }.get(done.status)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_kv.errors import ConfigError
+from edge_kv.files import replacing
 
 NAIVE = {  # baseline -> (label, colour)
     "every_layer_full": ("every layer keeps all keys", "#b0b0b0"),
@@ -52,7 +53,8 @@ def plot_bench(document: dict[str, Any], path: Path) -> None:
         _speed(speed, document)
         figure.suptitle(_title(document), x=0.01, ha="left", fontsize=10, color="#555555")
         try:
-            figure.savefig(path, dpi=150)
+            with replacing(path) as file:
+                figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
         except (ValueError, OSError) as e:
             raise ConfigError(f"Cannot draw {path} ({e}); name a .png, .svg or .pdf.") from e
         finally:

@@ -21,9 +21,11 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
+from edge_kv.files import locked
 from edge_kv.kv_plan import StateBuffer
 from edge_kv.ple import PleTable
-from edge_kv.runtime.native_library import EXECUTORCH, cache_folder, load_library, locked
+from edge_kv.runtime.cache import cache_folder
+from edge_kv.runtime.native_library import EXECUTORCH, load_library
 from edge_kv.runtime.session import STORAGE, Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 

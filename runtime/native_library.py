@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from edge_kv.artifact import sha256_file
 from edge_kv.errors import RuntimeFault
-from edge_kv.runtime.cache import cache_directory
+from edge_kv.files import locked, write_text
+from edge_kv.runtime.cache import CACHE_VARIABLE, cache_folder, require_own
 
+log = logging.getLogger(__name__)
 EXECUTORCH = "1.5.1"  # its C++ interface is not stable between versions
 INSTALL = f"pip install --no-deps executorch=={EXECUTORCH}"
 SOURCES = Path(__file__).parent / "native"
@@ -58,30 +59,6 @@ LIBRARIES = (
     "executorch_threadpool",
     "executorch_etdump",
 )
-
-
-def cache_folder(name: str) -> Path:
-    """The folder `name` of the cache directory, made if needed.
-
-    Raises:
-        RuntimeFault: it cannot be made.
-    """
-    path = cache_directory() / name
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise RuntimeFault(
-            f"Cannot make the cache directory {path} ({e.strerror}); set EDGE_KV_CACHE to another."
-        ) from e
-    return path
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock file: one process builds or packs, the others wait for it."""
-    with path.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 @cache
@@ -219,8 +196,8 @@ def build(
     compiler, machine = _compiler(), machine or platform.machine()
     if machine not in ISAS:
         raise RuntimeFault(
-            f"The ExecuTorch engine knows no kernels for {machine} (only {', '.join(ISAS)}); "
-            "use --engine onnx."
+            f"There are no native kernels for {machine} (only for {', '.join(ISAS)}); "
+            "use --engine onnx-stock."
         )
     units = [(source, name_of(source), flags) for source, flags in sources.items()]
     units += [
@@ -229,10 +206,30 @@ def build(
     ]
     folder = cache_folder("native")
     target = folder / f"{name}-{_digest(compiler, units, link)}{suffix}"
-    with locked(folder / f"{name}.lock"):
-        if not target.is_file():
-            _compile(compiler, units, link, target)
+    if not _whole(target):
+        try:
+            with locked(folder / f"{name}.lock"):
+                if not _whole(target):
+                    _compile(compiler, units, link, target)
+        except OSError as e:
+            raise RuntimeFault(
+                f"Native code cannot be compiled into {folder} ({e.strerror}); free some space, "
+                f"or set {CACHE_VARIABLE} to a directory that can be written."
+            ) from e
+    require_own(target)
     return target
+
+
+def _whole(target: Path) -> bool:
+    """Whether `target` was built and is what the build left: its digest lies beside it."""
+    try:
+        return _record(target).read_text() == sha256_file(target)
+    except OSError:
+        return False
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(f"{target.name}.sha256")
 
 
 def name_of(source: str) -> str:
@@ -249,6 +246,7 @@ def _compile(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
+        log.info("Compiling native code for this machine, once; this takes up to a minute …")
         commands = [
             [compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(work / f"{unit}.o")]
             for source, unit, flags in units
@@ -259,6 +257,8 @@ def _compile(
         objects = [str(work / f"{unit}.o") for _, unit, _ in units]
         made = work / target.name
         _finish(_start([compiler, "-o", str(made), *objects, *link]))
+        made.chmod(0o755)
+        write_text(_record(target), sha256_file(made))
         made.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -277,8 +277,8 @@ def _finish(process: subprocess.Popen[str]) -> None:
         told = [x for x in lines if any(w in x for w in ("error:", "undefined", "cannot find"))]
         why = (told or lines or ["killed"])[0]
         raise RuntimeFault(
-            f"The ExecuTorch engine library does not compile: {why}; "
-            "use a compiler with C++17 (set CXX), or --engine onnx."
+            f"The native code of this engine does not compile: {why}; "
+            "use a compiler with C++17 (set CXX), or --engine onnx-stock."
         )
 
 
@@ -288,8 +288,8 @@ def _compiler() -> str:
         if found:
             return found
     raise RuntimeFault(
-        "The ExecuTorch engine is compiled when it is first used and there is no C++ compiler; "
-        "install one (Debian: apt install g++), or use --engine onnx."
+        "There is no C++ compiler, and native code is compiled when it is first used; install one "
+        "(Debian and Ubuntu: apt install g++) or use --engine onnx-stock."
     )
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from edge_kv.artifact import Artifact, Program
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import state_views
 from edge_kv.ple import PleTable
 from edge_kv.runtime import heap, mapped, native_library, packed
+from edge_kv.runtime.ort import onnxruntime as ort
 from edge_kv.runtime.packed import PROGRAMS
 from edge_kv.runtime.session import Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
@@ -159,7 +159,7 @@ class OnnxSession(Session):
         try:
             return native_library.build_onnx_operators()
         except RuntimeFault as e:
-            log.info("Decoding without native operators: %s", e)
+            log.info("The onnx engine runs without its native operators, and slower. %s", e)
             return None
 
     def _open(self, name: str) -> None:

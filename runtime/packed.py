@@ -6,9 +6,9 @@ layout belongs to one engine version and one kind of CPU, so it is made here, at
 and kept in a cache directory outside the artifact. All packed programs point into the one file
 that the last of them was packed into; `prefill` runs a subset of the matrices of `decode`.
 
-    <cache>/<key>.lock            held while packing: two processes do not do it twice
-    <cache>/<key>.part/           being written; renamed when complete
-    <cache>/<key>/                decode.onnx, prefill.onnx, weights.bin, packed.json
+    <cache>/onnx/<key>.lock            held while packing: two processes do not do it twice
+    <cache>/onnx/<key>.part/           being written; renamed when complete
+    <cache>/onnx/<key>/                decode.onnx, prefill.onnx, weights.bin, packed.json
 
 The file also holds the original matrices: onnxruntime packs them again at every load, one at a
 time, to find the packed copy by its hash.
@@ -22,17 +22,16 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 from edge_kv.artifact import Artifact, sha256_file
-from edge_kv.errors import EdgeKVError
-from edge_kv.runtime.cache import CACHE_VARIABLE, cache_directory
+from edge_kv.errors import EdgeKVError, RuntimeFault
+from edge_kv.files import locked
+from edge_kv.runtime.cache import CACHE_VARIABLE, cache_folder, require_own
 from edge_kv.runtime.onnx_file import Entries, external_data, replace_external_data
+from edge_kv.runtime.ort import onnxruntime as ort
 
 PROGRAMS = ("prefill", "decode")  # the last has the weights of them all
 LAYOUT = 1  # counts up when what is stored here changes
@@ -56,17 +55,16 @@ def packed_programs(artifact: Artifact, save: Saver) -> dict[str, Path] | None:
     weights = _weight_bytes(artifact)
     if key is None or weights < WORTH_PACKING:
         return None
-    home = cache_directory() / key
     try:
+        home = cache_folder("onnx") / key
         found = _valid(home)
         if found:
             return found
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(home.with_name(f"{key}.lock")):
+        with locked(home.with_name(f"{key}.lock")):
             return _valid(home) or _make(artifact, home, weights, save)
     except (OSError, EdgeKVError, KeyError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        log.warning("Weights stay unpacked and are loaded to the heap: %s (%s).", home, reason)
+        log.warning("Weights stay unpacked and are loaded to the heap: %s.", reason.rstrip("."))
         return None
 
 
@@ -110,6 +108,8 @@ def _valid(home: Path) -> dict[str, Path] | None:
     Programs are compared by digest, the weight file by size and time of change.
     """
     try:
+        for path in (home, *home.iterdir()):
+            require_own(path)
         record = json.loads((home / RECORD).read_bytes())
         stat = (home / WEIGHTS).stat()
         if [stat.st_size, stat.st_mtime_ns] != record["weights"]:
@@ -117,21 +117,9 @@ def _valid(home: Path) -> dict[str, Path] | None:
         found = {name: home / f"{name}.onnx" for name in record["programs"]}
         if any(sha256_file(path) != record["programs"][name] for name, path in found.items()):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeFault):
         return None
     return found
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock; it vanishes with its process."""
-    try:
-        import fcntl
-    except ImportError as e:
-        raise OSError("this system has no file locks") from e
-    with path.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 def _make(artifact: Artifact, home: Path, weights: int, save: Saver) -> dict[str, Path]:

@@ -16,7 +16,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from edge_kv.artifact import plan_entry
 from edge_kv.errors import SnapshotError
+from edge_kv.files import replacing
 from edge_kv.kv_plan import RING, KVPlan, StateBuffer
 
 MAGIC = b"EDGEKVSN"
@@ -74,10 +75,9 @@ def write(
         "sections": _sections(plan, pos, written),
     }
     text = json.dumps(header, sort_keys=True).encode()
-    part = path.with_name(path.name + ".part")
     digest = hashlib.sha256()
     try:
-        with part.open("wb") as f:
+        with replacing(path) as f:
 
             def put(data: bytes | memoryview) -> None:
                 digest.update(data)
@@ -89,14 +89,8 @@ def write(
             for rows in _held(plan, state, pos, written):
                 put(rows)
             f.write(digest.digest())
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
     except OSError as e:
         raise SnapshotError(f"Cannot write the snapshot {path}: {e.strerror}.") from e
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 class Held:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 
 from edge_kv import runtime
@@ -18,6 +17,7 @@ from edge_kv.artifact import read_artifact
 from edge_kv.export import export_model
 from edge_kv.kv_plan import state_views
 from edge_kv.runtime.onnx_session import WARNING, OnnxSession, _Bound
+from edge_kv.runtime.ort import onnxruntime as ort
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import helper
 
@@ -14,6 +13,7 @@ from edge_kv.errors import RuntimeFault
 from edge_kv.export import export_model
 from edge_kv.runtime import native_library
 from edge_kv.runtime.onnx_session import OnnxSession, create_engine
+from edge_kv.runtime.ort import onnxruntime as ort
 
 IDS = np.random.default_rng(3).integers(0, 512, 400)
 

@@ -5,16 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 from fake_artifact import write_artifact
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # what pytest itself reads its configuration with there
-    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

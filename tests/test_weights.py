@@ -393,7 +393,7 @@ def tokenizer3(gemma3):
 
 
 def test_real_gemma3_tokenizer(tokenizer3):
-    """Ids that transformers 5.23's own conversion and llama.cpp's llama-tokenize both give."""
+    """Ids that transformers 5.24's own conversion and llama.cpp's llama-tokenize both give."""
     cases = json.loads((Path(__file__).parent / "weights_gemma3_ids.json").read_text())
     assert len(cases) > 50
     for text, ids in cases:

@@ -1,6 +1,6 @@
 """config.json of a Hugging Face checkpoint -> ModelConfig.
 
-Field meanings and defaults are those of transformers 5.23 (configuration_gemma3.py,
+Field meanings and defaults are those of transformers 5.24 (configuration_gemma3.py,
 configuration_gemma4.py, configuration_gemma4_unified.py); hub files of Gemma 3 leave most fields
 to the defaults. Whatever would change the computation in a way the decoder does not know is
 refused by name.
@@ -231,7 +231,7 @@ def _heads(fields: Fields, pattern: str, letter: str, k_eq_v: bool) -> tuple[int
     """KV heads and head_dim of the layers of one type, from either style of config.
 
     Hub files have global_head_dim / num_global_key_value_heads (the latter counts only with
-    attention_k_eq_v); transformers 5.23 saves `per_layer_config: {"4": {"head_dim": 512}, …}`.
+    attention_k_eq_v); transformers 5.24 saves `per_layer_config: {"4": {"head_dim": 512}, …}`.
     """
     base = (fields.integer("num_key_value_heads"), fields.integer("head_dim"))
     overrides = fields.get("per_layer_config")
