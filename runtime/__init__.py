@@ -15,25 +15,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_kv.artifact import Artifact
-    from edge_kv.runtime.chat import Chat, Options, Reply
+    from edge_kv.runtime.chat import Chat, Generator, Options, Reply, Turn
     from edge_kv.runtime.generation import Slide, generate
+    from edge_kv.runtime.messages import Message, Tool, ToolCall
     from edge_kv.runtime.meter import Memory, read_memory, reset_peak
-    from edge_kv.runtime.sampling import Sampler
+    from edge_kv.runtime.replies import Piece
+    from edge_kv.runtime.sampling import Sampler, Sampling
     from edge_kv.runtime.session import Session, Stats
+    from edge_kv.runtime.template import Template
     from edge_kv.runtime.text import TextStream, Tokenizer
 
 __all__ = [
     "ENGINES",
     "Chat",
+    "Generator",
     "Memory",
+    "Message",
     "Options",
+    "Piece",
     "Reply",
     "Sampler",
+    "Sampling",
     "Session",
     "Slide",
     "Stats",
+    "Template",
     "TextStream",
     "Tokenizer",
+    "Tool",
+    "ToolCall",
+    "Turn",
     "generate",
     "load",
     "read_memory",
@@ -53,15 +64,23 @@ ENGINES = {
 
 _HOMES = {
     "Chat": "chat",
+    "Generator": "chat",
     "Memory": "meter",
+    "Message": "messages",
     "Options": "chat",
+    "Piece": "replies",
     "Reply": "chat",
     "Sampler": "sampling",
+    "Sampling": "sampling",
     "Session": "session",
     "Slide": "generation",
     "Stats": "session",
+    "Template": "template",
     "TextStream": "text",
     "Tokenizer": "text",
+    "Tool": "messages",
+    "ToolCall": "messages",
+    "Turn": "chat",
     "generate": "generation",
     "read_memory": "meter",
     "reset_peak": "meter",

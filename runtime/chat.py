@@ -1,53 +1,136 @@
-"""Chat: turns in, streamed text out, over a session that keeps what it has already read."""
+"""Chat: messages in, replies out in pieces, over a session that keeps what it has already read.
+
+`Generator` answers any conversation it is given; `Chat` holds one. Both parse replies by token id
+and feed the ids of earlier replies as they were generated, wherever the template writes them so.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from edge_kv.errors import ConfigError
-from edge_kv.runtime.generation import Slide, generate
+from edge_kv.errors import ConfigError, PromptError, SnapshotError
+from edge_kv.runtime.generation import Constraint, Slide, Trace, generate
+from edge_kv.runtime.messages import Message, Tool, ToolCall
+from edge_kv.runtime.replies import CONTENT, THINKING, Holdback, Piece, ReplyFormat, ReplyParser
+from edge_kv.runtime.sampling import Sampling, TokenLogprobs
 from edge_kv.runtime.session import Session
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.runtime.text import TextStream, Tokenizer
 
-__all__ = ["RAW_TEMPLATE", "Chat", "Options", "Reply", "Template"]
+__all__ = [
+    "RAW_TEMPLATE", "Chat", "Generator", "Message", "Options", "Piece", "Reply", "Template", "Tool",
+    "ToolCall", "Turn",
+]  # fmt: skip
+
+STOP, LENGTH, FULL, CALLS, CANCELLED = "stop", "length", "full", "calls", "cancelled"
+_CONVERSATIONS = 8  # conversations whose ids are remembered
+_CONTENTS = 512  # answers whose ids are remembered
+_HOLE = "\ue000{}\ue001"  # stands for an answer while its place in a rendered text is looked for
 
 
 @dataclass(frozen=True)
 class Options:
-    """How replies are generated; meaning and limits as in `generate`."""
+    """How replies are generated; meaning and limits as in `generate`.
+
+    Sampling left at None is the checkpoint's own. `stop`: texts that end a reply and are not part
+    of it. `think`: the template variable `enable_thinking`; None leaves it to the template.
+    """
 
     max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     on_full: str = "stop"
+    stop: tuple[str, ...] = ()
+    think: bool | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """`default` with what is set here."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {n: getattr(self, n) for n in names}
+        return replace(default, **{n: v for n, v in given.items() if v is not None})
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One finished turn: its text, and what it cost."""
+    """One finished turn: what was said, why it ended, and what it cost."""
 
-    text: str
+    text: str  # the answer alone
     ids: tuple[int, ...]
     prompt_tokens: int  # length of the whole conversation up to the reply
     reused_tokens: int  # of those, how many the session still held
     first_token_seconds: float  # from the question to its first token
     seconds: float
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    finish: str = STOP  # STOP | LENGTH | FULL (the context) | CALLS | CANCELLED
+    stopped_by: str = ""  # the stop text, if one ended it
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one an id, where asked for
+
+    @property
+    def message(self) -> Message:
+        """The reply as a turn of the conversation."""
+        return Message("assistant", self.text, self.thinking, self.calls)
 
 
-class Chat:
-    """A conversation: history, template, streaming text.
+@dataclass
+class _Known:
+    """A conversation as it was fed: its text, its ids, and the part that sliding forgot."""
 
-    The ids of a turn are those of the turn before, as generated, followed by the encoding of the
-    new text only, whenever the template renders the earlier turns as before: then nothing is read
-    twice. Otherwise the whole conversation is encoded and `generate` reuses the common prefix.
+    text: str
+    ids: list[int]
+    gap: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    messages: tuple[Message, ...]
+    text: str
+    ids: list[int]
+    gap: tuple[int, int]
+    keep_first: int
+    checkpoints: tuple[int, ...]
+    thinking: bool
+
+    @property
+    def fed(self) -> list[int]:
+        """The ids without what sliding forgot."""
+        return self.ids[: self.gap[0]] + self.ids[self.gap[1] :]
+
+
+class Turn(Iterator[Piece]):
+    """A reply under way: iterate for its pieces, close it to stop; `reply` describes it at the end.
+
+    A turn that is closed early keeps what was said. It has no reply if its prompt was not read.
+    """
+
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self._pieces = pieces
+        self.reply: Reply | None = None
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+
+class Generator:
+    """Replies to conversations, over one session.
+
+    Conversations are recognised: the ids of their turns, as read and as generated, are remembered,
+    so a conversation that goes on costs its new turn only, as far as the session still holds it.
     """
 
     def __init__(
@@ -56,8 +139,6 @@ class Chat:
         tokenizer: Tokenizer | None = None,
         template: Template | None = None,
         *,
-        options: Options | None = None,
-        system: str | None = None,
         on_slide: Callable[[Slide], None] | None = None,
     ) -> None:
         """Tokenizer and template default to those of the session's artifact.
@@ -76,21 +157,381 @@ class Chat:
         self.session = session
         self.tokenizer = tokenizer or Tokenizer.of(artifact)
         self.template = template
-        self.options = options or Options()
+        self.format = ReplyFormat.of(self.tokenizer, template.source)
+        self.sampling = Sampling.of(artifact.manifest)
         self.on_slide = on_slide
-        self.messages: list[dict[str, str]] = []
+        self.stop_ids = _stop_ids(session) | self.format.ends
+        self._suppress = _suppressed(session)
+        self._conversations: list[_Known] = []  # the newest last
+        self._answers: OrderedDict[str, list[int]] = OrderedDict()  # text -> ids as generated
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        options: Options | None = None,
+        constraint: Constraint | None = None,
+    ) -> Turn:
+        """Answer a conversation. The prompt is made here; work starts with the first `next`.
+
+        `constraint` limits what may be said (`edge_kv.runtime.constraints`).
+
+        Raises:
+            PromptError: the template refuses the conversation.
+            ContextFullError: the conversation does not fit the context.
+            ConfigError: an option out of range.
+        """
+        begin = time.perf_counter()
+        options = options or Options()
+        prompt = self._prompt(messages, tools, options)
+        sampling = options.sampling(self.sampling)
+        trace = Trace()
+        gap = list(prompt.gap)
+
+        def slid(slide: Slide) -> None:
+            gap[:] = [slide.kept_first, max(gap[1], slide.kept_first) + slide.forgotten]
+            if self.on_slide:
+                self.on_slide(slide)
+
+        tokens = generate(
+            self.session,
+            prompt.fed,
+            max_new_tokens=options.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=options.seed,
+            stop=self.stop_ids,
+            on_full=options.on_full,
+            keep_first=prompt.keep_first,
+            on_slide=slid,
+            logit_bias=options.logit_bias,
+            suppress=self._suppress,
+            constraint=constraint,
+            logprobs=options.logprobs,
+            checkpoints=prompt.checkpoints,
+            trace=trace,
+        )
+        said = _Said(
+            self.tokenizer, ReplyParser(self.format, thinking=prompt.thinking, tools=tools)
+        )
+
+        def pieces() -> Iterator[Piece]:
+            stops = Holdback(options.stop)
+            first, ended = 0.0, ""
+            finished = False
+            try:
+                for token in tokens:
+                    if not said.ids:
+                        first = time.perf_counter() - begin
+                    said.ids.append(token)
+                    for piece in said.parser.feed(token):
+                        shown, ended = _until(piece, stops)
+                        yield from said.keep(shown)
+                        if ended:
+                            break
+                    if ended:
+                        break
+                if not ended:
+                    for piece in said.parser.end():
+                        shown, ended = _until(piece, stops)
+                        yield from said.keep(shown)
+                    if held := stops.flush():
+                        yield from said.keep([Piece(CONTENT, held)])
+                finished = True
+            finally:
+                if finished or said.ids:  # a question that failed before its reply was not asked
+                    seconds = time.perf_counter() - begin
+                    turn.reply = said.reply(prompt, trace, first, seconds, finished, ended)
+                    self._remember(prompt, said, (gap[0], gap[1]))
+
+        turn = Turn(pieces())
+        return turn
+
+    def _prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options
+    ) -> _Prompt:
+        text = self._render(messages, tools, options)
+        ids = self._encode(messages, tools, options, text)
+        gap = self._gap(ids) if options.on_full == "slide" else (0, 0)
+        stays = self._staying(messages, tools, options, text)
+        turn, opening = self._cut(text, ids, stays)
+        head = self._head(messages, text)
+        removed = gap[1] - gap[0]
+        return _Prompt(
+            messages=tuple(messages),
+            text=text,
+            ids=ids,
+            gap=gap,
+            keep_first=gap[0] or head,
+            checkpoints=(head if head > 1 else 0, turn - removed if turn > gap[1] else 0),
+            thinking=self.format.opened(opening),
+        )
+
+    def _staying(
+        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options, text: str
+    ) -> int:
+        """How many characters of a prompt the history of later turns is sure to begin with.
+
+        Templates open thoughts that history leaves out, and drop thoughts of earlier turns when a
+        new question comes: the conversation is rendered as if it had gone on.
+        """
+        later = [*messages, Message("assistant", "a"), Message("user", "a")]
+        try:
+            texts = [self._render(later, tools, options)]
+        except PromptError:  # a template that wants its turns in another order
+            texts = []
+        texts.append(self._render(messages, tools, options, add_generation_prompt=False))
+        return min(_shared(text, other) for other in texts)
+
+    def _cut(self, text: str, ids: list[int], at: int) -> tuple[int, list[int]]:
+        """How many ids stand for the first `at` characters of a prompt, and the ids behind them.
+
+        Where `at` lies inside a token, the cut moves left to where a line or a mark begins.
+        """
+        for cut in (at, text.rfind("<", 0, at), text.rfind("\n", 0, at) + 1):
+            rest = self.tokenizer.encode(text[max(cut, 0) :], start=False)
+            if ids[len(ids) - len(rest) :] == rest:
+                return len(ids) - len(rest), rest
+        return 0, self.tokenizer.encode(text[at:], start=False)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options, **more: Any
+    ) -> str:
+        if options.think is not None:
+            more["enable_thinking"] = options.think
+        eos = self.session.config.eos_ids
+        return self.template.render(
+            [m.as_dict() for m in messages],
+            tools=[t.as_dict() for t in tools] or None,
+            bos_token=self.tokenizer.bos_token,
+            eos_token=self.tokenizer.token(eos[0]) if eos else "",
+            **more,
+        )
+
+    def _encode(
+        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options, text: str
+    ) -> list[int]:
+        """Ids of a rendered conversation, earlier turns as they were read and generated."""
+        known = max(
+            (c for c in self._conversations if text.startswith(c.text)),
+            key=lambda c: len(c.text),
+            default=None,
+        )
+        if known is None:
+            ids, at, start = [], 0, True
+        else:
+            ids, at, start = list(known.ids), len(known.text), not known.ids
+        if known and not known.text and text.startswith(self.tokenizer.bos_token):
+            at = len(self.tokenizer.bos_token)  # a context restored without a conversation has it
+        for begin, end, answer in self._places(messages, tools, options, text, at):
+            ids += self.tokenizer.encode(text[at:begin], start=start) + answer
+            at, start = end, False
+        if at < len(text) or start:
+            ids += self.tokenizer.encode(text[at:], start=start)
+        return ids
+
+    def _places(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        options: Options,
+        text: str,
+        at: int,
+    ) -> list[tuple[int, int, list[int]]]:
+        """Where answers whose ids are known stand in `text` from `at` on; none if that is unsure.
+
+        The conversation is rendered once more with a mark instead of each such answer. Templates
+        that look into answers (to trim, to strip thoughts) may then write another text: no places.
+        """
+        answers = {
+            i: m.content
+            for i, m in enumerate(messages)
+            if m.role == "assistant" and m.content in self._answers
+        }
+        if not answers or at >= len(text):
+            return []
+        marked = [
+            replace(m, content=_HOLE.format(i)) if i in answers else m
+            for i, m in enumerate(messages)
+        ]
+        rest = self._render(marked, tools, options)
+        places, made, length = [], [], 0
+        for i, answer in answers.items():
+            before, found, rest = rest.partition(_HOLE.format(i))
+            if not found:
+                return []
+            begin = length + len(before)
+            length = begin + len(answer)
+            made += [before, answer]
+            if begin >= at:
+                places.append((begin, length, self._answers[answer]))
+        return places if "".join([*made, rest]) == text else []
+
+    def _gap(self, ids: list[int]) -> tuple[int, int]:
+        """What sliding has forgotten of the beginning of `ids`, in an earlier turn."""
+        gaps = (c for c in reversed(self._conversations) if c.gap[1])
+        return next((c.gap for c in gaps if ids[: c.gap[1]] == c.ids[: c.gap[1]]), (0, 0))
+
+    def _head(self, messages: Sequence[Message], text: str) -> int:
+        """Tokens up to the end of the system prompt, which sliding never forgets."""
+        system = messages[0].content.strip() if messages and messages[0].role == "system" else ""
+        at = text.find(system) if system else -1
+        if at < 0:
+            return 1
+        head = self.tokenizer.encode(text[: at + len(system)])
+        return min(len(head), self.session.plan.ctx // 2)
+
+    def _remember(self, prompt: _Prompt, said: _Said, gap: tuple[int, int]) -> None:
+        ids = prompt.ids + said.whole
+        text = prompt.text + self.tokenizer.decode(said.whole, special=True)
+        self.know(text, ids, gap)
+        answer = said.answer_ids()
+        if answer:
+            self._answers[said.content] = answer
+            self._answers.move_to_end(said.content)
+            if len(self._answers) > _CONTENTS:
+                self._answers.popitem(last=False)
+
+    def know(self, text: str, ids: Sequence[int], gap: tuple[int, int] = (0, 0)) -> None:
+        """Take `ids` for the encoding of `text` wherever a conversation begins with it."""
+        kept = [c for c in self._conversations if not text.startswith(c.text)]
+        self._conversations = [*kept[1 - _CONVERSATIONS :], _Known(text, list(ids), gap)]
+
+    def forget(self) -> None:
+        """Recognise nothing that was said so far."""
+        self._conversations.clear()
+        self._answers.clear()
+
+    @property
+    def newest(self) -> tuple[str, list[int], tuple[int, int]]:
+        """Text, ids and forgotten part of the conversation answered last."""
+        known = self._conversations[-1] if self._conversations else _Known("", [])
+        return known.text, known.ids, known.gap
+
+
+class _Said:
+    """A reply as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, parser: ReplyParser) -> None:
+        self.parser = parser
+        self.ids: list[int] = []
+        self.content = ""
+        self.thinking = ""
+        self.calls: list[ToolCall] = []
+        self._tokenizer = tokenizer
+
+    def keep(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if piece.call:
+                self.calls.append(piece.call)
+            elif piece.kind == THINKING:
+                self.thinking += piece.text
+            else:
+                self.content += piece.text
+            yield piece
+
+    @property
+    def whole(self) -> list[int]:
+        """The ids up to the last whole character."""
+        stream = TextStream(self._tokenizer)
+        for token in self.ids:
+            stream.feed(token)
+        return self.ids[: stream.done]
+
+    def answer_ids(self) -> list[int]:
+        """The ids at the end of the reply that are exactly its answer; none if there are none."""
+        if not self.content or self.calls:
+            return []
+        marks = self.parser.marks
+        start = max((i + 1 for i, t in enumerate(self.ids) if t in marks), default=0)
+        for at in range(start, len(self.whole)):
+            text = self._tokenizer.decode(self.whole[at:])
+            if text == self.content:
+                return self.whole[at:]
+            if len(text) < len(self.content):
+                return []
+        return []
+
+    def reply(
+        self, prompt: _Prompt, trace: Trace, first: float, seconds: float, finished: bool, stop: str
+    ) -> Reply:
+        finish = STOP if stop else trace.finish or (STOP if finished else CANCELLED)
+        if self.calls and finish == STOP:
+            finish = CALLS
+        return Reply(
+            text=self.content,
+            ids=tuple(self.ids),
+            prompt_tokens=len(prompt.ids),
+            reused_tokens=trace.reused,
+            first_token_seconds=first,
+            seconds=seconds,
+            thinking=self.thinking,
+            calls=tuple(self.calls),
+            finish=finish,
+            stopped_by=stop,
+            logprobs=tuple(trace.logprobs),
+        )
+
+
+class Chat:
+    """One conversation, held: history, replies, saving.
+
+    The ids of a turn are those of the turn before, as generated, followed by the encoding of the
+    new text only, whenever the template renders the earlier turns as before: then nothing is read
+    twice. Where it leaves something out (thoughts), what follows is read again.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer | None = None,
+        template: Template | None = None,
+        *,
+        options: Options | None = None,
+        system: str | None = None,
+        tools: Sequence[Tool] = (),
+        on_slide: Callable[[Slide], None] | None = None,
+    ) -> None:
+        """Tokenizer and template default to those of the session's artifact.
+
+        Raises:
+            ArtifactError: the artifact has no tokenizer.
+            ConfigError: it has no chat template (pass `Template(RAW_TEMPLATE)` for a base model).
+        """
+        self.generator = Generator(session, tokenizer, template, on_slide=on_slide)
+        self.options = options or Options()
+        self.tools = tuple(tools)
+        self.history: list[Message] = []
         self.last: Reply | None = None
-        self._system = system
-        self._text = ""  # conversation as rendered, with the reply as it was generated
-        self._ids: list[int] = []  # the ids of that text
-        entry = artifact.manifest.tokenizer
-        self._stop = {*session.config.eos_ids, *(entry.stop_ids if entry else ())}
+        self.system = system or ""
         self.reset()
 
+    @property
+    def session(self) -> Session:
+        return self.generator.session
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.generator.tokenizer
+
+    @property
+    def template(self) -> Template:
+        return self.generator.template
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The history as JSON, in the shape chat templates read."""
+        return [m.as_dict() for m in self.history]
+
     def reset(self) -> None:
-        """Start a new conversation; the session keeps what it can reuse."""
-        self.messages = [{"role": "system", "content": self._system}] if self._system else []
-        self._text, self._ids, self.last = "", [], None
+        """Start a new conversation; the session keeps what it can reuse, and saves none of it."""
+        self.history = [Message("system", self.system)] if self.system else []
+        self.last = None
+        self.generator.forget()
 
     def save(self, path: str | Path) -> None:
         """Snapshot the session together with the conversation.
@@ -98,23 +539,40 @@ class Chat:
         Raises:
             SnapshotError: the file cannot be written.
         """
-        note = {"messages": self.messages, "text": self._text, "ids": self._ids}
+        text, ids, gap = self.generator.newest
+        if not ids:
+            self.session.reset()  # what is held belongs to an earlier conversation
+        note = {"messages": self.messages, "text": text, "ids": ids, "gap": list(gap)}
         self.session.snapshot(path, note)
 
     def load(self, path: str | Path) -> None:
         """Take up a saved conversation; a bare session snapshot counts as text already read.
 
         Raises:
-            SnapshotError: it cannot be restored here.
+            SnapshotError: it cannot be restored here, or holds another kind of note.
         """
         note = self.session.restore(path)
         self.reset()
-        self.messages = note.get("messages", self.messages)
-        self._text = note.get("text", "")
-        self._ids = note.get("ids", list(self.session.tokens))
+        messages = note.get("messages")
+        if messages is not None:
+            try:
+                self.history = [Message.of(m) for m in messages]
+            except (PromptError, TypeError) as e:
+                raise SnapshotError(f"{path} holds no conversation ({e})") from e
+        text, ids = note.get("text", ""), note.get("ids", list(self.session.tokens))
+        gap = note.get("gap", [0, 0])
+        if not (
+            isinstance(text, str)
+            and all(isinstance(n, list) and all(type(i) is int for i in n) for n in (ids, gap))
+            and len(gap) == 2
+            and 0 <= gap[0] <= gap[1] <= len(ids)
+        ):
+            raise SnapshotError(f"{path} holds a conversation that is damaged; take it again.")
+        if ids:
+            self.generator.know(text, ids, (gap[0], gap[1]))
 
     def send(self, content: str) -> Iterator[str]:
-        """Ask and yield the reply in pieces of whole characters; `last` describes it at the end.
+        """Ask and yield the answer in pieces of whole characters; `last` describes it at the end.
 
         When the caller stops early (Ctrl-C, closing the iterator), the text so far is the reply.
 
@@ -122,81 +580,81 @@ class Chat:
             PromptError: the turn is empty, or the template refuses the conversation.
             ContextFullError: the conversation does not fit the context.
         """
-        begin = time.perf_counter()
-        messages = [*self.messages, {"role": "user", "content": content}]
-        text = self.template.render(
-            messages, bos_token=self.tokenizer.bos_token, eos_token=self._eos_token()
-        )
-        ids = self._encode(text)
-        options = self.options
-        tokens = generate(
-            self.session,
-            ids,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            seed=options.seed,
-            stop=self._stop,
-            on_full=options.on_full,
-            keep_first=self._keep_first(text),
-            on_slide=self.on_slide,
-        )
-        return self._stream(tokens, messages, text, ids, begin)
+        return self._texts(self.ask(Message("user", content)))
 
-    def _stream(
-        self,
-        tokens: Iterator[int],
-        messages: list[dict[str, str]],
-        text: str,
-        ids: list[int],
-        begin: float,
-    ) -> Iterator[str]:
-        stream = TextStream(self.tokenizer)
-        made: list[int] = []
-        pieces: list[str] = []
-        read_before = self.session.stats.prefill_tokens
-        reused, first, finished = 0, 0.0, False
+    def ask(self, *messages: Message, constraint: Constraint | None = None) -> Iterator[Piece]:
+        """Add turns (a question, results of tools) and yield the reply in pieces.
+
+        Raises:
+            As `send`.
+        """
+        asked = [*self.history, *messages]
+        turn = self.generator.reply(
+            asked, tools=self.tools, options=self.options, constraint=constraint
+        )
+        return self._kept(turn, asked)
+
+    def again(self) -> Iterator[Piece]:
+        """Answer the last question once more; the reply there was is forgotten.
+
+        Raises:
+            PromptError: nothing was asked yet.
+        """
+        last = [i for i, m in enumerate(self.history) if m.role != "assistant"]
+        if not last or self.history[last[-1]].role == "system":
+            raise PromptError("There is no question yet to answer again.")
+        asked = self.history[: last[-1] + 1]
+        turn = self.generator.reply(asked, tools=self.tools, options=self.options)
+        return self._kept(turn, asked)
+
+    def _kept(self, turn: Turn, asked: list[Message]) -> Iterator[Piece]:
         try:
-            for token in tokens:
-                if not made:
-                    first = time.perf_counter() - begin
-                    read = self.session.stats.prefill_tokens - read_before
-                    reused = max(0, len(ids) - 1 - read)
-                made.append(token)
-                if piece := stream.feed(token):
-                    pieces.append(piece)
-                    yield piece
-            if piece := stream.flush():
-                pieces.append(piece)
-                yield piece
-            finished = True
+            yield from turn
         finally:
-            if finished or made:  # a question that failed before its reply was not asked
-                reply = "".join(pieces)
-                self.messages = [*messages, {"role": "assistant", "content": reply}]
-                self._text, self._ids = text + reply, ids + made[: stream.done]
-                seconds = time.perf_counter() - begin
-                self.last = Reply(reply, tuple(made), len(ids), reused, first, seconds)
+            turn.close()
+            if turn.reply:
+                self.history = [*asked, turn.reply.message]
+                self.last = turn.reply
 
-    def _encode(self, text: str) -> list[int]:
-        if not self._ids or not text.startswith(self._text):
-            return self.tokenizer.encode(text)
-        new = text[len(self._text) :]
-        if not self._text:  # the context was restored without a conversation: it has its start
-            new = new.removeprefix(self.tokenizer.bos_token)
-        return self._ids + self.tokenizer.encode(new, start=False)
+    def _texts(self, pieces: Iterator[Piece]) -> Iterator[str]:
+        try:
+            for piece in pieces:
+                if piece.kind == CONTENT:
+                    yield piece.text
+        finally:
+            pieces.close()  # type: ignore[attr-defined]
 
-    def _keep_first(self, text: str) -> int:
-        """Tokens that sliding never forgets: up to the end of the system prompt."""
-        at = text.find(self._system.strip()) if self._system else -1
-        if at < 0 or not self._system:
-            return 1
-        head = self.tokenizer.encode(text[: at + len(self._system.strip())])
-        return min(len(head), self.session.plan.ctx // 2)
 
-    def _eos_token(self) -> str:
-        eos = self.session.config.eos_ids
-        return self.tokenizer.token(eos[0]) if eos else ""
+def _shared(a: str, b: str) -> int:
+    """Length of the common beginning of two texts."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _until(piece: Piece, stops: Holdback) -> tuple[list[Piece], str]:
+    """A piece up to a stop text, and that text."""
+    if piece.kind != CONTENT:
+        held = stops.flush()
+        return [Piece(CONTENT, held), piece] if held else [piece], ""
+    text, hit = stops.feed(piece.text)
+    return [Piece(CONTENT, text)] if text else [], hit
+
+
+def _stop_ids(session: Session) -> frozenset[int]:
+    """Ids that end a turn: those of the model and those its tokenizer names."""
+    entry = session.artifact.manifest.tokenizer
+    tokens = getattr(session.artifact.manifest, "tokens", None)
+    named: Collection[int] = getattr(tokens, "eos", None) or ()
+    return frozenset({*session.config.eos_ids, *(entry.stop_ids if entry else ()), *named})
+
+
+def _suppressed(session: Session) -> frozenset[int]:
+    """Ids the checkpoint says are never to be drawn."""
+    tokens = getattr(session.artifact.manifest, "tokens", None)
+    return frozenset(getattr(tokens, "suppress", None) or ())

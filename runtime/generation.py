@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from edge_kv.errors import ConfigError, ContextFullError, PromptError, did_you_mean
-from edge_kv.runtime.sampling import Sampler
-from edge_kv.runtime.session import Session
+from edge_kv.runtime.sampling import Sampler, TokenLogprobs
+from edge_kv.runtime.session import Logits, Session
 
 ON_FULL = ("stop", "slide", "error")
+MAX_LOGPROBS = 100
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,25 @@ class Slide:
     kept_first: int
     forgotten: int
     kept_last: int
+
+
+@dataclass
+class Trace:
+    """What a generation did, filled while it runs."""
+
+    reused: int = 0  # tokens of the prompt that the session still held
+    finish: str = ""  # "stop" (a stop id), "length" or "full"; "" until it ends by itself
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a yielded id, if asked for
+
+
+class Constraint(Protocol):
+    """What limits the ids a model may say, one step after another."""
+
+    def mask(self, logits: Logits, left: int) -> Logits:
+        """The logits with what must not come next at -inf; `left` ids may still come."""
+
+    def accept(self, token: int) -> None:
+        """`token` was drawn."""
 
 
 def generate(
@@ -36,6 +57,12 @@ def generate(
     on_full: str = "stop",
     keep_first: int = 1,
     on_slide: Callable[[Slide], None] | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    suppress: Collection[int] = (),
+    constraint: Constraint | None = None,
+    logprobs: int | None = None,
+    checkpoints: Collection[int] = (),
+    trace: Trace | None = None,
 ) -> Iterator[int]:
     """Continue `ids` by up to `max_new_tokens` sampled ids; a stop id ends them and is not yielded.
 
@@ -47,6 +74,10 @@ def generate(
     keeps the first `keep_first` ids (the start token, a system prompt) and the newest half of the
     others, prefills those again and goes on. The model then no longer knows the forgotten middle;
     `on_slide` is told each time how much that was.
+
+    `constraint` limits what may be drawn. `logprobs` asks for the log-probabilities of every id and
+    of that many likeliest ones, in `trace`. `checkpoints` are lengths of the prompt at which the
+    session keeps its rings, for prompts that go on differently from there.
 
     Raises:
         PromptError: `ids` is empty or holds something that is not a token id.
@@ -61,7 +92,11 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        logit_bias=logit_bias,
+        suppress=suppress,
     )
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        raise ConfigError(f"logprobs {logprobs} must lie in 0 … {MAX_LOGPROBS}.")
     if on_full not in ON_FULL:
         raise ConfigError(f"Unknown on_full {on_full!r}.{did_you_mean(on_full, ON_FULL)}")
     if max_new_tokens < 0:
@@ -77,67 +112,91 @@ def generate(
             f"The prompt has {len(prompt)} tokens, the context {ctx}; shorten it, use "
             "--on-full slide, or export with a larger --ctx."
         )
-    return _run(
-        session, prompt, sampler, max_new_tokens, frozenset(stop), on_full, keep_first, on_slide
-    )
+    run = _Run(
+        session, sampler, max_new_tokens, frozenset(stop), on_full, keep_first, on_slide,
+        constraint, logprobs, frozenset(checkpoints), trace or Trace(),
+    )  # fmt: skip
+    return run.ids(prompt)
 
 
-def _run(
-    session: Session,
-    history: list[int],
-    sampler: Sampler,
-    max_new_tokens: int,
-    stop: frozenset[int],
-    on_full: str,
-    keep_first: int,
-    on_slide: Callable[[Slide], None] | None,
-) -> Iterator[int]:
-    """`history` is prompt and yielded ids; all but the newest are in the session."""
-    ctx = session.plan.ctx
-    held = False
-    for made in range(max_new_tokens):
-        full = len(history) > ctx
-        if full and on_full == "stop":
-            return
-        if full and on_full == "error":
-            raise ContextFullError(
-                f"The context of {ctx} tokens is full after {made} new ones; reset the session, "
-                "use on_full slide, or export with a larger --ctx."
-            )
-        if full:
-            history, slide = _slide(history, ctx, keep_first)
-            held = False
-            if on_slide:
-                on_slide(slide)
-        if not held:
-            feed(session, history[:-1])
-            held = True
-        token = sampler(session.decode(history[-1]), history)
-        if token in stop:
-            return
-        history.append(token)
-        yield token
+@dataclass
+class _Run:
+    session: Session
+    sampler: Sampler
+    max_new_tokens: int
+    stop: frozenset[int]
+    on_full: str
+    keep_first: int
+    on_slide: Callable[[Slide], None] | None
+    constraint: Constraint | None
+    logprobs: int | None
+    checkpoints: frozenset[int]
+    trace: Trace
+
+    def ids(self, history: list[int]) -> Iterator[int]:
+        """`history` is prompt and yielded ids; all but the newest are in the session."""
+        ctx = self.session.plan.ctx
+        held = False
+        for made in range(self.max_new_tokens):
+            full = len(history) > ctx
+            if full and self.on_full == "stop":
+                self.trace.finish = "full"
+                return
+            if full and self.on_full == "error":
+                raise ContextFullError(
+                    f"The context of {ctx} tokens is full after {made} new ones; reset the "
+                    "session, use on_full slide, or export with a larger --ctx."
+                )
+            if full:
+                history, slide = _slide(history, ctx, self.keep_first)
+                held = False
+                self.checkpoints = frozenset({self.keep_first})
+                if self.on_slide:
+                    self.on_slide(slide)
+            if not held:
+                reused = feed(self.session, history[:-1], self.checkpoints)
+                if not made:
+                    self.trace.reused = reused
+                held = True
+            left = self.max_new_tokens - made
+            if self.on_full != "slide":
+                left = min(left, ctx + 1 - len(history))
+            token = self._drawn(history, left)
+            if token in self.stop:
+                self.trace.finish = "stop"
+                return
+            history.append(token)
+            yield token
+        self.trace.finish = "length"
+
+    def _drawn(self, history: list[int], left: int) -> int:
+        logits = self.session.decode(history[-1])
+        allowed = self.constraint.mask(logits, left) if self.constraint else logits
+        token = self.sampler(allowed, history)
+        if self.logprobs is not None and token not in self.stop:
+            self.trace.logprobs.append(TokenLogprobs.of(logits, token, self.logprobs))
+        if self.constraint:
+            self.constraint.accept(token)
+        return token
 
 
-def feed(session: Session, ids: Sequence[int]) -> None:
-    """Make `session.tokens` equal `ids`, reusing their common prefix as far as the rings allow.
+def feed(session: Session, ids: Sequence[int], checkpoints: Collection[int] = ()) -> int:
+    """Make `session.tokens` equal `ids`, reusing what the session holds of them; how much that was.
+
+    At every length in `checkpoints` the session keeps its rings.
 
     Raises:
         PromptError: something in `ids` is not a token id of the model.
         ContextFullError: `ids` is longer than the context.
     """
-    held = session.tokens
-    common = next(
-        (i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b),
-        min(len(held), len(ids)),
-    )
-    back = len(held) - common
-    if back > session.max_rewind:
-        session.reset()
-        common = 0
-    elif back:
-        session.rewind(back)
-    session.prefill(ids[common:])
+    reused = session.resume(ids)
+    for at in sorted(c for c in checkpoints if 0 < c <= len(ids)):
+        if at > session.pos:  # read whole chunks: the rings still hold the rows of `at`
+            end = session.pos + -(-(at - session.pos) // session.plan.chunk) * session.plan.chunk
+            session.prefill(ids[session.pos : min(end, len(ids))])
+        session.checkpoint(at)
+    session.prefill(ids[session.pos :])
+    return reused
 
 
 def _slide(history: list[int], ctx: int, keep_first: int) -> tuple[list[int], Slide]:

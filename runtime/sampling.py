@@ -1,6 +1,6 @@
 """Sampling: one row of logits -> one id.
 
-In this order: repetition penalty, temperature, top-k, top-p, min-p. The filters are those of
+In this order: bias, repetition penalty, temperature, top-k, top-p, min-p. The filters are those of
 Hugging Face's logits processors (ties broken by the lower id), computed over the few candidates
 they leave instead of a sorted vocabulary.
 """
@@ -8,7 +8,9 @@ they leave instead of a sorted vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,44 @@ from edge_kv.errors import ConfigError, RuntimeFault
 
 Floats = npt.NDArray[np.float64]
 _FIRST_CUT = 64  # candidates looked at first; top-p grows it until they hold enough probability
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How ids are drawn: temperature 0 is greedy; 0, 1, 0 and 1 switch the other filters off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, manifest: Any) -> Sampling:
+        """What the checkpoint's makers recommend; greedy where they say nothing."""
+        stored = getattr(manifest, "sampling", None)
+        known = stored if isinstance(stored, Mapping) else vars(stored) if stored else {}
+        names = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in known.items() if k in names and v is not None})
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities before any filter, of a drawn id and others."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest ids, likeliest first
+
+    @classmethod
+    def of(cls, logits: npt.NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
+        """Of `token` and the `count` likeliest ids in float32 [vocab]."""
+        wide = logits.astype(np.float64)
+        top = float(wide.max())
+        total = top + math.log(np.exp(wide - top).sum())
+        best = _largest(wide, min(count, len(wide)))[:count]
+        likeliest = tuple((int(i), float(wide[i] - total)) for i in best)
+        return cls(token, float(wide[token] - total), likeliest)
 
 
 class Sampler:
@@ -31,12 +71,17 @@ class Sampler:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        suppress: Collection[int] = (),
     ) -> None:
         """top_k 0, top_p 1, min_p 0 and repetition_penalty 1 switch their filter off.
+
+        `logit_bias` is added to the logits of its ids; ids in `suppress` are never drawn.
 
         Raises:
             ConfigError: parameters out of range, all of them named.
         """
+        bias = dict(logit_bias or {})
         checks = {
             f"temperature {temperature} must be 0 (greedy) or a positive number": (
                 math.isfinite(temperature) and temperature >= 0
@@ -48,6 +93,9 @@ class Sampler:
                 math.isfinite(repetition_penalty) and repetition_penalty > 0
             ),
             f"seed {seed} must not be negative": seed is None or seed >= 0,
+            "logit_bias must give a number for each token id": all(
+                isinstance(i, int) and i >= 0 and not math.isnan(b) for i, b in bias.items()
+            ),
         }
         faults = [text for text, good in checks.items() if not good]
         if faults:
@@ -58,13 +106,18 @@ class Sampler:
         self.min_p = min_p
         self.repetition_penalty = repetition_penalty
         self._random = np.random.default_rng(seed)
+        self._biased = np.array(sorted(bias), np.int64)
+        self._bias = np.array([bias[i] for i in sorted(bias)], np.float32)
+        self._suppressed = np.array(sorted(suppress), np.int64)
 
     def __call__(self, logits: npt.NDArray[np.float32], history: Iterable[int] = ()) -> int:
         """Choose an id from float32 [vocab]; ids in `history` are subject to the penalty.
 
         Raises:
             RuntimeFault: a logit is NaN or +inf, or all are -inf.
+            ConfigError: `logit_bias` names an id the model does not have.
         """
+        logits = self._shifted(logits)
         top = float(logits.max(initial=-math.inf))
         if not math.isfinite(top):  # max is NaN when any logit is
             raise RuntimeFault(
@@ -112,6 +165,21 @@ class Sampler:
                 return ids
             count *= 8
         return _largest(weights, len(weights))
+
+    def _shifted(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits with the bias, and without what is never drawn."""
+        suppressed = self._suppressed[self._suppressed < len(logits)]
+        if not len(self._biased) and not len(suppressed):
+            return logits
+        if len(self._biased) and self._biased[-1] >= len(logits):
+            raise ConfigError(
+                f"logit_bias names token id {self._biased[-1]}; this model has 0 … "
+                f"{len(logits) - 1}."
+            )
+        shifted: npt.NDArray[np.float32] = logits.copy()
+        shifted[self._biased] += self._bias
+        shifted[suppressed] = -np.inf
+        return shifted
 
     def _penalised(
         self, logits: npt.NDArray[np.float32], history: Iterable[int]

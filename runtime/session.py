@@ -11,8 +11,9 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -32,6 +33,7 @@ _Result = TypeVar("_Result")
 
 # Storage of a plan dtype. int8 rows may be unsigned to an engine; the bytes are its own affair.
 STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+CHECKPOINTS = 3  # states of the rings a session keeps to go back to
 _LATENCIES = 16_384  # newest decode latencies kept for the percentiles
 
 
@@ -62,6 +64,15 @@ class Stats:
         return float(np.percentile(np.array(self.latencies), percent)) if self.latencies else 0.0
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The rings as they were after `tokens`; append buffers keep those rows themselves."""
+
+    tokens: tuple[int, ...]
+    written: int
+    rows: tuple[bytes, ...]
+
+
 class Session(ABC):
     """One running model: state buffers, position, and the two programs.
 
@@ -80,6 +91,7 @@ class Session(ABC):
         self.state: dict[str, npt.NDArray[Any]] = {b.name: _allocate(b) for b in self.plan.buffers}
         self._tokens: list[int] = []
         self._written = 0
+        self._checkpoints: list[Checkpoint] = []  # by length
         self._closed = False
 
     @property
@@ -167,8 +179,51 @@ class Session(ABC):
         oldest = self.plan.oldest_retained(self._written)
         return self.pos - (oldest + self.plan.window - 1) if oldest else self.pos
 
+    def checkpoint(self, at: int) -> None:
+        """Keep the rings as they are after the first `at` tokens, for `resume` to go back to.
+
+        Does nothing where the rings no longer hold those rows, or where there are no rings. At most
+        `CHECKPOINTS` are kept: the first, the newest, and the others as far apart as they come.
+        """
+        self._check_open()
+        if not self.plan.ring_slots or not 0 < at <= self.pos:
+            return
+        if not self.plan.can_rewind(at, self._written):
+            return
+        rows = snapshots.ring_rows(self.plan, self.state, at, self._written)
+        kept = Checkpoint(tuple(self._tokens[:at]), self._written, tuple(map(bytes, rows)))
+        points = [c for c in self._checkpoints if len(c.tokens) != at]
+        self._checkpoints = points = sorted([*points, kept], key=lambda c: len(c.tokens))
+        if len(points) > CHECKPOINTS:
+            lengths = [len(c.tokens) for c in points[:-1]]
+            gaps = [b - a for a, b in pairwise(lengths)]
+            del points[1 + gaps.index(min(gaps))]
+
+    def resume(self, ids: Sequence[int]) -> int:
+        """Go back to the longest beginning of `ids` that is still held, and return its length.
+
+        That is the common prefix with `tokens` where the rings reach back so far, else the last
+        checkpoint before it, else nothing.
+        """
+        self._check_open()
+        common = _common(self._tokens, ids)
+        if not self.plan.can_rewind(common, self._written):
+            common = 0
+        best: Checkpoint | None = None
+        for point in self._checkpoints:
+            if len(point.tokens) > common and _common(point.tokens, ids) == len(point.tokens):
+                common, best = len(point.tokens), point
+        if best:
+            rows = snapshots.ring_rows(self.plan, self.state, common, best.written)
+            for piece, kept in zip(rows, best.rows, strict=True):
+                piece[:] = kept
+            self._tokens, self._written = list(best.tokens), best.written
+        else:
+            self.rewind(self.pos - common)
+        return common
+
     def reset(self) -> None:
-        """Forget everything; buffers stay allocated."""
+        """Forget everything but checkpoints; buffers stay allocated."""
         self._check_open()
         self._tokens.clear()
         self._written = 0
@@ -204,6 +259,7 @@ class Session(ABC):
         self._check_open()
         with snapshots.verified(Path(path), self.identity, self.plan) as held:
             self.reset()
+            self._checkpoints.clear()
             try:
                 held.load(self.state)
             except OSError as e:
@@ -217,6 +273,7 @@ class Session(ABC):
         if not self._closed:
             self._closed = True
             self._close_engine()
+            self._checkpoints.clear()
             self.state.clear()
 
     def __enter__(self: _Self) -> _Self:
@@ -257,6 +314,7 @@ class Session(ABC):
         Its positions can still be written again, since ring slots = window + chunk - 1.
         """
         pos = self.pos
+        self._checkpoints = [c for c in self._checkpoints if len(c.tokens) <= pos]
         self._written = max(self._written, pos + len(ids))
         result = run(ids, pos)
         self._tokens.extend(ids.tolist())
@@ -288,6 +346,12 @@ class Session(ABC):
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeFault("This session is closed; load the artifact again.")
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _allocate(buffer: StateBuffer) -> npt.NDArray[Any]:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from edge_kv.artifact import plan_entry
 from edge_kv.errors import SnapshotError
 from edge_kv.files import replacing
-from edge_kv.kv_plan import RING, KVPlan, StateBuffer
+from edge_kv.kv_plan import APPEND, RING, KVPlan, StateBuffer
 
 MAGIC = b"EDGEKVSN"
 VERSION = 1
@@ -209,9 +209,18 @@ def _positions_held(buffer: StateBuffer, pos: int, written: int) -> range:
     return range(min(first, pos), pos)
 
 
-def _held(plan: KVPlan, state: State, pos: int, written: int) -> Iterator[memoryview]:
+def ring_rows(plan: KVPlan, state: State, pos: int, written: int) -> Iterator[memoryview]:
+    """The rows below `pos` that the rings hold, as contiguous pieces of their buffers."""
+    return _held(plan, state, pos, written, kinds=(RING,))
+
+
+def _held(
+    plan: KVPlan, state: State, pos: int, written: int, kinds: Sequence[str] = (APPEND, RING)
+) -> Iterator[memoryview]:
     """The live rows as contiguous pieces of the buffers, in file order."""
     for b in plan.buffers:
+        if b.kind not in kinds:
+            continue
         held = _positions_held(b, pos, written)
         if not held:
             continue

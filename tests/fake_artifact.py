@@ -148,11 +148,15 @@ def write_artifact(
     window: int = 5,
     ple: bool = True,
     programs: bool = True,
-    template: bool = True,
+    template: bool | str = True,
+    marks: Sequence[str] = (),
     verify: bool = True,
     seed: int = 0,
 ) -> Path:
-    """Write a complete artifact to `root` and return it."""
+    """Write a complete artifact to `root` and return it.
+
+    `marks`: further special tokens, instead of the last bytes of the vocabulary.
+    """
     config = make_config(window, ple)
     plan = plan_kv(config, ctx=ctx, chunk=chunk, kv=kv)
     toy = Toy(config, seed)
@@ -172,9 +176,10 @@ def write_artifact(
             file="ple.bin", rows=VOCAB, n_layers=config.n_layers, dim=DIM, bits=32, block=0
         )
         (root / entry.file).write_bytes(toy.ple.astype("<f4").tobytes())
-    _write_tokenizer(root / "tokenizer.json")
+    _write_tokenizer(root / "tokenizer.json", marks)
     if template:
-        (root / "chat_template.jinja").write_text(TEMPLATE)
+        text = template if isinstance(template, str) else TEMPLATE
+        (root / "chat_template.jinja").write_text(text)
     parity: dict[str, object] = {}
     if verify:
         parity = _write_vectors(root / "verify.npz", toy, plan)
@@ -215,16 +220,18 @@ def _entries(root: Path) -> dict[str, FileEntry]:
     }
 
 
-def _write_tokenizer(path: Path) -> None:
+def _write_tokenizer(path: Path, marks: Sequence[str] = ()) -> None:
     """A byte-level tokenizer: one id a byte behind the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters[len(letters) - len(marks) :] = marks
     vocab = {t: i for i, t in enumerate([*SPECIALS, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
+    specials = [AddedToken(s, special=True, normalized=False) for s in (*SPECIALS, *marks)]
+    tokenizer.add_special_tokens(specials)
     tokenizer.save(str(path))
 
 

@@ -1,13 +1,23 @@
 """Chat: templates, streamed text that splits no character, reuse between turns, saving."""
 
+import types
+
+import numpy as np
 import pytest
 from fake_artifact import SPECIALS, TEMPLATE, NumpySession, edit_manifest, write_artifact
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_kv.artifact import read_artifact
-from edge_kv.errors import ArtifactError, ConfigError, ContextFullError, PromptError
-from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Options, Template
+from edge_kv.errors import (
+    ArtifactError,
+    ConfigError,
+    ContextFullError,
+    PromptError,
+    SnapshotError,
+)
+from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Generator, Message, Options, Template
+from edge_kv.runtime.sampling import Sampling
 from edge_kv.runtime.text import TextStream, Tokenizer
 
 END = SPECIALS.index("<end_of_turn>")
@@ -35,6 +45,9 @@ class Scripted(NumpySession):
     def say(self, tokenizer):
         text = self.replies.pop(0)
         self.left = [*tokenizer.encode(text, start=False), END]
+
+    def stop_of(self, chat):
+        return END
 
     def _run_decode(self, token, pos):
         logits = super()._run_decode(token, pos)
@@ -241,3 +254,197 @@ def test_broken_tokenizer_is_an_artifact_error(tmp_path):
     path.write_bytes(b"{" + b" " * (path.stat().st_size - 1))
     with pytest.raises(ArtifactError, match=r"tokenizer.json is not a tokenizer"):
         Chat(NumpySession(read_artifact(root)))
+
+
+CHANNELS = """{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}
+{{ m.content }}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>assistant
+{% if not enable_thinking %}<|channel><channel|>{% endif %}{% endif %}"""
+MARKS = ["<|turn>", "<turn|>", "<|channel>", "<channel|>"]
+
+
+@pytest.fixture
+def thinker(tmp_path):
+    """An artifact whose vocabulary has marks for thoughts, and a template that drops thoughts."""
+    root = write_artifact(
+        tmp_path / "a", ctx=512, programs=False, verify=False, marks=MARKS, template=CHANNELS
+    )
+    return read_artifact(root)
+
+
+def test_thinking_is_apart_and_not_fed_back(thinker):
+    session = Scripted(thinker, "<|channel>thought\nlet me see<channel|>Four.", "Five.")
+    chat = Chat(session, options=Options(think=True))
+    assert "".join(ask(chat, "2 + 2?")) == "Four."
+    assert chat.last.text == "Four." and chat.last.thinking == "let me see"
+    session.say(chat.tokenizer)
+    pieces = list(chat.ask(Message("user", "2 + 3?")))
+    assert [p.text for p in pieces] == list("Five.")
+    told = chat.tokenizer.decode(session.tokens, special=True)
+    assert "let me see" not in told and "<|turn>assistant\nFour.<turn|>" in told
+
+
+@pytest.mark.parametrize("think", [None, False, True])
+def test_turns_that_history_writes_otherwise_cost_the_reply_again_and_no_more(thinker, think):
+    """The generation prompt opens a thought that history leaves out; replies outrun the rings."""
+    replies = [f"Answer {i} is rather longer than the rings reach." for i in range(6)]
+    session = Scripted(thinker, *replies)
+    chat = Chat(session, options=Options(think=think))
+    read = []
+    for i in range(6):
+        before = session.stats.prefill_tokens
+        ask(chat, f"Question {i}?")
+        read.append(session.stats.prefill_tokens - before)
+        assert chat.last.reused_tokens <= chat.last.prompt_tokens - 1
+    assert max(read[1:]) < 100 and len(set(read[1:])) == 1, read
+    wanted = chat.template.render(
+        chat.messages[:-1], bos_token="<bos>", enable_thinking=bool(think)
+    )
+    assert session.tokens == tuple(chat.tokenizer.encode(wanted + replies[-1]))
+
+
+def test_answers_are_fed_as_they_were_generated(thinker):
+    """A model may spell a text otherwise than its tokenizer would; history keeps the ids."""
+    session = Scripted(thinker, "x", "y")
+    chat = Chat(session)
+    chat.generator.tokenizer._engine.add_tokens(["Fo"])
+    odd = [chat.tokenizer.id_of(c) for c in "Four"]
+    assert chat.tokenizer.encode("Four", start=False) != odd
+    session.left = [*odd, session.stop_of(chat)]
+    assert "".join(chat.send("2 + 2?")) == "Four"
+    session.left = [session.stop_of(chat)]
+    list(chat.send("sure?"))
+    assert any(list(session.tokens[i : i + 4]) == odd for i in range(len(session.tokens)))
+
+
+def test_a_slide_gives_half_a_context_of_peace(tmp_path):
+    root = write_artifact(tmp_path / "a", ctx=128, programs=False, verify=False)
+    session = NumpySession(read_artifact(root))
+    slides = []
+    chat = Chat(session, options=Options(max_new_tokens=6, on_full="slide"), on_slide=slides.append)
+    read = []
+    for i in range(24):
+        held, before = session.pos, session.stats.prefill_tokens
+        for _ in chat.send(f"q{i:02}"):
+            pass
+        read.append(session.stats.prefill_tokens - before)
+        assert chat.last.reused_tokens <= held
+    assert len(slides) >= 5 and sum(n > 40 for n in read) == len(slides)
+    assert max(n for n in read if n <= 40) == 20  # the new turn alone
+
+
+def test_a_generator_recognises_conversations(artifact):
+    session = Scripted(artifact, "One.", "Two.", "Three.")
+    generator = Generator(session)
+
+    def say(messages):
+        session.say(generator.tokenizer)
+        turn = generator.reply(messages)
+        assert "".join(p.text for p in turn) == turn.reply.text
+        return turn.reply
+
+    first = [Message("user", "a long first question")]
+    reply = say(first)
+    other = say([Message("user", "another")])
+    again = say([*first, reply.message, Message("user", "more")])
+    assert other.finish == again.finish == "stop" and again.text == "Three."
+    wanted = generator.template.render(
+        [m.as_dict() for m in [*first, reply.message, Message("user", "more")]], bos_token="<bos>"
+    )
+    assert session.tokens == tuple(generator.tokenizer.encode(wanted + "Three."))
+
+
+def test_stop_texts_end_a_reply_and_are_hidden(artifact):
+    session = Scripted(artifact, "one STOP two", "a ST b")
+    chat = Chat(session, options=Options(stop=("STOP", "zzz")))
+    pieces = ask(chat, "x")
+    assert "".join(pieces) == "one " and not any("S" in p for p in pieces)
+    assert (chat.last.finish, chat.last.stopped_by) == ("stop", "STOP")
+    session.left = []
+    assert "".join(ask(chat, "y")) == "a ST b" and chat.last.stopped_by == ""
+
+
+def test_why_a_reply_ended(artifact):
+    chat = Chat(Scripted(artifact, "abc", "abc"), options=Options(max_new_tokens=2))
+    ask(chat, "x")
+    assert chat.last.finish == "length" and chat.last.text == "ab"
+    session = NumpySession(artifact)
+    full = Chat(session, options=Options(max_new_tokens=999, logit_bias={1: -1e9, END: -1e9}))
+    for _ in full.send("x"):
+        pass
+    assert full.last.finish == "full" and session.pos == session.plan.ctx
+    session = Scripted(artifact, "abc")
+    session.say(chat.tokenizer)
+    stopped = Chat(session)
+    pieces = stopped.send("x")
+    next(pieces)
+    pieces.close()
+    assert stopped.last.finish == "cancelled" and stopped.last.text == "a"
+
+
+def test_logprobs_and_bias(artifact):
+    session = NumpySession(artifact)
+    options = Options(max_new_tokens=4, logprobs=3, logit_bias={70: 1e4})
+    chat = Chat(session, options=options)
+    for _ in chat.send("x"):
+        pass
+    assert chat.last.ids == (70,) * 4 and len(chat.last.logprobs) == 4
+    session.rewind(1)
+    logits = session.decode(70).astype(np.float64)
+    wanted = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    session.reset()
+    chat.reset()
+    for _ in chat.send("x"):
+        pass
+    row = chat.last.logprobs[-1]
+    assert len(row.top) == 3 and row.id == 70 and all(p <= 0 for _, p in row.top)
+    assert row.top[0][1] == max(p for _, p in row.top)
+    assert np.isfinite(wanted).all() and row.logprob <= row.top[0][1]
+    with pytest.raises(ConfigError, match="logit_bias names token id 999999"):
+        list(Chat(session, options=Options(logit_bias={999_999: 1.0})).send("x"))
+    with pytest.raises(ConfigError, match="logprobs 101"):
+        Chat(session, options=Options(logprobs=101)).send("x")
+
+
+def test_sampling_is_the_checkpoints_unless_said_otherwise(artifact):
+    chat = Chat(NumpySession(artifact))
+    shipped = Sampling(temperature=0.7, top_k=40, top_p=0.9)
+    assert Options().sampling(shipped) == shipped
+    assert Options(temperature=0.0).sampling(shipped).temperature == 0.0
+    assert chat.generator.sampling == Sampling()
+    stored = types.SimpleNamespace(sampling={"temperature": 0.7, "top_k": 40, "x": 1})
+    assert Sampling.of(stored) == Sampling(temperature=0.7, top_k=40)
+
+
+def test_again_answers_the_same_question(artifact):
+    session = Scripted(artifact, "One.", "Two.")
+    chat = Chat(session)
+    with pytest.raises(PromptError, match="no question yet"):
+        chat.again()
+    ask(chat, "x")
+    session.say(chat.tokenizer)
+    assert "".join(p.text for p in chat.again()) == "Two."
+    assert [m["content"] for m in chat.messages] == ["x", "Two."]
+
+
+def test_what_was_reset_is_not_saved(artifact, tmp_path):
+    chat = Chat(Scripted(artifact, "One.", "Two."))
+    ask(chat, "secret")
+    chat.reset()
+    chat.save(tmp_path / "c.kv")
+    assert b"secret" not in (tmp_path / "c.kv").read_bytes()
+    other = Chat(Scripted(artifact, "Two."))
+    other.load(tmp_path / "c.kv")
+    assert other.messages == [] and other.session.pos == 0
+
+
+@pytest.mark.parametrize(
+    "note", [{"messages": 3}, {"messages": [{"role": "x"}]}, {"text": 3}, {"ids": ["a"]},
+             {"ids": [1], "gap": [0, 9]}, {"gap": "x"}],
+)  # fmt: skip
+def test_notes_of_another_kind_are_refused(artifact, tmp_path, note):
+    session = NumpySession(artifact)
+    session.prefill([2, 3, 4])
+    session.snapshot(tmp_path / "c.kv", note)
+    with pytest.raises(SnapshotError, match="holds"):
+        Chat(NumpySession(artifact)).load(tmp_path / "c.kv")

@@ -7,6 +7,8 @@ from fake_artifact import VOCAB, NumpySession, oracle, write_artifact
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ConfigError, ContextFullError, PromptError
 from edge_kv.runtime import generate, load
+from edge_kv.runtime.generation import feed
+from edge_kv.runtime.session import CHECKPOINTS
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +186,44 @@ def test_real_engine_agrees_with_the_oracle(tmp_path):
 def test_engine_typo(tmp_path):
     with pytest.raises(ConfigError, match=r"Unknown engine 'onx'. Did you mean 'onnx'"):
         load(tmp_path, engine="onx")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_checkpoints_go_back_to_what_was_read(session, seed):
+    """Random conversations that branch: what is decoded is the oracle's, whatever was reused."""
+    rng = np.random.default_rng(seed)
+    history = [2]
+    reused = read = 0
+    for _ in range(30):
+        cut = int(rng.integers(1, len(history) + 1))
+        history = [*history[:cut], *rng.integers(5, VOCAB, int(rng.integers(1, 12))).tolist()][:60]
+        marks = rng.integers(1, len(history) + 1, 2).tolist()
+        held = feed(session, history, marks)
+        assert session.tokens == tuple(history) and held <= len(history)
+        reused, read = reused + held, read + len(history) - held
+        token = int(rng.integers(5, VOCAB))
+        wanted = oracle(session.toy, session.plan, [*history, token])
+        np.testing.assert_allclose(session.decode(token), wanted, atol=1e-4)
+        if rng.random() < 0.2:
+            session.reset()
+    assert reused > read / 4
+
+
+def test_a_checkpoint_beats_starting_over(session):
+    head, tail = list(range(10, 30)), list(range(40, 60))
+    feed(session, head + tail, [len(head)])
+    assert feed(session, [*head, 99], ()) == len(head)
+    assert feed(session, head + tail, ()) == len(head)  # its rows are there still
+    session.reset()
+    assert feed(session, head, ()) == len(head)
+    assert feed(session, [7, 8, 9], ()) == 0
+    assert feed(session, head, ()) == 0  # overwritten
+
+
+def test_checkpoints_are_few_and_keep_the_first(session):
+    feed(session, list(range(10, 60)), range(5, 50, 5))
+    kept = [len(c.tokens) for c in session._checkpoints]
+    assert len(kept) == CHECKPOINTS and kept[0] == 5 and kept[-1] == 45
+    rings = [b for b in session.plan.buffers if b.kind == "ring"]
+    for c in session._checkpoints:
+        assert sum(map(len, c.rows)) <= sum(b.bytes for b in rings)
