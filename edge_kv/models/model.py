@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+
+from edge_kv.errors import ConfigError
 
 EMBED = "embed"  # token table [vocab, hidden]; also the LM head where there is no HEAD
 HEAD = "head"  # LM head [vocab, hidden] of its own
 PLE_TABLE = "ple_table"  # per-layer token table [vocab, layers * dim]: a file of its own
 LINEAR = "linear"  # [out, in]
-PLE_LINEAR = "ple_linear"  # gates and projections of the per-layer embedding: 8 bits or more
+LINEAR8 = "linear8"  # a small matrix that is not stored in fewer than 8 bits
 EXPERT = "expert"  # stacked experts [n, out, in]
+EXPERT8 = "expert8"  # experts of which a token runs one: no sum that would average their error
 FLOAT = "float"  # norms, scalars, routers, small convolutions: kept in f32
 TABLE = "table"  # whole numbers looked up by token id
 
@@ -29,6 +33,34 @@ class Model:
     eos_ids: tuple[int, ...] = (1,)
     pad_id: int | None = 0
 
+    def __post_init__(self) -> None:
+        if faults := list(self.faults()):
+            raise ConfigError("Inconsistent model config: " + "; ".join(faults) + ".")
+
+    def faults(self) -> Iterator[str]:
+        """What no model can be; a config adds its own."""
+        yield from self.not_positive("vocab", "hidden", "layers", "max_ctx", "norm_eps")
+        ids = {"bos_id": self.bos_id, "pad_id": self.pad_id}
+        ids |= {f"eos_ids[{i}]": e for i, e in enumerate(self.eos_ids)}
+        for name, i in ids.items():
+            if i is not None and not 0 <= i < self.vocab:
+                yield f"{name} {i} is not a token id below the vocabulary's {self.vocab}"
+
+    def not_positive(self, *names: str) -> Iterator[str]:
+        for name in names:
+            if (value := getattr(self, name)) <= 0:
+                yield f"{name} {value:g} must be positive"
+
+    def not_one_of(self, name: str, known: str) -> Iterator[str]:
+        """A pattern must have one of the letters `known` for each layer."""
+        pattern = getattr(self, name)
+        if len(pattern) != self.layers or set(pattern) - set(known):
+            yield f"{name} {pattern!r} must have one of {known} for each of {self.layers} layers"
+
+    def uneven_heads(self, q_heads: int, kv_heads: int, what: str = "") -> Iterator[str]:
+        if min(q_heads, kv_heads) < 1 or q_heads % kv_heads:
+            yield f"{what}q_heads {q_heads} must be a positive multiple of kv_heads {kv_heads}"
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -36,8 +68,7 @@ class Weight:
 
     A foreign name is a small expression: " | " between alternatives, the first that is there
     counts; " + " between parts that are joined along the output axis; "{e}" in a part for one
-    tensor an expert, stacked in order. `part` names a range of rows (start, stop) of what is
-    stored, `offset` a number added to it, `twist` a reordering (see `edge_kv.weights`).
+    tensor an expert, stacked in order.
     """
 
     name: str
@@ -48,7 +79,7 @@ class Weight:
     share: float = 1.0  # of its values that decoding one token reads: 0 for a mere look-up
     prefill: float = 1.0  # … that a chunk of a prompt reads
     offset: float = 0.0  # added to the values of a Hugging Face checkpoint
-    twist: str = ""
+    pairs: int = 0  # heads whose rows a GGUF file interleaves: dims j and n + j are neighbours
 
     @property
     def elements(self) -> int:
@@ -78,6 +109,13 @@ class Llama3:
 
 
 @dataclass(frozen=True)
+class Divisors:
+    """What each pair's frequency is divided by, as GGUF files write Llama 3's blend."""
+
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary embedding of `dim` dims of a head: pair j turns theta**(-2j/dim) a position.
 
@@ -89,8 +127,16 @@ class Rope:
     dim: int
     pairs: int
     factor: float = 1.0
-    scaling: Yarn | Llama3 | None = None
+    scaling: Yarn | Llama3 | Divisors | None = None
     gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.theta > 0 < self.factor and self.dim % 2 == 0 <= self.pairs <= self.dim // 2):
+            raise ConfigError(
+                f"Rotary embedding of {self.pairs} pairs in {self.dim} dims with theta "
+                f"{self.theta:g} and factor {self.factor:g} cannot be; pairs are at most half the "
+                "dims, theta and factor are positive."
+            )
 
     @classmethod
     def whole(cls, theta: float, dim: int) -> Rope:

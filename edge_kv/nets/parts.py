@@ -7,14 +7,14 @@ called by every net through this module.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_kv.models.model import Rope, Yarn
+from edge_kv.models.model import Divisors, Rope, Yarn
 from edge_kv.nets import ops
 from edge_kv.nets.ops import HALVES, gated
 
@@ -64,6 +64,8 @@ def frequencies(rope: Rope) -> Tensor:
     scaling = rope.scaling
     if scaling is None:
         return base / rope.factor if rope.factor != 1.0 else base
+    if isinstance(scaling, Divisors):
+        return base / torch.tensor(scaling.values)
     if isinstance(scaling, Yarn):
         # YaRN (arXiv 2309.00071): pairs that turn often keep their frequency, slow ones divide it
         # by the factor, with a ramp between.
@@ -89,6 +91,22 @@ def frequencies(rope: Rope) -> Tensor:
         wavelength <= scaling.original / scaling.low
     )
     return torch.where(medium, mixed, scaled)
+
+
+def _sqrt_softplus(x: Tensor) -> Tensor:
+    return F.softplus(x).sqrt()
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+# What a router's logits [T, experts] become.
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": _softmax,
+    "sqrtsoftplus": _sqrt_softplus,
+}
 
 
 class GLU(nn.Module):

@@ -186,8 +186,9 @@ def load(module: nn.Module, read: Read) -> None:
     """Fill all weights of `module` (on the meta device or not) with what `read` yields."""
     for holder in holders(module):
         for name, rows in holder.held.items():
-            shape = getattr(holder, name).shape
-            replace(holder, name, read(rows.name, rows.start, rows.start + shape[0]).reshape(shape))
+            old: Tensor = getattr(holder, name)
+            values = read(rows.name, rows.start, rows.start + old.shape[0])
+            replace(holder, name, values.reshape(old.shape).to(old.dtype))
 
 
 def replace(holder: Holder, name: str, tensor: Tensor) -> None:

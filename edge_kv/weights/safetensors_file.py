@@ -23,8 +23,13 @@ from edge_kv.weights.source import Array, Stored
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }  # fmt: skip
-_STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_STORAGE = {
+    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1",
+}  # fmt: skip
+# Whole numbers are not weights; a reader that knows what they mean may still have them.
+_WHOLE = {"I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -103,21 +108,43 @@ def _stored(
             f"{path} gives {name!r} {last - first} bytes, its shape {shape} in {dtype} needs "
             f"{prod(shape) * _BYTES[dtype]}; the file is damaged, download it again."
         )
+    storage = {**_STORAGE, **_WHOLE}
     fault = "" if dtype in _STORAGE else f"stored as {dtype}; F32, F16 and BF16 can be read"
 
     def rows(start: int, stop: int) -> Array:
         stride = prod(shape[1:]) * _BYTES[dtype]
         at = begin + first
-        raw = data[at + start * stride : at + stop * stride].view(_STORAGE[dtype])
+        raw = data[at + start * stride : at + stop * stride].view(storage[dtype])
         return _widen(raw, dtype).reshape(stop - start, *shape[1:])
 
-    return Stored(shape, rows, fault)
+    return Stored(shape, rows, fault, dtype)
+
+
+def _e4m3() -> Array:
+    """All 256 numbers of 4 exponent and 3 mantissa bits, bias 7, without infinities."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    value = np.where(
+        exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9)
+    )
+    value[code & 127 == 127] = np.nan
+    signed: Array = np.where(code & 128, -value, value).astype(np.float32)
+    return signed
+
+
+_E4M3 = _e4m3()
 
 
 def _widen(raw: NDArray[Any], dtype: str) -> Array:
     """A fresh f32 array of stored values."""
-    if dtype != "BF16":
-        return raw.astype(np.float32)
-    wide = raw.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
+    if dtype == "F8_E4M3":
+        out: Array = _E4M3[raw]
+    elif dtype == "F8_E8M0":
+        out = np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
+    elif dtype == "BF16":
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        out = wide.view(np.float32)
+    else:
+        out = raw.astype(np.float32)
+    return out

@@ -158,12 +158,14 @@ class Readable:
 class Stored:
     """One tensor as a file holds it: shape, outermost axis first, and rows start … stop-1 as f32.
 
-    `fault` says why it cannot be read (a storage type we do not decode); "" when it can.
+    `fault` says why it cannot be read (a storage type we do not decode); "" when it can. `dtype` is
+    the file's own word for its storage.
     """
 
     shape: tuple[int, ...]
     rows: Callable[[int, int], Array]
     fault: str = ""
+    dtype: str = ""
 
 
 def filled_up(table: Stored, rows: int, spare: int) -> Stored:

@@ -1,0 +1,229 @@
+"""A model's weights in a checkpoint, under the names of its weight rows, block of rows by block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_kv import models
+from edge_kv.errors import ConfigError, WeightsError
+from edge_kv.models.model import TABLE, Model, Weight
+from edge_kv.weights.fields import Fields
+from edge_kv.weights.gguf_file import GGUFFile
+from edge_kv.weights.safetensors_file import open_safetensors
+from edge_kv.weights.scaled import joined_scales
+from edge_kv.weights.source import Array, Stored, first_not_finite
+
+# Where the text model sits: multimodal, older multimodal, text-only, bare decoder.
+_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+_EXPERT = "{e}"
+_LISTED = 20  # faults spelt out in one message
+
+
+class Checkpoint:
+    """What a file's tensors hold of the model `config`.
+
+    Args:
+        stored: every tensor of the checkpoint under its own name.
+        format: "hf" or "gguf": which of a weight row's foreign names counts.
+        label: where the weights came from, for people.
+    """
+
+    def __init__(self, config: Model, stored: Mapping[str, Stored], format: str, label: str):
+        self.config, self.label = config, label
+        self.rows = {row.name: row for row in models.weights(config)}
+        self._stored, self._hf = stored, format == "hf"
+        self._prefixes = _PREFIXES if self._hf else ("",)
+        self._parts = {name: self._resolve(row) for name, row in self.rows.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows start … stop-1 (axis 0) of the weight `name`, as f32.
+
+        Raises:
+            WeightsError: no such weight, another shape, or a value that is not finite.
+        """
+        row = self.rows[name]
+        stop = row.shape[0] if stop is None else stop
+        if fault := self._fault(row):
+            raise WeightsError(f"{self.label}: {fault}.")
+        block = self._load(row, start, stop)
+        if (where := first_not_finite(block, start)) is not None:
+            raise WeightsError(
+                f"{self.stored_name(name)} in {self.label} is not finite at {list(where)}; "
+                "the checkpoint is damaged, download or convert it again."
+            )
+        return block
+
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls the weight `name`, for messages."""
+        return " + ".join(part[0] for part in self._parts[name])
+
+    def surplus(self) -> list[str]:
+        """Stored tensors that no part of the model uses and no model of its kind carries."""
+        used = {own for parts in self._parts.values() for part in parts for own in part}
+        ignored: Callable[[Model, str], bool] = models.module_of(self.config).ignored
+        return sorted(
+            name
+            for name in self._stored
+            if name not in used and not ignored(self.config, self._bare(name))
+        )
+
+    def check(self) -> None:
+        """Compare the checkpoint with the model's weight rows.
+
+        Raises:
+            WeightsError: one error that lists every missing, surplus, wrongly shaped and
+                unreadable tensor.
+        """
+        faults = [fault for row in self.rows.values() if (fault := self._fault(row))]
+        faults += [f"{name} is not part of the model" for name in self.surplus()]
+        if not faults:
+            return
+        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise WeightsError(
+            f"{self.label} does not fit its config, {len(faults)} "
+            f"tensor{'s are' if len(faults) > 1 else ' is'} wrong: "
+            f"{'; '.join(faults[:_LISTED])}{more}."
+        )
+
+    def _bare(self, name: str) -> str:
+        """`name` without the prefix of the text model."""
+        return next(name.removeprefix(p) for p in self._prefixes if name.startswith(p))
+
+    def _names(self, row: Weight) -> str:
+        return row.hf if self._hf else row.gguf
+
+    def _resolve(self, row: Weight) -> list[list[str]]:
+        """The stored names of each part of a weight, one an expert where they are apart."""
+        first: list[list[str]] = []
+        for alternative in self._names(row).split(" | "):
+            for prefix in self._prefixes:
+                parts = [
+                    [prefix + part.replace(_EXPERT, str(e)) for e in range(row.shape[0])]
+                    if _EXPERT in part
+                    else [prefix + part]
+                    for part in alternative.split(" + ")
+                ]
+                if all(own in self._stored for part in parts for own in part):
+                    return parts
+                first = first or parts
+        return first
+
+    def _fault(self, row: Weight) -> str:
+        """Why a weight cannot be read; "" when it can."""
+        shapes = []
+        for part in self._parts[row.name]:
+            for own in part:
+                if own not in self._stored:
+                    return f"{own} is missing"
+                whole = row.kind == TABLE and self._stored[own].dtype in ("I64", "I32")
+                if (fault := self._stored[own].fault) and not whole:
+                    return f"{own} is {fault}"
+            found = {self._stored[own].shape for own in part}
+            if len(found) > 1:
+                return f"{part[0]} and its like have different shapes {sorted(found)}"
+            shape = found.pop()
+            stacked = len(shape) < len(row.shape)  # experts that are stored one by one
+            shapes.append((len(part), *shape) if stacked else shape)
+        joined = list(shapes[0])
+        if len(shapes) > 1 and all(len(shape) > 1 for shape in shapes):
+            joined[1] = sum(shape[1] for shape in shapes)
+        if tuple(joined) != row.shape:
+            name = self.stored_name(row.name)
+            return f"{name} has shape {tuple(joined)}, expected {row.shape}"
+        return ""
+
+    def _load(self, row: Weight, start: int, stop: int) -> Array:
+        if not self._hf and row.pairs:
+            return self._unpaired(row, start, stop)
+        blocks = [self._part(row, part, start, stop) for part in self._parts[row.name]]
+        block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+        if self._hf and row.offset:
+            block += np.float32(row.offset)
+        return block
+
+    def _part(self, row: Weight, part: Sequence[str], start: int, stop: int) -> Array:
+        first = self._stored[part[0]]
+        if len(first.shape) == len(row.shape):
+            return first.rows(start, stop)
+        return np.stack([self._stored[own].rows(0, first.shape[0]) for own in part[start:stop]])
+
+    def _unpaired(self, row: Weight, start: int, stop: int) -> Array:
+        """Rows of a matrix whose heads a GGUF file interleaves, in their own order."""
+        dim = row.shape[0] // row.pairs
+        first, last = start // dim, -(-stop // dim)
+        [[own]] = self._parts[row.name]
+        heads = self._stored[own].rows(first * dim, last * dim)
+        heads = heads.reshape(last - first, dim // 2, 2, *heads.shape[1:])
+        block: Array = heads.swapaxes(1, 2).reshape(-1, *heads.shape[3:])
+        return block[start - first * dim : stop - first * dim]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The weights of a Hugging Face directory or a .gguf file.
+
+    Raises:
+        WeightsError: a file is missing, cut off or not what its name says.
+        ConfigError: it describes a model that is not supported, or a field has a wrong value.
+    """
+    if path.is_dir():
+        config = config_from_hf(_json(path / "config.json"), str(path / "config.json"))
+        stored = joined_scales(_shards(path))
+        return Checkpoint(config, stored, "hf", f"directory {path.name}")
+    file = GGUFFile(path)
+    module = models.module_for("GGUF", file.metadata.get("general.architecture"), path.name)
+    Fields(file.metadata, path.name).refuse_unless("split.count", 0, 1)
+    config = _described(lambda: module.read_gguf(file, path.name), path.name)
+    return Checkpoint(config, file.tensors, "gguf", f"{path.name} (GGUF)")
+
+
+def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> Model:
+    """The config that a parsed config.json describes.
+
+    Raises:
+        ConfigError: an unknown model_type, an unsupported field or a wrong value, by name.
+    """
+    module = models.module_for("HF", raw.get("model_type"), where)
+    return _described(lambda: module.read_hf(raw, where), where)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise WeightsError(f"{path} cannot be read as JSON ({e}); download it again.") from e
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} is not a JSON object; download it again.")
+    return value
+
+
+def _shards(root: Path) -> dict[str, Stored]:
+    """Every tensor of model.safetensors, or of the shards that its index lists."""
+    index = root / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if not (root / "model.safetensors").is_file() and index.is_file():
+        listed = _json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise WeightsError(f"{index} has no weight_map; download it again.")
+        names = set(map(str, listed.values()))
+    stored: dict[str, Stored] = {}
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise WeightsError(f"{index} names {name!r}, a path outside the directory; refused.")
+        if not (root / name).is_file():
+            raise WeightsError(f"{root} lacks {name}; download it again.")
+        stored.update(open_safetensors(root / name))
+    return stored
+
+
+def _described(read: Callable[[], Model], where: str) -> Model:
+    """What `read` returns; its errors name the file."""
+    try:
+        return read()
+    except ConfigError as e:
+        raise ConfigError(str(e) if where in str(e) else f"{where}: {e}") from None
