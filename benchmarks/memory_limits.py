@@ -28,7 +28,7 @@ from common import EXPORT, run_main, say, show, write_result
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ConfigError, RuntimeFault
-from edge_kv.export.pipeline import unfinished
+from edge_kv.export.unfinished import unfinished
 from edge_kv.kv_plan import parse_size
 from edge_kv.memory import parse_bytes
 from edge_kv.runtime.bench import MODULE, Job, fill_depths

@@ -7,10 +7,12 @@ after it in the same process would pay for them.
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +32,9 @@ def apart(work: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
     with tempfile.TemporaryDirectory() as folder:
         job, answer = Path(folder) / "job", Path(folder) / "answer"
         job.write_bytes(pickle.dumps((work, args, kwargs)))
-        done = subprocess.run([sys.executable, "-m", __name__, str(job), str(answer)], check=False)
+        command = [sys.executable, "-m", __name__, str(job), str(answer)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as done:
+            done.wait()
         if not answer.is_file():
             raise ExportError(
                 f"The process that ran {work.__name__} ended with status {done.returncode}; if "
@@ -41,6 +45,12 @@ def apart(work: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
     if isinstance(result, EdgeKVError):
         raise result
     return result
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it does: its end of the pipe closes."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 def _main(job: Path, answer: Path) -> None:
@@ -56,6 +66,7 @@ def _main(job: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _main(Path(sys.argv[1]), Path(sys.argv[2]))
     except KeyboardInterrupt:

@@ -7,7 +7,6 @@ shipped ones round activations, so that the parity gate can tell the lowering fr
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from edge_kv.artifact import Backend, PleEntry
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError
 from edge_kv.export.apart import apart
+from edge_kv.export.unfinished import read_record, write_record
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.kv_plan import KVPlan
 from edge_kv.tensors import tensor_table
@@ -144,18 +144,20 @@ class ExecuTorchLowering:
             from edge_kv.export.lower_executorch import lower_executorch, programs
 
         record = path.with_suffix(".json")
-        if not (path.is_file() and record.is_file()):
+        done = read_record(record)
+        if not (path.is_file() and path.stat().st_size == done.get("bytes")):
             run = apart if weights.layout.bytes > WORTH_A_PROCESS else _here
             details = run(
                 lower_executorch, request.config, request.plan, weights, path,
                 facts=_facts(request), attention=request.attention, delegate=delegate,
             )  # fmt: skip
-            record.write_text(json.dumps(details))
+            done = {"bytes": path.stat().st_size, "details": details}
+            write_record(record, done)
         file = f"{path.parent.name}/{path.name}"
         return Backend(
             programs=programs(request.config, request.plan, file),
             files=[file],
-            details=json.loads(record.read_text()),
+            details=done["details"],
         )
 
 

@@ -36,6 +36,7 @@ from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, 
 from edge_kv.export import gate
 from edge_kv.export.backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
 from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
 from edge_kv.export.weight_file import (
     Journal,
     StoredWeights,
@@ -51,8 +52,12 @@ from edge_kv.ple import PleTable
 from edge_kv.presets import get_preset
 from edge_kv.progress import Progress, Silent
 from edge_kv.weights import WeightSource, check_weights, open_weights
+from edge_kv.weights.files import identity
+from edge_kv.weights.tokenizer import usable_tokenizer
 
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
+# What a killed export leaves that the next one writes anew.
+_LEFT_OVER = ("*.part", MANIFEST, "verify*.npz")
 
 
 def export_model(
@@ -108,13 +113,19 @@ def export_model(
     layouts = {b: BACKENDS[b].layout(source.config, quant, block) for b in backends}
     check_weights(source)
     job = _Job(source, plan, layouts, attention, out, open_session, progress)
-    job.run()
+    _make_parent(out)
+    with sole_exporter(out):
+        if out.exists():
+            raise ExportError(f"{out} already exists; another export made it meanwhile.")
+        job.run()
     return out
 
 
-def unfinished(out: Path) -> Path:
-    """Where an export to `out` is kept until it is finished."""
-    return out.parent / f".{out.name}.part"
+def _make_parent(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ExportError(f"Cannot write beside {out} ({e.strerror}).") from e
 
 
 class _Job:
@@ -130,6 +141,12 @@ class _Job:
         self.config: ModelConfig = source.config
         self.open_session, self.progress = open_session, progress
         self.root = unfinished(out)
+        self.identity = identity(source.files())
+        tokenizer = source.tokenizer_json()
+        self.tokenizer_json = tokenizer and usable_tokenizer(
+            tokenizer, self.config.vocab_size, source.label
+        )
+        self.stop_ids, self.generation = source.stop_ids(), source.generation()
 
     def run(self) -> None:
         self._begin()
@@ -153,26 +170,32 @@ class _Job:
             ) from e
 
     def _begin(self) -> None:
-        """Continue an interrupted export of the very same request, else start over."""
-        request = json.dumps(
-            {
-                "edge_kv": __version__,
-                "source": self.source.label,
-                "model": asdict(self.config),
-                "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
-                "quant": [self.layout.scheme, self.layout.block_size],
-                "backends": list(self.layouts),
-                "attention": self.attention,
-            },
-            sort_keys=True,
-        )
+        """Continue an interrupted export of the very same request, else start over.
+
+        The same request is one for the same content: what was written of another checkpoint under
+        the same name must not end up beside what is read now.
+        """
+        request = {
+            "edge_kv": __version__,
+            "torch": torch.__version__,
+            "source": self.source.label,
+            "files": self.identity,
+            "model": json.loads(json.dumps(asdict(self.config))),
+            "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
+            "quant": [self.layout.scheme, self.layout.block_size],
+            "backends": list(self.layouts),
+            "attention": self.attention,
+        }
         held = self.root / REQUEST
-        if self.root.exists() and not (held.is_file() and held.read_text() == request):
-            shutil.rmtree(self.root)
         try:
+            if self.root.exists() and read_record(held) != request:
+                held.unlink(missing_ok=True)  # first: half a removal must not be taken up
+                shutil.rmtree(self.root)
             for name in self.layouts:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-            held.write_text(request)
+            for path in [p for pattern in _LEFT_OVER for p in self.root.rglob(pattern)]:
+                path.unlink()
+            write_record(held, request)
         except OSError as e:
             raise ExportError(f"Cannot write beside {self.out} ({e.strerror}).") from e
 
@@ -193,23 +216,32 @@ class _Job:
                 reports["ple_embed.weight"] = TensorReport(
                     bits=ple.bits, block=ple.block, error=error
                 )
+        self._unchanged()
         return reports, ple
+
+    def _unchanged(self) -> None:
+        """Refuse to go on when a source file is not what it was at the start."""
+        if identity(self.source.files()) != self.identity:
+            raise WeightsError(
+                f"{self.source.label} was changed while it was exported, so nothing was written; "
+                "run the same command again when its files are complete."
+            )
 
     def _stored(self, name: str) -> StoredWeights:
         """The weight file of a backend."""
         return StoredWeights(self.layouts[name], self.root / name / WEIGHTS)
 
     def _tokenizer(self) -> TokenizerEntry | None:
-        content, template = self.source.tokenizer_json(), self.source.chat_template()
-        if content is None:
+        template = self.source.chat_template()
+        if self.tokenizer_json is None:
             return None
-        (self.root / "tokenizer.json").write_text(content, encoding="utf-8")
+        (self.root / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
         if template is not None:
             (self.root / "chat_template.jinja").write_text(template, encoding="utf-8")
         return TokenizerEntry(
             file="tokenizer.json",
             chat_template="chat_template.jinja" if template is not None else None,
-            stop_ids=self.source.stop_ids(),
+            stop_ids=self.stop_ids,
         )
 
     def _finish(
@@ -258,6 +290,7 @@ class _Job:
         run = gate.plan_run(self.plan, self.config.vocab_size, self._encoder(tokenizer))
         self.progress.stage("parity: float reference")
         source_logits = self._oracle(run, None, ple)
+        self._unchanged()
         parity: dict[str, Any] = {}
         for name, programs in lowered.items():
             self.progress.stage(f"parity: stored weights of {name}")
@@ -284,6 +317,10 @@ class _Job:
         self.progress.stage("digests")
         backends = {name: programs.shipped for name, programs in lowered.items()}
         write_manifest(self.root, manifest(backends, parity, digests=True))
+        if self.out.exists():
+            raise ExportError(
+                f"{self.out} was made meanwhile; move it away and run the same command again."
+            )
         self.root.rename(self.out)
 
     def _oracle(

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +23,7 @@ from edge_kv.artifact import PleEntry, TensorReport
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.quantize import quantize
+from edge_kv.files import write_text
 from edge_kv.model.ops import unpack_blocks
 from edge_kv.progress import Progress
 from edge_kv.tensors import PLE_TABLE, TABLE, block_for, stored_bits
@@ -132,9 +133,20 @@ class Journal:
             self._rewrite()
 
     def _rewrite(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(e) + "\n" for e in self.done.values()))
-        part.replace(self.path)
+        write_text(self.path, "".join(json.dumps(e) + "\n" for e in self.done.values()))
+
+    def belongs_to(self, file: Path, size: int, prefix: str = "") -> None:
+        """Forget the entries that begin with `prefix` unless the file they tell of is whole."""
+        if not (file.is_file() and file.stat().st_size == size):
+            self.done = {n: e for n, e in self.done.items() if not n.startswith(prefix)}
+            self._rewrite()
+
+    def has(self, name: str, *numbers: str) -> bool:
+        """Whether `name` is finished, and its entry holds what it should."""
+        entry = self.done.get(name, {})
+        return name in self.done and all(
+            isinstance(entry.get(n), (int, float)) and isfinite(entry[n]) for n in numbers
+        )
 
     def add(self, name: str, **entry: Any) -> None:
         self.done[name] = {"name": name, **entry}
@@ -155,10 +167,11 @@ def write_weights(
     """
     total = sum(t.spec.elements for t in layout.tensors) * 4
     done = 0
+    journal.belongs_to(path, layout.bytes)
     with _sized_file(path, layout.bytes) as fd:
         for t in layout.tensors:
             name = t.spec.name
-            if name not in journal.done:
+            if not journal.has(name, "error"):
                 error = _write_tensor(source, t, layout, fd)
                 os.fsync(fd)
                 journal.add(name, error=error)
@@ -246,11 +259,12 @@ def write_ple(
     """Stream the per-layer embedding table into its row file; returns the relative error."""
     rows = max(1, ROW_BLOCK_BYTES // (4 * entry.values))
     name = "ple_embed.weight"
+    journal.belongs_to(path, entry.rows * entry.row_bytes, f"{name}[")
     with _sized_file(path, entry.rows * entry.row_bytes) as fd:
         for start in range(0, entry.rows, rows):
             stop = min(start + rows, entry.rows)
             key = f"{name}[{start}:{stop}]"
-            if key not in journal.done:
+            if not journal.has(key, "lost", "size"):
                 values = torch.from_numpy(source.read(name, start, stop))
                 data, lost = encode_ple(values, entry)
                 _write_at(fd, data.data.cast("B"), start * entry.row_bytes)

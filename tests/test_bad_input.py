@@ -300,6 +300,11 @@ CASES = [
         lambda d: (checkpoint(d) / "model.safetensors").rename(d / "model" / "tuned.safetensors"),
     ),
     Case("weights", "an LM head that is not the token table", EXPORT, tensors(another_head)),
+    Case(
+        "weights", "sampling that cannot be", EXPORT,
+        also("model/generation_config.json", b'{"top_p": 95}'),
+    ),
+    Case("weights", "a tokenizer that is none", EXPORT, also("model/tokenizer.json", b"{}")),
     Case("weights", "random weights of no model", "plan --weights random --ctx 512"),
     Case("weights", "a seed that is none", "plan --model e2b --weights random:x --ctx 512"),
     Case("GGUF", "not GGUF", GGUF, file("model.gguf", b"PK\x03\x04 something else")),

@@ -104,6 +104,9 @@ class GGUFModel(Checkpoint):
         template = self._metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
+    def files(self) -> list[Path]:
+        return self._files
+
     def stop_ids(self) -> list[int]:
         fields, n = Fields(self._metadata, self._where), self.config.vocab_size
         known = self.config.eos_ids

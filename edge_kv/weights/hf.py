@@ -17,6 +17,11 @@ from edge_kv.weights.source import Checkpoint, Generation, Stored, filled_up, tu
 
 # Where the text model sits: multimodal, older multimodal, text-only, bare decoder.
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+# What an export reads beside config.json and the weights.
+_TEXTS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 # Where transformers looks for weights, in its order.
 _SHARD_LIST = ".safetensors.index.json"
@@ -92,6 +97,10 @@ class HFDirectory(Checkpoint):
             # transformers' Gemma3RMSNorm multiplies by 1 + weight, Gemma4RMSNorm by weight.
             norm_offset=1.0 if config.family == "gemma3" else 0.0,
         )
+
+    def files(self) -> list[Path]:
+        texts = (self._root / name for name in ("config.json", *_TEXTS))
+        return [*(path for path in texts if path.is_file()), *self._files]
 
     def _weight_files(self, named: Any) -> list[Path]:
         """The files transformers would read, by its rule: the one that config.json names, else

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -87,6 +88,10 @@ class WeightSource(Protocol):
         """
         ...
 
+    def files(self) -> list[Path]:
+        """Every file that an export reads: its content decides what comes out."""
+        ...
+
     def differing(self) -> list[str]:
         """A sentence for every stored tensor that would have to repeat another and does not.
 
@@ -135,6 +140,9 @@ class Readable:
 
     def generation(self) -> Generation:
         return Generation()
+
+    def files(self) -> list[Path]:
+        return []
 
     def differing(self) -> list[str]:
         return []
