@@ -49,7 +49,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp")
 KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", "weights.cpp", *OPERATORS)
-ENGINE = ("operators.cpp", "engine.cpp")
+ENGINE = ("executorch_adapter.cpp", "operators.cpp", "engine.cpp")
 RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 LIBRARIES = (
     "executorch",
