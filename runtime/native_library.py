@@ -47,7 +47,7 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
         "dotprod": ("-march=armv8.2-a+dotprod",),
     },
 }
-OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp")
+OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp", "ops_weights.cpp")
 KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", "weights.cpp", *OPERATORS)
 ENGINE = ("executorch_adapter.cpp", "operators.cpp", "engine.cpp")
 RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")

@@ -9,6 +9,7 @@ import pytest
 from kernel_library import ALL_ISAS
 from native_call import Operators, Refused
 
+from edge_kv.formats import FORMATS, Quantised, dequantise, pack
 from edge_kv.runtime.native_library import build_kernels
 
 STORAGES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
@@ -299,6 +300,87 @@ def test_sinkhorn(operators):
         np.testing.assert_allclose(got, m, rtol=5e-6)
 
 
+def stored(rng, name, rows, cols):
+    """A random matrix [rows, cols] of a format: as it is stored, and in floats."""
+    fmt = FORMATS[name]
+    codes = rng.integers(fmt.low, fmt.high + 1, (rows, cols)).astype(np.int8)
+    blocks = row = None
+    if fmt.block_scale is not None:
+        blocks = rng.integers(20, 100, (rows, fmt.blocks(cols))).astype(fmt.block_scale)
+    if fmt.has_row_scales:
+        row = rng.uniform(1e-4, 2e-4, rows).astype(np.float32)
+    matrix = Quantised(codes, blocks, row)
+    return pack(fmt, matrix), dequantise(fmt, matrix)
+
+
+def close(got, want):
+    """Within what rounding activations to 8 bits does."""
+    error = np.abs(got - want)
+    assert error.max() <= 0.05 * np.abs(want).max()
+    assert error.mean() <= 0.025 * np.abs(want).mean()
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_q_and_embed_q(operators, isa, name):
+    rng = np.random.default_rng(10)
+    packed, matrix = stored(rng, name, 37, 100)
+    x = normal(rng, 3, 100)
+    product = operators.run("linear_q", [x, packed], isa=isa, rows=37, format=name, step=0.0)
+    close(product, x.astype(np.float64) @ matrix.T)
+    ids = np.array([36, 0, 17])
+    found = operators.run("embed_q", [ids, packed], isa=isa, width=100, format=name)
+    np.testing.assert_allclose(found, matrix[ids], rtol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("names", [("code4-s8", "int8-s8"), ("int4-f16", "int2-row"), None])
+@pytest.mark.parametrize(("act", "limit"), [("silu", 0.0), ("gelu_tanh", 0.0), ("silu", 0.8)])
+def test_experts_q(operators, isa, names, act, limit):
+    """One token and chunks, experts that nobody or everybody chose, choices that name none."""
+    rng = np.random.default_rng(11)
+    experts, dim, width = 6, 68, 40
+    into, back, stacks = [], [], ([], [])
+    for _ in range(experts):
+        for name, (rows, cols), matrices, packed in zip(
+            names or ("", ""), ((2 * width, dim), (dim, width)), (into, back), stacks, strict=True
+        ):
+            matrix = normal(rng, rows, cols) / cols**0.5
+            if name:
+                kept, matrix = stored(rng, name, rows, cols)
+                packed.append(kept)
+            else:
+                packed.append(matrix)
+            matrices.append(matrix.astype(np.float64))
+    gate_up, down = (np.stack(s) for s in stacks)
+    spread = np.abs(np.stack(into)).mean() * dim**0.5
+    for tokens, threads in ((1, 1), (1, 4), (19, 2)):
+        x = normal(rng, tokens, dim) / np.float32(spread) * 3
+        index = rng.integers(-1, experts, (tokens, 3))
+        index[:, 0] = 2
+        index[index == 4] = experts  # no such expert: adds nothing
+        weight = rng.uniform(0.1, 1, (tokens, 3)).astype(np.float32)
+        want = np.zeros((tokens, dim))
+        for t in range(tokens):
+            for e, share in zip(index[t], weight[t], strict=True):
+                if not 0 <= e < experts:
+                    continue
+                gate, up = np.split(into[e] @ x[t].astype(np.float64), 2)
+                if limit:
+                    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+                z = gate if act == "silu" else 1.5957691216 * (gate + 0.044715 * gate**3)
+                want[t] += share * (back[e] @ (gate / (1 + np.exp(-z)) * up))
+        got = operators.run(
+            "experts_q", [x, index, weight, gate_up, down], isa=isa, threads=threads, width=width,
+            format=names[0] if names else "", down_format=names[1] if names else "", act=act,
+            limit=limit,
+        )  # fmt: skip
+        if names:
+            close(got, want)
+        else:
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
 def good_calls():
     """A call of each operator that runs: name, inputs, attributes."""
     rng = np.random.default_rng(9)
@@ -321,6 +403,21 @@ def good_calls():
             {"eps": 1e-6, "style": "halves"},
         ),
         "sinkhorn": ([normal(rng, 2, 4, 4)], {"iters": 4, "eps": 1e-6}),
+        "linear_q": (
+            [normal(rng, 2, 40), stored(rng, "int4-s8", 20, 40)[0]],
+            {"rows": 20, "format": "int4-s8", "step": 0.0},
+        ),
+        "embed_q": (
+            [np.array([3, 31]), stored(rng, "int8-f16", 20, 40)[0]],
+            {"width": 40, "format": "int8-f16"},
+        ),
+        "experts_q": (
+            [normal(rng, 2, 40), np.array([[0, 1], [2, -1]]), normal(rng, 2, 2),
+             np.stack([stored(rng, "code4-s8", 48, 40)[0] for _ in range(3)]),
+             np.stack([stored(rng, "int8-row", 40, 24)[0] for _ in range(3)])],
+            {"width": 24, "format": "code4-s8", "down_format": "int8-row", "act": "silu",
+             "limit": 0.0},
+        ),
     }  # fmt: skip
 
 
@@ -371,6 +468,27 @@ BAD = [  # operator, changed inputs, changed attributes, what the sentence says
     ("sinkhorn", {0: np.ones((2, 4, 5), np.float32)}, {}, r"must be \[tokens, k, k\]"),
     ("sinkhorn", {}, {"iters": 0}, "iters is 0"),
     ("sinkhorn", {}, {"eps": -1.0}, "eps is -1"),
+    ("linear_q", {}, {"rows": 0}, "is to hold 0 rows"),
+    ("linear_q", {}, {"rows": 33}, r"is \[3, "),
+    ("linear_q", {}, {"rows": HIGHEST}, "out of range"),
+    ("linear_q", {}, {"format": "int3"}, 'format is "int3"'),
+    ("linear_q", {}, {"format": "int8-s8"}, "in int8-s8 is"),
+    ("linear_q", {}, {"step": -1.0}, "step is -1"),
+    ("linear_q", {0: np.ones((2, 65), np.float32)}, {}, "65 columns"),
+    ("linear_q", {1: np.zeros((2, 3), np.int8)}, {}, "packed is int8; it must be uint8"),
+    ("embed_q", {0: np.array([32])}, {}, "ids holds 32; there are 32 rows"),
+    ("embed_q", {0: np.array([-1])}, {}, "ids holds -1"),
+    ("embed_q", {}, {"width": -(2**63)}, "out of range"),
+    ("embed_q", {}, {"width": HIGHEST}, "out of range"),
+    ("experts_q", {}, {"width": 25}, "gate_up is uint8"),
+    ("experts_q", {}, {"width": HIGHEST}, "width is"),
+    ("experts_q", {}, {"act": "relu"}, 'act is "relu"'),
+    ("experts_q", {}, {"limit": float("nan")}, "limit is nan"),
+    ("experts_q", {1: np.zeros((3, 2), np.int64)}, {}, r"must be \[2, choices\]"),
+    ("experts_q", {2: np.ones((2, 3), np.float32)}, {}, "the same shape"),
+    ("experts_q", {3: np.zeros((3, 48, 39), np.float32)}, {}, r"\[experts, 48, 40\]"),
+    ("experts_q", {3: np.zeros((3, 48, 40), np.float16)}, {}, "f32 or uint8"),
+    ("experts_q", {3: np.zeros((2, 48, 40), np.float32)}, {}, "as many experts"),
 ]  # fmt: skip
 
 
@@ -412,6 +530,10 @@ for isa in MACHINE_ISAS:
     for style in ("halves", "pairs_last"):
         t.test_norm_rope(operators, isa, style, 2, 65, 7)
 t.test_sinkhorn(operators)
+for isa in MACHINE_ISAS:
+    t.test_linear_q_and_embed_q(operators, isa, "int4-s8")
+    for names in (("code4-s8", "int8-s8"), None):
+        t.test_experts_q(operators, isa, names, "silu", 0.8)
 for case in t.BAD:
     t.test_what_does_not_fit_is_one_sentence(operators, *case)
 print("clean")

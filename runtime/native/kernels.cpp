@@ -439,6 +439,30 @@ void relu_scores(const Cache& cache, const float* q, int rows, const float* weig
   run(cache, q, rows, weights, begin, end, scores);
 }
 
+// Both activations are x times the logistic function of z: of x itself, or of the argument of tanh
+// doubled.
+void gated(const float* gate, const float* up, int64_t n, Activation activation, float limit,
+           float* out) {
+  constexpr int kPart = 64;
+  alignas(64) float x[kPart], y[kPart], z[kPart], e[kPart];
+  const float bound = limit > 0 ? limit : 3.4e38f;
+  for (int64_t from = 0; from < n; from += kPart) {
+    const int count = int(n - from < kPart ? n - from : kPart);
+    for (int i = 0; i < kPart; ++i) {
+      const float a = i < count ? gate[from + i] : 0.0f, b = i < count ? up[from + i] : 0.0f;
+      x[i] = a < bound ? a : bound;
+      y[i] = b < -bound ? -bound : b < bound ? b : bound;
+      z[i] = activation == Activation::silu
+                 ? x[i]
+                 : 1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+      e[i] = -fabsf(z[i]);
+    }
+    for (int i = 0; i < kPart; i += kWidth) save(e + i, exponential(load(e + i)));
+    for (int i = 0; i < count; ++i)
+      out[from + i] = x[i] * y[i] * (z[i] < 0 ? e[i] : 1.0f) / (1.0f + e[i]);
+  }
+}
+
 void store(const float* x, int dim, Storage storage, int zero, void* row, float* row_scale) {
   switch (storage) {
     case Storage::f32: memcpy(row, x, sizeof(float) * size_t(dim)); return;
@@ -471,7 +495,7 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
 #define EDGE_KV_TEXT(isa) EDGE_KV_QUOTED(isa)
 extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
 const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
-    EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, relu_scores,
+    EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, gated, relu_scores,
     dense_fits, dense_bytes, dense_round, dense_rows,
     kTileRows, tiles_fit, tile_token_bytes, tile_round, tile_bytes, tile_dense,
     round_row, multiply_groups,

@@ -15,6 +15,9 @@ enum class Storage { f32, f16, int8 };
 // last 2 * angles.
 enum class Rotation { halves, pairs_last };
 
+// Of a gated product.
+enum class Activation { silu, gelu_tanh };
+
 // One KV head of a cache: rows of `dim` elements, `row_stride` elements from one slot to the next;
 // row i is at slot i % slots. Scales, `scale_stride` floats apart, belong to int8 rows and are null
 // otherwise. Int8 keys are stored plus `key_zero`: 0, or 128 where a runtime multiplies unsigned
@@ -100,6 +103,9 @@ struct Kernels {
   void (*store)(const float* x, int dim, Storage, int zero, void* row, float* row_scale);
 
   float (*dot)(const float* a, const float* b, int n);
+
+  // out = activation(gate) * up; a limit above 0 bounds gate from above and up on both sides first.
+  void (*gated)(const float* gate, const float* up, int64_t n, Activation, float limit, float* out);
 
   // scores[i - begin] = sum over the query rows r of weights[r] * max(0, q[r] . key i).
   void (*relu_scores)(const Cache&, const float* q, int rows, const float* weights, int64_t begin,

@@ -5,7 +5,7 @@
 
 namespace edge_kv {
 
-constexpr Type kTable = Type::other;
+constexpr Type kTable = Type::other, kAny = Type::none;
 constexpr bool kOptional = true, kWritten = true;
 
 const Operator kOperators[kOperatorCount] = {
@@ -45,6 +45,23 @@ const Operator kOperators[kOperatorCount] = {
      {{"eps", Kind::real}, {"style", Kind::text}}},
     {"sinkhorn", sinkhorn, Type::f32, {{"x", Type::f32}},
      {{"iters", Kind::whole}, {"eps", Kind::real}}},
+    {"linear_q", linear_q, Type::f32,
+     {{"x", Type::f32}, {"packed", Type::uint8}},
+     {{"rows", Kind::whole}, {"format", Kind::text}, {"step", Kind::real}}},
+    {"embed_q", embed_q, Type::f32,
+     {{"ids", Type::int64}, {"packed", Type::uint8}},
+     {{"width", Kind::whole}, {"format", Kind::text}}},
+    {"experts_q", experts_q, Type::f32,
+     {{"x", Type::f32},
+      {"index", Type::int64},
+      {"weight", Type::f32},
+      {"gate_up", kAny},
+      {"down", kAny}},
+     {{"width", Kind::whole},
+      {"format", Kind::text},
+      {"down_format", Kind::text},
+      {"act", Kind::text},
+      {"limit", Kind::real}}},
 };
 
 size_t bytes_of(Type type) {
@@ -98,6 +115,7 @@ namespace {
 
 bool fits(const Input& input, const View& view) {
   if (!view) return input.optional;
+  if (input.type == kAny) return true;
   if (input.type != kTable) return view.type == input.type;
   return view.type == Type::f32 || view.type == Type::f16 || view.type == Type::int8;
 }

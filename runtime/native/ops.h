@@ -70,7 +70,7 @@ enum class Kind { real, whole, list, text };
 
 struct Input {
   const char* name;
-  Type type;  // `other`: f32, f16 or int8, as a table holds it
+  Type type;  // `other`: f32, f16 or int8, as a table holds it; `none`: what its kernel takes
   bool optional = false;
   bool written = false;  // in place; where an engine has no such thing, an output in input order
 };
@@ -80,7 +80,7 @@ struct Parameter {
   Kind kind;
 };
 
-constexpr int kMostInputs = 13, kMostParameters = 4;
+constexpr int kMostInputs = 13, kMostParameters = 5;
 
 // Inputs and parameters end at the first without a name. `result` is the type of output 0; `none`
 // where the operator's outputs are the inputs that it writes.
@@ -103,7 +103,7 @@ struct Operator {
   }
 };
 
-constexpr size_t kOperatorCount = 5;
+constexpr size_t kOperatorCount = 8;
 extern const Operator kOperators[kOperatorCount];
 
 // Run a call: "" or why not, one sentence.
@@ -147,5 +147,8 @@ void attend(Call&);
 void select(Call&);
 void norm_rope(Call&);
 void sinkhorn(Call&);
+void linear_q(Call&);
+void embed_q(Call&);
+void experts_q(Call&);
 
 }  // namespace edge_kv

@@ -1,0 +1,236 @@
+// linear_q, embed_q and experts_q: stored matrices (weights.h) and their products.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "ops.h"
+#include "weights.h"
+
+namespace edge_kv {
+namespace {
+
+constexpr int64_t kMinValues = 1 << 16;  // worth a thread
+
+const Format& format_of(std::string_view name, const char* attribute) {
+  const Format* format = find_format(std::string(name).c_str());
+  if (!format) refuse(attribute, " is \"", name, "\"; no weights are stored so.");
+  return *format;
+}
+
+// A matrix [rows, cols] stored in `axes` [groups, bytes of a group].
+Weights weights_of(const View& packed, const int64_t* axes, const char* name, const Format& format,
+                   int64_t rows, int64_t cols) {
+  if (rows < 1 || cols < 1 || rows >= kMostRows || cols >= kMostRows)
+    refuse(name, " is to hold ", rows, " rows and ", cols, " columns, which is out of range.");
+  const int64_t groups = (rows + kGroupRows - 1) / kGroupRows, bytes = group_bytes(format, cols);
+  if (axes[0] != groups || axes[1] != bytes)
+    refuse(name, " is ", packed, "; a matrix of ", rows, " rows and ", cols, " columns in ",
+           format.name, " is [", groups, ", ", bytes, "].");
+  if (reinterpret_cast<uintptr_t>(packed.data) % 4)
+    refuse(name, " does not begin at a multiple of 4 bytes.");
+  return {&format, packed.as<const uint8_t>(), rows, cols};
+}
+
+}  // namespace
+
+void linear_q(Call& call) {
+  const View &x = call.in[0], &packed = call.in[1];
+  const int64_t rows = call.attributes[0].whole;
+  const Format& format = format_of(call.attributes[1].text, "format");
+  const float step = float(call.attributes[2].real);
+  if (x.rank != 2) refuse("x is ", x, "; it must be [tokens, values].");
+  if (packed.rank != 2) refuse("packed is ", packed, "; it must be [groups, bytes].");
+  if (!(step >= 0 && step < 1e30f)) refuse("step is ", double(step), "; it must be 0 or more.");
+  const Weights weights = weights_of(packed, packed.shape, "packed", format, rows, x.shape[1]);
+  const View out = call.output(0, Type::f32, {x.shape[0], rows});
+  linear_q(call.kernels, call.pool, x.as<const float>(), x.shape[0], weights, step,
+           out.as<float>());
+}
+
+void embed_q(Call& call) {
+  const View &ids = call.in[0], &packed = call.in[1];
+  const int64_t width = call.attributes[0].whole;
+  const Format& format = format_of(call.attributes[1].text, "format");
+  if (ids.rank != 1) refuse("ids is ", ids, "; it must be [tokens].");
+  if (packed.rank != 2) refuse("packed is ", packed, "; it must be [groups, bytes].");
+  const int64_t rows = packed.shape[0] * kGroupRows;
+  const Weights weights = weights_of(packed, packed.shape, "packed", format, rows, width);
+  for (int64_t t = 0; t < ids.shape[0]; ++t)
+    if (const int64_t id = ids.as<const int64_t>()[t]; id < 0 || id >= rows)
+      refuse("ids holds ", id, "; there are ", rows, " rows.");
+  const View out = call.output(0, Type::f32, {ids.shape[0], width});
+  const Pool team{ids.shape[0] * width < kMinValues ? 1 : call.pool.threads, call.pool.run};
+  parallel(team, ids.shape[0], [&](int64_t t) {
+    embed_row(weights, ids.as<const int64_t>()[t], out.as<float>() + t * width);
+  });
+}
+
+namespace {
+
+// The matrices of all experts, one after the other: packed in a format, or f32 [E, rows, cols].
+struct Stack {
+  const Format* format;  // null: f32
+  const char* data;
+  int64_t experts, rows, cols;
+
+  int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
+  const char* of(int64_t expert) const {
+    const int64_t bytes = format ? weight_bytes(*format, rows, cols) : rows * cols * 4;
+    return data + expert * bytes;
+  }
+};
+
+Stack stack_of(const View& view, const char* name, std::string_view format, int64_t rows,
+               int64_t cols) {
+  if (view.rank != 3 || (view.type != Type::f32 && view.type != Type::uint8))
+    refuse(name, " is ", view, "; it must be f32 or uint8 with three axes.");
+  if (view.type == Type::f32) {
+    if (view.shape[1] != rows || view.shape[2] != cols)
+      refuse(name, " is ", view, "; it must be [experts, ", rows, ", ", cols, "].");
+    return {nullptr, view.as<const char>(), view.shape[0], rows, cols};
+  }
+  const Format& stored = format_of(format, name);
+  weights_of(view, view.shape + 1, name, stored, rows, cols);
+  return {&stored, view.as<const char>(), view.shape[0], rows, cols};
+}
+
+// One expert that some tokens chose: these are the pairs begin … end - 1 of Chosen.
+struct Expert {
+  int64_t number, begin, end;
+};
+
+// (token, place of its choice) pairs in the order of their experts.
+struct Chosen {
+  std::vector<int64_t> pairs;  // token * k + place
+  std::vector<Expert> experts;
+};
+
+Chosen choose(const View& index, int64_t experts) {
+  const int64_t* of = index.as<const int64_t>();
+  Chosen out;
+  for (int64_t i = 0; i < index.count(); ++i)
+    if (of[i] >= 0 && of[i] < experts) out.pairs.push_back(i);
+  std::stable_sort(out.pairs.begin(), out.pairs.end(),
+                   [&](int64_t a, int64_t b) { return of[a] < of[b]; });
+  for (int64_t i = 0; i < int64_t(out.pairs.size()); ++i) {
+    const int64_t expert = of[out.pairs[size_t(i)]];
+    if (out.experts.empty() || out.experts.back().number != expert)
+      out.experts.push_back({expert, i, i});
+    out.experts.back().end = i + 1;
+  }
+  return out;
+}
+
+// Rows of activations, rounded where a stack is packed.
+struct Rows {
+  char* first;
+  int64_t stride;  // bytes of a row
+
+  char* row(int64_t i) const { return first + i * stride; }
+};
+
+int64_t row_bytes(const Stack& with) {
+  return with.format ? rounded_stride(with.cols) : with.cols * 4;
+}
+
+void prepare(const Call& call, const Stack& with, const float* x, char* row) {
+  if (with.format) {
+    call.kernels.round_row(x, with.cols, 0.0f, reinterpret_cast<uint8_t*>(row));
+  } else {
+    memcpy(row, x, size_t(with.cols) * 4);
+  }
+}
+
+// out [pairs, stack.rows]: every chosen expert's matrix times the rows of its pairs. An expert is cut
+// into parts where there are fewer of them than threads.
+void multiply_chosen(const Call& call, const Stack& stack, const Chosen& chosen, const Rows& rows,
+                     float* out) {
+  const int64_t count = int64_t(chosen.experts.size());
+  const int64_t parts = std::min((call.pool.threads + count - 1) / count, stack.groups());
+  parallel(call.pool, count * parts, [&](int64_t task) {
+    const Expert& expert = chosen.experts[size_t(task / parts)];
+    const int64_t begin = stack.groups() * (task % parts) / parts;
+    const int64_t end = stack.groups() * (task % parts + 1) / parts;
+    const int64_t first = begin * kGroupRows, tokens = expert.end - expert.begin;
+    const char* matrix = stack.of(expert.number);
+    float* to = out + expert.begin * stack.rows;
+    if (stack.format) {
+      const int64_t bytes = group_bytes(*stack.format, stack.cols);
+      call.kernels.multiply(*stack.format,
+                            reinterpret_cast<const uint8_t*>(matrix) + begin * bytes, end - begin,
+                            (stack.cols + kBlockValues - 1) / kBlockValues,
+                            reinterpret_cast<const uint8_t*>(rows.row(expert.begin)), rows.stride,
+                            tokens, to + first, stack.rows, stack.rows - first);
+      return;
+    }
+    for (int64_t r = first; r < std::min(stack.rows, end * kGroupRows); ++r)
+      for (int64_t t = 0; t < tokens; ++t)
+        to[t * stack.rows + r] =
+            call.kernels.dot(reinterpret_cast<const float*>(rows.row(expert.begin + t)),
+                             reinterpret_cast<const float*>(matrix) + r * stack.cols,
+                             int(stack.cols));
+  });
+}
+
+}  // namespace
+
+void experts_q(Call& call) {
+  const View &x = call.in[0], &index = call.in[1], &weight = call.in[2];
+  const int64_t width = call.attributes[0].whole;
+  const std::string_view act = call.attributes[3].text;
+  const float limit = float(call.attributes[4].real);
+  if (x.rank != 2 || x.shape[1] > kMostOfAxis) refuse("x is ", x, "; it must be [tokens, values].");
+  const int64_t tokens = x.shape[0], dim = x.shape[1];
+  if (width < 1 || width > kMostOfAxis) refuse("width is ", width, "; it is out of range.");
+  if (index.rank != 2 || index.shape[0] != tokens)
+    refuse("index is ", index, "; it must be [", tokens, ", choices].");
+  if (weight.rank != 2 || weight.shape[0] != tokens || weight.shape[1] != index.shape[1])
+    refuse("weight is ", weight, " and index is ", index, "; they must have the same shape.");
+  if (act != "silu" && act != "gelu_tanh")
+    refuse("act is \"", act, "\"; it must be \"silu\" or \"gelu_tanh\".");
+  if (!(limit >= 0)) refuse("limit is ", double(limit), "; it must be 0 (none) or more.");
+  const Stack into = stack_of(call.in[3], "gate_up", call.attributes[1].text, 2 * width, dim);
+  const Stack back = stack_of(call.in[4], "down", call.attributes[2].text, dim, width);
+  if (into.experts != back.experts)
+    refuse("gate_up is ", call.in[3], " and down is ", call.in[4],
+           "; they must hold as many experts.");
+  const View out = call.output_like(0, x);
+
+  // All tokens of one expert meet it together; its two matrices are read once.
+  const Chosen chosen = choose(index, into.experts);
+  const int64_t pairs = int64_t(chosen.pairs.size()), k = index.shape[1];
+  std::fill_n(out.as<float>(), tokens * dim, 0.0f);
+  if (pairs == 0) return;
+  const Pool team{pairs * std::max(dim, width) < kMinValues ? 1 : call.pool.threads, call.pool.run};
+  const auto token = [&](int64_t pair) { return chosen.pairs[size_t(pair)] / k; };
+  const int64_t floats = pairs * std::max(2 * width, dim);
+  const int64_t bytes = pairs * (row_bytes(into) + row_bytes(back));
+  float* const products = scratch(size_t(floats + bytes / 4 + 1));
+  const Rows given{reinterpret_cast<char*>(products + floats), row_bytes(into)};
+  const Rows hidden{given.row(pairs), row_bytes(back)};
+  parallel(team, pairs, [&](int64_t i) {
+    prepare(call, into, x.as<const float>() + token(i) * dim, given.row(i));
+  });
+  multiply_chosen(call, into, chosen, given, products);
+  const Activation activation = act == "silu" ? Activation::silu : Activation::gelu_tanh;
+  parallel(team, pairs, [&](int64_t i) {
+    float* gate = products + i * 2 * width;
+    call.kernels.gated(gate, gate + width, width, activation, limit, gate);
+    prepare(call, back, gate, hidden.row(i));
+  });
+  multiply_chosen(call, back, chosen, hidden, products);
+  std::vector<int64_t> where(size_t(tokens * k), -1);  // of a token's choice, its pair
+  for (int64_t i = 0; i < pairs; ++i) where[size_t(chosen.pairs[size_t(i)])] = i;
+  parallel(team, tokens, [&](int64_t t) {
+    float* to = out.as<float>() + t * dim;
+    for (int64_t choice = t * k; choice < (t + 1) * k; ++choice) {
+      if (where[size_t(choice)] < 0) continue;
+      const float share = weight.as<const float>()[choice];
+      const float* from = products + where[size_t(choice)] * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] += share * from[d];
+    }
+  });
+}
+
+}  // namespace edge_kv
