@@ -33,6 +33,7 @@ def main() -> None:
         "contexts": "\n\n".join(contexts(r) for r in results("executorch_contexts")),
         "methods": "\n\n".join(methods(r) for r in results("executorch_methods")),
         "exporters": "\n\n".join(exporters(r) for r in results("executorch_peer")),
+        "devices": devices(result("device_classes")),
     }
     text = README.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -55,6 +56,31 @@ def results(prefix: str) -> list[dict[str, Any]]:
 def markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
+
+
+def devices(r: dict[str, Any]) -> str:
+    """The longest context of each model on each device, then what it needs there."""
+    names = [d["name"] for d in r["devices"]]
+    fits: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in r["models"]:
+        fits.setdefault(entry["model"], {})[entry["device"]] = entry
+    mark = {"in memory": "", "experts from storage": " *", "no": ""}
+
+    def cell(entry: dict[str, Any]) -> str:
+        return f"{entry['ctx']:,}{mark[entry['verdict']]}" if entry["ctx"] else "–"
+
+    def need(entry: dict[str, Any]) -> tuple[str, ...]:
+        sizes = ("anonymous", "file_pages", "weight_file", "read_weights", "read_state")
+        return (f"{entry['at']:,}", *(f"{entry[key] / 1e9:.2f}" for key in sizes))
+
+    contexts = [(m, *(cell(by_device[n]) for n in names)) for m, by_device in fits.items()]
+    # What the largest device that runs the model needs; for those none runs, the least they ask.
+    head = (
+        "GB", "at context", "anonymous", "weights mapped", "weight file",
+        "a token reads of weights", "of state",
+    )  # fmt: skip
+    needs = [(m, *need(by_device[names[-1]])) for m, by_device in fits.items()]
+    return f"{markdown(('longest context', *names), contexts)}\n\n{markdown(head, needs)}"
 
 
 def greedy(r: dict[str, Any]) -> str:

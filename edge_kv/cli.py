@@ -26,6 +26,7 @@ from edge_kv.errors import (
 
 if TYPE_CHECKING:
     from edge_kv.config import ModelConfig
+    from edge_kv.models.model import Model as NetConfig
     from edge_kv.runtime.chat import Chat
     from edge_kv.runtime.generation import Slide
     from edge_kv.runtime.session import Session
@@ -123,10 +124,20 @@ def plan(
     """What will it cost? State, weights and peak RAM, before anything is built."""
     from edge_kv.kv_plan import parse_size, plan_kv
     from edge_kv.memory import predict_memory
-    from edge_kv.report import plan_data, print_plan
+    from edge_kv.report import net_plan_data, plan_data, print_net_plan, print_plan
     from edge_kv.tensors import block_size as checked_block
     from edge_kv.terminal import output
 
+    if (described := _described(model, weights)) is not None:
+        sizes = parse_size(ctx), parse_size(chunk)
+        data = net_plan_data(
+            described, _name(model, weights), *sizes, kv, quant, checked_block(block_size)
+        )
+        if as_json:
+            _print_json(data)
+        else:
+            print_net_plan(data, output())
+        return
     config, name = _config(model, weights)
     layout = plan_kv(config, ctx=parse_size(ctx), chunk=parse_size(chunk), kv=kv)
     memory = predict_memory(config, layout, quant, checked_block(block_size))
@@ -502,6 +513,24 @@ def _config(model: str | None, weights: str | None) -> tuple[ModelConfig, str]:
     from edge_kv.weights import open_weights
 
     return open_weights(weights, preset).config, name
+
+
+def _described(model: str | None, weights: str | None) -> NetConfig | None:
+    """The config that `--model` or `--weights` names of the models with tables of state.
+
+    None: a model that is planned by layers, or weights that say nothing by themselves.
+    """
+    from edge_kv import models
+    from edge_kv.models.checkpoint import read_config
+    from edge_kv.presets import PRESETS
+
+    if weights is None or weights.startswith("random"):
+        return None if model is None or model in PRESETS else models.get_row(model).config
+    path = Path(weights).expanduser()
+    if not path.exists():
+        return None
+    config = read_config(path)
+    return None if config is None or models.planned_by_layers(config) else config
 
 
 def _name(model: str | None, weights: str | None) -> str:

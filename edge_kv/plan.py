@@ -131,13 +131,13 @@ class Plan:
     def full_length(self, *, sharing: bool = False, rings: bool = False) -> int:
         """Bytes of the keys and values where layers do not share them or windows are not rings.
 
-        The baseline of published figures: attended rows of stride 1, one copy a reader unless
-        `sharing`, `ctx` rows unless `rings`; no compressed blocks, no raw rows.
+        The baseline of published figures: a copy of attended rows for each reader unless `sharing`;
+        `ctx` rows in the place of windows and blocks unless `rings`; no raw rows.
         """
         return sum(
             (1 if sharing else len(t.readers)) * (t.slots if rings else self.ctx) * t.row_bytes
             for t in self.tables
-            if t.stride == 1 and not t.exact
+            if not t.exact and (rings or t.stride == 1)
         )
 
     def can_rewind(self, to: int, written: int) -> bool:

@@ -7,10 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edge_kv import models
 from edge_kv.artifact import Artifact
 from edge_kv.config import ModelConfig
+from edge_kv.footprint import footprint
 from edge_kv.kv_plan import KVPlan, state_elements
 from edge_kv.memory import MemoryPlan
+from edge_kv.models.model import Model
+from edge_kv.tensors import SCHEMES
 from edge_kv.terminal import layers, size
 
 F16_BYTES = 2  # baselines are counted in the 16-bit storage that other runtimes use
@@ -54,6 +58,121 @@ def plan_data(config: ModelConfig, plan: KVPlan, memory: MemoryPlan, name: str) 
         },
         "memory": memory.as_dict(),
     }
+
+
+def net_plan_data(
+    config: Model, name: str, ctx: int, chunk: int, kv: str, quant: str, block: int
+) -> dict[str, Any]:
+    """Everything `plan` prints of a model with tables of state, as JSON data; bytes throughout.
+
+    Raises:
+        PlanError, ConfigError: a context, chunk, storage or quantisation that cannot be.
+    """
+    plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv)
+    need = footprint(config, plan, quant, block=block)
+    others = models.plan(config, ctx=ctx, chunk=1, kv="f16")
+    files = {q: footprint(config, plan, q, block=block).weight_file for q in SCHEMES}
+    return {
+        "model": name,
+        "ctx": plan.ctx,
+        "chunk": plan.chunk,
+        "kv": plan.kv,
+        "quant": quant,
+        "buffers": [
+            {
+                "name": t.name,
+                "shape": list(t.shape),
+                "dtype": t.dtype,
+                "bytes": t.bytes,
+                "stride": t.stride,
+                "keep": t.keep,
+                "writer": t.writer,
+                "readers": list(t.readers),
+            }
+            for t in plan.tables
+        ],
+        "totals": {
+            "bytes": plan.bytes,
+            "baselines_f16": {
+                key: others.full_length(sharing=s, rings=r)
+                for key, s, r in zip(
+                    BASELINES, (False, True, False, True), (False, False, True, True), strict=True
+                )
+            },
+            "read_traffic_per_token": need.read_state,
+        },
+        "memory": {
+            "quant": quant,
+            "block_size": block,
+            "depth": need.depth,
+            "weight_file": need.weight_file,
+            "weights": need.weights,
+            "weight_files": files,
+            "ple_file": need.lookup_file,
+            "state": need.state,
+            "state_touched": need.touched,
+            "anonymous": need.anonymous,
+            "mapped": {"dense": need.dense, "experts": need.experts},
+            "read_per_token": {"weights": need.read_weights, "state": need.read_state},
+        },
+    }
+
+
+def print_net_plan(data: dict[str, Any], console: Console) -> None:
+    """`net_plan_data` as tables; layers whose tables have equal shapes share a row."""
+    console.print(
+        f"[bold]{data['model']}[/]  ctx {data['ctx']:,}  chunk {data['chunk']}  "
+        f"kv {data['kv']}  quant {data['quant']}"
+    )
+    console.print(_tables_by_shape(data["buffers"]))
+    totals, memory = data["totals"], data["memory"]
+    naive = totals["baselines_f16"]["every_layer_full"]
+    state = Table("state", box=None, pad_edge=False)
+    state.add_column("bytes", justify="right")
+    state.add_column("share", justify="right")
+    state.add_row("this plan", size(totals["bytes"]), f"{totals['bytes'] / naive:.1%}")
+    shown: set[int] = set()
+    for key, label in BASELINES.items():
+        value = totals["baselines_f16"][key]
+        if value not in shown:  # what a model has nothing of makes no difference
+            state.add_row(f"f16, {label}", size(value), f"{value / naive:.1%}")
+        shown.add(value)
+    console.print(state)
+    files = ", ".join(f"{quant} {size(n)}" for quant, n in memory["weight_files"].items())
+    console.print(f"Weights: {files}.")
+    read, mapped = memory["read_per_token"], memory["mapped"]
+    console.print(
+        f"One token at {memory['depth']:,} tokens reads {size(read['weights'])} of weights and "
+        f"{size(read['state'])} of state."
+    )
+    experts = f", of routed experts {size(mapped['experts'])}" if mapped["experts"] else ""
+    console.print(
+        f"Memory at that depth: {size(memory['anonymous'])} anonymous, "
+        f"{size(mapped['dense'] + mapped['experts'])} of mapped weights{experts}."
+    )
+
+
+def _tables_by_shape(buffers: list[dict[str, Any]]) -> Table:
+    """One row for each kind of table: the layers that have it, and all their bytes."""
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for b in buffers:
+        suffix = b["name"].partition(".")[2]
+        key = (suffix, tuple(b["shape"]), b["dtype"], b["stride"], b["keep"])
+        kinds.setdefault(key, []).append(b)
+    table = Table(box=None, pad_edge=False)
+    for name in ("table", "rows × heads × dim", "dtype"):
+        table.add_column(name)
+    for name in ("positions a row", "looks back", "bytes each", "of all"):
+        table.add_column(name, justify="right")
+    table.add_column("layers")
+    for (suffix, shape, dtype, stride, keep), same in kinds.items():
+        each = same[0]["bytes"]
+        table.add_row(
+            suffix, " × ".join(f"{n:,}" for n in shape), dtype, str(stride),
+            f"{keep:,}" if keep else "all", size(each), size(each * len(same)),
+            layers([b["writer"] for b in same]),
+        )  # fmt: skip
+    return table
 
 
 def print_plan(data: dict[str, Any], console: Console) -> None:

@@ -19,6 +19,8 @@ PLE_LINEAR = "ple_linear"  # gates and projections of the per-layer embedding: 8
 EXPERT = "expert"  # stacked experts [n_experts, out, in]
 HEAD = "head"  # LM head [vocab, hidden] of its own
 TABLE = "table"  # whole numbers looked up by token id
+LINEAR8 = "linear8"  # a small matrix that is not stored in fewer than 8 bits
+EXPERT8 = "expert8"  # experts of which a token runs one: 8 bits or more
 FLOAT = "float"  # norms, scalars, the router: kept in f32
 
 
@@ -98,9 +100,10 @@ def _layer_tensors(config: ModelConfig, i: int) -> list[TensorSpec]:
 
 
 SCHEMES = ("int4", "int8", "none")
+_SMALL = {PLE_LINEAR: 8, LINEAR8: 8, EXPERT8: 8}
 _BITS = {
-    "int4": {EMBED: 4, HEAD: 4, LINEAR: 4, EXPERT: 4, PLE_TABLE: 4, PLE_LINEAR: 8},
-    "int8": {EMBED: 8, HEAD: 8, LINEAR: 8, EXPERT: 8, PLE_TABLE: 8, PLE_LINEAR: 8},
+    "int4": {EMBED: 4, HEAD: 4, LINEAR: 4, EXPERT: 4, PLE_TABLE: 4, **_SMALL},
+    "int8": {EMBED: 8, HEAD: 8, LINEAR: 8, EXPERT: 8, PLE_TABLE: 8, **_SMALL},
     "none": {},
 }
 

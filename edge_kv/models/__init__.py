@@ -28,6 +28,11 @@ def get_row(name: str) -> Row:
     return ROWS[name]
 
 
+def planned_by_layers(config: Model) -> bool:
+    """Whether `edge_kv.kv_plan` still plans this model, as it does Gemma."""
+    return isinstance(config, gemma.Config)
+
+
 def module_of(config: Model) -> ModuleType:
     """The module that describes the model of `config`."""
     return next(m for m in MODULES if m.Config is type(config))

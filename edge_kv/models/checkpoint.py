@@ -181,6 +181,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, file.tensors, "gguf", f"{path.name} (GGUF)")
 
 
+def read_config(path: Path) -> Model | None:
+    """The config of a Hugging Face directory or a .gguf file; None where it is neither.
+
+    Raises:
+        ConfigError: a model that is not supported, or a field with a wrong value.
+    """
+    if (path / "config.json").is_file():
+        return config_from_hf(_json(path / "config.json"), str(path / "config.json"))
+    return open_checkpoint(path).config if path.is_file() else None
+
+
 def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> Model:
     """The config that a parsed config.json describes.
 

@@ -1,0 +1,86 @@
+"""What `plan` says of any model: every row, on every device, against what is known otherwise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from edge_kv import models
+from edge_kv.cli import app
+from edge_kv.errors import ConfigError
+from edge_kv.footprint import DEVICES, FLASH, NO, RESIDENT, fits, footprint, stored_bytes
+from edge_kv.kv_plan import plan_kv
+from edge_kv.memory import predict_memory
+from edge_kv.models.model import Weight
+from edge_kv.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", ["e2b", "e4b", "26b-a4b", "gemma3-270m"])
+def test_gemma_is_predicted_as_by_layers(name):
+    config, depth = models.get_row(name).config, 8192
+    need = footprint(config, models.plan(config, ctx=depth), "int4")
+    old = PRESETS[name].config
+    known = predict_memory(old, plan_kv(old, ctx=depth), "int4")
+    assert (need.weight_file, need.state) == (known.weight_file, known.state)
+    running = known.phases["decode"].anon
+    assert abs(need.anonymous - running) < 0.15 * running
+
+
+@pytest.mark.parametrize("name", models.ROWS)
+def test_plan_lists_every_table_as_json_and_prints(name):
+    if name in PRESETS:
+        return  # planned by layers
+    args = ["plan", "--model", name, "--ctx", "4k"]
+    result = CliRunner().invoke(app, [*args, "--json"])
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    plan = models.plan(models.get_row(name).config, ctx=4096)
+    assert [b["name"] for b in data["buffers"]] == [t.name for t in plan.tables]
+    for b in data["buffers"]:
+        assert b["bytes"] == plan[b["name"]].bytes and b["shape"] == list(plan[b["name"]].shape)
+    assert data["totals"]["bytes"] == plan.bytes == data["memory"]["state"]
+    files = data["memory"]["weight_files"]
+    assert files["int4"] < files["int8"] < files["none"]
+    text = CliRunner().invoke(app, args).stdout
+    assert name in text and "of weights and" in text
+
+
+def test_plan_reads_a_checkpoint_and_refuses_as_before(tmp_path):
+    fields = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    args = ["plan", "--weights", str(tmp_path), "--ctx", "128", "--json"]
+    assert len(json.loads(CliRunner().invoke(app, args).stdout)["buffers"]) == 8
+    result = CliRunner().invoke(app, ["plan", "--model", "llama3.2-1", "--ctx", "4k"])
+    assert result.exit_code == 1 and "Did you mean 'llama3.2-1b'?" in result.stderr
+    with pytest.raises(ConfigError, match="int5"):
+        config = models.get_row("smollm2-135m").config
+        footprint(config, models.plan(config, ctx=64), "int5")
+
+
+def test_bytes_of_a_weight():
+    assert stored_bytes(Weight("w", (4, 64)), "int4") == 4 * 64 // 2 + 4 * 4 * 2
+    assert stored_bytes(Weight("w", (4, 64), "expert8"), "int4") == 4 * 64 + 4 * 4 * 2
+    assert stored_bytes(Weight("w", (4, 60)), "int4") == 4 * 4 * 60  # no block divides a row
+    assert stored_bytes(Weight("w", (4, 64), "float"), "int8") == 4 * 4 * 64
+
+
+def test_devices():
+    rows = {n: models.get_row(n) for n in ("smollm2-135m", "zaya1-8b", "deepseek-v4-pro")}
+    found = {(f.model, f.device.name): f for f in fits(rows.items())}
+    assert len(found) == 3 * len(DEVICES)
+    for device in DEVICES:
+        assert found["smollm2-135m", device.name].verdict == RESIDENT
+        assert found["deepseek-v4-pro", device.name].verdict == NO
+        for name in rows:
+            fit = found[name, device.name]
+            if fit.verdict == RESIDENT:
+                assert fit.need.resident <= device.free
+            elif fit.verdict == FLASH:
+                assert fit.need.least <= device.free < fit.need.resident
+    assert found["zaya1-8b", "Pi 4/5, 4 GB"].verdict == FLASH
+    assert found["zaya1-8b", "laptop, 16 GB"].verdict == RESIDENT
