@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_kv.errors import ConfigError, PromptError, SnapshotError
 from edge_kv.runtime.generation import Constraint, Slide, Trace, generate
@@ -21,6 +22,9 @@ from edge_kv.runtime.sampling import Sampling, TokenLogprobs
 from edge_kv.runtime.session import Session
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.runtime.text import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from edge_kv.runtime.constraints import Engine, Grammar
 
 __all__ = [
     "RAW_TEMPLATE", "Chat", "Generator", "Message", "Options", "Piece", "Reply", "Template", "Tool",
@@ -158,10 +162,11 @@ class Generator:
         self.tokenizer = tokenizer or Tokenizer.of(artifact)
         self.template = template
         self.format = ReplyFormat.of(self.tokenizer, template.source)
-        self.sampling = Sampling.of(artifact.manifest)
+        self.sampling = Sampling.of(artifact)
         self.on_slide = on_slide
-        self.stop_ids = _stop_ids(session) | self.format.ends
-        self._suppress = _suppressed(session)
+        self._ids = _Ids(session)
+        self.stop_ids = self._ids.stop | self.format.ends
+        self._engine: Engine | None = None
         self._conversations: list[_Known] = []  # the newest last
         self._answers: OrderedDict[str, list[int]] = OrderedDict()  # text -> ids as generated
 
@@ -171,20 +176,23 @@ class Generator:
         *,
         tools: Sequence[Tool] = (),
         options: Options | None = None,
-        constraint: Constraint | None = None,
+        grammar: Grammar | None = None,
+        tool_choice: str = "auto",
     ) -> Turn:
         """Answer a conversation. The prompt is made here; work starts with the first `next`.
 
-        `constraint` limits what may be said (`edge_kv.runtime.constraints`).
+        `grammar` is what the answer must be. Calls of `tools` have the arguments the tools ask for;
+        `tool_choice` is "auto", "none", "required" or the name of the tool that must be called.
 
         Raises:
             PromptError: the template refuses the conversation.
             ContextFullError: the conversation does not fit the context.
-            ConfigError: an option out of range.
+            ConfigError: an option out of range, or a grammar or schema that is not valid.
         """
         begin = time.perf_counter()
         options = options or Options()
         prompt = self._prompt(messages, tools, options)
+        constraint = self._constraint(prompt, tools, options, grammar, tool_choice)
         sampling = options.sampling(self.sampling)
         trace = Trace()
         gap = list(prompt.gap)
@@ -209,7 +217,7 @@ class Generator:
             keep_first=prompt.keep_first,
             on_slide=slid,
             logit_bias=options.logit_bias,
-            suppress=self._suppress,
+            suppress=self._ids.suppress,
             constraint=constraint,
             logprobs=options.logprobs,
             checkpoints=prompt.checkpoints,
@@ -250,6 +258,30 @@ class Generator:
 
         turn = Turn(pieces())
         return turn
+
+    def _constraint(
+        self,
+        prompt: _Prompt,
+        tools: Sequence[Tool],
+        options: Options,
+        grammar: Grammar | None,
+        choice: str,
+    ) -> Constraint | None:
+        if grammar is None and choice == "auto" and (not tools or find_spec("llguidance") is None):
+            return None  # without llguidance calls are what the model makes them
+        from edge_kv.runtime.constraints import Engine, ReplyConstraint
+
+        if self._engine is None:
+            self._engine = Engine(self.tokenizer, _Ids.vocab(self.session), self.stop_ids)
+        return ReplyConstraint(
+            self._engine,
+            self.format,
+            grammar=grammar,
+            tools=tools,
+            choice=choice,
+            thinking=prompt.thinking,
+            may_think=options.think is not False,
+        )
 
     def _prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool], options: Options
@@ -303,7 +335,7 @@ class Generator:
     ) -> str:
         if options.think is not None:
             more["enable_thinking"] = options.think
-        eos = self.session.config.eos_ids
+        eos = self._ids.eos
         return self.template.render(
             [m.as_dict() for m in messages],
             tools=[t.as_dict() for t in tools] or None,
@@ -582,16 +614,16 @@ class Chat:
         """
         return self._texts(self.ask(Message("user", content)))
 
-    def ask(self, *messages: Message, constraint: Constraint | None = None) -> Iterator[Piece]:
+    def ask(self, *messages: Message, grammar: Grammar | None = None) -> Iterator[Piece]:
         """Add turns (a question, results of tools) and yield the reply in pieces.
+
+        `grammar` is what the answer must be.
 
         Raises:
             As `send`.
         """
         asked = [*self.history, *messages]
-        turn = self.generator.reply(
-            asked, tools=self.tools, options=self.options, constraint=constraint
-        )
+        turn = self.generator.reply(asked, tools=self.tools, options=self.options, grammar=grammar)
         return self._kept(turn, asked)
 
     def again(self) -> Iterator[Piece]:
@@ -646,15 +678,18 @@ def _until(piece: Piece, stops: Holdback) -> tuple[list[Piece], str]:
     return [Piece(CONTENT, text)] if text else [], hit
 
 
-def _stop_ids(session: Session) -> frozenset[int]:
-    """Ids that end a turn: those of the model and those its tokenizer names."""
-    entry = session.artifact.manifest.tokenizer
-    tokens = getattr(session.artifact.manifest, "tokens", None)
-    named: Collection[int] = getattr(tokens, "eos", None) or ()
-    return frozenset({*session.config.eos_ids, *(entry.stop_ids if entry else ()), *named})
+class _Ids:
+    """What a model's vocabulary says about itself: its size, ends of turns, what is never drawn."""
 
+    def __init__(self, session: Session) -> None:
+        entry = session.artifact.manifest.tokenizer
+        tokens = getattr(session.artifact, "tokens", None)
+        self.eos: tuple[int, ...] = tuple(tokens.eos if tokens else session.config.eos_ids)
+        self.stop = frozenset({*self.eos, *(entry.stop_ids if entry and not tokens else ())})
+        self.suppress = frozenset(tokens.suppress if tokens else ())
 
-def _suppressed(session: Session) -> frozenset[int]:
-    """Ids the checkpoint says are never to be drawn."""
-    tokens = getattr(session.artifact.manifest, "tokens", None)
-    return frozenset(getattr(tokens, "suppress", None) or ())
+    @staticmethod
+    def vocab(session: Session) -> int:
+        """How many logits the model gives."""
+        tokens = getattr(session.artifact, "tokens", None)
+        return int(tokens.vocab if tokens else session.config.vocab_size)

@@ -32,9 +32,9 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     @classmethod
-    def of(cls, manifest: Any) -> Sampling:
+    def of(cls, artifact: Any) -> Sampling:
         """What the checkpoint's makers recommend; greedy where they say nothing."""
-        stored = getattr(manifest, "sampling", None)
+        stored = getattr(artifact, "sampling", None)
         known = stored if isinstance(stored, Mapping) else vars(stored) if stored else {}
         names = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in known.items() if k in names and v is not None})

@@ -1,0 +1,465 @@
+"""Constrained replies: JSON schemas, regular expressions, Lark grammars and the arguments of tools.
+
+`llguidance` (an extra: pip install 'edge-kv[grammar]') says which tokens may come next; everything
+else gets a logit of -inf. When the tokens that may still come run out, a short way to an end is
+taken, so that a reply is whole where its limit allows a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_kv.errors import ConfigError, did_you_mean
+from edge_kv.runtime.messages import Tool
+from edge_kv.runtime.replies import CALL, CONTENT, THINKING, ReplyFormat
+from edge_kv.runtime.session import Logits
+from edge_kv.runtime.text import Tokenizer
+
+CHOICES = ("auto", "none", "required")
+_WATCHED = 256  # tokens before the limit from which the way to an end is looked up at every step
+_SPARE = 32  # tokens that may be left over when the end is headed for
+_FEW = 16  # ids that may follow where a text has ended
+_TRIES = 64  # times an id is taken for one that closes something
+_CLOSERS = '"}]:,0n'  # what ends a JSON value soonest, best first
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a reply must be: a grammar in llguidance's dialect of Lark, and what it was made of."""
+
+    source: str
+    what: str
+    endings: tuple[str, ...] = ()  # texts that end what is free in it
+
+    @classmethod
+    def json_schema(cls, schema: str | Mapping[str, Any]) -> Grammar:
+        """Replies that are JSON of `schema`, without white space between its parts.
+
+        Raises:
+            ConfigError: `schema` is not JSON, or no object.
+        """
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError) as e:
+                raise ConfigError(f"The JSON schema is not JSON ({e}).") from e
+        if not isinstance(schema, Mapping | bool):
+            raise ConfigError('The JSON schema must be an object, such as {"type": "object"}.')
+        return cls("start: " + _json(schema), "JSON schema")
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Replies that match all of a regular expression (Rust's syntax, no look-around)."""
+        return cls(f"start: /{pattern.replace('/', chr(92) + '/')}/", "regular expression")
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """Replies of a Lark grammar, in llguidance's dialect; it starts with the rule `start`."""
+        return cls(text, "Lark grammar")
+
+
+class Engine:
+    """llguidance over one vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[int]) -> None:
+        """`vocab_size`: how many logits the model gives; `stop_ids`: ids that end a reply.
+
+        Raises:
+            ConfigError: llguidance is not installed, or does not read this tokenizer.
+        """
+        try:
+            import llguidance
+        except ModuleNotFoundError as e:
+            raise ConfigError(
+                "Constrained replies need llguidance; run: pip install 'edge-kv[grammar]'."
+            ) from e
+        self._matcher: Any = llguidance.LLMatcher
+        self.vocab_size = vocab_size
+        self.stop_ids = sorted(i for i in stop_ids if i < vocab_size)
+        self.tokenizer = tokenizer
+        size = max(vocab_size, tokenizer.vocab_size)
+        try:
+            self._tokenizer: Any = llguidance.LLTokenizer(
+                tokenizer.json(), n_vocab=size, eos_token=self.stop_ids or None
+            )
+        except ValueError as e:
+            raise ConfigError(
+                f"Replies of this tokenizer cannot be constrained: {_line(e)}."
+            ) from e
+        self.closers = sorted(tokenizer.special - set(self.stop_ids))
+        self.closers += [i for c in _CLOSERS if (i := tokenizer.id_of(c)) is not None]
+        self.closers = [i for i in self.closers if i < vocab_size]
+
+    def bits(self, matcher: Any) -> npt.NDArray[np.bool_]:
+        """Which ids may come next, bool [vocab]."""
+        raw = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(raw, bitorder="little")[: self.vocab_size].view(np.bool_)
+
+    def start(self, grammar: Grammar) -> Matcher:
+        """Begin a text of `grammar`.
+
+        Raises:
+            ConfigError: the grammar is not valid.
+        """
+        inner = {"grammars": [{"lark_grammar": grammar.source}]}
+        matcher = self._matcher(self._tokenizer, json.dumps(inner))
+        if matcher.is_error():
+            raise ConfigError(f"The {grammar.what} is not usable: {_line(matcher.get_error())}.")
+        endings = [self.tokenizer.encode(e, start=False) for e in grammar.endings]
+        return Matcher(self, matcher, endings)
+
+
+class Matcher:
+    """A text under way that must become one of its grammar."""
+
+    def __init__(self, engine: Engine, matcher: Any, endings: Sequence[Sequence[int]] = ()) -> None:
+        self._engine = engine
+        self._matcher = matcher
+        self._endings = endings
+        self._way: _Way | None = None  # to the end, once it is headed for
+
+    def allowed(self, left: int) -> npt.NDArray[np.bool_]:
+        """Which ids may come next, bool [vocab]; `left` may still come, this one included."""
+        bits = self._engine.bits(self._matcher)
+        if self._way is None and left <= _WATCHED and left <= self.distance(left) + _SPARE:
+            self._way = _Way(self._engine, self._endings)
+        if self._way:
+            only = np.zeros_like(bits)
+            only[self._way.next(self._matcher, bits)] = True
+            return only
+        return bits
+
+    def accept(self, token: int) -> None:
+        """`token` came."""
+        self._matcher.consume_token(token)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is whole and cannot go on."""
+        return bool(self._matcher.is_stopped())
+
+    def distance(self, most: int) -> int:
+        """Tokens of a short way to the end, the stop included; `most` if it is not found sooner."""
+        matcher, way = self._matcher.deep_copy(), _Way(self._engine, self._endings)
+        for steps in range(1, most):
+            if matcher.is_accepting() or matcher.is_stopped():
+                return steps
+            matcher.consume_token(way.next(matcher, self._engine.bits(matcher)))
+        return most
+
+
+class _Way:
+    """A short way to the end of a text: what closes something comes first."""
+
+    def __init__(self, engine: Engine, endings: Sequence[Sequence[int]]) -> None:
+        self._engine = engine
+        self._endings = endings
+        self._used = Counter[int]()
+        self._ahead: list[int] = []
+
+    def next(self, matcher: Any, bits: npt.NDArray[np.bool_]) -> int:
+        """The allowed id to go on with."""
+        token = self._next(matcher, bits)
+        self._used[token] += 1
+        return token
+
+    def _next(self, matcher: Any, bits: npt.NDArray[np.bool_]) -> int:
+        if self._ahead and bits[self._ahead[0]]:
+            return self._ahead.pop(0)
+        for token in self._engine.stop_ids:
+            if bits[token]:
+                return token
+        for ending in self._endings:
+            if bits[ending[0]]:
+                tried = matcher.deep_copy()
+                whole = tried.try_consume_tokens(list(ending)) == len(ending)
+                if whole and self._engine.bits(tried).sum() <= _FEW:
+                    self._ahead = list(ending[1:])
+                    return ending[0]
+        for token in self._engine.closers:
+            if bits[token] and self._used[token] < _TRIES:
+                return token
+        open_ = np.flatnonzero(bits)[:512]
+        return int(min(open_, key=lambda i: (self._used[int(i)], i)))
+
+
+class ReplyConstraint:
+    """What a reply may say, mark by mark: free thoughts, an answer of a grammar, valid calls."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        format: ReplyFormat,
+        *,
+        grammar: Grammar | None = None,
+        tools: Sequence[Tool] = (),
+        choice: str = "auto",
+        thinking: bool = False,
+        may_think: bool = True,
+    ) -> None:
+        """`choice`: "auto", "none", "required" or the name of the tool to call.
+
+        `thinking`: the prompt has opened a thought.
+
+        Raises:
+            ConfigError: a grammar that is not valid, or an unknown choice.
+        """
+        names = [tool.name for tool in tools]
+        if choice not in CHOICES and choice not in names:
+            known = (*CHOICES, *names)
+            raise ConfigError(f"Unknown tool choice {choice!r}.{did_you_mean(choice, known)}")
+        if choice == "required" and not tools:
+            raise ConfigError("A tool call is required, but there are no tools.")
+        self._engine = engine
+        self._format = format
+        self._tools = [t for t in tools if choice in (*CHOICES, t.name)] if choice != "none" else []
+        self._required = choice == "required" or choice in names
+        self._answer = engine.start(grammar) if grammar else None
+        self._call: Matcher | None = None
+        self._state = THINKING if thinking else CONTENT
+        self._said = 0  # tokens of the answer so far
+        self._may_think = may_think and not thinking
+        marks = format.grammar.call
+        self._bare = marks is None
+        self._opens = format.ids.get(marks[0]) if marks else None
+        self._spelled = bool(marks) and self._opens is None  # calls are marked with text
+        begin, end = format.grammar.think
+        self._think, self._thought = format.ids.get(begin), format.ids.get(end)
+        if self._tools:
+            endings = _ENDINGS.get(format.grammar.syntax, ())
+            what = "schema of a tool"
+            self._grammar = Grammar(_calls(format, self._tools), what, endings)
+            engine.start(self._grammar)  # a schema that is not valid is found here
+            if self._required and self._opens is None:
+                opening = json.dumps(marks[0]) + " " if marks else ""
+                source = self._grammar.source.replace("start: ", f"start: {opening}", 1)
+                self._answer = engine.start(Grammar(source, what, endings))
+
+    def mask(self, logits: Logits, left: int) -> Logits:
+        """Logits with everything at -inf that must not come next."""
+        bits = self._allowed(logits, left)
+        return logits if bits is None else np.where(bits, logits, np.float32(-np.inf))
+
+    def accept(self, token: int) -> None:
+        """`token` was drawn."""
+        if token in self._engine.stop_ids:
+            return
+        if token in (self._think, self._thought) and self._state != CALL:
+            self._state = THINKING if token == self._think else CONTENT
+            self._may_think = False
+        elif self._state != CALL and token == self._opens and self._tools:
+            self._state, self._call = CALL, self._engine.start(self._grammar)
+            self._required = False
+        elif self._call:
+            self._call.accept(token)
+            if self._call.ended:
+                self._state, self._call = CONTENT, None
+        elif self._state == CONTENT:
+            self._said += 1
+            if self._answer:
+                self._answer.accept(token)
+            elif self._said == 1 and self._bare and self._tools:
+                self._maybe_call(token)
+
+    def _allowed(self, logits: Logits, left: int) -> npt.NDArray[np.bool_] | None:
+        if self._state == THINKING:
+            return self._thoughts(len(logits), left)
+        if self._call:
+            return self._call.allowed(left)
+        if self._required and self._opens is not None:
+            bits = np.zeros(len(logits), np.bool_)
+            bits[self._opens] = True
+        elif self._answer:
+            bits = self._answer.allowed(left)
+            if not self._said and self._tools and self._opens is not None:
+                bits[self._opens] = True
+        else:
+            return None
+        if not self._said and self._may_think and self._think is not None:
+            bits[self._think] = True
+        return bits
+
+    def _thoughts(self, size: int, left: int) -> npt.NDArray[np.bool_] | None:
+        """Anything, as long as there is room behind it for an answer that has to come."""
+        wanted = self._answer or (self._engine.start(self._grammar) if self._required else None)
+        if wanted is None or self._thought is None:
+            return None
+        bits = np.ones(size, np.bool_)
+        bits[self._engine.stop_ids] = False
+        if left <= _WATCHED and left <= wanted.distance(left) + _SPARE + 2:
+            bits[:] = False
+            bits[self._thought] = True
+        return bits
+
+    def _maybe_call(self, token: int) -> None:
+        """An answer that begins like a call is one."""
+        if not self._engine.tokenizer.decode([token]).lstrip().startswith("{"):
+            return
+        matcher = self._engine.start(self._grammar)
+        if matcher.allowed(1 << 30)[token]:
+            matcher.accept(token)
+            self._answer = matcher
+
+
+def _line(message: Any) -> str:
+    """What llguidance says, on one line."""
+    first = str(message).strip().split("\n")[0]
+    return first.removeprefix("error: ").rstrip(".: ")[:200]
+
+
+def _json(schema: Any) -> str:
+    """A rule for JSON of a schema, without white space between its parts."""
+    options = {"whitespace_flexible": False}
+    if isinstance(schema, Mapping):
+        schema = {**schema, "x-guidance": options}
+    return "%json " + json.dumps(schema)
+
+
+def _calls(format: ReplyFormat, tools: Sequence[Tool]) -> str:
+    """The grammar of a call behind its opening mark, the closing one included."""
+    rules = _SYNTAXES[format.grammar.syntax](format, tools)
+    return "\n".join(rules)
+
+
+def _mark(format: ReplyFormat, mark: str) -> str:
+    """A mark as a token where the vocabulary has it, else as text."""
+    found = format.tokenizer.id_of(mark)
+    return json.dumps(mark) if found is None else f"<[{found}]>"
+
+
+def _end(format: ReplyFormat) -> str:
+    return _mark(format, format.grammar.call[1]) if format.grammar.call else ""
+
+
+def _json_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
+    key = "arguments" if format.grammar.call else "parameters"
+    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
+    for i, tool in enumerate(tools):
+        gap = '"\\n"? ' if format.grammar.call else ""
+        name = json.dumps('{"name": ' + json.dumps(tool.name) + f', "{key}": ')
+        yield f'call{i}: {gap}{name} arguments{i} "}}" {gap}{_end(format)}'
+        yield f"arguments{i}: {_json(_object(tool))}"
+
+
+def _pair_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
+    key, key_end, value = (_mark(format, m) for m in ("<arg_key>", "</arg_key>", "<arg_value>"))
+    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
+    for i, tool in enumerate(tools):
+        yield f'call{i}: {json.dumps(tool.name)} "\\n" pairs{i}_0 {_end(format)}'
+
+        def pair(at: str, name: str, schema: Any) -> Iterator[str]:
+            text = _free(at, schema, format, "</arg_value>")
+            yield f'{at}: {key} {json.dumps(name)} {key_end} "\\n" {value} {text[0]} "\\n"'
+            yield from text[1:]
+
+        yield from _listed(f"pairs{i}", tool, pair)
+
+
+def _parameter_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
+    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
+    for i, tool in enumerate(tools):
+        head = json.dumps(f"\n<function={tool.name}>\n")
+        yield f'call{i}: {head} pairs{i}_0 "</function>\\n" {_end(format)}'
+
+        def pair(at: str, name: str, schema: Any) -> Iterator[str]:
+            text = _free(at, schema, format, _ENDINGS["parameters"][0])
+            yield f"{at}: {json.dumps(f'<parameter={name}>' + chr(10))} {text[0]}"
+            yield from text[1:]
+
+        yield from _listed(f"pairs{i}", tool, pair)
+
+
+def _free(at: str, schema: Any, format: ReplyFormat, end: str) -> list[str]:
+    """A value and the text that ends it: bare where it is a string, else JSON."""
+    closing = _mark(format, end)
+    if not isinstance(schema, Mapping) or schema.get("type") != "string":
+        return [f"{at}_value {closing}", f"{at}_value: {_json(schema)}"]
+    if "enum" in schema or "const" in schema:
+        words = schema.get("enum", [schema.get("const")])
+        choices = " | ".join(json.dumps(str(w)) for w in words)
+        return [f"({choices}) {closing}"]
+    if closing.startswith("<["):
+        return [f"/(.|\\n)*/ {closing}"]
+    return [f"{at}_value", f"{at}_value[suffix={json.dumps(end)}]: /(.|\\n)*/"]
+
+
+def _listed(name: str, tool: Tool, pair: Any) -> Iterator[str]:
+    """Rules `name_0` …: the arguments of a tool in their order, optional ones left out at will."""
+    schema = _object(tool)
+    properties = list(schema["properties"].items())
+    required = schema.get("required", [])
+    for n, (key, inner) in enumerate(properties):
+        rest = f"{name}_{n + 1}"
+        optional = "" if key in required else f" | {rest}"
+        yield f"{name}_{n}: {name}_{n}p {rest}{optional}"
+        yield from pair(f"{name}_{n}p", key, inner)
+    yield f'{name}_{len(properties)}: ""'
+
+
+def _brace_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
+    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
+    quote = _mark(format, format.grammar.quote)
+    yield f"text: {quote} /(.|\\n)*/ {quote}"
+    yield "integer: /-?(0|[1-9][0-9]{0,17})/"
+    yield "number: /-?(0|[1-9][0-9]{0,17})(\\.[0-9]{1,17})?/"
+    yield 'boolean: "true" | "false"'
+    yield 'list: "[" (any ("," any)*)? "]"'
+    yield 'map: "{" (key ":" any ("," key ":" any)*)? "}"'
+    yield "key: /[A-Za-z_][A-Za-z0-9_]*/"
+    yield 'any: text | number | boolean | "null" | list | map'
+    for i, tool in enumerate(tools):
+        yield f"call{i}: {json.dumps('call:' + tool.name)} a{i} {_end(format)}"
+        yield from _braces(f"a{i}", _object(tool), quote, 0)
+
+
+def _braces(name: str, schema: Any, quote: str, depth: int) -> Iterator[str]:
+    """Rules for a value in braces; beyond what is known, any value."""
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    if depth < 16 and isinstance(schema, Mapping) and schema.get("enum"):
+        words = (
+            f"{quote} {json.dumps(w)} {quote}" if isinstance(w, str) else json.dumps(json.dumps(w))
+            for w in schema["enum"]
+        )
+        yield f"{name}: " + " | ".join(words)
+    elif kind in ("string", "integer", "number", "boolean"):
+        yield f"{name}: {'text' if kind == 'string' else kind}"
+    elif kind == "array" and depth < 16:
+        yield f'{name}: "[" ({name}i ("," {name}i)*)? "]"'
+        yield from _braces(f"{name}i", schema.get("items", {}), quote, depth + 1)
+    elif kind == "object" and schema.get("properties") and depth < 16:
+        properties = sorted(schema["properties"].items())  # as templates write them
+        required = schema.get("required", [])
+        yield f'{name}: "{{" {name}_0f "}}"'
+        for n, (key, inner) in enumerate(properties):
+            for here, comma in (("f", ""), ("", '"," ')):
+                optional = "" if key in required else f" | {name}_{n + 1}{here}"
+                value = f"{comma}{json.dumps(key + ':')} {name}_{n}v {name}_{n + 1}"
+                yield f"{name}_{n}{here}: {value}{optional}"
+            yield from _braces(f"{name}_{n}v", inner, quote, depth + 1)
+        for here in ("f", ""):
+            yield f'{name}_{len(properties)}{here}: ""'
+    else:
+        yield f"{name}: {'map' if kind == 'object' else 'any'}"
+
+
+def _object(tool: Tool) -> dict[str, Any]:
+    """The schema of a tool's arguments, closed to others."""
+    properties = tool.parameters.get("properties")
+    kept = dict(properties) if isinstance(properties, Mapping) else {}
+    return {"additionalProperties": False, **tool.parameters, "type": "object", "properties": kept}
+
+
+_ENDINGS = {"pairs": ("</arg_value>",), "parameters": ("\n</parameter>\n",)}
+_SYNTAXES = {
+    "json": _json_calls,
+    "braces": _brace_calls,
+    "pairs": _pair_calls,
+    "parameters": _parameter_calls,
+}

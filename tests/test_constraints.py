@@ -1,0 +1,149 @@
+"""Constrained replies: whatever a model would say, what comes out is of the grammar."""
+
+import json
+import random
+
+import jsonschema
+import numpy as np
+import pytest
+from fake_artifact import NumpySession, write_artifact
+from test_replies import FAMILIES, TOOLS, make_tokenizer
+
+from edge_kv.artifact import read_artifact
+from edge_kv.errors import ConfigError
+from edge_kv.runtime.chat import Generator, Message, Options
+from edge_kv.runtime.constraints import Engine, Grammar, ReplyConstraint
+from edge_kv.runtime.replies import ReplyFormat, ReplyParser
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+SCHEMAS = [
+    PERSON,
+    {"type": "boolean"},
+    {"type": "array", "items": {"type": "number"}, "minItems": 2},
+    {"type": "string"},
+    {"enum": ["north", "south", 3, None]},
+    {"type": "object", "additionalProperties": {"type": "integer"}},
+    {"anyOf": [{"type": "null"}, PERSON]},
+    {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
+]
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    root = tmp_path_factory.mktemp("grammar") / "a"
+    return Generator(NumpySession(read_artifact(write_artifact(root, ctx=400, programs=False))))
+
+
+def say(generator, grammar, seed=0, tokens=120, **options):
+    options = Options(max_new_tokens=tokens, temperature=1.5, seed=seed, **options)
+    turn = generator.reply([Message("user", "x")], options=options, grammar=grammar)
+    for _ in turn:
+        pass
+    return turn.reply
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+def test_json_is_valid_however_short_the_limit(generator, number):
+    schema = SCHEMAS[number]
+    for seed, tokens in enumerate((300, 60, 48, 40)):
+        reply = say(generator, Grammar.json_schema(schema), seed, tokens)
+        jsonschema.validate(json.loads(reply.text), schema)
+        assert reply.finish == "stop"
+
+
+def test_other_grammars(generator):
+    assert say(generator, Grammar.regex("(ab|c/d){2,3}")).text in {
+        a + b + c for a in ("ab", "c/d") for b in ("ab", "c/d") for c in ("ab", "c/d", "")
+    }
+    lark = 'start: greeting " " name\ngreeting: "hi" | "hello"\nname: /[A-Z][a-z]{1,5}/'
+    greeting, name = say(generator, Grammar.lark(lark)).text.split(" ")
+    assert greeting in ("hi", "hello") and name.isalpha() and name.istitle()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Grammar.json_schema("{"), "JSON schema is not JSON"),
+        (lambda: Grammar.json_schema("[]"), "JSON schema must be an object"),
+        (lambda: Grammar.json_schema({"type": "objekt"}), "JSON schema is not usable: .*objekt"),
+        (lambda: Grammar.json_schema({"$ref": "#/nowhere"}), "JSON schema is not usable"),
+        (lambda: Grammar.regex("a("), "regular expression is not usable"),
+        (lambda: Grammar.lark("start: nothing"), 'Lark grammar is not usable: .*"nothing"'),
+        (lambda: Grammar.lark(""), "Lark grammar is not usable"),
+    ],
+)
+def test_bad_grammars_are_one_sentence(generator, make, words):
+    with pytest.raises(ConfigError, match=words) as e:
+        generator.reply([Message("user", "x")], grammar=make())
+    assert "\n" not in str(e.value)
+
+
+def made(engine, constraint, vocab, rng, left, opening=()):
+    """Ids that random logits give under a constraint, up to a stop or until calls have ended."""
+    ids = []
+    for token in opening:
+        constraint.accept(token)
+    while left:
+        logits = rng.standard_normal(vocab).astype(np.float32) * 3
+        token = int(constraint.mask(logits, left).argmax())
+        constraint.accept(token)
+        left -= 1
+        ids.append(token)
+        if token in engine.stop_ids or (opening and constraint._call is None):
+            break
+    return ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tool_arguments_are_valid_whatever_the_model_would_say(tmp_path, family):
+    marks, source = FAMILIES[family]
+    tokenizer = make_tokenizer(tmp_path / "t.json", marks)
+    format = ReplyFormat.of(tokenizer, source)
+    engine = Engine(tokenizer, tokenizer.vocab_size + 7, [0])
+    schema = {**TOOLS[0].parameters, "additionalProperties": False}
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        choice = random.choice(["required", TOOLS[0].name])
+        constraint = ReplyConstraint(engine, format, tools=TOOLS, choice=choice)
+        ids = made(engine, constraint, engine.vocab_size, rng, 200)
+        parser = ReplyParser(format, tools=TOOLS)
+        pieces = [p for i in ids if i not in engine.stop_ids for p in parser.feed(i)]
+        calls = [p.call for p in pieces + parser.end() if p.call]
+        assert calls, tokenizer.decode(ids, special=True)
+        assert calls[0].name == TOOLS[0].name
+        jsonschema.validate(calls[0].arguments, schema)
+
+
+def test_thinking_is_free_and_the_answer_is_not(tmp_path):
+    marks, source = FAMILIES["json"]
+    tokenizer = make_tokenizer(tmp_path / "t.json", marks)
+    format = ReplyFormat.of(tokenizer, source)
+    engine = Engine(tokenizer, tokenizer.vocab_size, [0])
+    grammar = Grammar.json_schema({"type": "boolean"})
+    constraint = ReplyConstraint(engine, format, grammar=grammar, thinking=True)
+    logits = np.zeros(engine.vocab_size, np.float32)
+    assert np.isfinite(constraint.mask(logits, 99)).sum() == engine.vocab_size - 1  # no stop yet
+    closing = constraint.mask(logits, 5)
+    assert np.flatnonzero(np.isfinite(closing)) == tokenizer.id_of("</think>")
+    for token in tokenizer.encode("any thing</think>", start=False):
+        constraint.accept(token)
+    left = {
+        tokenizer.token(int(i)) for i in np.flatnonzero(np.isfinite(constraint.mask(logits, 99)))
+    }
+    assert left == {"t", "f"}
+
+
+def test_choices_that_are_none_are_refused(generator):
+    with pytest.raises(ConfigError, match="Did you mean 'find_flights'"):
+        generator.reply([Message("user", "x")], tools=TOOLS, tool_choice="find_flight")
+    with pytest.raises(ConfigError, match="no tools"):
+        generator.reply([Message("user", "x")], tool_choice="required")
