@@ -198,12 +198,14 @@ def export(
             open_session=load,
             progress=bar,
         )
-    if as_json:
-        from edge_kv.artifact import read_artifact
-        from edge_kv.report import artifact_data
+    from edge_kv.artifact import read_artifact
+    from edge_kv.report import artifact_data, parity_line
 
-        _print_json({"artifact": str(root), **artifact_data(read_artifact(root))})
+    made = read_artifact(root)
+    if as_json:
+        _print_json({"artifact": str(root), **artifact_data(made)})
     else:
+        typer.echo(parity_line(made.manifest.parity), err=True)
         typer.echo(root)
 
 
@@ -423,6 +425,73 @@ def verify(
         typer.echo(f"{len(opened.manifest.files)} files unchanged; {line}.")
     if not parity.passed:
         raise ParityError(f"{artifact} computes something else on this machine: {line}.")
+
+
+@app.command(name="eval")
+def evaluate(
+    artifact: ArtifactDir,
+    text: Annotated[Path, typer.Option("--text", help="A UTF-8 text to predict.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", help="Also compare with a float checkpoint: --weights of export."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Only the text's first tokens.", min=2)
+    ] = None,
+    window: Annotated[
+        int, typer.Option("--window", help="Tokens that are read together.", min=2)
+    ] = 512,
+    engine: Engine = "onnx",
+    threads: Threads = None,
+    no_cache: NoCache = False,
+    as_json: Json = False,
+) -> None:
+    """How well does it predict a text? Perplexity, and what was lost against a checkpoint."""
+    from edge_kv.artifact import read_artifact
+    from edge_kv.report import print_evaluation
+    from edge_kv.runtime import Tokenizer, load
+    from edge_kv.runtime.evaluate import evaluate as measure
+    from edge_kv.runtime.evaluate import readable
+    from edge_kv.terminal import Bar, output
+
+    content = _prompt(None, text)
+    opened = read_artifact(artifact)
+    tokenizer = Tokenizer.of(opened)
+    reference = None
+    if against:
+        try:
+            from edge_kv.reference import float_reference
+        except ModuleNotFoundError as e:
+            raise ConfigError(
+                f"--against needs {e.name}, which is not installed; "
+                "run: pip install 'edge-kv[export]'."
+            ) from e
+        reference = float_reference(against, opened)
+    ids = tokenizer.encode(content or "", start=False)[:tokens]
+    start = tokenizer.encode("")
+    with Bar() as bar, load(opened, engine, threads, cache=not no_cache) as session:
+        bar.stage("tokens")
+        found = measure(
+            session,
+            ids,
+            bos=start[0] if start else None,
+            window=window,
+            reference=reference,
+            on_token=lambda done, total: bar.advance("predicted", done, total),
+        )
+    data = {
+        "artifact": str(artifact),
+        "engine": engine,
+        "text": str(text),
+        "checkpoint": against,
+        **readable(found, lambda token: tokenizer.decode([token], special=True)),
+    }
+    if as_json:
+        _print_json(data)
+    else:
+        print_evaluation(data, output())
 
 
 @app.command()

@@ -31,7 +31,7 @@ class Divergence:
 def divergence(reference: Floats, run: Floats) -> Divergence:
     """Compare logits [steps, vocab]; a NaN in either makes every figure NaN."""
     a, b = reference.astype(np.float64), run.astype(np.float64)
-    p, q = _log_softmax(a), _log_softmax(b)
+    p, q = log_softmax(a), log_softmax(b)
     kl = (np.exp(p) * (p - q)).sum(-1)
     return Divergence(
         steps=len(a),
@@ -43,7 +43,8 @@ def divergence(reference: Floats, run: Floats) -> Divergence:
     )
 
 
-def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log-probabilities over the last axis."""
     shifted = x - x.max(-1, keepdims=True)
     logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return logs

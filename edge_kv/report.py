@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edge_kv import models
@@ -202,6 +203,44 @@ def print_plan(data: dict[str, Any], console: Console) -> None:
         console.print(f"PLE rows: {size(memory['ple_file'])} on disk, read row by row.")
     console.print(f"Tokenizer: {size(memory['tokenizer'])} of heap while there is text to read.")
     console.print(phase_table(memory))
+
+
+def print_evaluation(data: dict[str, Any], console: Console) -> None:
+    """An evaluation (`runtime.evaluate.readable`) as a sentence and, with a reference, a table."""
+    console.print(
+        f"Perplexity {data['perplexity']:.4g} over {data['tokens']:,} tokens in "
+        f"{data['windows']:,} windows of {data['window']}."
+    )
+    against = data.get("against")
+    if not against:
+        return
+    console.print(
+        f"Float checkpoint: perplexity {against['perplexity']:.4g}; KL mean "
+        f"{against['mean_kl']:.3g}, 99 % below {against['p99_kl']:.3g}, max "
+        f"{against['max_kl']:.3g} nats; same likeliest token {against['top1']:.1%}."
+    )
+    table = Table("at", "token", "likeliest", "float's likeliest", box=None, pad_edge=False)
+    for name in ("KL", "loss", "float's loss"):
+        table.add_column(name, justify="right")
+    for miss in against["worst"]:
+        words = (miss["text"], miss["likeliest_text"], miss["reference_likeliest_text"])
+        figures = (miss["kl"], miss["loss"], miss["reference_loss"])
+        table.add_row(
+            f"{miss['at']:,}", *(escape(repr(w)) for w in words), *(f"{x:.3g}" for x in figures)
+        )
+    console.print(table)
+
+
+def parity_line(parity: dict[str, Any]) -> str:
+    """What an export cost in quality, from a manifest's `parity` entry of one backend."""
+    found = parity["quantisation"]
+    line = (
+        f"Against the float checkpoint: KL mean {found['mean_kl']:.3g}, max {found['max_kl']:.3g} "
+        f"nats, same likeliest token {found['top1']:.1%}"
+    )
+    if perplexity := parity.get("perplexity"):
+        line += f", perplexity {perplexity['stored']:.4g} (float {perplexity['float']:.4g})"
+    return f"{line}, over {parity['steps']} tokens of the gate's text."
 
 
 def buffer_table(buffers: list[dict[str, Any]]) -> Table:

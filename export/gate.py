@@ -22,7 +22,7 @@ from torch import Tensor
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ParityError
 from edge_kv.kv_plan import KVPlan
-from edge_kv.parity import Divergence, divergence
+from edge_kv.parity import Divergence, divergence, log_softmax
 
 DECODE_STEPS = 24
 # What still counts as numerical noise of the lowering: the largest |Δlogit| in units of the logits'
@@ -56,6 +56,7 @@ class GateRun:
     ids: npt.NDArray[np.int64]
     prompt: int
     chunks: tuple[int, ...]
+    text: bool = False  # ids of a text, whose perplexity means something
 
     @property
     def steps(self) -> int:
@@ -74,7 +75,8 @@ def plan_run(plan: KVPlan, vocab: int, encode: Callable[[str], list[int]] | None
         ids = np.resize(np.array(once, np.int64), prompt + steps)
     else:
         ids = np.random.default_rng(0).integers(0, vocab, prompt + steps)
-    return GateRun(ids.astype(np.int64), prompt, tuple(_chunks(prompt, plan.chunk)))
+    chunks = tuple(_chunks(prompt, plan.chunk))
+    return GateRun(ids.astype(np.int64), prompt, chunks, text=encode is not None)
 
 
 def _chunks(prompt: int, chunk: int) -> Iterator[int]:
@@ -133,12 +135,14 @@ def judge(
             "The exported programs produce logits that are not finite; nothing was written; "
             "check the checkpoint, or export with --quant none."
         )
+    perplexity = {"float": _perplexity(run, source.numpy()), "stored": _perplexity(run, shipped)}
     return {
         "prompt": run.prompt,
         "steps": run.steps,
         "lowering": _rounded(lowering),
         "kernels": _rounded(kernels),
         "quantisation": _rounded(quantisation),
+        **({"perplexity": perplexity} if run.text and run.steps > 1 else {}),
         "lowering_limit": {"relative": limit, "max_kl": limit_kl},
         "vectors": vectors,
         "verify": {
@@ -146,6 +150,13 @@ def judge(
             "min_top1": round(max(0.0, kernels.top1 - VERIFY_TOP1_LOSS), 4),
         },
     }
+
+
+def _perplexity(run: GateRun, logits: npt.NDArray[np.float32]) -> float:
+    """Of the tokens behind the first decoded one; the last logits predict nothing known."""
+    targets = run.ids[run.prompt + 1 :]
+    found = log_softmax(logits[:-1].astype(np.float64))[np.arange(len(targets)), targets]
+    return float(f"{np.exp(-found.mean()) if len(targets) else np.nan:.4g}")
 
 
 def _rounded(d: Divergence) -> dict[str, Any]:

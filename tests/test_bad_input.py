@@ -164,6 +164,11 @@ def damaged_graph(root: Path) -> None:
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
+def empty_text(root: Path) -> None:
+    artifact()(root)
+    (root / "empty.txt").touch()
+
+
 def link_outside(root: Path) -> None:
     ple = artifact()(root) / "ple.bin"
     shutil.move(ple, root / "elsewhere.bin")
@@ -355,6 +360,7 @@ CASES = [
     Case("artifact", "no chat template", RUN, artifact(template=False)),
     Case("artifact", "no tokenizer", f"{RUN} --raw", manifest(tokenizer=None)),
     Case("artifact", "no reference logits", "verify DIR/art", artifact(verify=False)),
+    Case("artifact", "a text without tokens", "eval DIR/art --text DIR/empty.txt", empty_text),
     Case("snapshot", "nothing there", RESTORE, artifact()),
     Case(
         "snapshot", "a file of another kind", "run DIR/art hi --restore DIR/art/ple.bin",

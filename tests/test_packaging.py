@@ -148,6 +148,7 @@ FRONT = {
     "edge_kv/cli.py",
     "edge_kv/repl.py",
     "edge_kv/compare.py",
+    "edge_kv/reference.py",
     "edge_kv/deploy.py",
     "edge_kv/bundle.py",
 }  # what a person starts
