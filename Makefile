@@ -95,7 +95,7 @@ $(VENV)/export.stamp: pyproject.toml $(ENGINES_CHOSEN) | $(BIN)/python
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/export.stamp
 	@echo "Installing what the tests need: transformers, pytest, mypy, ruff."
-	@$(PIP) -e '.[$(EXTRAS),dev]'
+	@$(PIP) -e '.[$(EXTRAS),serve,dev]'
 	@touch $@
 
 $(BIN)/python:

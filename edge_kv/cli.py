@@ -570,6 +570,77 @@ def deploy(
         _write_json(json_file, text)
 
 
+@app.command()
+def serve(
+    artifact: ArtifactDir,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0: a free one.", min=0)] = 8080,
+    api_key: Annotated[
+        str, typer.Option("--api-key", envvar="EDGE_KV_API_KEY", help="Key that clients must send.")
+    ] = "",
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let other machines in without a key.")
+    ] = False,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option("--origin", help="Web site whose pages may ask, or *; repeat for more."),
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Folder that keeps conversations over restarts.")
+    ] = None,
+    conversations: Annotated[
+        int, typer.Option("--conversations", help="Conversations kept ready to go on.", min=0)
+    ] = 4,
+    queue: Annotated[int, typer.Option("--queue", help="Requests that may wait.", min=0)] = 16,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one request.")] = 600.0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Longest reply, unless a request says.", min=1)
+    ] = 1024,
+    engine: Engine = "onnx",
+    threads: Threads = None,
+    no_cache: NoCache = False,
+    ram_limit: Annotated[
+        str | None, typer.Option("--ram-limit", help="Refuse to start if the plan needs more: 2g.")
+    ] = None,
+) -> None:
+    """Behind OpenAI's HTTP API, with a page to chat in and figures for monitoring."""
+    from edge_kv.artifact import read_artifact
+    from edge_kv.memory import parse_bytes
+    from edge_kv.runtime import load
+
+    try:
+        from edge_kv.serve.app import Settings
+        from edge_kv.serve.command import run_server
+    except ModuleNotFoundError as e:
+        raise ConfigError(
+            f"Serving needs {e.name}, which is not installed; in the checkout, run: "
+            "pip install '.[serve]'"
+        ) from e
+    opened = read_artifact(artifact)
+    if ram_limit:
+        _check_ram(opened, ram_limit, engine, cache=not no_cache)
+    settings = Settings(
+        api_key=api_key,
+        origins=tuple(origin or ()),
+        waiting=queue,
+        timeout=timeout,
+        max_tokens=max_new_tokens,
+        planned=_planned(opened, engine, cache=not no_cache).peak,
+        limit=parse_bytes(ram_limit) if ram_limit else 0,
+    )
+    with load(opened, engine, threads, cache=not no_cache) as session:
+        run_server(
+            session,
+            settings,
+            host=host,
+            port=port,
+            no_auth=no_auth,
+            state=state,
+            conversations=conversations,
+            ready=lambda url: typer.echo(f"Listening on {url} (API at {url}/v1); Ctrl-C ends it."),
+        )
+
+
 def _config(model: str | None, weights: str | None) -> tuple[ModelConfig, str]:
     """The config `--model` or `--weights` describes, and its name; weights are not read."""
     from edge_kv.presets import get_preset
@@ -632,15 +703,21 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     return text
 
 
+def _planned(artifact: Any, engine: str, cache: bool) -> Any:
+    """The memory plan of an artifact whose whole context is used."""
+    from edge_kv.memory import predict_memory
+
+    quant = artifact.manifest.quant
+    return predict_memory(
+        artifact.config, artifact.plan, quant.scheme, quant.block_size, cache=cache, engine=engine
+    )
+
+
 def _check_ram(artifact: Any, limit: str, engine: str, cache: bool) -> None:
-    from edge_kv.memory import parse_bytes, predict_memory
+    from edge_kv.memory import parse_bytes
     from edge_kv.terminal import size
 
-    allowed = parse_bytes(limit)
-    quant = artifact.manifest.quant
-    planned = predict_memory(
-        artifact.config, artifact.plan, quant.scheme, quant.block_size, cache=cache, engine=engine
-    ).peak
+    allowed, planned = parse_bytes(limit), _planned(artifact, engine, cache).peak
     if planned > allowed:
         raise MemoryLimitError(
             f"{artifact.root} is planned to need {size(planned)} of RAM, the limit is "

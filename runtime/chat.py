@@ -167,6 +167,7 @@ class Generator:
         self._ids = _Ids(session)
         self.stop_ids = self._ids.stop | self.format.ends
         self._engine: Engine | None = None
+        self.on_prompt: Callable[[Sequence[int]], None] | None = None  # hears ids before a read
         self._conversations: list[_Known] = []  # the newest last
         self._answers: OrderedDict[str, list[int]] = OrderedDict()  # text -> ids as generated
 
@@ -230,6 +231,8 @@ class Generator:
         def pieces() -> Iterator[Piece]:
             stops = Holdback(options.stop)
             first, ended = 0.0, ""
+            if self.on_prompt:
+                self.on_prompt(prompt.fed)
             finished = False
             try:
                 for token in tokens:

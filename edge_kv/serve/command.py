@@ -1,0 +1,57 @@
+"""Puts a server together from what the command line says."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from edge_kv.errors import ConfigError
+from edge_kv.runtime.chat import Generator
+from edge_kv.runtime.session import Session
+from edge_kv.runtime.template import RAW_TEMPLATE, Template
+from edge_kv.serve.app import Server, Settings, is_loopback, serve
+from edge_kv.serve.states import States
+
+
+def run_server(
+    session: Session,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    no_auth: bool = False,
+    state: Path | None = None,
+    conversations: int = 4,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve `session` until a signal ends it.
+
+    `state` is a folder that keeps conversations over restarts; without one they lie in a temporary
+    folder. A base model, without a chat template, continues text as it stands.
+
+    Raises:
+        ConfigError: other machines could come in without a key, or `state` cannot be made.
+        RuntimeFault: the address cannot be bound.
+    """
+    if not is_loopback(host):
+        if not settings.api_key and not no_auth:
+            raise ConfigError(
+                f"{host} can be reached by other machines: set --api-key (or EDGE_KV_API_KEY), or "
+                "say --no-auth to let everybody in."
+            )
+        settings = replace(settings, hosts=frozenset())
+    with ExitStack() as stack:
+        folder = state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-kv-")))
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"Cannot make the folder {folder} ({e.strerror}).") from e
+        raw = Template(RAW_TEMPLATE)
+        generator = Generator(session, template=Template.of(session.artifact) or raw)
+        states = States(generator, folder, conversations)
+        server = Server(generator, Generator(session, generator.tokenizer, raw), states, settings)
+        generator.on_prompt = server.raw.on_prompt = states.enter
+        serve(server, host, port, ready=ready)

@@ -1,0 +1,293 @@
+"""Requests and answers in the shape of OpenAI's API: what a client sends is checked here.
+
+Fields that are unknown are ignored, as OpenAI's own servers do; fields that are known and cannot be
+served (`n` above 1, images) are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_kv.errors import PromptError
+from edge_kv.runtime.chat import CALLS, LENGTH, Options, Reply
+from edge_kv.runtime.messages import Message, Tool, ToolCall
+from edge_kv.runtime.sampling import TokenLogprobs
+from edge_kv.runtime.text import Tokenizer
+
+MAX_TEXTS = 16  # stop texts of one request
+MAX_TOP_LOGPROBS = 20
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: str = ""
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_TEXTS)] | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    n: Literal[1] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+    def options(self, default_tokens: int) -> Options:
+        """How the reply is generated; what a request leaves out is the checkpoint's own."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Options(
+            max_new_tokens=self.max_tokens or default_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=None if self.seed is None else self.seed & 0xFFFF_FFFF_FFFF_FFFF,
+            stop=tuple(text for text in stop if text),
+            logit_bias=self.logit_bias or {},
+        )
+
+
+class ChatRequest(_Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Any], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def conversation(self) -> list[Message]:
+        """The turns so far.
+
+        Raises:
+            PromptError: a message of another shape, or one that holds more than text.
+        """
+        return [Message.of(m, f"messages[{i}]") for i, m in enumerate(self.messages)]
+
+    def offered(self) -> list[Tool]:
+        """The tools a reply may call, after `tool_choice`.
+
+        Raises:
+            PromptError: a tool of another shape, or a choice that names none of them.
+        """
+        tools = [Tool.of(t, f"tools[{i}]") for i, t in enumerate(self.tools or [])]
+        choice = self.tool_choice
+        if choice is None or choice in ("auto", "required"):
+            return tools
+        if choice == "none":
+            return []
+        function = choice.get("function") if isinstance(choice, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        chosen = [tool for tool in tools if tool.name == name]
+        if not chosen:
+            raise PromptError(
+                f"tool_choice {choice!r} names no tool of this request; it can be 'auto', 'none', "
+                "'required' or {'type': 'function', 'function': {'name': …}}."
+            )
+        return chosen
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, dict)
+
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer has to follow; None for free text.
+
+        Raises:
+            PromptError: a response_format of another shape.
+        """
+        wanted = self.response_format or {"type": "text"}
+        kind = wanted.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {"type": "object"}
+        inner = wanted.get("json_schema")
+        schema = inner.get("schema") if isinstance(inner, dict) else None
+        if kind != "json_schema" or not isinstance(schema, dict):
+            raise PromptError(
+                "response_format must be {'type': 'text'}, {'type': 'json_object'} or "
+                "{'type': 'json_schema', 'json_schema': {'name': …, 'schema': {…}}}."
+            )
+        return schema
+
+    def options(self, default_tokens: int) -> Options:
+        options = super().options(self.max_completion_tokens or default_tokens)
+        think = (self.chat_template_kwargs or {}).get("enable_thinking")
+        return replace(
+            options,
+            think=think if isinstance(think, bool) else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+class CompletionRequest(_Request):
+    """`POST /v1/completions`: text that is continued as it stands."""
+
+    prompt: str | list[str] | list[int]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    def options(self, default_tokens: int) -> Options:
+        return replace(super().options(default_tokens), logprobs=self.logprobs)
+
+    def text(self, tokenizer: Tokenizer) -> str:
+        """The prompt as text.
+
+        Raises:
+            PromptError: several prompts.
+        """
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return prompt
+        if all(isinstance(p, int) for p in prompt):
+            return tokenizer.decode([int(p) for p in prompt])
+        if len(prompt) != 1:
+            raise PromptError(f"prompt has {len(prompt)} texts; send one request for each.")
+        return str(prompt[0])
+
+
+def parse(kind: type[_Request], body: bytes) -> Any:
+    """A request from the body of an HTTP request.
+
+    Raises:
+        PromptError: not JSON, or a field of the wrong kind; the message names it.
+    """
+    try:
+        return kind.model_validate(json.loads(body))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(x) for x in first["loc"]) or "the request"
+        raise PromptError(f"{where}: {first['msg']}.") from e
+    except (ValueError, RecursionError) as e:
+        raise PromptError(f"The request is not JSON ({e}).") from e
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One reply on its way to a client: the documents that OpenAI's clients read."""
+
+    id: str
+    model: str
+    created: int
+    chat: bool
+    tokenizer: Tokenizer
+
+    @classmethod
+    def new(cls, number: int, model: str, tokenizer: Tokenizer, *, chat: bool) -> Answer:
+        kind = "chatcmpl" if chat else "cmpl"
+        now = int(time.time())
+        return cls(f"{kind}-{now}-{number}", model, now, chat, tokenizer)
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The reply as one document."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason(reply)}
+        if self.chat:
+            message: dict[str, Any] = {"role": "assistant", "content": reply.text or None}
+            if reply.thinking:
+                message["reasoning_content"] = reply.thinking
+            if reply.calls:
+                message["tool_calls"] = [call(c, i) for i, c in enumerate(reply.calls)]
+            choice |= {"message": message, "logprobs": self._logprobs(reply.logprobs)}
+        else:
+            choice |= {"text": reply.text, "logprobs": self._legacy_logprobs(reply.logprobs)}
+        return {**self._head(""), "choices": [choice], "usage": usage(reply)}
+
+    def chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        """A part of a streamed reply."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
+        choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        return {**self._head(".chunk"), "choices": [choice]}
+
+    def last(self, reply: Reply) -> dict[str, Any]:
+        """The end of a streamed reply, with the log-probabilities that were asked for."""
+        document = self.chunk({}, finish_reason(reply))
+        if reply.logprobs:
+            choice = document["choices"][0]
+            choice["logprobs"] = (
+                self._logprobs(reply.logprobs)
+                if self.chat
+                else self._legacy_logprobs(reply.logprobs)
+            )
+        return document
+
+    def counted(self, reply: Reply) -> dict[str, Any]:
+        """What a streamed reply cost, behind its end."""
+        return {**self._head(".chunk"), "choices": [], "usage": usage(reply)}
+
+    def _head(self, part: str) -> dict[str, Any]:
+        kind = f"chat.completion{part}" if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _logprobs(self, given: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+        def entry(token: int, value: float) -> dict[str, Any]:
+            text = self.tokenizer.decode([token], special=True)
+            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+        if not given:
+            return None
+        listed = [
+            {**entry(t.id, t.logprob), "top_logprobs": [entry(i, p) for i, p in t.top]}
+            for t in given
+        ]
+        return {"content": listed}
+
+    def _legacy_logprobs(self, given: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+        def text(token: int) -> str:
+            return self.tokenizer.decode([token], special=True)
+
+        if not given:
+            return None
+        return {
+            "tokens": [text(t.id) for t in given],
+            "token_logprobs": [t.logprob for t in given],
+            "top_logprobs": [{text(i): p for i, p in t.top} for t in given],
+        }
+
+
+def call(called: ToolCall, index: int) -> dict[str, Any]:
+    """A tool call as clients read it: arguments are JSON in a string."""
+    return {
+        "index": index,
+        "id": called.id or f"call_{index}",
+        "type": "function",
+        "function": {
+            "name": called.name,
+            "arguments": json.dumps(called.arguments, ensure_ascii=False),
+        },
+    }
+
+
+def finish_reason(reply: Reply) -> str:
+    """Why a reply ended, in OpenAI's words; a full context is a length too."""
+    return {CALLS: "tool_calls", LENGTH: "length", "full": "length"}.get(reply.finish, "stop")
+
+
+def usage(reply: Reply) -> dict[str, Any]:
+    """Tokens of the prompt, of it those not read again, and of the reply."""
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": len(reply.ids),
+        "total_tokens": reply.prompt_tokens + len(reply.ids),
+        "prompt_tokens_details": {"cached_tokens": reply.reused_tokens},
+    }
+
+
+def error(message: str, kind: str = "invalid_request_error", code: str = "") -> dict[str, Any]:
+    """An error in the shape that OpenAI's clients show."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code or None}}

@@ -1,0 +1,140 @@
+"""One decoder for many clients: a bounded queue that takes turns, and a thread that answers.
+
+A device decodes one reply at a time. Who waits, waits fairly: clients take turns, however many
+requests one of them sends. A request that nobody waits for any more is dropped, also while it runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from edge_kv.errors import EdgeKVError, RuntimeFault
+from edge_kv.runtime.chat import Piece, Reply, Turn
+
+
+class QueueFull(RuntimeFault):
+    """As many requests wait as the queue takes."""
+
+
+@dataclass
+class Job:
+    """One request: `begin` makes its reply on the decoder's thread, `told` hears what comes of it.
+
+    `told` gets pieces, then the reply or the error that ended it; it must not block.
+    """
+
+    client: str
+    begin: Callable[[], Turn]
+    told: Callable[[Piece | Reply | Exception], None]
+    deadline: float  # time.monotonic() after which the reply is cut off
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def over(self) -> bool:
+        return self.cancelled.is_set() or time.monotonic() > self.deadline
+
+
+class Worker:
+    """The decoder's thread and the queue before it."""
+
+    def __init__(self, waiting: int) -> None:
+        """`waiting`: requests that may wait beside the one that runs."""
+        self._waiting = waiting
+        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # clients, the next one first
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._running: Job | None = None
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        with self._changed:
+            return sum(map(len, self._queues.values()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is being made."""
+        return self._running is not None
+
+    def submit(self, job: Job) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFull: too many wait already, or the server is stopping.
+        """
+        with self._changed:
+            for queue in self._queues.values():  # those that nobody waits for make room
+                for old in [j for j in queue if j.cancelled.is_set()]:
+                    queue.remove(old)
+            count = sum(map(len, self._queues.values()))
+            if self._stopping or count >= self._waiting:
+                raise QueueFull(
+                    "The server is stopping."
+                    if self._stopping
+                    else f"{count} requests wait already; try again in a moment."
+                )
+            self._queues.setdefault(job.client, deque()).append(job)
+            self._changed.notify()
+
+    def stop(self, seconds: float) -> None:
+        """Take no more requests, end the one that runs, and wait for that."""
+        with self._changed:
+            self._stopping = True
+            if self._running:
+                self._running.cancelled.set()
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        for job in self._jobs():
+            if job.over:
+                job.told(RuntimeFault("The request waited longer than its time limit."))
+                continue
+            try:
+                self._answer(job)
+            except EdgeKVError as e:
+                job.told(e)
+            except Exception as e:  # whatever it is, the next client is to be served
+                job.told(e)
+
+    def _jobs(self) -> Iterator[Job]:
+        while True:
+            with self._changed:
+                self._running = None
+                while not self._queues and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    left = [job for queue in self._queues.values() for job in queue]
+                    self._queues.clear()
+                    for job in left:
+                        job.told(QueueFull("The server is stopping."))
+                    return
+                client, queue = self._queues.popitem(last=False)
+                if not queue:
+                    continue
+                job = queue.popleft()
+                if queue:
+                    self._queues[client] = queue  # behind the others
+                if job.cancelled.is_set():
+                    continue
+                self._running = job
+            yield job
+
+    def _answer(self, job: Job) -> None:
+        turn = job.begin()
+        try:
+            for piece in turn:
+                job.told(piece)
+                if job.over:
+                    break
+        finally:
+            turn.close()
+        if turn.reply is None:
+            raise RuntimeFault("The reply was cut off before it began.")
+        job.told(turn.reply)

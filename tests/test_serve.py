@@ -1,0 +1,322 @@
+"""The server: OpenAI's API over one decoder, fair, bounded, and closed to whom it should be."""
+
+import json
+import threading
+import time
+
+import pytest
+from fake_artifact import NumpySession, write_artifact
+from starlette.testclient import TestClient
+
+from edge_kv.artifact import read_artifact
+from edge_kv.errors import ConfigError
+from edge_kv.runtime.chat import Generator
+from edge_kv.runtime.template import RAW_TEMPLATE, Template
+from edge_kv.serve.app import Server, Settings, make_app
+from edge_kv.serve.command import run_server
+from edge_kv.serve.states import WORTH_KEEPING, States
+from edge_kv.serve.worker import Job, QueueFull, Worker
+
+ASK = {"model": "any", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return read_artifact(write_artifact(tmp_path_factory.mktemp("served") / "a", ctx=512))
+
+
+def serving(artifact, folder, settings=None, most=4):
+    session = NumpySession(artifact)
+    generator = Generator(session)
+    states = States(generator, folder, most)
+    raw = Generator(session, generator.tokenizer, Template(RAW_TEMPLATE))
+    generator.on_prompt = raw.on_prompt = states.enter
+    return Server(generator, raw, states, settings or Settings())
+
+
+@pytest.fixture
+def server(artifact, tmp_path):
+    return serving(artifact, tmp_path)
+
+
+@pytest.fixture
+def client(server):
+    with TestClient(make_app(server), base_url="http://localhost") as client:
+        yield client
+
+
+def events(response):
+    """The documents of a stream, which has to end as OpenAI's do."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_reply_in_one_document(client, server):
+    document = client.post(CHAT, json=ASK).json()
+    assert document["object"] == "chat.completion" and document["model"] == server.model
+    (choice,) = document["choices"]
+    assert choice["message"]["role"] == "assistant" and choice["finish_reason"] == "length"
+    assert document["usage"]["completion_tokens"] == 4
+    assert document["usage"]["total_tokens"] == document["usage"]["prompt_tokens"] + 4
+
+
+def test_a_streamed_reply_is_the_same_text(client):
+    ask = {**ASK, "max_tokens": 12, "seed": 3, "temperature": 1.0}
+    whole = client.post(CHAT, json=ask).json()
+    stream = {**ask, "stream": True, "stream_options": {"include_usage": True}}
+    *parts, usage = events(client.post(CHAT, json=stream))
+    text = "".join(p["choices"][0]["delta"].get("content", "") for p in parts)
+    assert text == (whole["choices"][0]["message"]["content"] or "")
+    assert parts[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert parts[-1]["choices"][0]["finish_reason"] == "length"
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 12
+
+
+def test_a_completion_continues_text_as_it_stands(client, server):
+    document = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3}).json()
+    assert document["object"] == "text_completion"
+    prompt = server.generator.tokenizer.encode("Hello")
+    assert document["usage"]["prompt_tokens"] == len(prompt)
+    streamed = client.post(
+        "/v1/completions", json={"prompt": "Hello", "max_tokens": 3, "stream": 1}
+    )
+    text = "".join(e["choices"][0]["text"] for e in events(streamed))
+    assert text == document["choices"][0]["text"]
+
+
+def test_logprobs_are_those_of_the_drawn_tokens(client):
+    ask = {**ASK, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    choice = client.post(CHAT, json=ask).json()["choices"][0]
+    listed = choice["logprobs"]["content"]
+    assert len(listed) == 4
+    for entry in listed:  # greedy: the drawn token is the likeliest
+        assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] <= 0
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+
+
+def test_an_answer_follows_its_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    ask = {**ASK, "max_tokens": 60, "response_format": form, "seed": 1, "temperature": 1.0}
+    choice = client.post(CHAT, json=ask).json()["choices"][0]
+    assert list(json.loads(choice["message"]["content"])) == ["n"]
+    bad = {**form, "json_schema": {"name": "number", "schema": {"type": "numbr"}}}
+    response = client.post(CHAT, json={**ask, "response_format": bad})
+    assert response.status_code == 400 and "schema" in response.json()["error"]["message"]
+
+
+def test_a_conversation_that_goes_on_reads_its_new_turn_alone(client):
+    first = client.post(CHAT, json=ASK).json()
+    answer = first["choices"][0]["message"]["content"] or ""
+    turns = [*ASK["messages"], {"role": "assistant", "content": answer}]
+    turns.append({"role": "user", "content": "And?"})
+    usage = client.post(CHAT, json={**ASK, "messages": turns}).json()["usage"]
+    held = usage["prompt_tokens_details"]["cached_tokens"]
+    assert held >= first["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text only"),
+        ({"messages": "hello"}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"n": 2}, "n:"),
+        ({"logit_bias": {"many": 1}}, "logit_bias"),
+        ({"stop": ["a"] * 99}, "stop"),
+        ({"tools": [{"function": {}}]}, "tools[0]"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"max_completion_tokens": "many"}, "max_completion_tokens"),
+    ],
+)
+def test_requests_that_are_refused_by_name(client, change, says):
+    response = client.post(CHAT, json={**ASK, **change})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert says in message and "\n" not in message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_bodies_that_are_no_request(client, body):
+    response = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_other_content_types_paths_methods_and_sizes(artifact, tmp_path):
+    server = serving(artifact, tmp_path, Settings(body=1000))
+    with TestClient(make_app(server), base_url="http://localhost") as client:
+        assert client.post(CHAT, content=json.dumps(ASK)).status_code == 400
+        assert client.get("/v1/nothing").status_code == 404
+        assert client.get(CHAT).status_code == 405
+        assert "error" in client.get("/v1/nothing").json()
+        large = {**ASK, "user": "x" * 2000}
+        assert client.post(CHAT, json=large).status_code == 413
+
+
+def test_a_prompt_longer_than_the_context_says_so(client):
+    long = [{"role": "user", "content": "word " * 2000}]
+    for stream in (False, True):
+        response = client.post(CHAT, json={**ASK, "messages": long, "stream": stream})
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_key_is_asked_for_and_compared(artifact, tmp_path):
+    server = serving(artifact, tmp_path, Settings(api_key="s3cret"))
+    with TestClient(make_app(server), base_url="http://localhost") as client:
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
+            response = client.post(CHAT, json=ASK, headers=given)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/status").status_code == 401
+        assert client.get("/healthz").status_code == 200 == client.get("/").status_code
+        right = {"Authorization": "Bearer s3cret"}
+        assert client.post(CHAT, json=ASK, headers=right).status_code == 200
+
+
+def test_other_names_and_other_sites_are_kept_out(client):
+    assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert client.get("/v1/models", headers={"Origin": "http://evil.example"}).status_code == 403
+    same = client.get("/v1/models", headers={"Origin": "http://localhost"})
+    assert same.status_code == 200
+    assert "access-control-allow-origin" not in same.headers
+
+
+def test_a_site_that_was_named_may_ask(artifact, tmp_path):
+    site = "https://app.example"
+    server = serving(artifact, tmp_path, Settings(origins=(site,)))
+    with TestClient(make_app(server), base_url="http://localhost") as client:
+        asked = client.options(CHAT, headers={"Origin": site})
+        assert asked.status_code == 204
+        assert asked.headers["access-control-allow-origin"] == site
+        response = client.post(CHAT, json=ASK, headers={"Origin": site})
+        assert response.headers["access-control-allow-origin"] == site
+
+
+def test_a_server_for_other_machines_wants_a_key_or_a_word(artifact):
+    with pytest.raises(ConfigError, match="--no-auth"):
+        run_server(NumpySession(artifact), Settings(), host="0.0.0.0", port=0, ready=print)
+
+
+def test_the_page_the_status_and_the_figures(client):
+    client.post(CHAT, json=ASK)
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text.replace("http://www.w3.org", "")  # nothing from elsewhere
+    assert client.get("/page.js").status_code == 200 == client.get("/page.css").status_code
+    status = client.get("/status").json()
+    assert status["used"] > 0 and set(status["memory"]) == {"state", "heap", "mapped"}
+    figures = client.get("/metrics").text
+    assert 'edge_kv_requests_total{outcome="answered"} 1.0' in figures
+    assert "edge_kv_generated_tokens_total 4.0" in figures
+
+
+# --- the queue -----------------------------------------------------------------------------------
+
+
+class SlowTurn:
+    """A turn that waits for a signal, then ends."""
+
+    def __init__(self, release):
+        self.release, self.reply = release, None
+
+    def __iter__(self):
+        self.release.wait(10)
+        self.reply = "reply"
+        return iter(())
+
+    def close(self):
+        pass
+
+
+def test_clients_take_turns_and_the_queue_is_bounded():
+    worker, release, order = Worker(4), threading.Event(), []
+
+    def job(client, name):
+        turn = SlowTurn(release)
+        return Job(client, lambda: turn, lambda e: order.append(name), time.monotonic() + 60)
+
+    worker.submit(job("first", "running"))
+    while not worker.busy:
+        time.sleep(0.01)
+    for client, name in (("greedy", "g1"), ("greedy", "g2"), ("greedy", "g3"), ("modest", "m1")):
+        worker.submit(job(client, name))
+    with pytest.raises(QueueFull, match="4 requests wait"):
+        worker.submit(job("late", "late"))
+    release.set()
+    worker_done = time.monotonic() + 10
+    while len(order) < 5 and time.monotonic() < worker_done:
+        time.sleep(0.01)
+    assert order == ["running", "g1", "m1", "g2", "g3"]
+    worker.stop(5)
+    with pytest.raises(QueueFull, match="stopping"):
+        worker.submit(job("after", "after"))
+
+
+def test_a_cancelled_request_makes_room_and_is_not_answered():
+    worker, release, heard = Worker(1), threading.Event(), []
+    first = Job("a", lambda: SlowTurn(release), heard.append, time.monotonic() + 60)
+    worker.submit(first)
+    while not worker.busy:
+        time.sleep(0.01)
+    gone = Job("b", lambda: pytest.fail("not wanted"), heard.append, time.monotonic() + 60)
+    worker.submit(gone)
+    gone.cancelled.set()
+    late = Job("c", lambda: SlowTurn(release), heard.append, time.monotonic() + 60)
+    worker.submit(late)
+    release.set()
+    until = time.monotonic() + 10
+    while len(heard) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    worker.stop(5)
+    assert heard == ["reply", "reply"]
+
+
+# --- conversations kept aside --------------------------------------------------------------------
+
+
+def tokens(seed, count):
+    return [(seed + 7 * i) % 250 + 2 for i in range(count)]
+
+
+def test_coming_back_to_a_conversation_reads_nothing_again(artifact, tmp_path):
+    server = serving(artifact, tmp_path)
+    session, states = server.generator.session, server.states
+    talks = [tokens(seed, WORTH_KEEPING + 50) for seed in range(4)]
+    for talk in talks:
+        states.enter(talk)
+        session.resume(talk)
+        session.prefill(talk[session.pos :])
+    for talk in talks:
+        states.enter(talk)
+        assert list(session.tokens) == talk
+    assert states.restored == 4 and states.count <= 4
+
+
+def test_kept_conversations_outlive_the_process_and_are_bounded(artifact, tmp_path):
+    server = serving(artifact, tmp_path, most=2)
+    for seed in range(4):
+        talk = tokens(seed, WORTH_KEEPING + 20)
+        server.states.enter(talk)
+        server.generator.session.resume(talk)
+        server.generator.session.prefill(talk[server.generator.session.pos :])
+    server.stop()
+    assert len(list(tmp_path.glob("*.kv"))) == 2
+    (tmp_path / "conversation-99.kv").write_bytes(b"damaged")
+    again = serving(artifact, tmp_path, most=2)
+    again.states.enter(tokens(3, WORTH_KEEPING + 20))
+    assert list(again.generator.session.tokens) == tokens(3, WORTH_KEEPING + 20)
