@@ -62,7 +62,7 @@ load("/data/artifact", threads=2).close()
 _PYTHON = "EDGE_KV_CACHE=/data/cache edge-kv/venv/bin/python"
 _RUN = (
     f"/data/runner/{LOADER} --library-path /data/runner/lib /data/runner/{RUNNER} /data/artifact "
-    "--threads 2 --packed /data/packed"
+    "--threads 2"
 )
 
 

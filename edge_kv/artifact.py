@@ -21,6 +21,7 @@ from edge_kv.errors import ArtifactError, EdgeKVError, PlanError
 from edge_kv.files import write_text
 from edge_kv.kv_plan import KVPlan, plan_kv
 
+CHECKED_BYTES = 64 << 20  # of a program whose digest is checked at every load
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CONFIG_ADAPTER: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
@@ -198,13 +199,46 @@ class Artifact:
             ArtifactError: a file's content is not what the manifest says.
         """
         for name, entry in self.manifest.files.items():
-            digest = sha256_file(self.path(name))
-            if digest != entry.sha256:
-                raise ArtifactError(
-                    f"{name} has SHA-256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: "
-                    "the file was changed; copy or export the artifact again."
-                )
+            self._check_digest(name, entry)
             yield name, entry.size
+
+    def program(self, name: str) -> Path:
+        """Absolute path of a program, its digest checked unless it is large or being exported.
+
+        A program says what memory its operators touch, so a changed one is refused at every load;
+        one that holds its weights too (above `CHECKED_BYTES`) by `verify` alone.
+
+        Raises:
+            ArtifactError: its content is not what the manifest says.
+        """
+        entry = self.manifest.files[name]
+        if entry.sha256 and entry.size <= CHECKED_BYTES:
+            self._check_digest(name, entry)
+        return self.path(name)
+
+    def ple(self) -> PleEntry | None:
+        """The per-layer embedding file that the model config asks for.
+
+        Raises:
+            ArtifactError: the manifest has another one, or none.
+        """
+        entry, config = self.manifest.ple, self.config
+        said = (entry.rows, entry.n_layers, entry.dim) if entry else None
+        wanted = (config.vocab_size, config.n_layers, config.ple_dim) if config.ple_dim else None
+        if said != wanted:
+            raise ArtifactError(
+                f"{self.root}: the manifest has per-layer rows of {said}, its model of {wanted} "
+                "(tokens, layers, values); it was edited; copy or export the artifact again."
+            )
+        return entry
+
+    def _check_digest(self, name: str, entry: FileEntry) -> None:
+        digest = sha256_file(self.path(name))
+        if digest != entry.sha256:
+            raise ArtifactError(
+                f"{name} has SHA-256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: "
+                "the file was changed; copy or export the artifact again."
+            )
 
 
 def read_artifact(root: str | Path) -> Artifact:

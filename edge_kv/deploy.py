@@ -406,8 +406,7 @@ class _Runner:
         self._device = device
         self._start = (
             f"cd -- {_q(root + '/runner')} && "
-            f"./{LOADER} --library-path ./lib ./{RUNNER} {_q(f'../artifacts/{_name(artifact)}')} "
-            f"--packed {_q(f'../{_name(artifact)}.packed')}"
+            f"./{LOADER} --library-path ./lib ./{RUNNER} {_q(f'../artifacts/{_name(artifact)}')}"
         )
 
     def __call__(self, ids: list[int], count: int) -> tuple[list[int], dict[str, Any]]:

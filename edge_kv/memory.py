@@ -6,8 +6,8 @@ embedding; arenas keep the largest workspace they ever needed. With native opera
 maps the weights as they were exported and makes no score matrix. As it is installed, it packs
 matrices for the CPU, once, into a cache file that every later load maps (or, without a cache, on
 the heap of every program); a load still packs each matrix for a moment to find it in the file.
-ExecuTorch differs in the libraries it brings, in its workspace, and in mapping every packed matrix
-once for both programs.
+ExecuTorch differs from native operators in the libraries it brings, in its workspace, and in
+mapping the weights once for both programs.
 """
 
 from __future__ import annotations
@@ -56,13 +56,12 @@ TOKEN_BYTES = 40  # a session's list of fed ids: one Python integer and its plac
 OPERATORS_GRAPH = 393_000  # heap of one layer in one program
 OPERATORS_ACTIVATIONS = 5.4  # f32 copies of a chunk's widest rows
 OPERATORS_LOGITS = 16.3  # rows of logits: the head's parts, their softcap, an arena that doubles
-# ExecuTorch (fitted to E2B and tiny):
+# ExecuTorch with native programs (fitted to E2B and tiny):
 NATIVE_ANON = 25_500_000  # interpreter, numpy, our library: heap
 NATIVE_FILE = 24 << 20  # … and the mapped libraries
 NATIVE_GRAPH = 92_000  # heap of one layer in one program
-NATIVE_ACTIVATIONS = 6.3  # f32 copies of the rows of the widest layer, XNNPACK's workspace included
+NATIVE_ACTIVATIONS = 6.3  # f32 copies of the rows of the widest layer, products' scratch included
 NATIVE_QUERY_BLOCK = 64  # query rows of one attention task, which keeps their sums
-NATIVE_LOOKUP = 4096  # file bytes mapped around one looked-up row: random access reads no further
 
 
 @dataclass(frozen=True)
@@ -231,11 +230,13 @@ def _executorch(
 ) -> dict[str, Phase]:
     base = NATIVE_ANON + NATIVE_GRAPH * (config.n_layers + config.n_own)
     work = _native_workspace(config, plan, depth, NATIVE_ACTIVATIONS, LOGITS)
-    held = base if cache else base + weights.packed["decode"]
-    file = NATIVE_FILE + min(weights.table, NATIVE_LOOKUP * depth)
-    file += weights.packed["decode"] if cache else 0
-    running = Phase(held + plan.touched_bytes(depth) + work, file)
-    return {"load": Phase(held, NATIVE_FILE), "prefill": running, "decode": running}
+    running = base + plan.touched_bytes(depth) + work
+    lookup = min(weights.table, LOOKUP_BYTES * depth)
+    return {
+        "load": Phase(base, NATIVE_FILE),
+        "prefill": Phase(running, NATIVE_FILE + lookup + weights.mapped["prefill"]),
+        "decode": Phase(running, NATIVE_FILE + weights.mapped["decode"]),
+    }
 
 
 def _native_workspace(

@@ -65,11 +65,13 @@ class Lowering(Protocol):
             ConfigError: a package is missing. ExportError: the model cannot be expressed.
         """
 
-    def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
-        """How this backend's weights are stored."""
+    def layout(
+        self, config: ModelConfig, scheme: str, block_size: int, attention: str
+    ) -> WeightLayout:
+        """How this backend's weights are stored; backends whose layouts agree share one file."""
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
-        """Write the programs over `weights`, the finished weight file, into `folder` beside it.
+        """Write the programs over `weights`, the finished weight file, into `folder`.
 
         Raises:
             ExportError: the model cannot be lowered.
@@ -84,7 +86,9 @@ class OnnxLowering:
     def check(self, config: ModelConfig) -> None:
         pass
 
-    def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
+    def layout(
+        self, config: ModelConfig, scheme: str, block_size: int, attention: str
+    ) -> WeightLayout:
         return WeightLayout(tensor_table(config), scheme, block_size)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
@@ -105,7 +109,8 @@ class OnnxLowering:
 
 
 class ExecuTorchLowering:
-    """One `.pte` with both methods; the weights are inside it, so their file does not ship."""
+    """One `.pte` with both methods. The weights of a native one stay in the weight file; a portable
+    one holds its own, as XNNPACK multiplies them, so their file does not ship."""
 
     gate = "executorch"
 
@@ -119,22 +124,32 @@ class ExecuTorchLowering:
         if config.moe:
             raise ExportError(
                 f"ExecuTorch programs of a mixture of {config.moe.n_experts} experts are not "
-                "supported: XNNPACK has no expert operator; use --backend onnx."
+                "supported yet; use --backend onnx."
             )
 
-    def layout(self, config: ModelConfig, scheme: str, block_size: int) -> WeightLayout:
+    def layout(
+        self, config: ModelConfig, scheme: str, block_size: int, attention: str
+    ) -> WeightLayout:
+        if attention == "native":
+            return WeightLayout(tensor_table(config), scheme, block_size)
         with quiet():
             from edge_kv.export.executorch_weights import XnnpackLayout
         return XnnpackLayout(tensor_table(config), scheme, block_size)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
-        shipped, exact = folder / "model.pte", folder / "exact.pte"
+        if request.attention == "native":
+            shipped = self._lower(request, weights, folder / "model.pte", delegate=False)
+            exact = shipped.model_copy(update={"details": {**shipped.details, "exact": True}})
+            return Lowered(shipped, exact, (folder / "model.json",))
+        paths = folder / "exact.pte", folder / "model.pte"
         backends = []
-        for path, delegate in ((exact, False), (shipped, True)):
+        for path, delegate in zip(paths, (False, True), strict=True):
             backends.append(self._lower(request, weights, path, delegate=delegate))
             gc.collect()  # graphs are cycles, and hold every weight
-        scratch = (exact, folder / WEIGHTS, *(p.with_suffix(".json") for p in (exact, shipped)))
-        return Lowered(shipped=backends[1], exact=backends[0], scratch=scratch)
+        records = (path.with_suffix(".json") for path in paths)
+        return Lowered(
+            shipped=backends[1], exact=backends[0], scratch=(paths[0], weights.path, *records)
+        )
 
     def _lower(
         self, request: Request, weights: StoredWeights, path: Path, *, delegate: bool
@@ -149,15 +164,18 @@ class ExecuTorchLowering:
             run = apart if weights.layout.bytes > WORTH_A_PROCESS else _here
             details = run(
                 lower_executorch, request.config, request.plan, weights, path,
-                facts=_facts(request), attention=request.attention, delegate=delegate,
+                facts=_facts(request, weights.layout), attention=request.attention,
+                delegate=delegate,
             )  # fmt: skip
             done = {"bytes": path.stat().st_size, "details": details}
             write_record(record, done)
-        file = f"{path.parent.name}/{path.name}"
+        files = [f"{path.parent.name}/{path.name}"]
+        details = dict(done["details"])
+        if request.attention == "native":
+            details["weights"] = f"{weights.path.parent.name}/{weights.path.name}"
+            files.append(details["weights"])
         return Backend(
-            programs=programs(request.config, request.plan, file),
-            files=[file],
-            details=done["details"],
+            programs=programs(request.config, request.plan, files[0]), files=files, details=details
         )
 
 
@@ -177,8 +195,8 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _facts(request: Request) -> dict[str, int]:
-    """What a runner needs that reads no manifest."""
+def _facts(request: Request, layout: WeightLayout) -> dict[str, int]:
+    """What a runner needs that reads no model, and the size of the weight file."""
     config, plan, ple = request.config, request.plan, request.ple
     facts: dict[str, Any] = {
         "vocab": config.vocab_size,
@@ -186,6 +204,7 @@ def _facts(request: Request) -> dict[str, int]:
         "chunk": plan.chunk,
         "layers": config.n_layers,
         "own": config.n_own,
+        "weights": layout.bytes,
     }
     if ple:
         facts |= {"ple_dim": ple.dim, "ple_bits": ple.bits, "ple_block": ple.block}

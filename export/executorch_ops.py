@@ -1,4 +1,4 @@
-"""The seams of the ExecuTorch lowering as torch ops: attention over static state, packed weights.
+"""The operators of our own engine as torch ops: attention over static state, and what lies between.
 
 `edge_kv::attend_own`, `attend_shared` and `store_own` mutate the plan's buffers in place, which is
 what keeps a step from copying them; the functions here are their eager meaning, built on
@@ -129,6 +129,30 @@ _define(
     _store_own,
     lambda k, *rest: k.new_empty(1, dtype=torch.int64),
 )
+_define(
+    "linear",
+    "Tensor x, Tensor weight",
+    lambda x, weight: F.linear(x, weight),
+    lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
+)
+_define(
+    "rms_norm",
+    "Tensor x, Tensor weight, float eps",
+    lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
+    lambda x, *rest: x.new_empty(x.shape),
+)
+_define(
+    "gelu_mul",
+    "Tensor gate, Tensor up",
+    lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    lambda gate, up: gate.new_empty(gate.shape),
+)
+_define(
+    "softcap",
+    "Tensor x, float cap",
+    lambda x, cap: torch.tanh(x / cap) * cap,
+    lambda x, cap: x.new_empty(x.shape),
+)
 _define_out(
     "linear_q",
     "Tensor x, Tensor packed, Tensor scales, SymInt bits, SymInt block",
@@ -143,3 +167,7 @@ _define_out(
 attend_own: Any = torch.ops.edge_kv.attend_own
 attend_shared: Any = torch.ops.edge_kv.attend_shared
 store_own: Any = torch.ops.edge_kv.store_own
+linear: Any = torch.ops.edge_kv.linear
+rms_norm: Any = torch.ops.edge_kv.rms_norm
+gelu_mul: Any = torch.ops.edge_kv.gelu_mul
+softcap: Any = torch.ops.edge_kv.softcap

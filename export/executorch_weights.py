@@ -1,4 +1,5 @@
-"""Weights as XNNPACK computes with them, and the modules that say so to its partitioner.
+"""Weights of portable programs: as XNNPACK computes with them, and modules that say so to its
+partitioner.
 
 XNNPACK multiplies 8-bit activations (quantised per token as they come) by 4-bit weights in blocks
 with positive bfloat16 scales, or by 8-bit weights with one positive scale per row.
@@ -14,11 +15,9 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_kv.config import ModelConfig
 from edge_kv.export.quantize import quantize
-from edge_kv.export.weight_file import Spec, StoredTensor, StoredWeights, WeightLayout
-from edge_kv.model.binding import load_parameters
-from edge_kv.model.decoder import Attention, Decoder, Gelu, QuantLinear, RMSNorm
+from edge_kv.export.weight_file import Spec, StoredTensor, WeightLayout
+from edge_kv.model.decoder import Attention, GeluGate, QuantLinear, RMSNorm
 from edge_kv.model.ops import unpack_blocks
 
 _QD: Any = torch.ops.quantized_decomposed
@@ -83,12 +82,12 @@ class XnnpackNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.mean, self.floor)) * self.weight
 
 
-class XnnpackGelu(nn.Module):
-    """`Gelu` as the sigmoid that it is: XNNPACK's own gelu is the erf form, 5e-4 off."""
+class XnnpackGate(nn.Module):
+    """`GeluGate` as the sigmoid that it is: XNNPACK's own gelu is the erf form, 5e-4 off."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         slope = 2 * (2 / math.pi) ** 0.5
-        return x * torch.sigmoid(x * (x * x * (slope * 0.044715) + slope))
+        return gate * torch.sigmoid(gate * (gate * gate * (slope * 0.044715) + slope)) * up
 
 
 def _fixed(values: Tensor) -> nn.Parameter:
@@ -96,15 +95,8 @@ def _fixed(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
 
-def load_decoder(decoder: Decoder, config: ModelConfig, weights: StoredWeights) -> Decoder:
-    """Fill a decoder built on the meta device with stored weights."""
-    decoder.rope = Decoder.rope_tables(config)
-    load_parameters(decoder, config, weights.read)
-    return decoder.eval()
-
-
 def for_xnnpack(module: nn.Module) -> None:
-    """Replace linears, norms and gelus by their XNNPACK forms; weights are held once.
+    """Replace linears, norms and gates by their XNNPACK forms; weights are held once.
 
     The norms of an attention's heads are left: the state computes with their weights.
     """
@@ -113,7 +105,7 @@ def for_xnnpack(module: nn.Module) -> None:
             setattr(module, name, XnnpackLinear(child))
         elif isinstance(child, RMSNorm) and not isinstance(module, Attention):
             setattr(module, name, XnnpackNorm(child))
-        elif isinstance(child, Gelu):
-            setattr(module, name, XnnpackGelu())
+        elif isinstance(child, GeluGate):
+            setattr(module, name, XnnpackGate())
         else:
             for_xnnpack(child)

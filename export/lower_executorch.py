@@ -1,14 +1,17 @@
 """Lowers the decoder to ExecuTorch: one `.pte` with the methods `prefill` and `decode`.
 
-Both methods mutate one set of buffers, which memory planning puts into an arena of its own, laid
-out exactly as the KV plan counts it. Linears and elementwise chains become XNNPACK delegates; what
-lies between two of them (attention, token look-up, rotary angles) stays in the graph.
+Both methods mutate one set of buffers, which memory planning puts into an arena of its own, of just
+the bytes that the KV plan counts. A native program is of operators of ours over weights that stay
+in the weight file. A portable one holds its weights: linears and elementwise chains become XNNPACK
+delegates, what lies between two of them (attention, token look-up, rotary angles) stays in the
+graph.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.backends import quiet
 from edge_kv.export.executorch_lean import lean
+from edge_kv.export.executorch_native import fakes, for_engine, weight_keys, weights_outside
 from edge_kv.export.executorch_portable import PortableState, for_any_runtime
 from edge_kv.export.executorch_state import (
     NativeState,
@@ -33,10 +37,11 @@ from edge_kv.export.executorch_state import (
     StoringState,
     attribute,
 )
-from edge_kv.export.executorch_weights import for_xnnpack, load_decoder
+from edge_kv.export.executorch_weights import for_xnnpack
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import StoredWeights
 from edge_kv.kv_plan import KVPlan
+from edge_kv.model.binding import load_parameters
 from edge_kv.model.decoder import Attention, Decoder
 
 ATTENTION = f"{Attention.__module__}.{Attention.__qualname__}"
@@ -46,16 +51,17 @@ STATE_ALIGNMENT = 16  # ExecuTorch aligns every planned tensor to this many byte
 
 @dataclass(frozen=True)
 class AttentionLowering:
-    """A lowering of attention: its state over (buffers, most tokens of a step), and what else it
-    replaces in a decoder."""
+    """A lowering of attention: its state over (buffers, most tokens of a step), what else it
+    replaces in a decoder, and whether the weights stay outside of the program."""
 
     state: Callable[[StateBuffers, int], StoringState]
     replace: Callable[[nn.Module], None]
+    outside: bool
 
 
 ATTENTIONS = {
-    "native": AttentionLowering(lambda buffers, tokens: NativeState(buffers), lambda decoder: None),
-    "portable": AttentionLowering(PortableState, for_any_runtime),
+    "native": AttentionLowering(lambda buffers, tokens: NativeState(buffers), for_engine, True),
+    "portable": AttentionLowering(PortableState, for_any_runtime, False),
 }
 
 
@@ -120,22 +126,18 @@ def lower_executorch(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the `.pte` at `path`; returns the backend's manifest details.
 
-    `attention` is a key of ATTENTIONS. With `delegate` false nothing goes to XNNPACK and linears
-    multiply float activations: what is left against PyTorch is the lowering. `facts` are integers
-    for a runner that reads no manifest.
+    `attention` is a key of ATTENTIONS. With `delegate`, which is for portable programs, XNNPACK
+    takes what it can; else their linears multiply float activations, and what is left against
+    PyTorch is the lowering. `facts` are integers for a runner that reads no model.
 
     Raises:
         ExportError: ExecuTorch cannot lower this model, or it plans state that is not the plan's.
     """
-    with torch.device("meta"):
-        decoder = Decoder(config, plan, QuantFormat(weights.layout))
-    load_decoder(decoder, config, weights)
-    if delegate:
-        for_xnnpack(decoder)
-    ATTENTIONS[attention].replace(decoder)
+    lowering = ATTENTIONS[attention]
     try:
         with quiet(), lean():
-            exported = _trace(decoder, plan, config, ATTENTIONS[attention])
+            exported = _export(config, plan, weights, lowering, delegate=delegate)
+            keys = weight_keys(exported, config, weights.layout) if lowering.outside else {}
             # XNNPACK knows a linear as what it is; else it becomes a product by a transpose.
             kept = [torch.ops.aten.linear.default] if delegate else []
             edge = to_edge(
@@ -147,24 +149,41 @@ def lower_executorch(
                 edge = edge.to_backend({name: Partitioner() for name in exported})
             delegates = {name: _delegates(edge.exported_program(name)) for name in exported}
             planning = StatePlanning(alloc_graph_input=False, share_mutable_buffers=True)
-            program = edge.to_executorch(
-                ExecutorchBackendConfig(
-                    run_reinplace_pass=True,
-                    emit_mutable_buffer_names=True,
-                    memory_planning_pass=planning,
-                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+            with weights_outside():
+                program = edge.to_executorch(
+                    ExecutorchBackendConfig(
+                        run_reinplace_pass=True,
+                        emit_mutable_buffer_names=True,
+                        external_constants=lambda node: keys.get(node.name),
+                        memory_planning_pass=planning,
+                        sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+                    )
                 )
-            )
             _write(program, path)
     except ExportError:
         raise
     except Exception as e:
         raise ExportError(f"Lowering to ExecuTorch failed: {e}") from e
-    return {
-        "attention": attention,
-        "delegates": delegates,
-        "state": _state_offsets(plan, planning),
-    }
+    _check_state(plan, planning)
+    return {"attention": attention, "delegates": delegates}
+
+
+def _export(
+    config: ModelConfig, plan: KVPlan, weights: StoredWeights, lowering: AttentionLowering,
+    *, delegate: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Both methods over a decoder of stored weights, or of fakes where they stay outside."""
+    ropes = Decoder.rope_tables(config)
+    with fakes() if lowering.outside else nullcontext():
+        with nullcontext() if lowering.outside else torch.device("meta"):
+            decoder = Decoder(config, plan, QuantFormat(weights.layout)).eval()
+        decoder.rope = ropes
+        if not lowering.outside:
+            load_parameters(decoder, config, weights.read)
+        if delegate:
+            for_xnnpack(decoder)
+        lowering.replace(decoder)
+        return _trace(decoder, plan, config, lowering)
 
 
 def programs(config: ModelConfig, plan: KVPlan, file: str) -> dict[str, Program]:
@@ -226,10 +245,9 @@ def _delegates(program: Any) -> int:
     )
 
 
-def _state_offsets(plan: KVPlan, planning: Any) -> dict[str, int]:
-    """Where each state buffer lies in the state arena; refuses any byte that is not the plan's."""
+def _check_state(plan: KVPlan, planning: Any) -> None:
+    """Refuse any byte of state that is not the plan's."""
     specs = {name: next(iter(found)) for name, found in planning.state.mutable_buffers.items()}
-    offsets = {}
     for b in plan.buffers:
         spec = specs.pop(f"state.{attribute(b.name)}", None)
         if (
@@ -240,10 +258,8 @@ def _state_offsets(plan: KVPlan, planning: Any) -> dict[str, int]:
                 f"ExecuTorch planned {0 if spec is None else spec.allocated_memory} bytes for "
                 f"{b.name}, the KV plan has {b.bytes}; please report this config."
             )
-        offsets[b.name] = int(spec.mem_offset)
     if specs:
         raise ExportError(f"ExecuTorch planned state that the KV plan lacks: {sorted(specs)[0]}.")
-    return offsets
 
 
 def _write(program: Any, path: Path) -> None:

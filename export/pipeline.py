@@ -110,7 +110,7 @@ def export_model(
     plan = plan_kv(source.config, ctx=ctx, chunk=chunk, kv=kv)
     for backend in backends:
         BACKENDS[backend].check(source.config)
-    layouts = {b: BACKENDS[b].layout(source.config, quant, block) for b in backends}
+    layouts = {b: BACKENDS[b].layout(source.config, quant, block, attention) for b in backends}
     check_weights(source)
     job = _Job(source, plan, layouts, attention, out, open_session, progress)
     _make_parent(out)
@@ -158,7 +158,7 @@ class _Job:
                 self.progress.stage(f"programs: {name}")
                 request = Request(self.config, self.plan, ple, self.attention)
                 stored = self._stored(name)
-                lowered[name] = BACKENDS[name].lower(request, stored, stored.path.parent)
+                lowered[name] = BACKENDS[name].lower(request, stored, self.root / name)
             self._finish(reports, ple, tokenizer, lowered)
         except (ParityError, WeightsError):  # running it again would end the same way
             shutil.rmtree(self.root)
@@ -202,6 +202,8 @@ class _Job:
     def _weights(self) -> tuple[dict[str, TensorReport], PleEntry | None]:
         found = {}
         for name, layout in self.layouts.items():
+            if self._owner(name) != name:
+                continue
             self.progress.stage("weights")
             journal = Journal(self.root / name / JOURNAL)
             path = self._stored(name).path
@@ -227,9 +229,16 @@ class _Job:
                 "run the same command again when its files are complete."
             )
 
+    def _owner(self, name: str) -> str:
+        """The backend in whose folder the weights of backend `name` lie: ONNX's programs find
+        theirs beside them, others share them where the layout is the same."""
+        layout = self.layouts[name]
+        sharing = [b for b, other in self.layouts.items() if type(other) is type(layout)]
+        return "onnx" if "onnx" in sharing else sharing[0]
+
     def _stored(self, name: str) -> StoredWeights:
         """The weight file of a backend."""
-        return StoredWeights(self.layouts[name], self.root / name / WEIGHTS)
+        return StoredWeights(self.layouts[name], self.root / self._owner(name) / WEIGHTS)
 
     def _tokenizer(self) -> TokenizerEntry | None:
         template = self.source.chat_template()
@@ -292,9 +301,13 @@ class _Job:
         source_logits = self._oracle(run, None, ple)
         self._unchanged()
         parity: dict[str, Any] = {}
+        references: dict[str, torch.Tensor] = {}  # of each weight file
         for name, programs in lowered.items():
-            self.progress.stage(f"parity: stored weights of {name}")
-            stored_logits = self._oracle(run, self._stored(name), ple)
+            owner = self._owner(name)
+            if owner not in references:
+                self.progress.stage(f"parity: stored weights of {owner}")
+                references[owner] = self._oracle(run, self._stored(name), ple)
+            stored_logits = references[owner]
             self.progress.stage(f"parity: programs of {name}")
             judged = gate.judge(
                 run,

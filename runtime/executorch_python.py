@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,22 @@ from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, RuntimeFault
 from edge_kv.kv_plan import StateBuffer
 from edge_kv.ple import PleTable
+from edge_kv.runtime.executorch_contract import check_contract, state_name
 from edge_kv.runtime.session import STORAGE, Ids, Logits, Session
-from edge_kv.runtime.threads import thread_count
+from edge_kv.runtime.threads import return_threads, share_threads, thread_count
 
 INSTALL = "pip install --no-deps executorch==1.5.1 'torch==2.13.*'"
 CAP_IPC_LOCK = 14
 PROGRAM = b"ET12"  # the flatbuffer identifier, at byte 4
+_TYPES = {4: "int64", 6: "float"}  # by their numbers in a program
 _CAPABILITY_VERSION = 0x20080522
 
 
 class ExecuTorchPythonSession(Session):
     """A session on ExecuTorch's own Python runtime; both methods share the state.
 
-    The thread pool belongs to the process: sessions of one process run one after another, with the
-    thread count of the session that was loaded last.
+    Its threads belong to the process: portable sessions of one process have the same number of
+    them (`threads.share_threads`).
     """
 
     engine = "executorch-python"
@@ -46,7 +49,8 @@ class ExecuTorchPythonSession(Session):
 
         Raises:
             ArtifactError: no portable executorch programs, or they do not hold the plan's state.
-            RuntimeFault: torch or executorch is not installed.
+            RuntimeFault: torch or executorch is not installed, or an open session has another
+                number of threads.
         """
         begin = time.perf_counter()
         backend = artifact.backend(self.backend)
@@ -60,10 +64,20 @@ class ExecuTorchPythonSession(Session):
         super().__init__(artifact)
         self._torch, self._runtime = _import()
         self.threads = thread_count(threads)
-        path = artifact.path(backend.programs["decode"].file)
+        entry = artifact.ple()
+        path = artifact.program(backend.programs["decode"].file)
         with path.open("rb") as file:  # the runtime's own check reads past the end without one
             if file.read(8)[4:] != PROGRAM:
                 raise ArtifactError(f"ExecuTorch cannot load {path}: it is no ExecuTorch program.")
+        with ExitStack() as on_error:
+            on_error.callback(return_threads, self)
+            share_threads(self, self.threads)
+            self._load(path)
+            self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
+            on_error.pop_all()
+        self.stats.load_seconds = time.perf_counter() - begin
+
+    def _load(self, path: Path) -> None:
         with _log() as log, _no_mlock():
             if self._runtime._threadpool_get_thread_count() != self.threads:
                 self._runtime._unsafe_reset_threadpool(self.threads)
@@ -74,13 +88,23 @@ class ExecuTorchPythonSession(Session):
                 )
                 self._prefill: Any = self._program.load_method("prefill")
                 self._decode: Any = self._program.load_method("decode")
+                check_contract(self.artifact, path, self._lines())
                 self.state = {b.name: self._view(b) for b in self.plan.buffers}
             except (RuntimeError, ValueError) as e:
                 reason = str(e).splitlines()[0]
                 raise ArtifactError(f"ExecuTorch cannot load {path}: {log() or reason}.") from e
-        entry = artifact.manifest.ple
-        self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
-        self.stats.load_seconds = time.perf_counter() - begin
+
+    def _lines(self) -> Iterator[str]:
+        """Inputs and outputs of both methods as `check_contract` takes them."""
+        for name, method in (("prefill", self._prefill), ("decode", self._decode)):
+            meta = method.method_meta()
+            for what, count, tensor in (
+                ("input", meta.num_inputs(), meta.input_tensor_meta),
+                ("output", meta.num_outputs(), meta.output_tensor_meta),
+            ):
+                for i in range(count):
+                    dtype = _TYPES.get(tensor(i).dtype(), "other")
+                    yield " ".join([name, what, dtype, *map(str, tensor(i).sizes())])
 
     @property
     def backend(self) -> str:
@@ -88,7 +112,7 @@ class ExecuTorchPythonSession(Session):
 
     def _view(self, buffer: StateBuffer) -> npt.NDArray[Any]:
         """A state buffer as an array over the runtime's memory."""
-        name = f"state.{buffer.name.replace('.', '_')}"
+        name = state_name(buffer.name)
         rows: npt.NDArray[Any] = self._decode.get_attribute(name).numpy()
         if rows.shape != buffer.shape or rows.dtype != STORAGE[buffer.dtype]:
             raise ValueError(f"its state buffer {buffer.name} is {rows.dtype} {rows.shape}")
@@ -118,6 +142,7 @@ class ExecuTorchPythonSession(Session):
     def _close_engine(self) -> None:
         self.state = {}  # views of memory that goes with the program
         self._prefill = self._decode = self._program = None
+        return_threads(self)
         if self._ple:
             self._ple.close()
 

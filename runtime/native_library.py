@@ -48,8 +48,10 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp", "ops_weights.cpp")
-KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", "weights.cpp", *OPERATORS)
-ENGINE = ("executorch_adapter.cpp", "operators.cpp", "engine.cpp")
+KERNELS = ("dispatch.cpp", "attention.cpp", "dense.cpp", "fused.cpp", "weights.cpp", *OPERATORS)
+ENGINE = (
+    "executorch_adapter.cpp", "operators.cpp", "engine.cpp", "running.cpp", "weight_file.cpp",
+)  # fmt: skip
 RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 LIBRARIES = (
     "executorch",
@@ -75,11 +77,15 @@ def load_library() -> ctypes.CDLL:
         raise RuntimeFault(f"The ExecuTorch engine library cannot be loaded: {e}") from e
     text, number = ctypes.c_char_p, ctypes.c_int64
     library.edge_kv_open.restype = ctypes.c_void_p
-    library.edge_kv_open.argtypes = [text, text, ctypes.c_int, text, ctypes.c_int]
+    library.edge_kv_open.argtypes = [
+        text, text, ctypes.c_int, ctypes.c_int, text, ctypes.c_int,
+    ]  # fmt: skip
     library.edge_kv_close.argtypes = [ctypes.c_void_p]
     library.edge_kv_close.restype = None
-    library.edge_kv_state.restype = ctypes.c_void_p
-    library.edge_kv_state.argtypes = [ctypes.c_void_p, ctypes.POINTER(number)]
+    library.edge_kv_describe.restype = number
+    library.edge_kv_describe.argtypes = [ctypes.c_void_p, text, number]
+    library.edge_kv_buffer.restype = ctypes.c_void_p
+    library.edge_kv_buffer.argtypes = [ctypes.c_void_p, text, ctypes.POINTER(number)]
     pointer = ctypes.c_void_p
     library.edge_kv_prefill.argtypes = [
         pointer, pointer, number, number, pointer, text, ctypes.c_int,

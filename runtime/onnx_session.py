@@ -103,7 +103,7 @@ class OnnxSession(Session):
         begin = time.perf_counter()
         super().__init__(artifact)
         programs = artifact.backend(self.backend).programs
-        entry = artifact.manifest.ple
+        entry = artifact.ple()
         self.threads = thread_count(threads)
         self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
         self.operators = self._operators()
@@ -136,7 +136,7 @@ class OnnxSession(Session):
             return create_engine(model, self.threads, log_severity, options, self.operators)
 
         programs = self.artifact.backend(self.backend).programs
-        plain = {name: self.artifact.path(programs[name].file) for name in PROGRAMS}
+        plain = {name: self.artifact.program(programs[name].file) for name in PROGRAMS}
         # Native operators multiply weights as they were exported: nothing is packed.
         wanted = cache and not self.operators
         files = (packed.packed_programs(self.artifact, create) if wanted else None) or {}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from edge_kv.artifact import read_artifact
+from edge_kv.artifact import plan_entry, read_artifact, sha256_file
 from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
 from edge_kv.errors import ArtifactError, ConfigError, ExportError, RewindError, RuntimeFault
 from edge_kv.export import lower_executorch as lowering
@@ -22,15 +22,15 @@ from edge_kv.export.backends import BACKENDS
 from edge_kv.export.executorch_portable import PortableEmbedding
 from edge_kv.export.executorch_state import NativeState, PrefillState, StateBuffers, attribute
 from edge_kv.export.executorch_weights import (
-    XnnpackGelu,
+    XnnpackGate,
     XnnpackLayout,
     XnnpackLinear,
     XnnpackNorm,
 )
 from edge_kv.export.quantize import quantize
-from edge_kv.export.weight_file import Journal, StoredWeights, write_weights
+from edge_kv.export.weight_file import Journal, StoredWeights, WeightLayout, write_weights
 from edge_kv.kv_plan import plan_kv
-from edge_kv.model.decoder import Decoder, Gelu, QuantEmbedding, QuantLinear, RMSNorm
+from edge_kv.model.decoder import Decoder, GeluGate, QuantEmbedding, QuantLinear, RMSNorm
 from edge_kv.model.state import StaticState
 from edge_kv.parity import divergence
 from edge_kv.presets import PRESETS
@@ -126,7 +126,8 @@ def test_xnnpack_linear_is_the_packed_linear_up_to_8_bit_activations(bits, block
 @torch.no_grad()
 def test_xnnpack_gelu_is_the_tanh_form():
     x = torch.linspace(-30, 30, 4001)
-    torch.testing.assert_close(XnnpackGelu()(x), Gelu()(x), rtol=1e-6, atol=1e-6)
+    up = torch.ones_like(x)
+    torch.testing.assert_close(XnnpackGate()(x, up), GeluGate()(x, up), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 16), (8, 64), (8, 16)])
@@ -160,20 +161,20 @@ def test_missing_package_is_named(monkeypatch):
         BACKENDS["executorch"].check(CONFIG)
 
 
-def exported(tmp_path_factory, attention):
+def exported(tmp_path_factory, attention, backends=("executorch",)):
     """A small random model, exported through the whole pipeline once for all workers of a run."""
     from edge_kv.export import export_model
 
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # a pytest-xdist worker
-    root = shared / f"executorch-{attention}"
+    root = shared / "-".join((*backends, attention))
     with FileLock(f"{root}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "small", replace(PRESETS["tiny"], config=CONFIG))
         patch.setattr("edge_kv.export.executorch_portable.BLOCK", 64)  # three to a buffer
         if not root.exists():
             export_model(
                 model="small", weights="random:1", ctx=CTX, chunk=CHUNK, attention=attention,
-                backends=("executorch",), out=root, open_session=load,
+                backends=backends, out=root, open_session=load,
             )  # fmt: skip
     return root
 
@@ -186,6 +187,11 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory):
     return exported(tmp_path_factory, "portable")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return exported(tmp_path_factory, "native", ("executorch", "onnx"))
 
 
 RUNS = [("native", "executorch"), ("portable", "executorch"), ("portable", "executorch-python")]
@@ -210,38 +216,65 @@ def logits_of(session, ids, chunks):
     return np.stack([session.decode(int(i)) for i in ids[at:]])
 
 
-def test_artifact_holds_one_program_and_no_other_weights(root):
+def test_native_artifact_keeps_its_weights_outside_of_the_program(root):
     manifest = read_artifact(root).manifest
     backend = manifest.backends["executorch"]
-    assert backend.files == ["executorch/model.pte"]
+    assert backend.files == ["executorch/model.pte", "executorch/weights.bin"]
     assert {p.name for p in root.rglob("*") if p.is_file()} == {
-        "manifest.json", "model.pte", "ple.bin", "verify.npz",
+        "manifest.json", "model.pte", "weights.bin", "ple.bin", "verify.npz",
     }  # fmt: skip
-    assert {*backend.programs} == {"prefill", "decode"}
-    # The weights once, the rows of the token table beside the head, and room for the graphs.
-    layout = XnnpackLayout(tensor_table(CONFIG), "int4", 32)
-    assert (root / "executorch/model.pte").stat().st_size < 1.2 * layout.bytes + (150 << 10)
+    assert (root / "executorch/model.pte").stat().st_size < 64 << 10
+    layout = WeightLayout(tensor_table(CONFIG), "int4", 32)
+    assert (root / "executorch/weights.bin").stat().st_size == layout.bytes
     assert manifest.parity["lowering"]["max_kl"] < 1e-6
 
 
-@pytest.mark.parametrize(("attention", "more"), [("native", 2), ("portable", 3)])
-def test_delegates_stay_few(tmp_path_factory, attention, more):
+def test_portable_artifact_holds_one_program_and_no_other_weights(portable):
+    manifest = read_artifact(portable).manifest
+    assert manifest.backends["executorch"].files == ["executorch/model.pte"]
+    assert {p.name for p in portable.rglob("*") if p.is_file()} == {
+        "manifest.json", "model.pte", "ple.bin", "verify.npz",
+    }  # fmt: skip
+    # The weights once, the rows of the token table beside the head, and room for the graphs.
+    layout = XnnpackLayout(tensor_table(CONFIG), "int4", 32)
+    assert (portable / "executorch/model.pte").stat().st_size < 1.2 * layout.bytes + (150 << 10)
+
+
+def test_both_backends_share_one_weight_file(both):
+    manifest = read_artifact(both).manifest
+    assert [str(p.relative_to(both)) for p in both.rglob("weights*")] == ["onnx/weights.bin"]
+    files = [{f for f in b.files if "weights" in f} for b in manifest.backends.values()]
+    assert files == [{"onnx/weights.bin"}] * 2
+    ids = ids_for(CTX)
+    logits = []
+    for engine in ("executorch", "onnx"):
+        with load(both, engine, threads=1) as session:
+            assert verify(session).passed
+            session.reset()
+            logits.append(logits_of(session, ids, [16] * 11))
+    # The same integers and the same kernels: what rounds differs in the last bits.
+    assert divergence(*logits).max_kl < 1e-3
+
+
+def test_delegates_stay_few(root, portable):
     """Each layer's attention cuts the graph once; anything more is an operator XNNPACK lost.
 
     The look-up of tokens in stock operators is one of its own.
     """
-    manifest = read_artifact(exported(tmp_path_factory, attention)).manifest
-    details = manifest.backends["executorch"].details
-    assert details["attention"] == attention
-    assert 0 < details["delegates"]["decode"] <= CONFIG.n_layers + more
-    assert 0 < details["delegates"]["prefill"] <= CONFIG.n_own + more
+    details = read_artifact(portable).manifest.backends["executorch"].details
+    assert details["attention"] == "portable"
+    assert 0 < details["delegates"]["decode"] <= CONFIG.n_layers + 3
+    assert 0 < details["delegates"]["prefill"] <= CONFIG.n_own + 3
+    details = read_artifact(root).manifest.backends["executorch"].details
+    assert details["attention"] == "native" and not any(details["delegates"].values())
 
 
 @pytest.mark.parametrize("attention", ["native", "portable"])
 def test_what_lean_lowering_leaves_out_leaves_no_trace(attention, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_kv.export.executorch_portable.BLOCK", 16)  # a loop, not one block
     config = replace(CONFIG, pattern="F", n_kv_shared=0, vocab_size=64)
-    plan, layout = plan_kv(config, ctx=64, chunk=8), XnnpackLayout(tensor_table(config), "int4", 32)
+    plan = plan_kv(config, ctx=64, chunk=8)
+    layout = BACKENDS["executorch"].layout(config, "int4", 32, attention)
     weights = StoredWeights(layout, tmp_path / "weights.bin")
     source = open_weights("random", config)
     write_weights(source, layout, weights.path, Journal(tmp_path / "journal"), Silent())
@@ -250,8 +283,9 @@ def test_what_lean_lowering_leaves_out_leaves_no_trace(attention, tmp_path, monk
         monkeypatch.setattr(lowering, "lean", around)
         path = tmp_path / "model.pte"
         lowering.lower_executorch(
-            config, plan, weights, path, facts={}, attention=attention, delegate=True
-        )
+            config, plan, weights, path, facts={}, attention=attention,
+            delegate=attention == "portable",
+        )  # fmt: skip
         programs.append(path.read_bytes())
     assert programs[0] == programs[1]
 
@@ -343,33 +377,94 @@ def test_snapshot_restores_bit_equal_logits_in_another_session(case, tmp_path):
     np.testing.assert_array_equal(got, want)
 
 
-def test_weights_are_packed_once_and_a_damaged_packing_is_made_again(root, cache_home):
-    with load(root, "executorch", cache=False) as session:
-        want = session.decode(5)
-    folder = cache_home / "executorch"
-    for damage in (None, b"", b"nonsense" * 1000):
-        for path in folder.glob("*.bin"):
-            if damage is None:
-                path.unlink()
-            else:
-                path.write_bytes(damage)
-        with load(root, "executorch") as session:
-            np.testing.assert_array_equal(session.decode(5), want)
-    (packed,) = folder.glob("*.bin")
-    before = packed.stat()
-    with load(root, "executorch") as session:
-        session.decode(5)
-    assert packed.stat().st_mtime_ns == before.st_mtime_ns and before.st_size > 10_000
+def changed(root, to, change=lambda manifest: None, **files):
+    """A copy of an artifact with other files and an edited manifest whose digests are right."""
+    copy = shutil.copytree(root, to)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name, data in files.items():
+        path = copy / "executorch" / name.replace("_", ".")
+        path.write_bytes(data)
+        entry = {"size": len(data), "sha256": sha256_file(path)}
+        manifest["files"][f"executorch/{path.name}"] = entry
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
 
 
-def test_portable_attention_is_native_attention(root, portable):
-    """The same weights and 8-bit activations: the summation orders differ, and roundings by them"""
-    ids = ids_for(CTX)
-    logits = []
-    for path, engine in ((root, "executorch"), (portable, "executorch-python")):
-        with load(path, engine, threads=1) as session:
-            logits.append(logits_of(session, ids, [16] * 10))
-    assert divergence(*logits).max_kl < 1e-3
+def test_sessions_of_one_process_read_their_own_weights(root, tmp_path):
+    data = bytearray((root / "executorch/weights.bin").read_bytes())
+    layout = WeightLayout(tensor_table(CONFIG), "int4", 32)
+    at = layout.regions["layers.0.attn.q_proj.packed"].offset
+    data[at : at + 256] = bytes(256)
+    other = changed(root, tmp_path / "other", weights_bin=bytes(data))
+    ids = ids_for(40)
+    want = []
+    for path in (root, other):
+        with load(path, "executorch") as session:
+            want.append(logits_of(session, ids, [16]))
+    assert divergence(*want).max_abs > 1e-3
+    with load(root, "executorch") as first, load(other, "executorch") as second:
+        for session in (first, second):
+            session.prefill(ids[:16])
+        for i, token in enumerate(ids[16:]):
+            for session, logits in zip((first, second), want, strict=True):
+                np.testing.assert_array_equal(session.decode(int(token)), logits[i])
+
+
+def test_sessions_of_other_thread_counts_live_side_by_side(root):
+    ids = ids_for(60)
+    with load(root, "executorch", threads=1) as one:
+        want = logits_of(one, ids, [16, 16])
+        for threads in (2, 1, 2):
+            with load(root, "executorch", threads=threads) as other:
+                np.testing.assert_array_equal(logits_of(other, ids, [16, 16]), want)
+                one.reset()
+                np.testing.assert_array_equal(logits_of(one, ids, [16, 16]), want)
+
+
+@pytest.mark.parametrize("engine", ["executorch", "executorch-python"])
+def test_portable_sessions_of_other_thread_counts_are_refused(portable, engine, monkeypatch):
+    monkeypatch.setattr("edge_kv.runtime.threads.usable_cpus", lambda: 2)
+    with load(portable, "executorch", threads=1) as one:
+        want = one.decode(3)
+        with pytest.raises(RuntimeFault, match="a portable program on 1 threads"):
+            load(portable, engine, threads=2)
+        with load(portable, engine, threads=1) as other:
+            other.decode(3)
+        one.reset()
+        np.testing.assert_array_equal(one.decode(3), want)
+    with load(portable, engine, threads=2) as other:
+        other.decode(3)
+
+
+def test_weights_that_are_not_the_programs_are_refused(root, tmp_path):
+    data = (root / "executorch/weights.bin").read_bytes()
+    for name, bad in (("cut", data[:-4096]), ("long", data + bytes(4096)), ("empty", b"")):
+        copy = changed(root, tmp_path / name, weights_bin=bad)
+        with pytest.raises(ArtifactError, match=r"ExecuTorch cannot load .*weights") as e:
+            load(copy, "executorch")
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["f32[64]@9999999999", "f32[64]@18446744073709551615", "f32[65]@4096", "u8[64]@4096",
+     "f32[64]@4097", "f32[64", "f32[]@0", "f32[4294967296]@0", "f16[64]@0",
+     "f32[64,64,64,64,64,64,64,64,64]@0"],
+)  # fmt: skip
+def test_regions_outside_of_the_file_and_of_other_shapes_are_refused(root, tmp_path, key):
+    """Whatever a program names is compared with the file and with the tensor it is for."""
+    from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
+
+    file = deserialize_pte_binary((root / "executorch/model.pte").read_bytes())
+    for plan in file.program.execution_plan:
+        for value in plan.values:
+            info = getattr(value.val, "extra_tensor_info", None)
+            if info and info.fully_qualified_name.startswith("f32[64]@"):
+                info.fully_qualified_name = key
+    copy = changed(root, tmp_path / "c", model_pte=bytes(serialize_pte_binary(file)))
+    with pytest.raises(ArtifactError, match="ExecuTorch cannot load"):
+        load(copy, "executorch")
 
 
 def test_verify_knows_whose_programs_an_engine_runs(case):
@@ -394,25 +489,60 @@ assert not {{"torch", "executorch", "onnxruntime"}} & set(sys.modules)
 
 def test_damaged_program_is_one_sentence(case, tmp_path):
     root, engine = case
-    copy = shutil.copytree(root, tmp_path / "copy")
-    path = copy / "executorch/model.pte"
-    data = path.read_bytes()
-    for bad in (b"\xff" * len(data), data[: len(data) // 2] + bytes(len(data) - len(data) // 2)):
-        path.write_bytes(bad)
+    data = (root / "executorch/model.pte").read_bytes()
+    half = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+    for name, bad in (("noise", b"\xff" * len(data)), ("half", half)):
+        copy = changed(root, tmp_path / name, model_pte=bad)
         with pytest.raises(ArtifactError, match=r"ExecuTorch cannot load .*model.pte: ") as e:
-            load(copy, engine, cache=False)
+            load(copy, engine)
         assert "\n" not in str(e.value)
+    (copy / "executorch/model.pte").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"model\.pte has SHA-256"):
+        load(copy, engine)
 
 
-def test_state_that_is_not_the_plans_is_refused(root, tmp_path):
-    copy = shutil.copytree(root, tmp_path / "copy")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    details = manifest["backends"]["executorch"]["details"]
-    for state in (None, {}, {**details["state"], "v1": 1 << 40}, {**details["state"], "v1": 0}):
-        details["state"] = state
-        (copy / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(ArtifactError, match="does not hold the state its KV plan asks for"):
-            load(copy, "executorch", cache=False)
+def set_plan(**asked):
+    def change(manifest):
+        ctx, chunk, kv = (manifest["plan"][k] for k in ("ctx", "chunk", "kv"))
+        plan = plan_kv(CONFIG, **{"ctx": ctx, "chunk": chunk, "kv": kv, **asked})
+        manifest["plan"] = json.loads(plan_entry(plan).model_dump_json())
+
+    return change
+
+
+def set_input(which, shape):
+    def change(manifest):
+        decode = manifest["backends"]["executorch"]["programs"]["decode"]
+        decode["inputs"][which]["shape"] = shape
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_plan(ctx=128), "the manifest disagree about|its state buffer k1 is int8"),
+        (set_plan(kv="f32"), "the manifest disagree about|its state buffer k1 is int8"),
+        (set_plan(chunk=8), "the manifest disagree about"),
+        (set_input(2, [1, 2, 32]), "disagree about 'decode input float 1"),
+        (lambda m: m["ple"].update(dim=0), "per-layer rows of"),
+        (lambda m: m["ple"].update(n_layers=2), "per-layer rows of"),
+        (lambda m: m.update(ple=None), "per-layer rows of None"),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_program_is_refused(case, tmp_path, change, message):
+    root, engine = case
+    copy = changed(root, tmp_path / "copy", change)
+    with pytest.raises(ArtifactError, match=message):
+        load(copy, engine)
+
+
+def test_weights_outside_of_the_artifact_are_refused(root, tmp_path):
+    def change(manifest):
+        manifest["backends"]["executorch"]["details"]["weights"] = "../weights.bin"
+
+    with pytest.raises(ArtifactError, match=r"does not list the weights '../weights.bin'"):
+        load(changed(root, tmp_path / "copy", change), "executorch")
 
 
 def test_missing_compiler_and_wheel_are_one_sentence(root, monkeypatch, tmp_path):

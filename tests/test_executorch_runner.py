@@ -175,22 +175,43 @@ def test_manifests_that_do_not_fit_the_program_are_refused(root, taken, tmp_path
 
     def changed(change):
         manifest = json.loads(text)
-        change(manifest["plan"], manifest["backends"]["executorch"]["details"]["state"])
+        change(manifest["plan"])
         path.write_text(json.dumps(manifest))
         return run(copy, *arguments)
 
     for change in (
-        lambda _, state: state.update(v1=1 << 40),
-        lambda _, state: state.update(v1=0),
-        lambda plan, _: plan["buffers"][0].update(bytes=1 << 62),
-        lambda plan, _: plan["buffers"][0].update(shape=[0, 0, 0]),
-        lambda plan, _: plan["buffers"][0].update(shape=[1 << 62, 1 << 62]),
-        lambda plan, _: plan["buffers"][0].update(kind="append"),
-        lambda plan, _: plan.update(ctx=1 << 60),
+        lambda plan: plan["buffers"][0].update(bytes=1 << 62),
+        lambda plan: plan["buffers"][0].update(shape=[0, 0, 0]),
+        lambda plan: plan["buffers"][0].update(shape=[1 << 62, 1 << 62]),
+        lambda plan: plan["buffers"][0].update(name="k9"),
+        lambda plan: plan["buffers"][0].update(name="v1"),
+        lambda plan: plan["buffers"][0].update(kind="append"),
+        lambda plan: plan.update(ctx=1 << 60),
     ):
         refused(changed(change), "its state is not that of the program")
-    refused(changed(lambda _, state: state.clear()), "it has no k0")
     path.write_text(text[: len(text) // 2])
     refused(run(copy, *arguments), "manifest.json cannot be read (")
     path.unlink()
     refused(run(copy, *arguments), "manifest.json cannot be read (")
+
+
+def test_programs_and_weights_that_are_not_the_artifacts_are_refused(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    program, weights = copy / "executorch/model.pte", copy / "executorch/weights.bin"
+    data = program.read_bytes()
+    program.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refused(run(copy, "--ids", "1"), "model.pte is not the file that was exported")
+    program.write_bytes(data)
+    weights.write_bytes(weights.read_bytes()[:-4096])
+    refused(run(copy, "--ids", "1"), "it is for weights of ")
+    weights.unlink()
+    refused(run(copy, "--ids", "1"), "weights.bin cannot be opened")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["backends"]["executorch"]["details"]["weights"] = "../../weights.bin"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    refused(run(copy, "--ids", "1"), "a path outside the artifact")
+
+
+def test_more_threads_than_cpus_are_capped(root):
+    done = run(root, "--ids", "1", "--max-new-tokens", 1, "--threads", 100_000)
+    assert done.returncode == 0 and done.stderr.startswith("Warning: --threads 100000 is more")

@@ -163,7 +163,5 @@ def test_executorch_maps_what_onnxruntime_maps_and_needs_less_beside_it():
     assert native.phases["load"].anon < onnx.phases["load"].anon
     for phase in ("prefill", "decode"):
         assert native.touched < native.phases[phase].anon < onnx.phases[phase].anon
+        assert native.phases[phase].file < onnx.phases[phase].file
     assert set(native.phases) == {"load", "tokenizer", "prefill", "decode"}
-    heap = predict_memory(E2B, plan, "int4", 128, 4096, engine="executorch", cache=False)
-    moved = heap.phases["decode"].anon - native.phases["decode"].anon
-    assert moved == native.phases["decode"].file - heap.phases["decode"].file > 1.2e9

@@ -147,11 +147,22 @@ class Attention(nn.Module):
         return self.o_proj(out)
 
 
-class Gelu(nn.Module):
-    """The tanh form of gelu."""
+class GeluGate(nn.Module):
+    """The tanh form of gelu of one tensor, times the other."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh") * up
+
+
+class Softcap(nn.Module):
+    """tanh(x / cap) * cap."""
+
+    def __init__(self, cap: float):
+        super().__init__()
+        self.cap = cap
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x, approximate="tanh")
+        return torch.tanh(x / self.cap) * self.cap
 
 
 class MLP(nn.Module):
@@ -162,10 +173,10 @@ class MLP(nn.Module):
         self.gate_proj = fmt.linear(f"{at}.gate_proj", hidden, width)
         self.up_proj = fmt.linear(f"{at}.up_proj", hidden, width)
         self.down_proj = fmt.linear(f"{at}.down_proj", width, hidden)
-        self.gelu = Gelu()
+        self.gated = GeluGate()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Experts(nn.Module):
@@ -251,10 +262,10 @@ class PleGate(nn.Module):
         self.gate = fmt.linear(f"{at}.gate", config.hidden, config.ple_dim)
         self.proj = fmt.linear(f"{at}.proj", config.ple_dim, config.hidden)
         self.norm = RMSNorm(config.hidden, config.norm_eps)
-        self.gelu = Gelu()
+        self.gated = GeluGate()
 
     def forward(self, x: Tensor, ple: Tensor) -> Tensor:
-        return self.norm(self.proj(self.gelu(self.gate(x)) * ple))
+        return self.norm(self.proj(self.gated(self.gate(x), ple)))
 
 
 class Layer(nn.Module):
@@ -329,6 +340,8 @@ class Decoder(nn.Module):
             fmt.linear("embed", config.hidden, stop - start)
             for start, stop in head_blocks(config.vocab_size)
         )
+        cap = config.final_softcap
+        self.softcap = Softcap(cap) if cap else nn.Identity()
 
     @staticmethod
     def rope_tables(config: ModelConfig) -> nn.ModuleDict:
@@ -362,11 +375,8 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Final norm, tied head, softcap: [T, D] -> [T, vocab]."""
         x = self.norm(x)
-        return self.softcap(torch.cat([block(x) for block in self.head], -1))
-
-    def softcap(self, logits: Tensor) -> Tensor:
-        cap = self.config.final_softcap
-        return torch.tanh(logits / cap) * cap if cap else logits
+        logits: Tensor = self.softcap(torch.cat([block(x) for block in self.head], -1))
+        return logits
 
     def forward(self, ids: Tensor, pos: Tensor, rows: Tensor | None, state: State) -> Tensor:
         """Logits [T, vocab] of all T tokens."""

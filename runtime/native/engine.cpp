@@ -2,6 +2,7 @@
 
 #include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
+#include <executorch/extension/threadpool/threadpool_guard.h>
 #include <executorch/runtime/backend/backend_options_map.h>
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/executor/method.h>
@@ -21,6 +22,8 @@
 #include <vector>
 
 #include "kernels.h"
+#include "running.h"
+#include "weight_file.h"
 
 namespace executorch::extension::threadpool {
 // Declared here because the wheel ships the library without this header.
@@ -41,7 +44,9 @@ using executorch::extension::MallocMemoryAllocator;
 using executorch::extension::MmapDataLoader;
 using namespace executorch::runtime;
 
-constexpr size_t kStateArena = 1;  // arena 0 holds activations, arena 1 the shared state
+constexpr char kXnnpack[] = "XnnpackBackend";
+constexpr char kState[] = "state.";
+constexpr const char* kMethods[] = {"prefill", "decode"};
 
 // Anonymous pages: they cost nothing until they are written.
 class Arena {
@@ -123,6 +128,16 @@ int fail(char* error, int error_bytes, const std::string& what) {
   return 1;
 }
 
+const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Long: return "int64";
+    default: return "other";
+  }
+}
+
 // Tell the kernel that rows of this file are read in no order: no read-ahead for table look-ups.
 void advise_random(const std::string& path) {
   std::ifstream maps("/proc/self/maps");
@@ -139,18 +154,25 @@ void advise_random(const std::string& path) {
 }  // namespace
 
 struct edge_kv_engine {
+  edge_kv_engine(int threads, bool exact) : running{&workers, threads, exact} {}
+
+  edge_kv::Workers workers;
+  edge_kv::Running running;
+  edge_kv::WeightFile weights;
   std::optional<MmapDataLoader> loader;
   std::optional<Program> program;
   MallocMemoryAllocator method_memory, temporary_memory;
   std::vector<std::unique_ptr<Arena>> arenas;
+  bool delegated = false;  // to XNNPACK, which runs on threads of the process
   LoadedMethod prefill, decode;
 
-  std::string open(const std::string& path, const std::string& packed_cache);
-  std::string load(const char* name, LoadedMethod& into, const LoadBackendOptionsMap& options);
+  std::string open(const std::string& path, const std::string& weight_file);
+  std::string load(const char* name, LoadedMethod& into);
   std::string run(LoadedMethod& m, const int64_t* ids, int64_t count, int64_t pos, const float* ple);
+  std::string describe() const;
 };
 
-std::string edge_kv_engine::open(const std::string& path, const std::string& packed_cache) {
+std::string edge_kv_engine::open(const std::string& path, const std::string& weight_file) {
   forget_reason();
   // Never mlock: as root that would pin every lookup table in memory.
   auto file = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
@@ -159,8 +181,16 @@ std::string edge_kv_engine::open(const std::string& path, const std::string& pac
   auto parsed = Program::load(&*loader, Program::Verification::InternalConsistency);
   if (!parsed.ok()) return said("it is not a .pte of this ExecuTorch", parsed.error());
   program.emplace(std::move(parsed.get()));
+  if (!weight_file.empty()) {
+    const std::string fault = weights.map(weight_file);
+    if (!fault.empty()) return fault;
+    const int64_t wanted = edge_kv_fact(this, "edge_kv_weights", 0);
+    if (weights.bytes() != wanted)
+      return "it is for weights of " + std::to_string(wanted) + " bytes, " + weight_file + " has " +
+             std::to_string(weights.bytes());
+  }
 
-  for (const char* name : {"prefill", "decode"}) {
+  for (const char* name : kMethods) {
     auto meta = program->method_meta(name);
     if (!meta.ok()) return std::string("it has no method ") + name;
     for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
@@ -168,29 +198,35 @@ std::string edge_kv_engine::open(const std::string& path, const std::string& pac
       if (i == arenas.size()) arenas.push_back(std::make_unique<Arena>(bytes));
       else if (arenas[i]->size() < bytes) arenas[i] = std::make_unique<Arena>(bytes);
     }
+    delegated = delegated || meta->uses_backend(kXnnpack);
   }
   for (const auto& arena : arenas)
     if (!arena->ok()) return "out of memory for its planned buffers";
-
-  BackendOptions<4> xnnpack;
-  LoadBackendOptionsMap options;
-  // Both methods use the same weights: pack them once.
-  if (xnnpack.set_option("weight_cache_enabled", true) != Error::Ok ||
-      (!packed_cache.empty() &&
-       xnnpack.set_option("packed_cache_path", packed_cache.c_str()) != Error::Ok) ||
-      options.set_options("XnnpackBackend", xnnpack.view()) != Error::Ok)
-    return "XNNPACK refused its options; the cache path is too long";
-  std::string fault = load("prefill", prefill, options);
-  if (fault.empty()) fault = load("decode", decode, options);
-  if (fault.empty()) advise_random(path);
+  if (delegated) {
+    auto* pool = executorch::extension::threadpool::get_threadpool();
+    if (pool && pool->get_thread_count() != size_t(running.threads))
+      pool->_unsafe_reset_threadpool(uint32_t(running.threads));
+  }
+  std::string fault = load("prefill", prefill);
+  if (fault.empty()) fault = load("decode", decode);
+  if (fault.empty() && (decode.ple_dim != edge_kv_fact(this, "edge_kv_ple_dim", 0) ||
+                        prefill.ple_dim != decode.ple_dim ||
+                        (decode.ple_dim &&
+                         (decode.ple_layers != edge_kv_fact(this, "edge_kv_layers", 0) ||
+                          prefill.ple_layers != edge_kv_fact(this, "edge_kv_own", 0)))))
+    return "its per-layer rows are not those it says it has";
+  if (fault.empty() && weight_file.empty()) advise_random(path);
   return fault;
 }
 
-std::string edge_kv_engine::load(const char* name, LoadedMethod& into,
-                                 const LoadBackendOptionsMap& options) {
+std::string edge_kv_engine::load(const char* name, LoadedMethod& into) {
   auto meta = program->method_meta(name);
-  for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i)
-    into.spans.push_back({arenas[i]->data(), size_t(meta->memory_planned_buffer_size(i).get())});
+  for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+    const size_t bytes = size_t(meta->memory_planned_buffer_size(i).get());
+    if (i >= arenas.size() || bytes > arenas[i]->size())
+      return std::string(name) + " plans more memory than the other methods";
+    into.spans.push_back({arenas[i]->data(), bytes});
+  }
   into.planned.emplace(Span<Span<uint8_t>>(into.spans.data(), into.spans.size()));
   into.memory.emplace(&method_memory, &*into.planned, &temporary_memory);
   if (meta->num_inputs() > 2) {
@@ -199,15 +235,53 @@ std::string edge_kv_engine::load(const char* name, LoadedMethod& into,
     into.ple_layers = ple->sizes()[1];
     into.ple_dim = ple->sizes()[2];
   }
-  auto loaded = program->load_method(name, &*into.memory, nullptr, nullptr, &options);
-  if (!loaded.ok()) return said(std::string("method ") + name, loaded.error());
+  BackendOptions<1> xnnpack;
+  LoadBackendOptionsMap options;
+  // Both methods use the same weights: pack them once.
+  if (xnnpack.set_option("weight_cache_enabled", true) != Error::Ok ||
+      options.set_options(kXnnpack, xnnpack.view()) != Error::Ok)
+    return "XNNPACK refused its options";
+  const NamedDataMap* constants = weights.bytes() ? &weights : nullptr;
+  auto loaded = program->load_method(name, &*into.memory, nullptr, constants, &options);
+  if (!loaded.ok())
+    return weights.fault().empty() ? said(std::string("method ") + name, loaded.error())
+                                   : weights.fault();
   into.method.emplace(std::move(loaded.get()));
   return "";
+}
+
+std::string edge_kv_engine::describe() const {
+  std::string text;
+  for (const char* name : kMethods) {
+    const auto meta = program->method_meta(name);
+    const auto add = [&](const char* what, const Result<TensorInfo>& tensor) {
+      text += std::string(name) + " " + what;
+      if (!tensor.ok()) {
+        text += " unknown\n";
+        return;
+      }
+      if (!tensor->name().empty()) text += " " + std::string(tensor->name());
+      text += " " + std::string(type_name(tensor->scalar_type()));
+      for (const int32_t size : tensor->sizes()) text += " " + std::to_string(size);
+      text += "\n";
+    };
+    for (size_t i = 0; i < meta->num_inputs(); ++i) add("input", meta->input_tensor_meta(i));
+    for (size_t i = 0; i < meta->num_outputs(); ++i) add("output", meta->output_tensor_meta(i));
+    for (size_t i = 0; i < meta->num_attributes(); ++i) {
+      const auto attribute = meta->attribute_tensor_meta(i);  // state, or a weight by its key
+      if (attribute.ok() && attribute->name().rfind(kState, 0) == 0) add("state", attribute);
+    }
+  }
+  return text;
 }
 
 std::string edge_kv_engine::run(LoadedMethod& m, const int64_t* ids, int64_t count, int64_t pos,
                                 const float* ple) {
   forget_reason();
+  const edge_kv::Turn turn(running);
+  // Stock operators stay on this thread, unless XNNPACK's threads are in use anyway.
+  std::optional<executorch::extension::threadpool::NoThreadPoolGuard> alone;
+  if (!delegated) alone.emplace();
   Input tokens(ScalarType::Long, ids, {count}), position(ScalarType::Long, &pos, {1});
   Input rows(ScalarType::Float, ple, {count, m.ple_layers, m.ple_dim});
   Error error = m.method->set_input(tokens.value(), 0);
@@ -223,7 +297,7 @@ std::string edge_kv_engine::run(LoadedMethod& m, const int64_t* ids, int64_t cou
 
 extern "C" {
 
-edge_kv_engine* edge_kv_open(const char* program, const char* packed_cache, int threads,
+edge_kv_engine* edge_kv_open(const char* program, const char* weights, int threads, int exact,
                              char* error, int error_bytes) {
   static const bool ready = [] {
     runtime_init();
@@ -233,11 +307,8 @@ edge_kv_engine* edge_kv_open(const char* program, const char* packed_cache, int 
     fail(error, error_bytes, "ExecuTorch's log cannot be taken over");
     return nullptr;
   }
-  auto* pool = executorch::extension::threadpool::get_threadpool();
-  if (threads > 0 && pool && pool->get_thread_count() != size_t(threads))
-    pool->_unsafe_reset_threadpool(uint32_t(threads));
-  auto engine = std::make_unique<edge_kv_engine>();
-  const std::string fault = engine->open(program, packed_cache);
+  auto engine = std::make_unique<edge_kv_engine>(std::max(1, threads), exact != 0);
+  const std::string fault = engine->open(program, weights);
   if (fault.empty()) return engine.release();
   fail(error, error_bytes, fault);
   return nullptr;
@@ -245,19 +316,23 @@ edge_kv_engine* edge_kv_open(const char* program, const char* packed_cache, int 
 
 void edge_kv_close(edge_kv_engine* engine) { delete engine; }
 
-void* edge_kv_state(edge_kv_engine* engine, int64_t* bytes) {
-  if (engine->arenas.size() <= kStateArena) {
-    *bytes = 0;
-    return nullptr;
-  }
-  *bytes = int64_t(engine->arenas[kStateArena]->size());
-  return engine->arenas[kStateArena]->data();
+int64_t edge_kv_describe(edge_kv_engine* engine, char* text, int64_t bytes) {
+  const std::string said = engine->describe();
+  memcpy(text, said.data(), size_t(std::min(bytes, int64_t(said.size()))));
+  return int64_t(said.size());
+}
+
+void* edge_kv_buffer(edge_kv_engine* engine, const char* name, int64_t* bytes) {
+  auto buffer = engine->decode.method->get_attribute(name);
+  if (!buffer.ok()) return nullptr;
+  *bytes = int64_t(buffer->nbytes());
+  return buffer->mutable_data_ptr();
 }
 
 int64_t edge_kv_fact(edge_kv_engine* engine, const char* name, int64_t otherwise) {
   LoadedMethod constant;
   if (!engine->program->method_meta(name).ok()) return otherwise;
-  if (!engine->load(name, constant, LoadBackendOptionsMap()).empty()) return otherwise;
+  if (!engine->load(name, constant).empty()) return otherwise;
   if (constant.method->execute() != Error::Ok) return otherwise;
   const EValue& value = constant.method->get_output(0);
   return value.isInt() ? value.toInt() : otherwise;

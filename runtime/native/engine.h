@@ -13,14 +13,22 @@ extern "C" {
 
 typedef struct edge_kv_engine edge_kv_engine;
 
-// Load `program` (a .pte). `packed_cache` is a file for the weights as XNNPACK packs them: made if
-// it does not exist, mapped if it does, and "" packs into the heap. Null on failure.
-EDGE_KV_API edge_kv_engine* edge_kv_open(const char* program, const char* packed_cache, int threads,
-                                         char* error, int error_bytes);
+// Load `program` (a .pte) with its weights in the file `weights`, or inside of it where that is "".
+// `threads` are the engine's own, except for what is delegated to XNNPACK: that runs on threads of
+// the process, whose number must not change while such an engine is open. With `exact`, products
+// are of float activations. Null on failure.
+EDGE_KV_API edge_kv_engine* edge_kv_open(const char* program, const char* weights, int threads,
+                                         int exact, char* error, int error_bytes);
 EDGE_KV_API void edge_kv_close(edge_kv_engine*);
 
-// The arena that holds every state buffer, zeroed; its pages exist once they are written.
-EDGE_KV_API void* edge_kv_state(edge_kv_engine*, int64_t* bytes);
+// Inputs, outputs and state of both methods as the program has them, one a line with its method,
+// what it is, type and sizes, the largest where they vary: "prefill input int64 128". Returns the
+// bytes of that text, of which at most `bytes` are written.
+EDGE_KV_API int64_t edge_kv_describe(edge_kv_engine*, char* text, int64_t bytes);
+
+// A state buffer by its name in the program and its bytes, zeroed, its pages exist once they are
+// written; null if there is none.
+EDGE_KV_API void* edge_kv_buffer(edge_kv_engine*, const char* name, int64_t* bytes);
 
 // An integer that the exporter stored beside the methods ("vocab", "chunk", …), or `otherwise`.
 EDGE_KV_API int64_t edge_kv_fact(edge_kv_engine*, const char* name, int64_t otherwise);

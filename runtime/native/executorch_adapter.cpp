@@ -3,7 +3,6 @@
 // (`put_.out`), as torch names what writes in place; its result is the index after the last row.
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/operator_registry.h>
-#include <executorch/runtime/kernel/thread_parallel_interface.h>
 
 #include <cstring>
 #include <string>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "running.h"
 
 namespace edge_kv {
 namespace {
@@ -24,15 +24,6 @@ using executorch::runtime::Span;
 using ExecuTorchTensor = executorch::aten::Tensor;
 
 constexpr int kMostAxes = 8;
-
-Pool pool() {
-  return {int(executorch::extension::get_thread_count()),
-          [](int64_t count, void (*task)(void* context, int64_t), void* context) {
-            executorch::extension::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) task(context, i);
-            });
-          }};
-}
 
 Type type_of(ScalarType type) {
   switch (type) {
@@ -120,7 +111,7 @@ void run(const Operator& op, Span<EValue*> values) {
   const bool writes = op.result == Type::none;
   if (writes && (type_of(result.scalar_type()) != Type::int64 || result.numel() != 1))
     refuse("the result must hold one index.");
-  const Pool threads = pool();
+  const Pool threads = running_pool();
   ExecuTorchCall call(threads, views, attributes, result);
   const std::string why = invoke(op, call);
   if (!why.empty()) throw Refusal{why};

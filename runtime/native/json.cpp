@@ -6,6 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <numeric>
 
 namespace edge_kv {
@@ -132,10 +134,15 @@ std::string write(const Json& value, bool python) {
 
 }  // namespace
 
-const Json& Json::at(const std::string& key) const {
+const Json* Json::find(const std::string& key) const {
   const auto found = std::find(keys.begin(), keys.end(), key);
-  if (found == keys.end()) refuse("it has no " + key);
-  return items[size_t(found - keys.begin())];
+  return found == keys.end() ? nullptr : &items[size_t(found - keys.begin())];
+}
+
+const Json& Json::at(const std::string& key) const {
+  const Json* found = find(key);
+  if (!found) refuse("it has no " + key);
+  return *found;
 }
 
 const std::string& Json::string() const {
@@ -155,5 +162,10 @@ std::string Json::compact() const { return write(*this, false); }
 std::string Json::python() const { return write(*this, true); }
 
 Json parse_json(const std::string& text) { return Parser(text).whole(); }
+
+std::string text_of(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
 
 }  // namespace edge_kv

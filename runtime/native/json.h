@@ -20,6 +20,7 @@ struct Json {
   std::vector<Json> items;
 
   const Json& at(const std::string& key) const;
+  const Json* find(const std::string& key) const;  // null if there is none
   const std::string& string() const;
   int64_t integer() const;
 
@@ -30,5 +31,8 @@ struct Json {
 };
 
 Json parse_json(const std::string& text);
+
+// What a file holds, "" if it cannot be read.
+std::string text_of(const std::string& path);
 
 }  // namespace edge_kv

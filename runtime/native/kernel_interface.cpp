@@ -1,85 +1,23 @@
 // The kernels behind a plain C function, on threads of their own: for tests and measurements.
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <mutex>
-#include <thread>
-#include <vector>
 
 #include "attention.h"
 #include "dense.h"
+#include "fused.h"
 #include "ops.h"
+#include "pool.h"
 #include "weights.h"
 
 namespace {
 
-// Threads that stay, and look out for the next job a while before they sleep.
-class Workers {
- public:
-  ~Workers() {
-    post(nullptr, 0);
-    for (std::thread& thread : threads_) thread.join();
-  }
-
-  void run(int threads, int64_t count, void (*task)(void*, int64_t), void* context) {
-    const std::lock_guard<std::mutex> one_job(job_);
-    while (int(threads_.size()) < threads - 1)
-      threads_.emplace_back([this, seen = posted_.load()] { work(seen); });
-    const std::function<void(int64_t)> call = [=](int64_t i) { task(context, i); };
-    helpers_ = threads - 1;
-    busy_ = int(threads_.size());
-    post(&call, count);
-    drain(call);
-    while (busy_ > 0) std::this_thread::yield();
-  }
-
- private:
-  static constexpr int kLooks = 2000;
-
-  void post(const std::function<void(int64_t)>* call, int64_t count) {
-    next_ = 0;
-    count_ = count;
-    call_ = call;
-    const std::lock_guard<std::mutex> lock(sleep_);
-    ++posted_;
-    wake_.notify_all();
-  }
-
-  void drain(const std::function<void(int64_t)>& call) {
-    for (int64_t i; (i = next_++) < count_;) call(i);
-  }
-
-  void work(int64_t seen) {
-    for (;; ++seen) {
-      for (int look = 0; posted_ == seen && look < kLooks; ++look) std::this_thread::yield();
-      if (posted_ == seen) {
-        std::unique_lock<std::mutex> lock(sleep_);
-        wake_.wait(lock, [&] { return posted_ != seen; });
-      }
-      if (!call_) return;
-      if (helpers_-- > 0) drain(*call_);
-      --busy_;
-    }
-  }
-
-  std::mutex job_, sleep_;
-  std::condition_variable wake_;
-  std::vector<std::thread> threads_;
-  std::atomic<int64_t> posted_{0}, next_{0};
-  std::atomic<int> helpers_{0}, busy_{0};
-  int64_t count_ = 0;
-  const std::function<void(int64_t)>* call_ = nullptr;
-};
-
 thread_local int wanted_threads = 1;
 
 void run_on_threads(int64_t count, void (*task)(void*, int64_t), void* context) {
-  static Workers workers;
+  static edge_kv::Workers workers;
   workers.run(wanted_threads, count, task, context);
 }
 
@@ -237,6 +175,42 @@ EDGE_KV_API void edge_kv_embed_row(const char* format, const uint8_t* data, int6
 EDGE_KV_API int64_t edge_kv_weight_bytes(const char* format, int64_t rows, int64_t cols) {
   const edge_kv::Format* found = edge_kv::find_format(format);
   return found ? edge_kv::weight_bytes(*found, rows, cols) : -1;
+}
+
+EDGE_KV_API int edge_kv_gelu_times(const char* isa, int threads, const float* gate, const float* up,
+                                   int64_t count, float* out) {
+  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
+  if (!kernels) return 1;
+  wanted_threads = threads;
+  edge_kv::gelu_times(*kernels, {threads, run_on_threads}, gate, up, count, out);
+  return 0;
+}
+
+EDGE_KV_API int edge_kv_softcap(const char* isa, int threads, const float* x, int64_t count,
+                                float cap, float* out) {
+  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
+  if (!kernels) return 1;
+  wanted_threads = threads;
+  edge_kv::softcap(*kernels, {threads, run_on_threads}, x, count, cap, out);
+  return 0;
+}
+
+EDGE_KV_API int edge_kv_norm_rows(const char* isa, int threads, const float* x, int64_t rows,
+                                  int64_t dim, const float* weight, float eps, float* out) {
+  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
+  if (!kernels) return 1;
+  wanted_threads = threads;
+  edge_kv::norm_rows(*kernels, {threads, run_on_threads}, x, rows, dim, weight, eps, out);
+  return 0;
+}
+
+EDGE_KV_API int edge_kv_linear_float(const char* isa, int threads, const float* x, int64_t tokens,
+                                     const float* rows, int64_t n_out, int64_t n_in, float* out) {
+  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
+  if (!kernels) return 1;
+  wanted_threads = threads;
+  edge_kv::linear_float(*kernels, {threads, run_on_threads}, x, tokens, rows, n_out, n_in, out);
+  return 0;
 }
 
 EDGE_KV_API uint16_t edge_kv_to_half(float value) { return edge_kv::float_to_half(value); }

@@ -7,6 +7,7 @@
 #include "dense_kernels.h"
 #include "dense_tiles.h"
 #include "dots.h"
+#include "fused_kernels.h"
 #include "weight_kernels.h"
 #include "simd.h"
 
@@ -495,7 +496,8 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
 #define EDGE_KV_TEXT(isa) EDGE_KV_QUOTED(isa)
 extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
 const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
-    EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, gated, relu_scores,
+    EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, gated, relu_scores, softcap,
+    float_rows,
     dense_fits, dense_bytes, dense_round, dense_rows,
     kTileRows, tiles_fit, tile_token_bytes, tile_round, tile_bytes, tile_dense,
     round_row, multiply_groups,

@@ -111,6 +111,12 @@ struct Kernels {
   void (*relu_scores)(const Cache&, const float* q, int rows, const float* weights, int64_t begin,
                       int64_t end, float* scores);
 
+  // What fused.h spreads over threads: `float_rows` is rows [count, n_in] times every token, into
+  // columns of `out`, whose rows are `stride` apart.
+  void (*softcap)(const float* x, int64_t count, float cap, float* out);
+  void (*float_rows)(const float* x, int64_t tokens, const float* rows, int64_t count, int64_t n_in,
+                     float* out, int64_t stride);
+
   // The integer matrix-vector product of dense.h: which shapes it takes, x rounded into dense_bytes
   // of memory, and rows [begin, end).
   bool (*dense_fits)(int64_t n_in, int bits, int64_t block);

@@ -1,11 +1,13 @@
 // The edge_kv:: operators of a .pte on the kernels; schemas and meaning: export/executorch_ops.py.
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
 #include <executorch/runtime/kernel/kernel_includes.h>
-#include <executorch/runtime/kernel/thread_parallel_interface.h>
 
 #include <optional>
 
 #include "attention.h"
+#include "dense.h"
+#include "fused.h"
+#include "running.h"
 
 namespace edge_kv {
 namespace {
@@ -15,15 +17,6 @@ using executorch::aten::SizesType;
 using executorch::aten::Tensor;
 using executorch::runtime::KernelRuntimeContext;
 using OptionalTensor = std::optional<Tensor>;
-
-Pool pool() {
-  return {int(executorch::extension::get_thread_count()),
-          [](int64_t count, void (*task)(void*, int64_t), void* context) {
-            executorch::extension::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) task(context, i);
-            });
-          }};
-}
 
 bool floats(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
 
@@ -86,7 +79,7 @@ Tensor& attend_own(KernelRuntimeContext& context, const Tensor& q, const Tensor&
                       executorch::runtime::Error::Ok,
                   InvalidArgument, out);
   const Kernels& kernels = best_kernels();
-  const Pool threads = pool();
+  const Pool threads = running_pool();
   store_rows(kernels, threads, buffers, step, k.const_data_ptr<float>(), v.const_data_ptr<float>(),
              k_norm.const_data_ptr<float>(), v_norm);
   attend_rows(kernels, threads, buffers, step, q.const_data_ptr<float>(),
@@ -114,7 +107,7 @@ Tensor& attend_shared(KernelRuntimeContext& context, const Tensor& q, const Tens
                   executorch::runtime::resize_tensor(out, q.sizes()) ==
                       executorch::runtime::Error::Ok,
                   InvalidArgument, out);
-  attend_rows(best_kernels(), pool(), buffers, step, q.const_data_ptr<float>(),
+  attend_rows(best_kernels(), running_pool(), buffers, step, q.const_data_ptr<float>(),
               int(q.size(1) / buffers.dim), q_norm.const_data_ptr<float>(), window, float(scale),
               out.mutable_data_ptr<float>());
   return out;
@@ -135,7 +128,7 @@ Tensor& store_own(KernelRuntimeContext& context, const Tensor& k, const Tensor& 
                       k.size(1) == int64_t(buffers.kv_heads) * buffers.dim &&
                       k_norm.numel() == buffers.dim && out.numel() == 1,
                   InvalidArgument, out);
-  store_rows(best_kernels(), pool(), buffers, step, k.const_data_ptr<float>(),
+  store_rows(best_kernels(), running_pool(), buffers, step, k.const_data_ptr<float>(),
              v.const_data_ptr<float>(), k_norm.const_data_ptr<float>(), v_norm);
   out.mutable_data_ptr<int64_t>()[0] = step.position + step.tokens;
   return out;
@@ -154,9 +147,65 @@ Tensor& linear_q(KernelRuntimeContext& context, const Tensor& x, const Tensor& p
                   executorch::runtime::resize_tensor(out, {sizes, 2}) ==
                       executorch::runtime::Error::Ok,
                   InvalidArgument, out);
-  linear_packed(best_kernels(), pool(), x.const_data_ptr<float>(), x.size(0),
-                packed.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(), packed.size(0),
-                x.size(1), int(bits), block, out.mutable_data_ptr<float>());
+  const auto product = running().exact ? linear_packed : dense;
+  product(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0),
+          packed.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(), packed.size(0),
+          x.size(1), int(bits), block, out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& linear(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight, Tensor& out) {
+  ET_KERNEL_CHECK(context,
+                  x.dim() == 2 && floats(x) && weight.dim() == 2 && floats(weight) &&
+                      x.size(1) == weight.size(1),
+                  InvalidArgument, out);
+  const SizesType sizes[] = {SizesType(x.size(0)), SizesType(weight.size(0))};
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, {sizes, 2}) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  linear_float(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0),
+               weight.const_data_ptr<float>(), weight.size(0), x.size(1),
+               out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& rms_norm(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight, double eps,
+                 Tensor& out) {
+  ET_KERNEL_CHECK(context,
+                  x.dim() > 0 && floats(x) && weight.dim() == 1 && floats(weight) &&
+                      weight.numel() > 0 && x.size(x.dim() - 1) == weight.numel(),
+                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, x.sizes()) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  norm_rows(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.numel() / weight.numel(),
+            weight.numel(), weight.const_data_ptr<float>(), float(eps),
+            out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& gelu_mul(KernelRuntimeContext& context, const Tensor& gate, const Tensor& up, Tensor& out) {
+  ET_KERNEL_CHECK(context, floats(gate) && floats(up) && same_shape(gate, up), InvalidArgument,
+                  out);
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, gate.sizes()) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  gelu_times(best_kernels(), running_pool(), gate.const_data_ptr<float>(),
+             up.const_data_ptr<float>(), gate.numel(), out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& softcap_all(KernelRuntimeContext& context, const Tensor& x, double cap, Tensor& out) {
+  ET_KERNEL_CHECK(context, floats(x) && cap > 0, InvalidArgument, out);
+  ET_KERNEL_CHECK(context,
+                  executorch::runtime::resize_tensor(out, x.sizes()) ==
+                      executorch::runtime::Error::Ok,
+                  InvalidArgument, out);
+  softcap(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.numel(), float(cap),
+          out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -189,6 +238,10 @@ EXECUTORCH_LIBRARY(edge_kv, "attend_shared.out", attend_shared);
 EXECUTORCH_LIBRARY(edge_kv, "store_own.out", store_own);
 EXECUTORCH_LIBRARY(edge_kv, "linear_q.out", linear_q);
 EXECUTORCH_LIBRARY(edge_kv, "embed_q.out", embed_q);
+EXECUTORCH_LIBRARY(edge_kv, "linear.out", linear);
+EXECUTORCH_LIBRARY(edge_kv, "rms_norm.out", rms_norm);
+EXECUTORCH_LIBRARY(edge_kv, "gelu_mul.out", gelu_mul);
+EXECUTORCH_LIBRARY(edge_kv, "softcap.out", softcap_all);
 
 }  // namespace
 }  // namespace edge_kv

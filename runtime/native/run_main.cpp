@@ -1,11 +1,11 @@
 // edge-kv-run: token ids in, token ids out, without Python.
 //
-//   edge-kv-run ARTIFACT --ids 2,651,9029 [--max-new-tokens 64] [--threads N] [--packed FILE]
+//   edge-kv-run ARTIFACT --ids 2,651,9029 [--max-new-tokens 64] [--threads N]
 //               [--restore SNAPSHOT] [--logits FILE]
 //
 // Decodes greedily and streams each id as it is chosen; times and memory go to stderr. Everything
-// it needs to know about the model is in the .pte, the per-layer rows are read from ple.bin; a
-// snapshot is placed by the manifest.
+// it needs to know about the model is in the .pte; the manifest says where its weights lie and
+// places a snapshot, the per-layer rows are read from ple.bin.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -21,19 +21,26 @@
 #include <vector>
 
 #include "engine.h"
+#include "json.h"
 #include "kernels.h"
+#include "sha256.h"
 #include "snapshot.h"
 
 namespace {
 
+using edge_kv::Json;
+using edge_kv::parse_json;
+using edge_kv::text_of;
+
 constexpr int kErrorBytes = 512;
+constexpr int64_t kCheckedBytes = 64 << 20;  // of a program whose digest is checked at every start
+constexpr char kProgram[] = "executorch/model.pte";
 constexpr char kHelp[] =
     "Usage: edge-kv-run ARTIFACT --ids 2,651,9029 [options]\n"
     "Feeds token ids to an artifact and prints those it chooses, each the likeliest.\n"
     "  --ids IDS             ids to feed, with commas between them\n"
     "  --max-new-tokens N    how many to choose (64)\n"
-    "  --threads N           threads (all)\n"
-    "  --packed FILE         keep packed weights there, and map them the next time\n"
+    "  --threads N           threads (one for every CPU, which is also the most)\n"
     "  --restore SNAPSHOT    go on where a session of the Python runtime was kept\n"
     "  --logits FILE         write the logits behind every chosen id, float32 of the vocabulary\n";
 
@@ -118,12 +125,38 @@ std::vector<int64_t> parse_ids(const char* text, int64_t vocab) {
 }
 
 int64_t taken_up(edge_kv_engine* engine, const std::string& path, const std::string& root) {
-  int64_t bytes = 0;
-  auto* state = static_cast<uint8_t*>(edge_kv_state(engine, &bytes));
+  const auto find = [engine](const std::string& name, int64_t bytes) -> uint8_t* {
+    int64_t held = 0;
+    void* rows = edge_kv_buffer(engine, name.c_str(), &held);
+    return held == bytes ? static_cast<uint8_t*>(rows) : nullptr;
+  };
   try {
-    return edge_kv::restore(path, root, state, bytes);
+    return edge_kv::restore(path, root, find);
   } catch (const std::exception& e) {
     stop(std::string(e.what()) + ".");
+  }
+}
+
+// The program's weight file, "" where they are inside of it; the manifest names it and the digest
+// that the program must have.
+std::string checked_weights(const std::string& root, const std::string& program) {
+  const std::string path = root + "/manifest.json";
+  try {
+    const Json manifest = parse_json(text_of(path));
+    const Json& entry = manifest.at("files").at(program);
+    if (entry.at("size").integer() <= kCheckedBytes &&
+        entry.at("sha256").string() != edge_kv::sha256_hex(text_of(root + "/" + program)))
+      stop(root + "/" + program + " is not the file that was exported (its digest differs); copy "
+           "the artifact again.");
+    const Json& details = manifest.at("backends").at("executorch").at("details");
+    const Json* weights = details.find("weights");
+    if (!weights) return "";
+    const std::string& name = weights->string();
+    if (name.empty() || name[0] == '/' || name.find("..") != std::string::npos)
+      stop(path + " names " + name + ", a path outside the artifact; refused.");
+    return root + "/" + name;
+  } catch (const edge_kv::JsonError& e) {
+    stop(path + " cannot be read (" + e.what() + "); copy the artifact again.");
   }
 }
 
@@ -138,9 +171,10 @@ void report_memory() {
 
 int main(int argc, char** argv) {
   const char* ids_text = nullptr;
-  std::string root, packed, snapshot, logits_path;
+  std::string root, snapshot, logits_path;
   int64_t wanted = 64;
-  int threads = int(std::max(1u, std::thread::hardware_concurrency()));
+  const int cpus = int(std::max(1u, std::thread::hardware_concurrency()));
+  int threads = cpus;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name.rfind("--", 0) != 0) {
@@ -156,7 +190,6 @@ int main(int argc, char** argv) {
     if (name == "--ids") ids_text = value;
     else if (name == "--max-new-tokens") wanted = atoll(value);
     else if (name == "--threads") threads = atoi(value);
-    else if (name == "--packed") packed = value;
     else if (name == "--restore") snapshot = value;
     else if (name == "--logits") logits_path = value;
     else stop("Unknown option " + name + "; see --help.");
@@ -166,9 +199,12 @@ int main(int argc, char** argv) {
 
   char error[kErrorBytes] = "";
   const double begin = now();
-  const std::string program = root + "/executorch/model.pte";
-  edge_kv_engine* engine =
-      edge_kv_open(program.c_str(), packed.c_str(), threads, error, kErrorBytes);
+  if (threads > cpus)
+    fprintf(stderr, "Warning: --threads %d is more than the %d CPUs; %d are used.\n", threads, cpus,
+            cpus);
+  const std::string program = root + "/" + kProgram, weights = checked_weights(root, kProgram);
+  edge_kv_engine* engine = edge_kv_open(program.c_str(), weights.c_str(), std::min(threads, cpus), 0,
+                                        error, kErrorBytes);
   if (!engine) stop("Cannot load " + program + ": " + error + ".");
   const int64_t vocab = edge_kv_fact(engine, "edge_kv_vocab", 0);
   const int64_t ctx = edge_kv_fact(engine, "edge_kv_ctx", 0);

@@ -84,6 +84,7 @@ inline Vec splat(float x) { return _mm512_set1_ps(x); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float total(Vec x) { return _mm512_reduce_add_ps(x); }
@@ -119,6 +120,7 @@ inline Vec splat(float x) { return _mm256_set1_ps(x); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline float total(Vec x) {
@@ -163,6 +165,7 @@ inline Vec splat(float x) { return vdupq_n_f32(x); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
+inline Vec divide(Vec a, Vec b) { return vdivq_f32(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec larger(Vec a, Vec b) { return vmaxq_f32(a, b); }
 inline float total(Vec x) { return vaddvq_f32(x); }
@@ -188,6 +191,7 @@ inline Vec splat(float x) { return x; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec divide(Vec a, Vec b) { return a / b; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline float total(Vec x) { return x; }

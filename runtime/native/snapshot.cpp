@@ -4,8 +4,6 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -25,7 +23,8 @@ constexpr size_t kBlock = 1 << 20;
 struct Buffer {
   std::string name;
   bool ring;
-  int64_t heads, slots, row, offset;  // bytes of one head's row; where it begins in the arena
+  int64_t heads, slots, row;  // bytes of one head's row
+  uint8_t* rows;
 };
 
 using Owner = std::vector<std::pair<std::string, std::string>>;  // key of the header, its value
@@ -109,27 +108,30 @@ std::string fingerprint(const Json& manifest) {
   return sha256_hex(parts + "]");
 }
 
-Plan read_plan(const Json& manifest, int64_t arena) {
+// What a buffer is called in the program (export/executorch_state.py).
+std::string attribute(std::string name) {
+  std::replace(name.begin(), name.end(), '.', '_');
+  return "state." + name;
+}
+
+Plan read_plan(const Json& manifest, const FindBuffer& find) {
   const Json& stored = manifest.at("plan");
-  const Json& offsets = manifest.at("backends").at("executorch").at("details").at("state");
   Plan plan;
   plan.ctx = stored.at("ctx").integer();
   plan.window = std::min(plan.ctx, manifest.at("model").at("sliding_window").integer());
-  int64_t end = 0;
   for (const Json& b : stored.at("buffers").items) {
     const std::string& name = b.at("name").string();
     const std::vector<Json>& shape = b.at("shape").items;
-    const int64_t bytes = b.at("bytes").integer(), offset = offsets.at(name).integer();
+    const int64_t bytes = b.at("bytes").integer();
     const int64_t heads = shape.size() > 1 ? shape[0].integer() : 0;
     const int64_t slots = shape.size() > 1 ? shape[1].integer() : 0;
     const bool ring = b.at("kind").string() == "ring";
-    if (heads < 1 || slots < 1 || slots > bytes || heads > bytes / slots ||
-        bytes % (heads * slots) || offset < end || bytes > arena || offset > arena - bytes ||
-        (!ring && slots < plan.ctx))
+    uint8_t* rows = find(attribute(name), bytes);
+    if (!rows || heads < 1 || slots < 1 || slots > bytes || heads > bytes / slots ||
+        bytes % (heads * slots) || (!ring && slots < plan.ctx))
       throw JsonError("its state is not that of the program");
-    plan.buffers.push_back({name, ring, heads, slots, bytes / heads / slots, offset});
+    plan.buffers.push_back({name, ring, heads, slots, bytes / heads / slots, rows});
     if (ring && !plan.ring_slots) plan.ring_slots = slots;
-    end = offset + bytes;
   }
   return plan;
 }
@@ -167,22 +169,17 @@ bool fits(const Json& sections, const Plan& plan, int64_t pos, int64_t written, 
   return body == 0;
 }
 
-void load(const File& file, const Plan& plan, int64_t pos, int64_t written, uint8_t* state) {
+void load(const File& file, const Plan& plan, int64_t pos, int64_t written) {
   for (const Buffer& buffer : plan.buffers) {
     const Rows rows = held(buffer, pos, written);
     const int64_t first = rows.first % buffer.slots;
     const int64_t before_wrap = std::min(rows.count, buffer.slots - first);
     for (int64_t head = 0; head < buffer.heads; ++head) {
-      uint8_t* at = state + buffer.offset + head * buffer.slots * buffer.row;
+      uint8_t* at = buffer.rows + head * buffer.slots * buffer.row;
       file.read(at + first * buffer.row, before_wrap * buffer.row);
       file.read(at, (rows.count - before_wrap) * buffer.row);
     }
   }
-}
-
-std::string text_of(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
 void check_owner(const File& file, const Json& header, const Owner& owner) {
@@ -196,13 +193,13 @@ void check_owner(const File& file, const Json& header, const Owner& owner) {
 
 }  // namespace
 
-int64_t restore(const std::string& path, const std::string& root, uint8_t* state, int64_t bytes) {
+int64_t restore(const std::string& path, const std::string& root, const FindBuffer& find) {
   const std::string named = root + "/manifest.json";
   Plan plan;
   Owner owner;
   try {
     const Json manifest = parse_json(text_of(named));
-    plan = read_plan(manifest, bytes);
+    plan = read_plan(manifest, find);
     owner = {{"engine", "executorch"},
              {"model", fingerprint(manifest)},
              {"plan", sha256_hex(manifest.at("plan").compact())}};
@@ -220,7 +217,7 @@ int64_t restore(const std::string& path, const std::string& root, uint8_t* state
         !fits(header.at("sections"), plan, pos, written, sections))
       file.refuse(" does not hold the rows its plan asks for; take it again");
     file.seek(kPrefix + int64_t(text.size()) + 4 * pos);
-    load(file, plan, pos, written, state);
+    load(file, plan, pos, written);
     return pos;
   } catch (const JsonError& e) {
     file.refuse(std::string(" has a header that cannot be read (") + e.what() + "); take it again");
