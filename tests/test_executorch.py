@@ -550,7 +550,7 @@ def test_missing_compiler_and_wheel_are_one_sentence(root, monkeypatch, tmp_path
     monkeypatch.setenv("EDGE_KV_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "")
     monkeypatch.setattr(native_library.shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeFault, match=r"no C\+\+ compiler; install one"):
+    with pytest.raises(RuntimeFault, match=r"no C\+\+ compiler"):
         load(root, "executorch")
     monkeypatch.setattr(native_library, "version", lambda name: "1.4.0")
     with pytest.raises(RuntimeFault, match=r"needs executorch 1.5.1, not 1.4.0; run: pip"):
