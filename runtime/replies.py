@@ -143,7 +143,10 @@ class ReplyParser:
         """`thinking`: the prompt has opened a thought; `tools`: what may be called."""
         self._format = format
         self._stream = TextStream(format.tokenizer)
-        self._marks = Holdback(format.texts)
+        called = format.grammar.call or ()
+        spelled = [m for m in called if tools and m not in format.ids and m not in format.texts]
+        self._texts = [*format.texts, *spelled]  # marks to look for in text
+        self._marks = Holdback(self._texts)
         self._tools = {tool.name: tool for tool in tools}
         self.state = THINKING if thinking else CONTENT
         self._label = False  # the first line of a thought, its channel's name, is still to come
@@ -185,7 +188,7 @@ class ReplyParser:
 
     def _text(self, text: str) -> list[Piece]:
         """Text with marks that are no tokens."""
-        if not self._format.texts:
+        if not self._texts:
             return self._plain(text)
         pieces: list[Piece] = []
         before, hit = self._marks.feed(text)

@@ -112,6 +112,26 @@ def test_an_answer_follows_its_schema(client):
     assert response.status_code == 400 and "schema" in response.json()["error"]["message"]
 
 
+def test_a_call_that_is_asked_for_comes(client):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "count", "parameters": schema}}
+    ask = {**ASK, "max_tokens": 200, "tools": [tool], "tool_choice": "required"}
+    choice = client.post(CHAT, json=ask).json()["choices"][0]
+    (called,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and called["function"]["name"] == "count"
+    assert list(json.loads(called["function"]["arguments"])) == ["n"]
+    parts = events(client.post(CHAT, json={**ask, "stream": True}))
+    deltas = [p["choices"][0]["delta"] for p in parts]
+    assert [d["tool_calls"][0]["function"]["name"] for d in deltas if "tool_calls" in d] == [
+        "count"
+    ]
+
+
 def test_a_conversation_that_goes_on_reads_its_new_turn_alone(client):
     first = client.post(CHAT, json=ASK).json()
     answer = first["choices"][0]["message"]["content"] or ""
