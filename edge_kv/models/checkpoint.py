@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ import numpy as np
 from edge_kv import models
 from edge_kv.errors import ConfigError, WeightsError
 from edge_kv.models.model import TABLE, Model, Weight
-from edge_kv.weights.fields import Fields
-from edge_kv.weights.gguf_file import GGUFFile
-from edge_kv.weights.safetensors_file import open_safetensors
+from edge_kv.weights.gguf_file import open_gguf
+from edge_kv.weights.hf_files import open_files, read_json, weight_files
 from edge_kv.weights.scaled import joined_scales
-from edge_kv.weights.source import Array, Stored, first_not_finite
+from edge_kv.weights.source import COMPARED, Array, Stored, first_not_finite
 
 # Where the text model sits: multimodal, older multimodal, text-only, bare decoder.
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _EXPERT = "{e}"
+_HEAD = "lm_head.weight"
 _LISTED = 20  # faults spelt out in one message
 
 
@@ -37,7 +36,8 @@ class Checkpoint:
         self.config, self.label = config, label
         self.rows = {row.name: row for row in models.weights(config)}
         self._stored, self._hf = stored, format == "hf"
-        self._prefixes = _PREFIXES if self._hf else ("",)
+        known = (p for p in _PREFIXES if any(name.startswith(p) for name in stored))
+        self._prefix = next(known, "") if self._hf else ""
         self._parts = {name: self._resolve(row) for name, row in self.rows.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -81,6 +81,7 @@ class Checkpoint:
         """
         faults = [fault for row in self.rows.values() if (fault := self._fault(row))]
         faults += [f"{name} is not part of the model" for name in self.surplus()]
+        faults += self._own_heads()
         if not faults:
             return
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
@@ -90,28 +91,55 @@ class Checkpoint:
             f"{'; '.join(faults[:_LISTED])}{more}."
         )
 
+    def _own_heads(self) -> list[str]:
+        """A sentence for every head that is stored beside the table it should be tied to, and is
+        another. Both are read whole."""
+        if "head" in self.rows or self._fault(self.rows["embed"]):
+            return []
+        [[table]] = self._parts["embed"]
+        return [
+            f"{own} is an LM head of its own (it differs from {table}), and its config says that "
+            "the head is the token table"
+            for own in self._stored
+            if own != table and own.endswith(_HEAD) and not self._repeats(own, table)
+        ]
+
+    def _repeats(self, own: str, table: str) -> bool:
+        """Whether two stored tensors hold the same values."""
+        a, b = self._stored[own], self._stored[table]
+        if a.shape != b.shape or a.fault:
+            return False
+        step = max(1, COMPARED // a.shape[1])
+        ranges = [(i, min(i + step, a.shape[0])) for i in range(0, a.shape[0], step)]
+        return all(np.array_equal(a.rows(*r), b.rows(*r)) for r in ranges)
+
     def _bare(self, name: str) -> str:
         """`name` without the prefix of the text model."""
-        return next(name.removeprefix(p) for p in self._prefixes if name.startswith(p))
+        return name.removeprefix(self._prefix)
 
     def _names(self, row: Weight) -> str:
         return row.hf if self._hf else row.gguf
 
     def _resolve(self, row: Weight) -> list[list[str]]:
-        """The stored names of each part of a weight, one an expert where they are apart."""
-        first: list[list[str]] = []
+        """The stored names of each part of a weight, one an expert where they are apart.
+
+        Of the alternatives it is the first of which most is there.
+        """
+        best: list[list[str]] = []
+        most = -1.0
         for alternative in self._names(row).split(" | "):
-            for prefix in self._prefixes:
+            for prefix in dict.fromkeys((self._prefix, "")):
                 parts = [
                     [prefix + part.replace(_EXPERT, str(e)) for e in range(row.shape[0])]
                     if _EXPERT in part
                     else [prefix + part]
                     for part in alternative.split(" + ")
                 ]
-                if all(own in self._stored for part in parts for own in part):
-                    return parts
-                first = first or parts
-        return first
+                names = [own for part in parts for own in part]
+                there = sum(own in self._stored for own in names) / len(names)
+                if there > most:
+                    best, most = parts, there
+        return best
 
     def _fault(self, row: Weight) -> str:
         """Why a weight cannot be read; "" when it can."""
@@ -171,12 +199,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ConfigError: it describes a model that is not supported, or a field has a wrong value.
     """
     if path.is_dir():
-        config = config_from_hf(_json(path / "config.json"), str(path / "config.json"))
-        stored = joined_scales(_shards(path))
-        return Checkpoint(config, stored, "hf", f"directory {path.name}")
-    file = GGUFFile(path)
+        raw = _config_json(path)
+        config = config_from_hf(raw, str(path / "config.json"))
+        files = weight_files(path, raw.get("transformers_weights"))
+        stored = joined_scales(open_files(files))
+        return Checkpoint(config, stored, "hf", f"directory {path.resolve().name}")
+    file = open_gguf(path)
     module = models.module_for("GGUF", file.metadata.get("general.architecture"), path.name)
-    Fields(file.metadata, path.name).refuse_unless("split.count", 0, 1)
     config = _described(lambda: module.read_gguf(file, path.name), path.name)
     return Checkpoint(config, file.tensors, "gguf", f"{path.name} (GGUF)")
 
@@ -187,8 +216,8 @@ def read_config(path: Path) -> Model | None:
     Raises:
         ConfigError: a model that is not supported, or a field with a wrong value.
     """
-    if (path / "config.json").is_file():
-        return config_from_hf(_json(path / "config.json"), str(path / "config.json"))
+    if path.is_dir():
+        return config_from_hf(_config_json(path), str(path / "config.json"))
     return open_checkpoint(path).config if path.is_file() else None
 
 
@@ -202,34 +231,14 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> Model:
     return _described(lambda: module.read_hf(raw, where), where)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise WeightsError(f"{path} cannot be read as JSON ({e}); download it again.") from e
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} is not a JSON object; download it again.")
-    return value
-
-
-def _shards(root: Path) -> dict[str, Stored]:
-    """Every tensor of model.safetensors, or of the shards that its index lists."""
-    index = root / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if not (root / "model.safetensors").is_file() and index.is_file():
-        listed = _json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise WeightsError(f"{index} has no weight_map; download it again.")
-        names = set(map(str, listed.values()))
-    stored: dict[str, Stored] = {}
-    for name in sorted(names):
-        if Path(name).name != name:
-            raise WeightsError(f"{index} names {name!r}, a path outside the directory; refused.")
-        if not (root / name).is_file():
-            raise WeightsError(f"{root} lacks {name}; download it again.")
-        stored.update(open_safetensors(root / name))
-    return stored
+def _config_json(root: Path) -> dict[str, Any]:
+    raw = read_json(root / "config.json")
+    if raw is None:
+        raise WeightsError(
+            f"{root} has no config.json; give a directory with config.json and safetensors, or a "
+            ".gguf file."
+        )
+    return raw
 
 
 def _described(read: Callable[[], Model], where: str) -> Model:

@@ -180,7 +180,12 @@ def tables(c: Config, s: Sizes) -> Iterator[Table]:
 
 def weights(c: Config) -> Iterator[Weight]:
     yield Weight(
-        "embed", (c.vocab, c.hidden), EMBED, "embed_tokens.weight", "token_embd.weight", prefill=0
+        "embed",
+        (c.vocab, c.hidden),
+        EMBED,
+        "embed_tokens.weight | lm_head.weight",
+        "token_embd.weight",
+        prefill=0,
     )
     if c.ple_dim:
         width = c.layers * c.ple_dim

@@ -189,8 +189,9 @@ def tables(c: Config, s: Sizes) -> Iterator[Table]:
 
 
 def weights(c: Config) -> Iterator[Weight]:
+    tied = " | lm_head.weight" if c.tied else ""  # tied weights are stored under either name
     yield Weight(
-        "embed", (c.vocab, c.hidden), EMBED, "embed_tokens.weight", "token_embd.weight",
+        "embed", (c.vocab, c.hidden), EMBED, f"embed_tokens.weight{tied}", "token_embd.weight",
         share=1 if c.tied else 0, prefill=0,
     )  # fmt: skip
     for i in range(c.layers):

@@ -79,7 +79,7 @@ def rope(
     theta, share = positive(entry, "rope_theta"), positive(entry, "partial_rotary_factor")
     if share > 1:
         raise entry.fault("partial_rotary_factor", "a share of at most 1")
-    whole = Rope.whole(theta, int(dim * share) // 2 * 2)
+    whole = Rope.whole(theta, int(dim * share))
     if kind == "default":
         return whole
     factor = positive(entry, "factor")

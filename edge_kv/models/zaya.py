@@ -193,7 +193,8 @@ def tables(c: Config, s: Sizes) -> Iterator[Table]:
 
 def weights(c: Config) -> Iterator[Weight]:
     first = "layers.0.res_scale.hidden_states_" if c.halves else "input_hidden_states_"
-    yield Weight("embed", (c.vocab, c.hidden), EMBED, "embed_tokens.weight", prefill=0)
+    names = "embed_tokens.weight | lm_head.weight"
+    yield Weight("embed", (c.vocab, c.hidden), EMBED, names, prefill=0)
     yield Weight("embed_bias", (c.hidden,), FLOAT, f"{first}bias")
     yield Weight("embed_scale", (c.hidden,), FLOAT, f"{first}scale")
     for i in range(c.layers):

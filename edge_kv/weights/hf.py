@@ -12,7 +12,7 @@ from edge_kv.errors import WeightsError
 from edge_kv.tensors import tensor_table
 from edge_kv.weights.fields import Fields
 from edge_kv.weights.hf_config import config_from_hf, ple_rows
-from edge_kv.weights.safetensors_file import open_safetensors
+from edge_kv.weights.hf_files import open_files, weight_files
 from edge_kv.weights.source import Checkpoint, Generation, Stored, filled_up, turn_end_ids
 
 # Where the text model sits: multimodal, older multimodal, text-only, bare decoder.
@@ -23,9 +23,6 @@ _TEXTS = (
     "chat_template.json",
 )  # fmt: skip
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
-# Where transformers looks for weights, in its order.
-_SHARD_LIST = ".safetensors.index.json"
-_WHOLE, _INDEX = "model.safetensors", f"model{_SHARD_LIST}"
 # Parts of multimodal checkpoints that the text decoder does not use.
 _TOWERS = {
     "vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder",
@@ -77,8 +74,8 @@ class HFDirectory(Checkpoint):
             )
         where = str(root / "config.json")
         config = config_from_hf(raw, where)
-        self._files = self._weight_files(raw.get("transformers_weights"))
-        stored = _open_files(self._files)
+        self._files = weight_files(root, raw.get("transformers_weights"))
+        stored = open_files(self._files)
         prefix = next((p for p in _PREFIXES if p + "norm.weight" in stored), "model.")
         names = {spec.name: (prefix + hf_name(spec.name),) for spec in tensor_table(config)}
         table, heads = names["embed.weight"][0], [h for h in _HEADS if h in stored]
@@ -101,66 +98,6 @@ class HFDirectory(Checkpoint):
     def files(self) -> list[Path]:
         texts = (self._root / name for name in ("config.json", *_TEXTS))
         return [*(path for path in texts if path.is_file()), *self._files]
-
-    def _weight_files(self, named: Any) -> list[Path]:
-        """The files transformers would read, by its rule: the one that config.json names, else
-        model.safetensors, else the shards of model.safetensors.index.json. Others are ignored.
-        """
-        root = self._root
-        if (root / "adapter_config.json").is_file():
-            raise WeightsError(
-                f"{root} holds an adapter (adapter_config.json), and transformers would load it on "
-                "top of another model; merge it and give the merged directory."
-            )
-        if named is not None:
-            known = isinstance(named, str) and named.endswith((".safetensors", _SHARD_LIST))
-            if not known or Path(named).name != named:
-                raise WeightsError(
-                    f"{root / 'config.json'}: transformers_weights is {named!r}, expected a "
-                    f".safetensors or {_SHARD_LIST} file of the directory."
-                )
-            file = root / named
-        else:
-            file = next((f for f in (root / _WHOLE, root / _INDEX) if f.is_file()), root / _WHOLE)
-        if file.name.endswith(_SHARD_LIST):
-            return self._shards(file)
-        if file.is_file():
-            return [file]
-        others = sorted(f.name for f in root.glob("*.safetensors"))
-        if not others:
-            raise WeightsError(
-                f"{root} has no .safetensors file; edge-kv reads safetensors and GGUF, "
-                "convert the checkpoint."
-            )
-        raise WeightsError(
-            f"{root} has no {file.name} and no {_INDEX}, and which of its files are the model "
-            f"({', '.join(others[:3])}{', …' if len(others) > 3 else ''}) is not said; "
-            f"rename the right one to {_WHOLE}, or download the index."
-        )
-
-    def _shards(self, index: Path) -> list[Path]:
-        """The files a shard index lists."""
-        listed = (self._json(index.name) or {}).get("weight_map")
-        if (
-            not isinstance(listed, dict)
-            or not listed
-            or not all(isinstance(shard, str) for shard in listed.values())
-        ):
-            raise WeightsError(f"{index} has no weight_map; download it again.")
-        shards = sorted(set(listed.values()))
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise WeightsError(
-                    f"{index} names {shard!r}, a path outside the directory; refused."
-                )
-        missing = [shard for shard in shards if not (self._root / shard).is_file()]
-        if missing:
-            raise WeightsError(
-                f"{self._root} lacks {len(missing)} of {len(shards)} shards "
-                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); "
-                "download them again."
-            )
-        return [self._root / shard for shard in shards]
 
     def _fit_ple(self, stored: dict[str, Stored], own: str, rows: int, config: ModelConfig) -> None:
         """Give the per-layer table a row for every token.
@@ -253,20 +190,6 @@ def hf_name(name: str) -> str:
     if rest.startswith("attn."):
         rest = "self_attn." + rest.removeprefix("attn.")
     return f"layers.{layer}.{_LAYER.get(rest, rest)}"
-
-
-def _open_files(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor of every file."""
-    stored: dict[str, Stored] = {}
-    for file in files:
-        tensors = open_safetensors(file)
-        twice = sorted(set(tensors) & set(stored))
-        if twice:
-            raise WeightsError(
-                f"{file} repeats {twice[0]!r} of another shard; keep the files of one checkpoint."
-            )
-        stored.update(tensors)
-    return stored
 
 
 def _dead(name: str, prefix: str, config: ModelConfig) -> bool:
