@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import select
+import stat
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,13 +27,16 @@ from edge_kv.errors import (
     MemoryLimitError,
     ParityError,
     PromptError,
+    did_you_mean,
 )
 
 if TYPE_CHECKING:
     from edge_kv.config import ModelConfig
     from edge_kv.models.model import Model as NetConfig
     from edge_kv.runtime.chat import Chat
+    from edge_kv.runtime.constraints import Grammar
     from edge_kv.runtime.generation import Slide
+    from edge_kv.runtime.replies import Piece
     from edge_kv.runtime.session import Session
 
 
@@ -56,7 +64,6 @@ class _Notices(logging.Handler):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="KV-efficient language models from checkpoint to phone, with the memory known first.",
 )
@@ -223,17 +230,39 @@ def run(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Longest reply.", min=1)
     ] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Likeliest ids kept; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Probability kept.")] = 1.0,
-    min_p: Annotated[float, typer.Option("--min-p", help="Kept against the likeliest.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 is greedy. Default: the checkpoint's.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Likeliest ids kept; 0: all.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Probability kept.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option("--min-p", help="Kept against the likeliest.")
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1 avoids what was said.")
-    ] = 1.0,
+        float | None, typer.Option("--repetition-penalty", help="Above 1 avoids what was said.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
     on_full: Annotated[
         str, typer.Option("--on-full", help="Context full: stop, or slide (forget the middle).")
     ] = "stop",
+    think: Annotated[
+        str, typer.Option("--think", help="Thinking before an answer: on, off, or auto (template).")
+    ] = "auto",
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A text that ends a reply; may be repeated.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="Replies are JSON of this schema.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="Replies match this.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", help="Replies are of this Lark grammar.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option("--logprobs", help="With --json: log-probabilities, of N ids.")
+    ] = None,
     engine: Engine = "onnx",
     threads: Threads = None,
     ram_limit: Annotated[
@@ -250,10 +279,14 @@ def run(
 ) -> None:
     """Stream tokens on this machine: one reply, or a conversation."""
     from edge_kv.artifact import read_artifact
+    from edge_kv.repl import THINK, Terminal, converse, ended
     from edge_kv.runtime import load
-    from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Options, Template
+    from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Message, Options, Template
     from edge_kv.runtime.text import clean_text
 
+    limits = _grammar(json_schema, regex, grammar)
+    if think not in THINK:
+        raise ConfigError(f"Unknown --think {think!r}.{did_you_mean(think, THINK)}")
     text = _prompt(prompt, file)
     system = clean_text(system, "system prompt") if system else None
     if text is None and as_json:
@@ -270,6 +303,9 @@ def run(
         repetition_penalty=repetition_penalty,
         seed=seed,
         on_full=on_full,
+        stop=tuple(stop or ()),
+        think=THINK[think],
+        logprobs=logprobs,
     )
     with load(opened, engine, threads, cache=not no_cache) as session:
         chat = Chat(
@@ -282,21 +318,23 @@ def run(
         if restore:
             chat.load(restore)
         if text is None:
-            from edge_kv.repl import converse
-
-            converse(chat, lambda line: _answer(chat, line), lambda s: typer.echo(s, err=True))
-        elif as_json:
-            for _ in chat.send(text):
-                pass
+            converse(chat, Terminal(lambda p: _show(chat, p), _say, lambda: _stats(chat)))
         else:
-            _answer(chat, text)
+            pieces = chat.ask(Message("user", text), grammar=limits)
+            if as_json:
+                for _ in pieces:
+                    pass
+            else:
+                _show(chat, pieces)
         if snapshot:
             chat.save(snapshot)
         summary = _summary(chat)
     if as_json:
         _print_json(summary)
     elif summary["decode_tokens"]:
-        _print_summary(summary)
+        for line in (ended(chat) if text is not None else "", _summary_line(summary)):
+            if line:
+                _say(line)
 
 
 @app.command()
@@ -681,18 +719,25 @@ def _name(model: str | None, weights: str | None) -> str:
     return Path(weights).name.removesuffix(".gguf") or weights
 
 
+_PIPE_SECONDS = 3.0  # how long a pipe beside a prompt may stay silent
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
-    """The prompt from the argument, --file or stdin; None to converse on a terminal."""
+    """The prompt from the argument, --file and stdin; None to converse on a terminal.
+
+    What is piped in follows the argument; `-` is stdin alone.
+    """
     if prompt is not None and file is not None:
         raise PromptError("Both a prompt and --file were given; give one of them.")
     from edge_kv.runtime.text import clean_text
 
-    if prompt is not None:
-        return clean_text(prompt)
     try:
         if file is not None:
             text = clean_text(file.read_bytes())
-        elif sys.stdin.isatty():
+        elif prompt is not None and prompt != "-":
+            piped = clean_text(_piped())
+            text = "\n\n".join(t for t in (clean_text(prompt), piped) if t.strip())
+        elif prompt is None and sys.stdin.isatty():
             return None
         else:
             text = clean_text(sys.stdin.buffer.read())
@@ -713,6 +758,48 @@ def _planned(artifact: Any, engine: str, cache: bool) -> Any:
     )
 
 
+def _piped() -> bytes:
+    """What a file or a pipe on stdin holds; nothing for terminals and devices."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # no stdin, or one without a file behind it
+        buffer = getattr(sys.stdin, "buffer", None)
+        return buffer.read() if buffer and not sys.stdin.isatty() else b""
+    if stat.S_ISREG(mode):
+        return sys.stdin.buffer.read()
+    if not stat.S_ISFIFO(mode):
+        return b""
+    if not select.select([sys.stdin], [], [], _PIPE_SECONDS)[0]:
+        _say("Nothing came through the pipe on stdin; answering the prompt alone.")
+        return b""
+    return sys.stdin.buffer.read()
+
+
+def _grammar(schema: Path | None, regex: str | None, lark: Path | None) -> Grammar | None:
+    """What replies must be, from at most one of the options."""
+    from edge_kv.runtime.constraints import Grammar
+
+    if sum(o is not None for o in (schema, regex, lark)) > 1:
+        raise ConfigError("Give one of --json-schema, --regex and --grammar.")
+    try:
+        if schema:
+            return Grammar.json_schema(schema.read_text(encoding="utf-8"))
+        if lark:
+            return Grammar.lark(lark.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"Cannot read {schema or lark} ({e}).") from e
+    return Grammar.regex(regex) if regex is not None else None
+
+
+def _write_json(path: Path, text: str) -> None:
+    from edge_kv.files import write_text
+
+    try:
+        write_text(path, text + "\n")
+    except OSError as e:
+        raise ConfigError(f"Cannot write {path}: {e.strerror}.") from e
+
+
 def _check_ram(artifact: Any, limit: str, engine: str, cache: bool) -> None:
     from edge_kv.memory import parse_bytes
     from edge_kv.terminal import size
@@ -725,14 +812,25 @@ def _check_ram(artifact: Any, limit: str, engine: str, cache: bool) -> None:
         )
 
 
-def _answer(chat: Chat, text: str) -> None:
+def _show(chat: Chat, pieces: Iterator[Piece]) -> None:
     """Stream one reply; Ctrl-C ends it and keeps what was said."""
+    from edge_kv.runtime.replies import CALL, THINKING
     from edge_kv.terminal import Stream
 
-    pieces = chat.send(text)
-    with Stream(lambda: _status(chat.session)) as stream:
+    with Stream(lambda: _status(chat.session)) as stream, closing(pieces):  # type: ignore[type-var]
         for piece in pieces:
-            stream.write(piece)
+            if piece.kind == CALL and piece.call:
+                stream.write(f"{piece.call.name}({piece.text})\n")
+            else:
+                stream.write(piece.text, dim=piece.kind == THINKING)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _stats(chat: Chat) -> str:
+    return _summary_line(_summary(chat))
 
 
 def _status(session: Session) -> str:
@@ -761,6 +859,8 @@ def _say_slide(slide: Slide) -> None:
 
 def _summary(chat: Chat) -> dict[str, Any]:
     """What the run was and cost; seconds, bytes, tokens a second."""
+    from dataclasses import asdict
+
     from edge_kv.memory import predict_memory
     from edge_kv.runtime.meter import read_memory
 
@@ -773,9 +873,12 @@ def _summary(chat: Chat) -> dict[str, Any]:
     )
     return {
         "text": reply.text if reply else "",
+        "thinking": reply.thinking if reply else "",
+        "finish": reply.finish if reply else "",
         "ids": list(reply.ids) if reply else [],
         "prompt_tokens": reply.prompt_tokens if reply else 0,
         "reused_tokens": reply.reused_tokens if reply else 0,
+        "logprobs": [asdict(p) for p in reply.logprobs] if reply else [],
         "first_token_seconds": reply.first_token_seconds if reply else 0.0,
         "load_seconds": stats.load_seconds,
         "prefill_tokens": stats.prefill_tokens,
@@ -792,29 +895,19 @@ def _summary(chat: Chat) -> dict[str, Any]:
     }
 
 
-def _print_summary(summary: dict[str, Any]) -> None:
+def _summary_line(summary: dict[str, Any]) -> str:
     from edge_kv.terminal import size
 
     peak = summary["peak_bytes"]
-    typer.echo(
+    return (
         f"first token {summary['first_token_seconds']:.2f} s · "
         f"prefill {summary['prefill_rate']:.1f} tokens/s · "
         f"decode {summary['decode_rate']:.1f} tokens/s "
         f"(p50 {1e3 * summary['latency_p50']:.1f} ms, p95 {1e3 * summary['latency_p95']:.1f} ms) · "
         f"{summary['ctx_used']:,}/{summary['ctx']:,} tokens · "
         f"peak RSS {size(peak) if peak else 'unknown'}, "
-        f"planned {size(summary['planned_peak_bytes'])}",
-        err=True,
+        f"planned {size(summary['planned_peak_bytes'])}"
     )
-
-
-def _write_json(path: Path, text: str) -> None:
-    from edge_kv.files import write_text
-
-    try:
-        write_text(path, text + "\n")
-    except OSError as e:
-        raise ConfigError(f"Cannot write {path}: {e.strerror}.") from e
 
 
 def _print_json(data: dict[str, Any]) -> None:

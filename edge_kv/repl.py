@@ -1,64 +1,181 @@
-"""The multi-turn conversation of `edge-kv run` on a terminal."""
+"""The multi-turn conversation of `edge-kv run` on a terminal: line editing, history, commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from edge_kv.errors import EdgeKVError
-from edge_kv.runtime.chat import Chat
+from edge_kv.errors import EdgeKVError, did_you_mean
+from edge_kv.runtime.chat import CANCELLED, FULL, LENGTH, Chat
+from edge_kv.runtime.messages import Message
+from edge_kv.runtime.replies import Piece
+from edge_kv.runtime.text import clean_text
 
-HELP = """\
-/help        this list
-/reset       start a new conversation
-/save FILE   keep the conversation and what was read of it
-/load FILE   take up a saved conversation
-/quit        leave (also Ctrl-D); Ctrl-C stops a reply"""
-COMMANDS = ("/help", "/reset", "/save", "/load", "/quit")
+HISTORY = "EDGE_KV_HISTORY"  # a file that keeps what was typed; without it nothing is kept
+THINK = {"on": True, "off": False, "auto": None}
+_HELP = {
+    "/help": "this list",
+    "/reset": "start a new conversation",
+    "/system": "[TEXT]: another system prompt (none without TEXT), and a new conversation",
+    "/regen": "answer the last question again",
+    "/think": "on, off or auto: whether the model thinks before it answers",
+    "/save": "FILE: keep the conversation and what was read of it",
+    "/load": "FILE: take up a saved conversation",
+    "/context": "how much of the context is used",
+    "/stats": "speeds and memory so far",
+    "/bye": "leave (also Ctrl-D); Ctrl-C stops a reply",
+}
+_ENDS = ("/bye", "/quit", "/exit")
 
 
-def converse(chat: Chat, answer: Callable[[str], None], say: Callable[[str], None]) -> None:
-    """Read turns with `input` until /quit or the end of input.
+@dataclass(frozen=True)
+class Terminal:
+    """What the conversation needs of the command line: `show` streams a reply, `say` prints a line.
 
-    `answer` is called with each question and shows its reply; `say` prints one line. Errors are
-    said and the conversation goes on; Ctrl-C stops the reply, or leaves an empty prompt line.
+    `stats` is one line of speeds and memory.
     """
-    say("Type a message, /help for commands, Ctrl-D to leave.")
+
+    show: Callable[[Iterator[Piece]], None]
+    say: Callable[[str], None]
+    stats: Callable[[], str]
+
+
+def converse(chat: Chat, terminal: Terminal) -> None:
+    """Read turns until /bye or the end of input.
+
+    Errors are said and the conversation goes on; Ctrl-C stops the reply, or leaves an empty line.
+    """
+    terminal.say("Type a message, /help for commands, Ctrl-D to leave.")
+    read = _reader()
     while True:
         try:
-            line = input("> ").strip()
+            line = clean_text(read()).strip()
         except EOFError:
             return
         except KeyboardInterrupt:
-            say("")
             continue
-        if not line:
+        except EdgeKVError as e:
+            terminal.say(f"Error: {e}")
             continue
-        if line == "/quit":
+        if line in _ENDS:
             return
         try:
             if line.startswith("/"):
-                say(_command(chat, line))
-            else:
-                answer(line)
+                _command(chat, terminal, line)
+            elif line:
+                _answer(chat, terminal, chat.ask(Message("user", line)))
         except EdgeKVError as e:
-            say(f"Error: {e}")
+            terminal.say(f"Error: {e}")
         except KeyboardInterrupt:
-            say("(stopped)")
+            terminal.say("(stopped)")
 
 
-def _command(chat: Chat, line: str) -> str:
-    """Run one /command and return what to say."""
+def ended(chat: Chat) -> str:
+    """Why the last reply ended, where that is worth a sentence."""
+    reply = chat.last
+    if reply is None or reply.finish == CANCELLED:
+        return ""
+    if reply.finish == LENGTH:
+        return (
+            f"(cut off at --max-new-tokens {chat.options.max_new_tokens}; "
+            "give a larger one to let replies grow longer)"
+        )
+    if reply.finish == FULL:
+        return (
+            f"(the context of {chat.session.plan.ctx:,} tokens is full; /reset starts anew, "
+            "--on-full slide forgets the middle, a larger --ctx at export holds more)"
+        )
+    return ""
+
+
+def figures(chat: Chat) -> str:
+    """What the last turn cost, on one line."""
+    reply = chat.last
+    if reply is None:
+        return ""
+    spent = reply.seconds - reply.first_token_seconds
+    speed = f", {(len(reply.ids) - 1) / spent:.1f} tokens/s" if len(reply.ids) > 1 and spent else ""
+    return (
+        f"({len(reply.ids)} tokens{speed}, first after {reply.first_token_seconds:.2f} s; "
+        f"{reply.reused_tokens:,} of {reply.prompt_tokens:,} prompt tokens were held)"
+    )
+
+
+def _answer(chat: Chat, terminal: Terminal, pieces: Iterator[Piece]) -> None:
+    terminal.show(pieces)
+    for line in (ended(chat), figures(chat)):
+        if line:
+            terminal.say(line)
+
+
+def _command(chat: Chat, terminal: Terminal, line: str) -> None:
+    """Run one /command."""
     name, _, rest = line.partition(" ")
-    file = rest.strip()
-    if name == "/reset":
+    rest = rest.strip()
+    say = terminal.say
+    if name == "/help":
+        say("\n".join(f"{command:<9} {text}" for command, text in _HELP.items()))
+    elif name == "/reset":
         chat.reset()
-        return "New conversation."
-    if name in ("/save", "/load") and not file:
-        return f"{name} needs a file name."
-    if name == "/save":
-        chat.save(file)
-        return f"Saved {chat.session.pos} tokens to {file}."
-    if name == "/load":
-        chat.load(file)
-        return f"Loaded {chat.session.pos} tokens, {len(chat.messages)} messages."
-    return HELP if name == "/help" else f"Unknown command {name}; {', '.join(COMMANDS)}."
+        say("New conversation.")
+    elif name == "/system":
+        chat.system = rest
+        chat.reset()
+        say("New conversation with this system prompt." if rest else "No system prompt.")
+    elif name == "/regen":
+        _answer(chat, terminal, chat.again())
+    elif name == "/think":
+        if rest in THINK:
+            chat.options = dataclasses.replace(chat.options, think=THINK[rest])
+        now = next(k for k, v in THINK.items() if v == chat.options.think)
+        say(f"Thinking is {now}." if rest in (*THINK, "") else "/think takes on, off or auto.")
+    elif name in ("/save", "/load") and not rest:
+        say(f"{name} needs a file name.")
+    elif name == "/save":
+        chat.save(rest)
+        say(f"Saved {chat.session.pos} tokens to {rest}.")
+    elif name == "/load":
+        chat.load(rest)
+        say(f"Loaded {chat.session.pos} tokens, {len(chat.messages)} messages.")
+    elif name == "/context":
+        used, ctx = chat.session.pos, chat.session.plan.ctx
+        say(f"{used:,} of {ctx:,} tokens ({used / ctx:.0%}), {len(chat.messages)} messages.")
+    elif name == "/stats":
+        say(terminal.stats())
+    else:
+        say(f"Unknown command {name}.{did_you_mean(name, _HELP)}")
+
+
+def _reader() -> Callable[[], str]:
+    """A function that reads one turn: lines are edited, pasted lines stay together."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.output.vt100 import Vt100_Output
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    path = os.environ.get(HISTORY)
+    history: History = FileHistory(path) if path else InMemoryHistory()
+    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+    output = None
+    if sys.platform != "win32":
+        output = Vt100_Output.from_pty(stream, term=os.environ.get("TERM"))
+        output.enable_cpr = False  # terminals that do not answer would be waited for
+    session: PromptSession[str] = PromptSession(
+        history=history,
+        completer=WordCompleter(list(_HELP), sentence=True),
+        complete_while_typing=False,
+        key_bindings=keys,
+        output=output,
+    )
+    return lambda: session.prompt("> ")

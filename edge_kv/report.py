@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from edge_kv.footprint import footprint
 from edge_kv.kv_plan import KVPlan, state_elements
 from edge_kv.memory import MemoryPlan
 from edge_kv.models.model import Model
+from edge_kv.runtime.sampling import Sampling
 from edge_kv.tensors import SCHEMES
 from edge_kv.terminal import layers, size
 
@@ -375,6 +377,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
             "worst": {n: t.error for n, t in worst},
         },
         "ple": manifest.ple.model_dump() if manifest.ple else None,
+        "sampling": asdict(Sampling.of(artifact)),
         "tokenizer": manifest.tokenizer.model_dump() if manifest.tokenizer else None,
         "files": {n: f.size for n, f in manifest.files.items()},
         "parity": manifest.parity,
@@ -404,6 +407,8 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
         )
     else:
         console.print(f"Weights: {quant['scheme']}.")
+    drawn = ", ".join(f"{k} {v:g}" for k, v in data["sampling"].items())
+    console.print(f"Sampling: {drawn}." if data["sampling"]["temperature"] else "Sampling: greedy.")
     listing = Table("file", box=None, pad_edge=False)
     listing.add_column("bytes", justify="right")
     for name, count in data["files"].items():

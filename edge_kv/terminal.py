@@ -99,12 +99,13 @@ class Stream:
 
     Finished rows scroll away like any output; only the row being written and the status are
     redrawn, by a thread, so that the status also moves while a long prompt is read. Where stdout
-    is a file, text goes there plainly and the status stays on stderr.
+    is a file, text goes there plainly, without what is dim, and the status stays on stderr.
     """
 
     def __init__(self, status: Callable[[], str]) -> None:
         self._status = status
         self._row = ""
+        self._style = ""
         self._drawn = 0.0
         self._text_here = sys.stdout.isatty() and sys.stderr.isatty()
         self._live: Live | None = None
@@ -132,17 +133,24 @@ class Stream:
         if self._live:
             self._live.stop()
         if self._text_here and self._live:
-            self._live.console.print(Text(self._row))
+            self._live.console.print(Text(self._row, style=self._style))
         else:
             sys.stdout.write("\n")
             sys.stdout.flush()
 
-    def write(self, piece: str) -> None:
-        """Show more text."""
+    def write(self, piece: str, *, dim: bool = False) -> None:
+        """Show more text; dim text stands apart, in rows of its own."""
         if not self._text_here or not self._live:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            if not dim:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
             return
+        style = "dim" if dim else ""
+        if style != self._style and self._row:
+            self._live.refresh()
+            self._live.console.print(Text(f"{self._row}\n", style=self._style))
+            self._row = ""
+        self._style = style
         console = self._live.console
         *done, row = (self._row + piece).split("\n")
         rows = Text(row).wrap(console, console.width)
@@ -155,8 +163,8 @@ class Stream:
             self._drawn = now
             self._live.refresh()  # before rows are printed: printing redraws what was drawn last
         for line in done:
-            console.print(Text(line))
+            console.print(Text(line, style=style))
 
     def _render(self) -> RenderableType:
         status = Text(self._status(), style="dim", no_wrap=True)
-        return Group(Text(self._row), status) if self._text_here else status
+        return Group(Text(self._row, style=self._style), status) if self._text_here else status

@@ -211,6 +211,12 @@ BAD = [  # arguments ({root}: an artifact, {tmp}: an empty directory), what the 
     ("run {root} hi --file {tmp}/p", "Both a prompt and --file were given"),
     ("run {root} --file {tmp}/none", "Cannot read the prompt from"),
     ("run {root}", "The prompt is empty"),
+    ("run {root} -", "The prompt is empty"),
+    ("run {root} hi --think maybe", "Unknown --think 'maybe'. Known: auto, off, on"),
+    ("run {root} hi --json-schema {tmp}/none", "Cannot read"),
+    ("run {root} hi --regex a( ", "regular expression is not usable"),
+    ("run {root} hi --regex a --grammar {tmp}/x", "Give one of --json-schema"),
+    ("run {root} hi --logprobs 999", "logprobs 999 must lie in 0 … 100"),
     ("run {root} hi --ram-limit 1m", "planned to need"),
     ("run {root} hi --ram-limit lots", "'lots' is not an amount of memory"),
     ("run {root} hi --restore {tmp}/none.kv", "Cannot open the snapshot"),
@@ -357,28 +363,92 @@ class Terminal:
         return seen
 
 
+READY = "\x1b[?2004h"  # a line is being edited: pasted text comes marked
+
+
 def test_conversation_on_a_terminal(root, tmp_path):
     terminal = Terminal(args=["run", root, "--max-new-tokens", "12", "--threads", "1"])
-    terminal.wait_for("/help for commands")
-    terminal.wait_for("> ")
-    terminal.type("hello\n")
-    reply = terminal.wait_for("> ")
+    terminal.wait_for("/help for commands", 300)  # native code may be compiled first
+    terminal.wait_for(READY)
+    terminal.type("hello\r")
+    reply = terminal.wait_for("prompt tokens were held")
     assert "tokens/s" in reply and "/256 tokens" in reply  # the status line
+    assert "cut off at --max-new-tokens 12" in reply
+    terminal.wait_for(READY)
     for line, answer in (
-        ("/help", "start a new conversation"),
+        ("/help", "answer the last question again"),
         (f"/save {tmp_path}/c.kv", "Saved "),
+        ("/context", "of 256 tokens"),
+        ("/think on", "Thinking is on."),
+        ("/think maybe", "takes on, off or auto"),
+        ("/regen", "prompt tokens were held"),
+        ("/stats", "peak RSS"),
         ("/reset", "New conversation."),
         (f"/load {tmp_path}/c.kv", "2 messages."),
+        ("/system Be brief.", "with this system prompt"),
         ("/load", "needs a file name"),
         ("/load nowhere", "Error: Cannot open the snapshot"),
-        ("/bogus", "Unknown command /bogus"),
+        ("/resett", "Did you mean '/reset'?"),
     ):
-        terminal.type(line + "\n")
+        terminal.type(line + "\r")
         terminal.wait_for(answer)
-        terminal.wait_for("> ")
-    terminal.type("/quit\n")
+        terminal.wait_for(READY)
+    terminal.type("\x1b[200~two\nlines\x1b[201~\r")  # a paste is one message
+    terminal.wait_for("prompt tokens were held")
+    terminal.wait_for(READY)
+    terminal.type("/context\r")
+    assert "3 messages" in terminal.wait_for("messages.") + "messages."
+    terminal.wait_for(READY)
+    terminal.type("/bye\r")
     terminal.wait_for("first token")
     assert terminal.process.wait(20) == 0
+
+
+def test_what_is_piped_in_follows_the_prompt(root, tmp_path):
+    options = ["--json", "--max-new-tokens", "1", "--raw"]
+    both = json.loads(good("run", root, "one", *options, input="two\r\n").stdout)
+    assert both["prompt_tokens"] == 1 + len("one\n\ntwo\n")
+    alone = json.loads(good("run", root, "-", *options, input="two").stdout)
+    assert alone["prompt_tokens"] == 1 + len("two")
+    read, write = os.pipe()  # a pipe that nobody writes into does not hold a reply up
+    command = [sys.executable, "-m", "edge_kv", "run", str(root), "one", *options]
+    done = subprocess.run(command, stdin=read, capture_output=True, text=True, timeout=120)
+    os.close(read)
+    os.close(write)
+    assert json.loads(done.stdout)["prompt_tokens"] == 1 + len("one")
+    assert "Nothing came through the pipe" in done.stderr
+
+
+def test_replies_of_a_grammar(root, tmp_path):
+    schema = tmp_path / "s.json"
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "minItems": 2}')
+    options = ["--max-new-tokens", "40", "--json"]
+    data = json.loads(good("run", root, "x", "--json-schema", schema, *options).stdout)
+    assert all(type(b) is bool for b in json.loads(data["text"])) and data["finish"] == "stop"
+    data = json.loads(good("run", root, "x", "--regex", "[ab]{3}", *options).stdout)
+    assert len(data["text"]) == 3 and set(data["text"]) <= {"a", "b"}
+
+
+def test_stops_and_logprobs(root):
+    options = ["--json", "--max-new-tokens", "6", "--logprobs", "2"]
+    data = json.loads(good("run", root, "hello", *options).stdout)
+    assert data["finish"] == "length" and len(data["logprobs"]) == len(data["ids"]) == 6
+    assert all(len(p["top"]) == 2 and p["logprob"] <= 0 for p in data["logprobs"])
+    text = data["text"]
+    stop = text[2:4]
+    data = json.loads(good("run", root, "hello", *options, "--stop", stop).stdout)
+    assert data["text"] == text[: text.index(stop)] and data["finish"] == "stop"
+
+
+def test_only_the_answer_lands_in_a_pipe(root, tmp_path):
+    """Status and figures go to the terminal on stderr, thinking and they never into stdout."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "edge_kv", "run", str(root), "hello", "--max-new-tokens", "9"]
+    done = subprocess.run(command, stdin=slave, stdout=subprocess.PIPE, stderr=slave, timeout=120)
+    os.close(slave)
+    os.close(master)
+    plain = json.loads(good("run", root, "hello", "--json", "--max-new-tokens", "9").stdout)
+    assert done.stdout.decode() == plain["text"] + "\n"
 
 
 def test_sizes_and_layers_for_people():
