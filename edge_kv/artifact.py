@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ from edge_kv.kv_plan import KVPlan, plan_kv
 CHECKED_BYTES = 64 << 20  # of a program whose digest is checked at every load
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+_CACHED = re.compile(r"(models|datasets|spaces)--.+")  # how the hub's cache names a repository
 CONFIG_ADAPTER: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 
@@ -332,7 +334,7 @@ def _check_file(root: Path, name: str, entry: FileEntry) -> None:
     path = root / name
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; copy or export the artifact again.")
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not any(path.resolve().is_relative_to(home) for home in _homes(root.resolve())):
         raise ArtifactError(f"{path} is a link that leaves the artifact; refused.")
     size = path.stat().st_size
     if size != entry.size:
@@ -340,6 +342,18 @@ def _check_file(root: Path, name: str, entry: FileEntry) -> None:
             f"{path} has {size} bytes, the manifest says {entry.size}; "
             "it is cut off or changed; copy or export the artifact again."
         )
+
+
+def _homes(root: Path) -> list[Path]:
+    """Where the files of an artifact may lie: in it, or, when it is a snapshot of the Hugging Face
+    cache (`models--ORG--NAME/snapshots/REVISION`), among the blobs that its links lead to.
+    """
+    blobs = [
+        above.parent / "blobs"
+        for above in root.parents
+        if above.name == "snapshots" and _CACHED.fullmatch(above.parent.name)
+    ]
+    return [root, *blobs]
 
 
 def _first(e: Exception) -> str:

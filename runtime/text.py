@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -35,8 +36,13 @@ def clean_text(text: str | bytes, what: str = "prompt") -> str:
 class Tokenizer:
     """A `tokenizers` file with the special ids of its model."""
 
-    def __init__(self, path: Path, *, bos_id: int, add_bos: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, bos_id: int, add_bos: bool = True, rows: int | None = None
+    ) -> None:
         """Read `tokenizer.json`.
+
+        `rows` is how many ids the model has; left out, as many as the vocabulary without added
+        tokens. Added tokens beyond are not recognised: their characters are ordinary text.
 
         Raises:
             ArtifactError: missing or not a tokenizer.
@@ -44,7 +50,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Engine
 
         try:
-            self._engine: Any = Engine.from_file(str(path))
+            self._engine: Any = _within(Engine.from_file(str(path)), rows)
         except Exception as e:  # tokenizers raises plain Exception for anything it cannot read
             raise ArtifactError(
                 f"{path} is not a tokenizer ({e}); copy or export the artifact again."
@@ -67,7 +73,8 @@ class Tokenizer:
                 "text; feed token ids through edge_kv.runtime instead."
             )
         path = artifact.path(entry.file)
-        return cls(path, bos_id=artifact.config.bos_id, add_bos=entry.add_bos)
+        config = artifact.config
+        return cls(path, bos_id=config.bos_id, add_bos=entry.add_bos, rows=config.vocab_size)
 
     @property
     def bos_token(self) -> str:
@@ -156,6 +163,16 @@ class Tokenizer:
     @cached_property
     def _has_bytes(self) -> bool:
         return self._engine.token_to_id("<0x0A>") is not None
+
+
+def _within(engine: Any, rows: int | None) -> Any:
+    """`engine` without added tokens whose ids are `rows` or more."""
+    limit = engine.get_vocab_size(with_added_tokens=False) if rows is None else rows
+    if all(i < limit for i in engine.get_added_tokens_decoder()):
+        return engine
+    raw = json.loads(engine.to_str())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < limit]
+    return type(engine).from_str(json.dumps(raw))
 
 
 class TextStream:

@@ -145,3 +145,33 @@ def test_fingerprint_follows_what_changes_logits(tmp_path, root):
 def test_ple_rows_of_e2b(bits, block, row):
     entry = PleEntry(file="p", rows=262_144, n_layers=35, dim=256, bits=bits, block=block)
     assert entry.values == 8960 and entry.row_bytes == row
+
+
+def in_hub_cache(root, cache):
+    """`root` as huggingface_hub lays it out: a snapshot of links into blobs."""
+    snapshot = cache / "models--me--art" / "snapshots" / "abc"
+    blobs = cache / "models--me--art" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in [f for f in root.rglob("*") if f.is_file()]:
+        link = snapshot / file.relative_to(root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = file.rename(blobs / file.relative_to(root).as_posix().replace("/", "_"))
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_links_into_the_hub_cache_are_followed(root, tmp_path):
+    snapshot = in_hub_cache(root, tmp_path / "hub")
+    assert read_artifact(snapshot).path("ple.bin").read_bytes()
+    outside = (tmp_path / "hub" / "models--me--art" / "blobs" / "ple.bin").rename(tmp_path / "ple")
+    (snapshot / "ple.bin").unlink()
+    (snapshot / "ple.bin").symlink_to(outside)
+    with pytest.raises(ArtifactError, match="a link that leaves the artifact"):
+        read_artifact(snapshot)
+    other = tmp_path / "hub" / "models--other--art" / "blobs" / "ple"
+    other.parent.mkdir(parents=True)
+    outside.rename(other)
+    (snapshot / "ple.bin").unlink()
+    (snapshot / "ple.bin").symlink_to(other)
+    with pytest.raises(ArtifactError, match="a link that leaves the artifact"):
+        read_artifact(snapshot)
