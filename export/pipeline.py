@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,9 @@ class _Job:
                 self.progress.stage(f"parity: stored weights of {owner}")
                 references[owner] = self._oracle(run, self._stored(name), ple)
             stored_logits = references[owner]
+            kept = None
+            if self.layout.scheme == "none":
+                kept = self._oracle(run, self._stored(name), ple, exact_state=True)
             self.progress.stage(f"parity: programs of {name}")
             judged = gate.judge(
                 run,
@@ -316,6 +320,9 @@ class _Job:
                 shipped=logits_of(name, programs.shipped),
                 stored=stored_logits,
                 source=source_logits,
+                scheme=self.layout.scheme,
+                moved=partial(self._oracle, run, self._stored(name), ple, moved=True),
+                kept=kept,
                 vectors=f"verify.{name}.npz" if parity else "verify.npz",
             )
             gate.write_vectors(self.root / judged["vectors"], run, stored_logits)
@@ -337,9 +344,19 @@ class _Job:
         self.root.rename(self.out)
 
     def _oracle(
-        self, run: gate.GateRun, stored: StoredWeights | None, ple: PleEntry | None
+        self,
+        run: gate.GateRun,
+        stored: StoredWeights | None,
+        ple: PleEntry | None,
+        *,
+        exact_state: bool = False,
+        moved: bool = False,
     ) -> torch.Tensor:
-        """Logits of the source's weights, or of a backend's stored ones and the stored state."""
+        """Logits of the source's weights, or of a backend's stored ones.
+
+        `exact_state`: stored weights over a state that is not rounded as the plan says.
+        `moved`: over weights moved by their last digit, see `gate.perturbed`.
+        """
         layers = self.config.n_layers
         kwargs: dict[str, Any] = {
             "ids": torch.from_numpy(run.ids),
@@ -365,10 +382,10 @@ class _Job:
             return oracle_logits(
                 self.config,
                 self.plan,
-                stored.read,
+                gate.perturbed(stored.read) if moved else stored.read,
                 fmt=QuantFormat(stored.layout),
                 ple_rows=table_rows if table else None,
-                exact_state=False,
+                exact_state=exact_state,
                 **kwargs,
             )
         finally:

@@ -1,5 +1,6 @@
 """Text: bytes as they come, and streams whose pieces join to the text of all ids."""
 
+import json
 import random
 import subprocess
 import sys
@@ -118,3 +119,19 @@ def test_an_argument_that_is_no_utf8_is_one_sentence(tmp_path):
     assert done.returncode == 1 and done.stderr.decode().startswith(
         "Error: The prompt is not UTF-8"
     )
+
+
+def test_added_tokens_without_a_row_are_ordinary_text(fallback, tmp_path):
+    """Gemma 3's text models have no row for the image token their tokenizer knows."""
+    raw = json.loads(fallback.json())
+    rows = fallback.vocab_size
+    image = {"id": rows, "content": "<image>", "special": True, "normalized": False,
+             "single_word": False, "lstrip": False, "rstrip": False}  # fmt: skip
+    raw["added_tokens"].append(image)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(raw))
+    assert rows in Tokenizer(path, bos_id=1, rows=rows + 1).encode("a<image>b")
+    limited = Tokenizer(path, bos_id=1, rows=rows)
+    assert limited.encode("a<image>b") == fallback.encode("a<image>b")
+    assert max(limited.encode("a<image>b")) < rows
+    assert limited.special == fallback.special

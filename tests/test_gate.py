@@ -1,0 +1,145 @@
+"""The parity gate's judgement: what is noise on this model, what is another model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from weights_models import tiny_hf
+
+from edge_kv.errors import ParityError
+from edge_kv.export import gate
+from edge_kv.kv_plan import plan_kv
+from edge_kv.model.oracle import oracle_logits
+from edge_kv.parity import divergence
+from edge_kv.weights import open_weights
+
+STEPS, VOCAB = 24, 64
+RUN = gate.GateRun(np.zeros(60, np.int64), 60 - STEPS, (60 - STEPS,))
+
+
+def logits(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((STEPS, VOCAB)).astype(np.float32)
+
+
+def near(values: np.ndarray, distance: float, seed: int = 9) -> np.ndarray:
+    return (values + distance * logits(seed)).astype(np.float32)
+
+
+def unasked() -> torch.Tensor:
+    raise AssertionError("the noise of float32 was asked for without need")
+
+
+class Plan:
+    kv = "f32"
+
+
+def judge(source, stored, exact, shipped, scheme="int4", moved=unasked, kept=None, plan=Plan):
+    return gate.judge(
+        RUN, plan, exact=exact, shipped=shipped, stored=torch.from_numpy(stored),
+        source=torch.from_numpy(source), scheme=scheme, moved=moved,
+        kept=None if kept is None else torch.from_numpy(kept),
+    )  # fmt: skip
+
+
+def test_a_quantised_model_passes_and_its_figures_are_recorded():
+    source = logits()
+    stored = near(source, 0.3)
+    found = judge(source, stored, stored, near(stored, 0.01))
+    assert found["lowering"]["max_abs"] == 0
+    assert 0.9 < found["correlation"] < 1
+    assert found["lowering_limit"] == {"relative": 1e-3, "max_kl": 1e-6}
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "none", "another-storage"])
+def test_weights_of_another_model_are_refused(scheme):
+    source, stored = logits(0), logits(1)
+    with pytest.raises(ParityError, match="has little to do with its checkpoint"):
+        judge(source, stored, stored, stored, scheme)
+
+
+def test_fine_storage_has_to_be_closer_than_coarse_storage():
+    source = logits()
+    stored = near(source, 0.6)
+    judge(source, stored, stored, stored, "int4")
+    with pytest.raises(ParityError, match=r"expected 0\.9 or more.*--quant none"):
+        judge(source, stored, stored, stored, "int8")
+
+
+def test_exact_storage_has_to_be_exact():
+    source = logits()
+    stored = near(source, 0.05)  # a state in int8
+    judge(source, stored, stored, stored, "none", kept=source)
+    with pytest.raises(ParityError, match="The stored weights are not those of the checkpoint"):
+        judge(source, stored, stored, stored, "none", moved=lambda: torch.from_numpy(stored),
+              kept=near(source, 0.02))  # fmt: skip
+
+
+def test_what_is_not_finite_is_refused():
+    source = logits()
+    broken = source.copy()
+    broken[3, 5] = np.nan
+    with pytest.raises(ParityError, match="differ from the model"):
+        judge(source, source, broken, source)
+    with pytest.raises(ParityError, match="not finite"):
+        judge(source, source, source, broken)
+
+
+def sharp_model(factor: float):
+    """A 31B in small whose attention is sharp: it multiplies rounding."""
+    model = tiny_hf("31b")
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                value.mul_(factor)
+    return model
+
+
+@torch.no_grad()
+def test_noise_is_measured_on_the_model(tmp_path):
+    """Float64 and float32 differ by more than usual noise: correct programs pass, wrong ones do
+    not."""
+    model = sharp_model(6.0)
+    model.save_pretrained(tmp_path)
+    source = open_weights(str(tmp_path))
+    ids = torch.randint(0, 128, (60,), generator=torch.Generator().manual_seed(1))
+    start = 60 - STEPS
+
+    def read(name: str, a: int, b: int) -> torch.Tensor:
+        return torch.from_numpy(source.read(name, a, b))
+
+    def run(config=source.config, read=read) -> torch.Tensor:
+        plan = plan_kv(config, ctx=96, chunk=8, kv="f32")
+        return oracle_logits(config, plan, read, ids, start=start)
+
+    stored = run().numpy()
+    exact = copy.deepcopy(model).double()(ids[None]).logits[0, start:].float().numpy()
+    assert divergence(stored, exact).relative > 3e-3
+
+    def judged(programs):
+        return judge(stored, stored, programs, programs, "none",
+                     moved=lambda: run(read=gate.perturbed(read)))  # fmt: skip
+
+    allowed = judged(exact)["lowering_limit"]["relative"]
+    assert 3e-3 < allowed < 0.3
+    for wrong in (
+        replace(source.config, sliding_window=source.config.sliding_window - 1),
+        replace(source.config, final_softcap=source.config.final_softcap / 4),
+        replace(source.config, sliding=replace(source.config.sliding, rotated_pairs=7)),
+    ):
+        with pytest.raises(ParityError, match="differ from the model"):
+            judged(run(wrong).numpy())
+
+
+def test_moved_rows_are_the_same_rows_in_the_last_place():
+    values = torch.from_numpy(logits())
+    rows = gate.perturbed(lambda name, a, b: values[a:b])
+    moved = rows("w", 0, STEPS)
+    assert 0 < float(((moved - values) / values).abs().max()) <= 1.5 * gate.ULP
+    assert torch.equal(moved, rows("w", 0, STEPS))
+    assert not torch.equal(moved, rows("v", 0, STEPS))
+    packed = torch.zeros(3, dtype=torch.uint8)
+    assert gate.perturbed(lambda *_: packed)("w", 0, 3) is packed
