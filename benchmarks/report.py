@@ -26,7 +26,9 @@ from edge_kv.terminal import size
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/android.md", "docs/executorch.md", "docs/raspberry-pi.md")
+DOCUMENTS = (
+    "README.md", "docs/android.md", "docs/executorch.md", "docs/files.md", "docs/raspberry-pi.md",
+)  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/quality.py
     "int8 weights": "int8 block 32, f32 KV",
