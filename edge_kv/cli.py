@@ -804,7 +804,7 @@ def _check_ram(artifact: Any, limit: str, engine: str, cache: bool) -> None:
     from edge_kv.memory import parse_bytes
     from edge_kv.terminal import size
 
-    allowed, planned = parse_bytes(limit), _planned(artifact, engine, cache).peak
+    allowed, planned = parse_bytes(limit), _planned(artifact, engine, cache).conversation
     if planned > allowed:
         raise MemoryLimitError(
             f"{artifact.root} is planned to need {size(planned)} of RAM, the limit is "
@@ -891,7 +891,7 @@ def _summary(chat: Chat) -> dict[str, Any]:
         "ctx": session.plan.ctx,
         "kv_bytes": stats.kv_bytes,
         "peak_bytes": read_memory().peak,
-        "planned_peak_bytes": planned.peak,
+        "planned_peak_bytes": planned.conversation,
     }
 
 

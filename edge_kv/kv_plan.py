@@ -103,6 +103,10 @@ class KVPlan:
         """Bytes of state that hold rows once `depth` positions were written."""
         return sum(min(depth, b.slots) * b.row_bytes for b in self.buffers)
 
+    def ring_bytes(self, depth: int) -> int:
+        """Bytes of the rings that hold rows once `depth` positions were written."""
+        return sum(min(depth, b.slots) * b.row_bytes for b in self.buffers if b.kind == RING)
+
     def live_rows(self, end: int) -> int:
         """Rows of an append buffer to bind so that positions below `end` are in view."""
         return min(self.ctx, -(-end // LIVE_STEP) * LIVE_STEP)

@@ -31,6 +31,7 @@ from edge_kv.tensors import (
 
 FIRST_LOAD = "first load"  # the phase in which weights are packed for the device
 TOKENIZER = "tokenizer"  # the phase, after a load, in which the tokenizer is read
+CHECKPOINTS = 3  # states of the rings that a conversation keeps at turn boundaries
 PLE_BLOCK = 32  # values that share a scale in the PLE file
 SCALE_BYTES = 4  # weight scales are f32
 PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
@@ -89,6 +90,7 @@ class MemoryPlan:
     state: int  # allocated
     touched: int  # of it, holding rows at `depth`
     phases: dict[str, Phase]  # (first load,) load, tokenizer, prefill, decode
+    checkpoints: int = 0  # heap of the rings that a conversation keeps at turn boundaries
 
     @property
     def weight_file(self) -> int:
@@ -98,6 +100,11 @@ class MemoryPlan:
     def peak(self) -> int:
         """Highest total of all phases of a start with packed weights, or without a cache."""
         return max(p.total for n, p in self.phases.items() if n != FIRST_LOAD)
+
+    @property
+    def conversation(self) -> int:
+        """`peak` of a conversation, which keeps checkpoints beside the state."""
+        return self.peak + self.checkpoints
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything above, in bytes."""
@@ -111,6 +118,7 @@ class MemoryPlan:
             "tokenizer": self.tokenizer,
             "state": self.state,
             "state_touched": self.touched,
+            "checkpoints": self.checkpoints,
             "peak": self.peak,
             "phases": {
                 name: {"anon": p.anon, "file": p.file, "total": p.total}
@@ -171,6 +179,7 @@ def predict_memory(
         state=plan.bytes,
         touched=touched,
         phases=phases,
+        checkpoints=CHECKPOINTS * plan.ring_bytes(depth),
     )
 
 

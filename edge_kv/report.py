@@ -204,6 +204,11 @@ def print_plan(data: dict[str, Any], console: Console) -> None:
     if memory["ple_file"]:
         console.print(f"PLE rows: {size(memory['ple_file'])} on disk, read row by row.")
     console.print(f"Tokenizer: {size(memory['tokenizer'])} of heap while there is text to read.")
+    if memory["checkpoints"]:
+        console.print(
+            f"Conversations: up to {size(memory['checkpoints'])} more, to go back to turns whose "
+            "rows the rings have lost."
+        )
     console.print(phase_table(memory))
 
 

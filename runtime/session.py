@@ -24,6 +24,7 @@ import numpy.typing as npt
 from edge_kv.artifact import Artifact, model_fingerprint
 from edge_kv.errors import ContextFullError, PromptError, RewindError, RuntimeFault, SnapshotError
 from edge_kv.kv_plan import StateBuffer
+from edge_kv.memory import CHECKPOINTS
 from edge_kv.runtime import snapshot as snapshots
 
 Ids = npt.NDArray[np.int64]
@@ -33,7 +34,6 @@ _Result = TypeVar("_Result")
 
 # Storage of a plan dtype. int8 rows may be unsigned to an engine; the bytes are its own affair.
 STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
-CHECKPOINTS = 3  # states of the rings a session keeps to go back to
 _LATENCIES = 16_384  # newest decode latencies kept for the percentiles
 
 
@@ -186,12 +186,12 @@ class Session(ABC):
         `CHECKPOINTS` are kept: the first, the newest, and the others as far apart as they come.
         """
         self._check_open()
-        if not self.plan.ring_slots or not 0 < at <= self.pos:
+        if not 0 < at <= self.pos or not self.plan.can_rewind(at, self._written):
             return
-        if not self.plan.can_rewind(at, self._written):
+        rows = tuple(map(bytes, snapshots.ring_rows(self.plan, self.state, at, self._written)))
+        if not rows:
             return
-        rows = snapshots.ring_rows(self.plan, self.state, at, self._written)
-        kept = Checkpoint(tuple(self._tokens[:at]), self._written, tuple(map(bytes, rows)))
+        kept = Checkpoint(tuple(self._tokens[:at]), self._written, rows)
         points = [c for c in self._checkpoints if len(c.tokens) != at]
         self._checkpoints = points = sorted([*points, kept], key=lambda c: len(c.tokens))
         if len(points) > CHECKPOINTS:

@@ -165,3 +165,12 @@ def test_executorch_maps_what_onnxruntime_maps_and_needs_less_beside_it():
         assert native.touched < native.phases[phase].anon < onnx.phases[phase].anon
         assert native.phases[phase].file < onnx.phases[phase].file
     assert set(native.phases) == {"load", "tokenizer", "prefill", "decode"}
+
+
+def test_checkpoints_of_conversations_are_counted():
+    """Every ring row, f32, of three states; none where no layer slides far enough to lose rows."""
+    plan = plan_kv(E2B, ctx=8192)
+    memory = predict_memory(E2B, plan)
+    rings = sum(b.bytes for b in plan.buffers if b.kind == "ring")
+    assert memory.checkpoints == 3 * rings and memory.conversation == memory.peak + 3 * rings
+    assert predict_memory(E2B, plan, depth=10).checkpoints == 30 * rings // plan.ring_slots
