@@ -43,6 +43,16 @@ if TYPE_CHECKING:
 class _Commands(TyperGroup):
     """The one place where errors become a line and an exit status."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        from edge_kv.guidance import command_for
+
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            meant = command_for(args[0], self.list_commands(ctx))
+            hint = f"Did you mean `edge-kv {meant}`?" if meant else "See `edge-kv --help`."
+            typer.echo(f"Error: There is no command {args[0]!r}. {hint}", err=True)
+            raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -135,11 +145,10 @@ def plan(
     from edge_kv.tensors import block_size as checked_block
     from edge_kv.terminal import output
 
+    name = _name(model, weights)
     if (described := _described(model, weights)) is not None:
         sizes = parse_size(ctx), parse_size(chunk)
-        data = net_plan_data(
-            described, _name(model, weights), *sizes, kv, quant, checked_block(block_size)
-        )
+        data = net_plan_data(described, name, *sizes, kv, quant, checked_block(block_size))
         if as_json:
             _print_json(data)
         else:
@@ -205,10 +214,10 @@ def export(
             open_session=load,
             progress=bar,
         )
-    from edge_kv.artifact import read_artifact
+    from edge_kv.guidance import open_artifact
     from edge_kv.report import artifact_data, parity_line
 
-    made = read_artifact(root)
+    made = open_artifact(root)
     if as_json:
         _print_json({"artifact": str(root), **artifact_data(made)})
     else:
@@ -278,7 +287,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Stream tokens on this machine: one reply, or a conversation."""
-    from edge_kv.artifact import read_artifact
+    from edge_kv.guidance import open_artifact
     from edge_kv.repl import THINK, Terminal, converse, ended
     from edge_kv.runtime import load
     from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Message, Options, Template
@@ -291,7 +300,7 @@ def run(
     system = clean_text(system, "system prompt") if system else None
     if text is None and as_json:
         raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
-    opened = read_artifact(artifact)
+    opened = open_artifact(artifact)
     if ram_limit:
         _check_ram(opened, ram_limit, engine, cache=not no_cache)
     options = Options(
@@ -365,7 +374,7 @@ def bench(
     ] = None,
 ) -> None:
     """Tokens/s, latency and peak RAM at real depth, against the plan, per runtime."""
-    from edge_kv.artifact import read_artifact
+    from edge_kv.guidance import open_artifact
     from edge_kv.kv_plan import parse_size
     from edge_kv.report import print_bench
     from edge_kv.runtime.bench import bench as measure
@@ -375,7 +384,7 @@ def bench(
         raise ConfigError(f"Unknown --compare {compare!r}; it can be torch.")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"Cannot draw {plot}; name a .png, .svg or .pdf.")
-    opened = read_artifact(artifact)
+    opened = open_artifact(artifact)
     engines = [name.strip() for name in engine.split(",")]
     with Bar() as bar:
         document = measure(
@@ -407,15 +416,63 @@ def bench(
 @app.command()
 def inspect(artifact: ArtifactDir, as_json: Json = False) -> None:
     """What is in an artifact: layers, buffers, bytes, who reads what."""
-    from edge_kv.artifact import read_artifact
+    from edge_kv.guidance import open_artifact
     from edge_kv.report import artifact_data, print_artifact
     from edge_kv.terminal import output
 
-    data = artifact_data(read_artifact(artifact))
+    data = artifact_data(open_artifact(artifact))
     if as_json:
         _print_json(data)
     else:
         print_artifact(data, output())
+
+
+@app.command(name="list")
+def list_artifacts(
+    folder: Annotated[Path, typer.Argument(help="Where to look, and in the folders there.")] = Path(
+        "."
+    ),
+    as_json: Json = False,
+) -> None:
+    """The artifacts in a folder: size, context, engines, quality."""
+    from edge_kv.report import listed_data, print_listed
+    from edge_kv.shelf import artifacts
+    from edge_kv.terminal import output
+
+    data = listed_data(artifacts(folder))
+    if as_json:
+        _print_json({"artifacts": data})
+    elif data:
+        print_listed(data, output())
+    else:
+        typer.echo(f"There are no artifacts in {folder}; `edge-kv export` makes one.")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all of it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What is kept for this machine (compiled libraries, packed weights), and how large it is."""
+    from edge_kv.runtime.cache import cache_directory
+    from edge_kv.shelf import cached
+    from edge_kv.shelf import clear as remove
+    from edge_kv.terminal import size
+
+    directory = cache_directory()
+    if clear:
+        freed = remove(directory)
+        typer.echo(f"Freed {size(freed)} in {directory}; what is needed is made again.")
+        return
+    held = cached(directory)
+    total = sum(c.bytes for c in held)
+    if as_json:
+        kinds = [{"kind": c.kind, "entries": c.entries, "bytes": c.bytes} for c in held]
+        _print_json({"directory": str(directory), "bytes": total, "kinds": kinds})
+        return
+    for c in held:
+        typer.echo(f"{size(c.bytes):>8}  {c.kind} ({c.path.name}/)")
+    typer.echo(f"{size(total):>8}  together, in {directory}; `edge-kv cache --clear` removes it.")
 
 
 @app.command()
@@ -429,12 +486,12 @@ def verify(
     """Integrity and parity again, on this device: digests, then the stored reference logits."""
     from dataclasses import asdict
 
-    from edge_kv.artifact import read_artifact
+    from edge_kv.guidance import open_artifact
     from edge_kv.runtime import load
     from edge_kv.runtime.verify import verify as compare
     from edge_kv.terminal import Bar
 
-    opened = read_artifact(artifact)
+    opened = open_artifact(artifact)
     with Bar() as bar:
         bar.stage("digests")
         total, done = sum(f.size for f in opened.manifest.files.values()), 0
@@ -487,7 +544,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How well does it predict a text? Perplexity, and what was lost against a checkpoint."""
-    from edge_kv.artifact import read_artifact
+    from edge_kv.guidance import open_artifact
     from edge_kv.report import print_evaluation
     from edge_kv.runtime import Tokenizer, load
     from edge_kv.runtime.evaluate import evaluate as measure
@@ -495,7 +552,7 @@ def evaluate(
     from edge_kv.terminal import Bar, output
 
     content = _prompt(None, text)
-    opened = read_artifact(artifact)
+    opened = open_artifact(artifact)
     tokenizer = Tokenizer.of(opened)
     reference = None
     if against:
@@ -565,14 +622,14 @@ def deploy(
     ] = None,
 ) -> None:
     """Copy to a board or a phone what it lacks, verify and measure there, bring the JSON back."""
-    from edge_kv.artifact import read_artifact
     from edge_kv.deploy import deploy_to_board, deploy_to_phone
     from edge_kv.devices import parse_target
+    from edge_kv.guidance import open_artifact
     from edge_kv.kv_plan import parse_size
     from edge_kv.report import print_deploy
     from edge_kv.terminal import Bar, output
 
-    opened = read_artifact(artifact)
+    opened = open_artifact(artifact)
     if json_file and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"Cannot write {json_file}: its directory does not exist.")
     with Bar() as bar:
@@ -642,7 +699,7 @@ def serve(
     ] = None,
 ) -> None:
     """Behind OpenAI's HTTP API, with a page to chat in and figures for monitoring."""
-    from edge_kv.artifact import read_artifact
+    from edge_kv.guidance import open_artifact
     from edge_kv.memory import parse_bytes
     from edge_kv.runtime import load
 
@@ -654,7 +711,7 @@ def serve(
             f"Serving needs {e.name}, which is not installed; in the checkout, run: "
             "pip install '.[serve]'"
         ) from e
-    opened = read_artifact(artifact)
+    opened = open_artifact(artifact)
     if ram_limit:
         _check_ram(opened, ram_limit, engine, cache=not no_cache)
     settings = Settings(
@@ -712,6 +769,9 @@ def _described(model: str | None, weights: str | None) -> NetConfig | None:
 
 
 def _name(model: str | None, weights: str | None) -> str:
+    from edge_kv.guidance import check_model
+
+    check_model(model, weights)
     if model:
         return model
     if not weights:

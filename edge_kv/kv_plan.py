@@ -8,6 +8,7 @@ plan and compute no shape of their own.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -269,13 +270,15 @@ def state_elements(config: ModelConfig, ctx: int, *, sharing: bool, rings: bool)
 
 
 def parse_size(text: str) -> int:
-    """`32768`, `32k` or `128K` as a number of tokens (k = 1024).
+    """`32768`, `32,768`, `32k`, `1.5k` or `128K` as a number of tokens (k = 1024).
 
     Raises:
-        ConfigError: not a positive whole number with an optional k or m.
+        ConfigError: not a positive number with an optional k or m, or no whole number of tokens.
     """
-    factor = {"k": 1024, "m": 1024**2}.get(text.strip()[-1:].lower(), 1)
-    digits = text.strip()[:-1] if factor > 1 else text.strip()
-    if not digits.isdecimal() or int(digits) == 0:
+    number = r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,12}(?:\.[0-9]{1,12})?)"
+    found = re.fullmatch(rf"{number}([km]?)", text.strip().lower())
+    factor = {"k": 1024, "m": 1024**2}.get(found[2], 1) if found else 0
+    count = float(found[1].replace(",", "")) * factor if found else 0.0
+    if not 1 <= count < 2**53 or count != int(count):
         raise ConfigError(f"{text!r} is not a size; write a positive number such as 32768 or 32k.")
-    return int(digits) * factor
+    return int(count)

@@ -17,6 +17,7 @@ from edge_kv.kv_plan import KVPlan, state_elements
 from edge_kv.memory import MemoryPlan
 from edge_kv.models.model import Model
 from edge_kv.runtime.sampling import Sampling
+from edge_kv.shelf import Listed
 from edge_kv.tensors import SCHEMES
 from edge_kv.terminal import layers, size
 
@@ -248,6 +249,52 @@ def parity_line(parity: dict[str, Any]) -> str:
     if perplexity := parity.get("perplexity"):
         line += f", perplexity {perplexity['stored']:.4g} (float {perplexity['float']:.4g})"
     return f"{line}, over {parity['steps']} tokens of the gate's text."
+
+
+def listed_data(found: list[Listed]) -> list[dict[str, Any]]:
+    """For JSON: each artifact of a folder with size, context, engines and quality."""
+    rows: list[dict[str, Any]] = []
+    for one in found:
+        row: dict[str, Any] = {"name": one.name, "bytes": one.bytes}
+        if one.artifact is None:
+            rows.append({**row, "fault": one.fault})
+            continue
+        manifest = one.artifact.manifest
+        entries = (manifest.parity, *map(manifest.parity.get, manifest.backends))
+        lost: dict[str, Any] = next(
+            (e["quantisation"] for e in entries if e and "quantisation" in e), {}
+        )
+        rows.append(
+            {
+                **row,
+                "ctx": one.artifact.plan.ctx,
+                "backends": list(manifest.backends),
+                "quant": manifest.quant.scheme,
+                "mean_kl": lost.get("mean_kl"),
+            }
+        )
+    return rows
+
+
+def print_listed(rows: list[dict[str, Any]], console: Console) -> None:
+    """One line an artifact; what cannot be used says why below."""
+    table = Table(box=None, pad_edge=False)
+    for title, right in (
+        ("artifact", False), ("size", True), ("context", True), ("weights", False), ("KL", True),
+        ("engines", False),
+    ):  # fmt: skip
+        table.add_column(title, justify="right" if right else "left", no_wrap=right)
+    for row in rows:
+        if "fault" in row:
+            table.add_row(row["name"], size(row["bytes"]), "–", "–", "–", "cannot be used")
+            continue
+        kl = "–" if row["mean_kl"] is None else f"{row['mean_kl']:.2g}"
+        engines = ", ".join(row["backends"])
+        table.add_row(row["name"], size(row["bytes"]), f"{row['ctx']:,}", row["quant"], kl, engines)
+    console.print(table)
+    for row in rows:
+        if "fault" in row:
+            console.print(f"{row['name']}: {row['fault']}", soft_wrap=True)
 
 
 def buffer_table(buffers: list[dict[str, Any]]) -> Table:

@@ -229,6 +229,8 @@ parts = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}).en
 CASES = [
     Case("flags", "no model", "plan --ctx 4k"),
     Case("flags", "a preset that does not exist", "plan --model e2 --ctx 4k"),
+    Case("flags", "a checkpoint as --model", "plan --model google/gemma-4-E2B --ctx 4k"),
+    Case("flags", "an artifact as --weights", "export --weights DIR/art --ctx 64", artifact()),
     Case("flags", "a size that is none", "plan --model e2b --ctx 4kk"),
     Case("flags", "no context at all", "plan --model e2b --ctx 0"),
     Case("flags", "a context beyond the model's", "plan --model e2b --ctx 1m"),
@@ -332,6 +334,10 @@ CASES = [
                    _change(d / "model.gguf", lambda raw: raw.replace(b"3.bb", b"3.aa"))),
     ),
     Case("artifact", "nothing there", INSPECT),
+    Case("artifact", "the name of a model", "run e2b Hello"),
+    Case("artifact", "a checkpoint", "run DIR/model Hello", checkpoint),
+    Case("artifact", "a GGUF file", "run DIR/model.gguf Hello", file("model.gguf", b"GGUF")),
+    Case("artifact", "a folder of artifacts", "run DIR Hello", artifact()),
     Case("artifact", "another directory", INSPECT, file("art/notes.txt", b"")),
     Case(
         "artifact", "a manifest that is cut off", INSPECT,

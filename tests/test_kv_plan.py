@@ -240,10 +240,10 @@ def test_requests_no_plan_can_serve(kwargs, message):
 
 
 def test_sizes():
-    assert [parse_size(t) for t in ("32768", "32k", "128K", " 1m ")] == [
-        32_768, 32_768, 131_072, 1 << 20,
+    assert [parse_size(t) for t in ("32768", "32,768", "32k", "1.5k", "128K", " 1m ")] == [
+        32_768, 32_768, 32_768, 1536, 131_072, 1 << 20,
     ]  # fmt: skip
-    for bad in ("", "k", "0", "-1", "1.5k", "32 kb"):
+    for bad in ("", "k", "0", "-1", "1.5", "1.0001k", "32 kb", "3,2768", "9" * 400, "١k"):
         with pytest.raises(ConfigError, match="is not a size"):
             parse_size(bad)
 
