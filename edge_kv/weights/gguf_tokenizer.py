@@ -14,6 +14,7 @@ from typing import Any
 
 from edge_kv.errors import WeightsError
 from edge_kv.weights.fields import Fields
+from edge_kv.weights.gguf_bpe import adds_bos_by_default, byte_level
 
 _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # llama.cpp's token types
@@ -36,11 +37,13 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
         return None
-    if model not in ("llama", "gemma4"):
+    if model not in ("llama", "gemma4", "gpt2"):
         raise WeightsError(
             f"{where}: tokenizer.ggml.model {model!r} is not supported; "
-            "edge-kv reads 'llama' (SentencePiece) and 'gemma4'."
+            "edge-kv reads 'llama' (SentencePiece), 'gemma4' and 'gpt2' (byte-level BPE)."
         )
+    if model == "gpt2":
+        return _byte_level(metadata, where)
     tokens = _strings(metadata, "tokens", where)
     # llama.cpp's converter writes runs of spaces as spaces; the pieces are runs of ▁.
     tokens = [t if t.strip(" ") else t.replace(" ", _SPACE) for t in tokens]
@@ -90,6 +93,21 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
         },
         ensure_ascii=False,
     )
+
+
+def _byte_level(metadata: Mapping[str, Any], where: str) -> str:
+    tokens = _strings(metadata, "tokens", where)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise WeightsError(f"{where}: tokenizer.ggml.tokens repeats a token; convert it again.")
+    kinds = _kinds(metadata.get("tokenizer.ggml.token_type"), tokens, where)
+    merges = _stored_merges(_strings(metadata, "merges", where), vocab, where)
+    document = byte_level(metadata, vocab, merges, _added_tokens(tokens, kinds), where)
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos_by_default(metadata))
+    fields = Fields({**metadata, "tokenizer.ggml.add_bos_token": adds_bos}, where,
+                    prefix="tokenizer.ggml.")  # fmt: skip
+    document["post_processor"] = _post_processor(fields, tokens)
+    return json.dumps(document, ensure_ascii=False)
 
 
 def _merges_of_scores(
