@@ -848,7 +848,7 @@ def test_gguf_storage_that_cannot_be_read(gguf_file, code, message):
 
 BAD_TOKENIZER = [
     ({"tokenizer.ggml.token_type": 7}, "token_type has 0 entries for"),
-    ({"tokenizer.ggml.model": "gpt2"}, "'gpt2' is not supported"),
+    ({"tokenizer.ggml.model": "rwkv"}, "'rwkv' is not supported"),
     ({"tokenizer.ggml.tokens": None}, "tokens must be a list of texts"),
     ({"tokenizer.ggml.merges": ["a"]}, "the merge 'a' does not join"),
     ({"tokenizer.ggml.merges": ["q zzz"]}, "the merge 'q zzz' does not join"),
