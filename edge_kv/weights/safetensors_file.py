@@ -93,7 +93,9 @@ def _stored(
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        sound = all(type(i) is int and i >= 0 for i in (*shape, first, last))
+        sound = isinstance(dtype, str) and all(
+            type(i) is int and i >= 0 for i in (*shape, first, last)
+        )
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound or first > last:
