@@ -11,7 +11,7 @@ import numpy as np
 from edge_kv import models
 from edge_kv.errors import ConfigError, WeightsError
 from edge_kv.models.model import TABLE, Model, Weight
-from edge_kv.weights.gguf_file import open_gguf
+from edge_kv.weights.gguf_file import is_gguf, only_model, open_gguf
 from edge_kv.weights.hf_files import open_files, read_json, weight_files
 from edge_kv.weights.scaled import joined_scales
 from edge_kv.weights.source import COMPARED, Array, Stored, first_not_finite
@@ -20,6 +20,7 @@ from edge_kv.weights.source import COMPARED, Array, Stored, first_not_finite
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _EXPERT = "{e}"
 _HEAD = "lm_head.weight"
+_ARCHITECTURE = "general.architecture"
 _LISTED = 20  # faults spelt out in one message
 
 
@@ -198,6 +199,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         WeightsError: a file is missing, cut off or not what its name says.
         ConfigError: it describes a model that is not supported, or a field has a wrong value.
     """
+    path = _model_path(path)
     if path.is_dir():
         raw = _config_json(path)
         config = config_from_hf(raw, str(path / "config.json"))
@@ -205,20 +207,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
         stored = joined_scales(open_files(files))
         return Checkpoint(config, stored, "hf", f"directory {path.resolve().name}")
     file = open_gguf(path)
-    module = models.module_for("GGUF", file.metadata.get("general.architecture"), path.name)
+    module = models.module_for("GGUF", file.metadata.get(_ARCHITECTURE), path.name)
     config = _described(lambda: module.read_gguf(file, path.name), path.name)
     return Checkpoint(config, file.tensors, "gguf", f"{path.name} (GGUF)")
 
 
 def read_config(path: Path) -> Model | None:
-    """The config of a Hugging Face directory or a .gguf file; None where it is neither.
+    """The config of a Hugging Face directory or a GGUF file; None for a model not listed here.
 
     Raises:
-        ConfigError: a model that is not supported, or a field with a wrong value.
+        WeightsError: a file that is damaged, or a directory of several models.
+        ConfigError: a field with a wrong value.
     """
+    path = _model_path(path)
     if path.is_dir():
-        return config_from_hf(_config_json(path), str(path / "config.json"))
-    return open_checkpoint(path).config if path.is_file() else None
+        raw = read_json(path / "config.json")
+        known = raw is not None and _known("HF", raw.get("model_type"))
+        return config_from_hf(raw, str(path / "config.json")) if raw and known else None
+    if not is_gguf(path) or not _known("GGUF", open_gguf(path).metadata.get(_ARCHITECTURE)):
+        return None
+    return open_checkpoint(path).config
+
+
+def _known(format: str, kind: object) -> bool:
+    return any(kind in getattr(module, format) for module in models.MODULES)
+
+
+def _model_path(path: Path) -> Path:
+    """`path`, or the one GGUF model in a directory without safetensors."""
+    return (only_model(path) or path) if path.is_dir() else path
 
 
 def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> Model:

@@ -98,22 +98,11 @@ def _not_finite(source: WeightSource, spec: TensorSpec) -> tuple[int, ...] | Non
 
 def _directory(path: Path) -> WeightSource:
     """A Hugging Face directory, or the one GGUF model in a directory without safetensors."""
-    from edge_kv.weights.gguf_file import model_names
+    from edge_kv.weights.gguf_file import only_model
     from edge_kv.weights.hf import HFDirectory
 
-    try:
-        names = os.listdir(path)
-    except OSError as e:
-        raise WeightsError(f"{path} cannot be read ({e.strerror}).") from e
-    found = model_names(names)
-    if not found or any(name.endswith(".safetensors") for name in names):
-        return HFDirectory(path)
-    if len(found) > 1:
-        raise WeightsError(
-            f"{path} holds {len(found)} GGUF models ({', '.join(found[:5])}"
-            f"{', …' if len(found) > 5 else ''}); give the path of the one you mean."
-        )
-    return _file(path / found[0])
+    found = only_model(path)
+    return HFDirectory(path) if found is None else _file(found)
 
 
 def _file(path: Path) -> WeightSource:

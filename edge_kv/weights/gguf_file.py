@@ -7,6 +7,7 @@ half a second. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable
@@ -47,6 +48,27 @@ def model_names(names: Iterable[str]) -> list[str]:
     """The GGUF files among `names` that a model begins in: no later parts, no vision projectors."""
     found = [n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower()]
     return sorted(n for n in found if (part := _PART.fullmatch(n)) is None or int(part[2]) == 1)
+
+
+def only_model(directory: Path) -> Path | None:
+    """The one GGUF model in a directory without safetensors; None where there is none.
+
+    Raises:
+        WeightsError: several of them, or a directory that cannot be read.
+    """
+    try:
+        names = os.listdir(directory)
+    except OSError as e:
+        raise WeightsError(f"{directory} cannot be read ({e.strerror}).") from e
+    found = model_names(names)
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return None
+    if len(found) > 1:
+        raise WeightsError(
+            f"{directory} holds {len(found)} GGUF models ({', '.join(found[:5])}"
+            f"{', …' if len(found) > 5 else ''}); give the path of the one you mean."
+        )
+    return directory / found[0]
 
 
 def part_names(first: str) -> list[str]:
