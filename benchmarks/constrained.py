@@ -20,7 +20,7 @@ import jsonschema
 import numpy as np
 from common import machine, write_result
 
-from edge_kv.runtime import Generator, Message, Options, Template, load
+from edge_kv.runtime import Generator, Message, Options, Template, Tokenizer, load
 from edge_kv.runtime.chat import RAW_TEMPLATE
 from edge_kv.runtime.constraints import Engine, Grammar
 
@@ -100,11 +100,31 @@ def costs(generator: Generator, schema: dict) -> dict[str, float]:
     return {"decode": statistics.median(steps), "mask": statistics.median(masks)}
 
 
+def mask_seconds(tokenizer: Tokenizer, schema: dict) -> float:
+    """Median seconds of one token's mask over the vocabulary of a tokenizer."""
+    size = tokenizer.vocab_size
+    engine = Engine(tokenizer, size, [1])
+    logits = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    times = []
+    for _ in range(5):
+        text = engine.start(Grammar.json_schema(schema))
+        for _ in range(60):
+            begin = time.perf_counter()
+            allowed = np.where(text.allowed(1 << 20), logits, np.float32(-np.inf))
+            text.accept(int(allowed.argmax()))
+            times.append(time.perf_counter() - begin)
+            np.random.default_rng(len(times)).shuffle(logits)
+            if text.ended:
+                break
+    return statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--engine", default="onnx")
     parser.add_argument("--replies", type=int, default=REPLIES, help="of each schema")
+    parser.add_argument("--tokenizer", type=Path, help="time masks over this vocabulary too")
     parser.add_argument("--write", action="store_true", help="keep it as a result")
     args = parser.parse_args()
     with load(args.artifact, args.engine) as session:
@@ -123,6 +143,12 @@ def main() -> None:
             "replies": args.replies * len(SCHEMAS),
             "valid": sum(counts),
             "seconds": costs(generator, {"type": "object", "additionalProperties": NAME}),
+        }
+    if args.tokenizer:
+        large = Tokenizer(args.tokenizer, bos_id=2)
+        document["large"] = {
+            "vocabulary": large.vocab_size,
+            "mask_seconds": mask_seconds(large, {"type": "object", "additionalProperties": NAME}),
         }
     print(json.dumps(document, indent=1))
     if args.write:

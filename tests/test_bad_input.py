@@ -249,6 +249,18 @@ CASES = [
     Case("flags", "no threads", f"{RUN} --threads 0", artifact()),
     Case("flags", "sampling out of range", f"{RUN} --top-p 2 --temperature -1", artifact()),
     Case("flags", "an unknown policy", f"{RUN} --on-full slid", artifact()),
+    Case("flags", "thinking neither on nor off", f"{RUN} --think maybe", artifact()),
+    Case(
+        "flags", "a schema that is not JSON", f"{RUN} --json-schema DIR/schema",
+        lambda d: (artifact()(d), file("schema", b"{")(d)),
+    ),
+    Case(
+        "flags", "a schema nobody can meet", f"{RUN} --json-schema DIR/schema",
+        lambda d: (artifact()(d), file("schema", b'{"type": "objekt"}')(d)),
+    ),
+    Case("flags", "a regular expression that is none", f"{RUN} --regex 'a('", artifact()),
+    Case("flags", "two grammars", f"{RUN} --regex a --grammar DIR/lark", artifact()),
+    Case("flags", "more log-probabilities than are kept", f"{RUN} --logprobs 999", artifact()),
     Case("flags", "less RAM than planned", f"{RUN} --ram-limit 1m", artifact()),
     Case("flags", "an amount of RAM that is none", f"{RUN} --ram-limit lots", artifact()),
     Case("flags", "a depth beyond the context", "bench DIR/art --ctx 4k", artifact()),
@@ -389,6 +401,10 @@ CASES = [
         "run DIR/art 'which is longer than all of the context that was exported'", artifact(),
     ),
     Case("prompt", "a turn the template refuses", RUN, refusing_template),
+    Case(
+        "prompt", "a template that never ends", RUN,
+        artifact(template="{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+    ),
 ]  # fmt: skip
 
 

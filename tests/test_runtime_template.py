@@ -87,13 +87,13 @@ def test_tools_and_variables_reach_the_template():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_misbehaving_template_is_one_sentence_soon(name):
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(
         PromptError, match=r"^The chat template refuses this conversation: .+\.$"
     ) as e:
         Template(HOSTILE[name]).render(TURNS)
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
-    assert time.perf_counter() - begin < 2 * module.SECONDS
+    assert time.thread_time() - begin < 2 * module.SECONDS
 
 
 def test_formats_do_not_reach_internals():
@@ -103,7 +103,7 @@ def test_formats_do_not_reach_internals():
 
 def test_time_is_limited_too(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(module.time, "thread_time", lambda: float(next(clock)))
     with pytest.raises(PromptError, match="more than 10 seconds"):
         Template("{% for i in range(100) %}{{ i }}{% endfor %}").render(TURNS)
 
