@@ -1,0 +1,127 @@
+"""`make demo` and `make test` in clean systems: what they take, and whether they pass.
+
+    python benchmarks/fresh_systems.py --systems debian-12 debian-13 --targets demo test
+
+Each system is a root file system that mmdebstrap makes of Debian's or Ubuntu's packages, with
+Python and make, and once with and once without a C++ compiler. The committed state of this checkout
+is cloned into it. Needs root, mmdebstrap, 10 GB of disk a system, and the network of this machine;
+--torch names a build of PyTorch for machines that cannot reach the index of CPU builds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import say, write_result
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = "python3,python3-venv,python3-pip,make,git,ca-certificates"
+COMPILER = "g++"
+# What a chroot needs of this machine to reach package indexes the way it does.
+SHARED = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
+
+
+@dataclass(frozen=True)
+class System:
+    """A release: its suite, and the mirror that has it."""
+
+    suite: str
+    mirror: str
+
+
+SYSTEMS = {
+    "debian-12": System("bookworm", "http://deb.debian.org/debian"),
+    "debian-13": System("trixie", "http://deb.debian.org/debian"),
+    "ubuntu-24.04": System("noble", "http://archive.ubuntu.com/ubuntu"),
+}
+RUNTIME = (
+    "python3 -m venv .venv && .venv/bin/pip install -q . && "
+    ".venv/bin/edge-kv run /artifact 'In those days' --max-new-tokens 8"
+)
+"""The target `runtime`: the torch-free install, running an artifact from outside."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--targets", nargs="+", default=["demo", "test"])
+    parser.add_argument("--compilers", nargs="+", choices=["with", "without"],
+                        default=["without", "with"])  # fmt: skip
+    parser.add_argument("--torch", help="the TORCH of the Makefile")
+    parser.add_argument("--artifact", type=Path, help="for the target runtime")
+    parser.add_argument("--result", default="fresh_systems")
+    args = parser.parse_args()
+    rows = []
+    for name in args.systems:
+        for compiler in args.compilers:
+            rows.append(measure(name, compiler == "with", args))
+            write_result(args.result, {"systems": rows})
+
+
+def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, Any]:
+    """One system: its Python, and each target's status, time and disk."""
+    system = SYSTEMS[name]
+    row: dict[str, Any] = {"system": name, "compiler": compiler}
+    home = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    try:
+        include = f"{PACKAGES},{COMPILER}" if compiler else PACKAGES
+        made = run("mmdebstrap", "--variant=apt", f"--include={include}", system.suite,
+                   str(home / "root"), system.mirror)  # fmt: skip
+        if made.returncode:
+            return {**row, "fault": last_line(made.stderr)}
+        root = home / "root"
+        for path in map(Path, SHARED):
+            if path.exists():
+                (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, root / path.relative_to("/"))
+        run("mount", "-t", "proc", "proc", str(root / "proc"))
+        run("git", "clone", "-q", str(ROOT), str(root / "root/edge-kv"))
+        if args.artifact:
+            shutil.copytree(args.artifact, root / "artifact")
+        row["python"] = inside(root, "python3 --version").stdout.split()[-1]
+        for target in args.targets:
+            torch = f" TORCH={args.torch}" if args.torch else ""
+            command = RUNTIME if target == "runtime" else f"make {target}{torch}"
+            begin = time.monotonic()
+            done = inside(root, f"cd /root/edge-kv && {command}")
+            row[target] = {
+                "command": command,
+                "status": done.returncode,
+                "seconds": round(time.monotonic() - begin),
+                "disk_mb": disk_mb(root / "root/edge-kv"),
+                "last": last_line(done.stdout if not done.returncode else done.stderr),
+            }
+            say(f"{name} {'with' if compiler else 'without'} g++: {target} {row[target]}")
+    finally:
+        run("umount", str(home / "root/proc"))
+        shutil.rmtree(home, ignore_errors=True)
+    return row
+
+
+def inside(root: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a root file system, with a clean environment."""
+    return run("env", "-i", "HOME=/root", "PATH=/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8",
+               "chroot", str(root), "sh", "-c", script)  # fmt: skip
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1][:300]
+
+
+def disk_mb(folder: Path) -> int:
+    return round(sum(p.lstat().st_size for p in folder.rglob("*")) / 1e6)
+
+
+if __name__ == "__main__":
+    main()
