@@ -57,6 +57,17 @@ def config(**changes: object) -> Callable[[Path], None]:
     return prepare
 
 
+def described(model_type: str, **fields: object) -> Callable[[Path], None]:
+    """DIR/model with a config.json of another family, defaults beside `fields`, and no weights."""
+
+    def prepare(root: Path) -> None:
+        (root / "model").mkdir()
+        values = {"model_type": model_type, **fields}
+        (root / "model" / "config.json").write_text(json.dumps(values))
+
+    return prepare
+
+
 def tensors(edit: Callable[[dict], None]) -> Callable[[Path], None]:
     """DIR/model with other tensors."""
 
@@ -277,6 +288,19 @@ CASES = [
     Case("config", "a layer type of another model", PLAN, config(layer_types=["linear"] * 8)),
     Case("config", "a layer without a type", PLAN, config(layer_types=["full_attention"] * 7)),
     Case("config", "biases", PLAN, config(attention_bias=True)),
+    Case(
+        "config", "a rope that is not computed", PLAN,
+        described(
+            "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=512, rope_scaling={"type": "longrope"},
+        ),
+    ),
+    Case(
+        "config", "more experts a token than there are", PLAN,
+        described("laguna", num_experts=8, num_experts_per_tok=9),
+    ),
+    Case("config", "DeepSeek V4.1", PLAN, described("deepseek_v4", engram_layers=[1, 14])),
+    Case("config", "another convolution", PLAN, described("zaya", cca_time0=4)),
     Case("config", "a norm that divides by nothing", PLAN, config(rms_norm_eps=0)),
     Case("config", "a token outside the vocabulary", PLAN, config(eos_token_id=[1, 4096])),
     Case("config", "an LM head of its own", PLAN, config(tie_word_embeddings=False)),
