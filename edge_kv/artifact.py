@@ -17,10 +17,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from edge_kv import manifest as schema2
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ArtifactError, EdgeKVError, PlanError
 from edge_kv.files import write_text
 from edge_kv.kv_plan import KVPlan, plan_kv
+from edge_kv.manifest import PleEntry as PleEntry
+from edge_kv.manifest import SamplingEntry, TokensEntry
 
 CHECKED_BYTES = 64 << 20  # of a program whose digest is checked at every load
 SCHEMA_VERSION = 1
@@ -63,34 +66,6 @@ class QuantEntry(_Schema):
     scheme: str
     block_size: int
     tensors: dict[str, TensorReport]
-
-
-class PleEntry(_Schema):
-    """Layout of the per-layer embedding file: one row a token, read by row outside the graph.
-
-    A row is n_layers * dim values (bits 4: two in a byte, low nibble first, stored + 8; bits 8:
-    int8; bits 32: f32) and then, below 32 bits, one f16 scale for every `block` values.
-    """
-
-    file: str
-    rows: int
-    n_layers: int
-    dim: int
-    bits: int
-    block: int
-
-    @property
-    def values(self) -> int:
-        return self.n_layers * self.dim
-
-    @property
-    def data_bytes(self) -> int:
-        return self.values * self.bits // 8
-
-    @property
-    def row_bytes(self) -> int:
-        scales = 0 if self.bits == 32 else self.values // self.block * 2
-        return self.data_bytes + scales
 
 
 class TensorIO(_Schema):
@@ -171,13 +146,43 @@ class Manifest(_Schema):
 
 
 class Artifact:
-    """An opened artifact directory: manifest read, sizes checked (digests by `check_digests`)."""
+    """An opened artifact directory: manifest read, sizes checked (digests by `check_digests`).
 
-    def __init__(self, root: Path, manifest: Manifest):
+    Schema 2 carries its plan and its tokens; of schema 1, which models of the old seam still have,
+    both are derived from the model config.
+    """
+
+    tokens: TokensEntry
+    sampling: SamplingEntry
+    config: Any  # ModelConfig; None for schema 2, whose runtimes need no model
+    plan: Any  # KVPlan, or plan.Plan for schema 2
+
+    def __init__(self, root: Path, manifest: Manifest | schema2.Manifest):
         self.root = root
-        self.manifest = manifest
-        self.config = manifest.config()
-        self.plan = manifest.kv_plan()
+        self.manifest: Any = manifest
+        if isinstance(manifest, schema2.Manifest):
+            self.config = None
+            self.tokens, self.sampling = manifest.tokens, manifest.sampling
+            try:
+                self.plan = manifest.plan.plan()
+            except PlanError as e:
+                raise ArtifactError(f"The manifest's plan is not valid: {e}") from e
+            self.model_digest = manifest.identity.model
+            self.plan_digest = manifest.identity.plan
+            return
+        self.config, self.plan = manifest.config(), manifest.kv_plan()
+        stops = manifest.tokenizer.stop_ids if manifest.tokenizer else []
+        self.tokens = TokensEntry(
+            vocab=self.config.vocab_size,
+            bos=self.config.bos_id,
+            eos=list(dict.fromkeys([*self.config.eos_ids, *stops])),
+            pad=self.config.pad_id,
+            suppress=[],
+        )
+        self.sampling = SamplingEntry()
+        self.model_digest = model_fingerprint(manifest)
+        entry = manifest.plan.model_dump_json()
+        self.plan_digest = hashlib.sha256(entry.encode()).hexdigest()
 
     def path(self, name: str) -> Path:
         """Absolute path of a file the manifest lists."""
@@ -186,13 +191,24 @@ class Artifact:
     def backend(self, engine: str) -> Backend:
         """Programs for `engine`; raises ArtifactError when it was exported without them."""
         try:
-            return self.manifest.backends[engine]
+            found: Backend = self.manifest.backends[engine]
+            return found
         except KeyError:
             have = ", ".join(sorted(self.manifest.backends)) or "none"
             raise ArtifactError(
                 f"{self.root} has no programs for {engine!r} (it has: {have}); "
                 f"export again with --backend {engine}."
             ) from None
+
+    def parity(self, backend: str) -> dict[str, Any]:
+        """What the programs of a backend met when they were made; empty when that is not there."""
+        entries = self.manifest.parity
+        if isinstance(self.manifest, schema2.Manifest):
+            return entries[backend].model_dump() if backend in entries else {}
+        found: dict[str, Any] = entries.get(
+            backend, entries
+        )  # the first backend's is the artifact's
+        return found
 
     def check_digests(self) -> Iterator[tuple[str, int]]:
         """Verify every file's SHA-256, yielding (name, bytes) as each one passes.
@@ -214,17 +230,20 @@ class Artifact:
             ArtifactError: its content is not what the manifest says.
         """
         entry = self.manifest.files[name]
-        if entry.sha256 and entry.size <= CHECKED_BYTES:
+        if self.manifest.finished and entry.size <= CHECKED_BYTES:
             self._check_digest(name, entry)
         return self.path(name)
 
     def ple(self) -> PleEntry | None:
-        """The per-layer embedding file that the model config asks for.
+        """The per-layer embedding file; of schema 1, the one that the model config asks for.
 
         Raises:
             ArtifactError: the manifest has another one, or none.
         """
-        entry, config = self.manifest.ple, self.config
+        entry: PleEntry | None = self.manifest.ple
+        config = self.config
+        if config is None:
+            return entry
         said = (entry.rows, entry.n_layers, entry.dim) if entry else None
         wanted = (config.vocab_size, config.n_layers, config.ple_dim) if config.ple_dim else None
         if said != wanted:
@@ -257,15 +276,18 @@ def read_artifact(root: str | Path) -> Artifact:
     if not path.is_file():
         raise ArtifactError(f"{root} has no {MANIFEST}; it is not an edge-kv artifact.")
     try:
-        raw = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        raw = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ArtifactError(f"{path} is not valid JSON ({e}); the artifact is damaged.") from e
     if not isinstance(raw, dict):
         raise ArtifactError(f"{path} is not a JSON object; the artifact is damaged.")
     version = raw.get("schema_version")
+    if version == schema2.SCHEMA_VERSION and version is not True:
+        return _checked(root, path, schema2.parse_manifest(text, str(path)))
     if version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{path} has schema_version {version!r}, this edge-kv reads {SCHEMA_VERSION}; "
+            f"{path} has schema_version {repr(version)[:40]}, this edge-kv reads 1 and 2; "
             "update edge-kv or export again."
         )
     try:
@@ -275,15 +297,22 @@ def read_artifact(root: str | Path) -> Artifact:
             f"{path} is not a valid manifest ({_first(e)}); it was edited or comes from another "
             "edge-kv; export again."
         ) from e
+    return _checked(root, path, manifest)
+
+
+def _checked(root: Path, path: Path, manifest: Manifest | schema2.Manifest) -> Artifact:
+    """The artifact of a manifest whose files are there."""
     for name, entry in manifest.files.items():
         _check_file(root, name, entry)
-    for name in _named_files(manifest):
+    for name in (
+        _named_files(manifest) if isinstance(manifest, Manifest) else manifest.named_files()
+    ):
         if name not in manifest.files:
             raise ArtifactError(f"{path} uses {name!r} but does not list its size and digest.")
     return Artifact(root, manifest)
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
+def write_manifest(root: Path, manifest: Manifest | schema2.Manifest) -> None:
     """Write `manifest.json` beside and rename it: readers see the old one or the whole new one."""
     path = root / MANIFEST
     write_text(path, manifest.model_dump_json(indent=1) + "\n")
@@ -326,7 +355,7 @@ def _named_files(manifest: Manifest) -> Iterator[str]:
             yield manifest.tokenizer.chat_template
 
 
-def _check_file(root: Path, name: str, entry: FileEntry) -> None:
+def _check_file(root: Path, name: str, entry: FileEntry | schema2.FileEntry) -> None:
     pure = PurePosixPath(name)
     odd = "\\" in name or not name.isprintable()
     if pure.is_absolute() or ".." in pure.parts or odd or not pure.parts:

@@ -140,6 +140,14 @@ class Plan:
             if not t.exact and (rings or t.stride == 1)
         )
 
+    def earliest(self, written: int) -> int:
+        """The lowest position but 0 that decoding may go on at after `written` positions; 0: any.
+
+        Going back to 0 is always possible: nothing before it is looked back on.
+        """
+        return max((t.oldest(written) + t.keep - 1 for t in self.tables if t.oldest(written)),
+                   default=0)  # fmt: skip
+
     def can_rewind(self, to: int, written: int) -> bool:
         """Whether decoding may go on at `to` after `written` positions were written."""
         return 0 <= to <= written and all(t.can_resume(to, written) for t in self.tables)

@@ -25,7 +25,9 @@ from edge_kv.config import ModelConfig
 from edge_kv.errors import ParityError
 from edge_kv.kv_plan import KVPlan
 from edge_kv.parity import Divergence, divergence, log_softmax
+from edge_kv.plan import Plan
 
+AnyPlan = KVPlan | Plan
 DECODE_STEPS = 24
 ULP = 2.0**-23  # a unit in the last place of a float32 near 1
 # What still counts as numerical noise of the lowering: the largest |Δlogit| in units of the logits'
@@ -78,13 +80,13 @@ class GateRun:
         return len(self.ids) - self.prompt
 
 
-def plan_run(plan: KVPlan, vocab: int, encode: Callable[[str], list[int]] | None) -> GateRun:
+def plan_run(plan: AnyPlan, vocab: int, encode: Callable[[str], list[int]] | None) -> GateRun:
     """Choose tokens: text when there is a tokenizer, seeded random ids otherwise.
 
     Long enough to wrap every ring behind a whole window, as far as ctx allows.
     """
     steps = max(1, min(DECODE_STEPS, plan.ctx // 2))
-    prompt = min(plan.ctx - steps, plan.ring_slots + plan.chunk // 2 + 5)
+    prompt = min(plan.ctx - steps, _turn(plan) + plan.chunk // 2 + 5)
     if encode:
         once = encode((files("edge_kv") / "data" / "passage.txt").read_text(encoding="utf-8"))
         ids = np.resize(np.array(once, np.int64), prompt + steps)
@@ -92,6 +94,13 @@ def plan_run(plan: KVPlan, vocab: int, encode: Callable[[str], list[int]] | None
         ids = np.random.default_rng(0).integers(0, vocab, prompt + steps)
     chunks = tuple(_chunks(prompt, plan.chunk))
     return GateRun(ids.astype(np.int64), prompt, chunks, text=encode is not None)
+
+
+def _turn(plan: AnyPlan) -> int:
+    """Positions after which every ring has wrapped and two blocks of every kind are complete."""
+    if isinstance(plan, KVPlan):
+        return plan.ring_slots
+    return max(t.slots if t.keep else 2 * t.stride if t.stride > 1 else 0 for t in plan.tables)
 
 
 def _chunks(prompt: int, chunk: int) -> Iterator[int]:
@@ -118,7 +127,7 @@ def replay(session: Runner, run: GateRun) -> npt.NDArray[np.float32]:
 
 def judge(
     run: GateRun,
-    plan: KVPlan,
+    plan: AnyPlan,
     *,
     exact: npt.NDArray[np.float32],
     shipped: npt.NDArray[np.float32],

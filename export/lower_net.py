@@ -22,17 +22,17 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from edge_kv import models
-from edge_kv.artifact import Program, TensorIO
 from edge_kv.errors import ExportError
 from edge_kv.export.onnx_functions import OPSET, attach_functions, translation_table
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import Region, WeightLayout
+from edge_kv.manifest import Program, TensorIO, live_axis, table_shape
 from edge_kv.models.model import Model
 from edge_kv.nets import make_net, ops
 from edge_kv.nets.state import TORCH_DTYPES, Read
 from edge_kv.nets.weights import Decoder
-from edge_kv.plan import LIVE_STEP, SCALE, Plan, Table
+from edge_kv.plan import LIVE_STEP, SCALE, Plan
 
 IR_VERSION = 11
 EXACT = ".exact"  # suffix of the variant with float kernels, which only the parity gate runs
@@ -119,7 +119,9 @@ def lower_net(
     with torch.device("meta"):
         net = make_net(config, PackedWeights(models.weights(config), layout))
     assert isinstance(net, nn.Module)
-    computed = {n: b for n, b in net.named_buffers() if not b.is_meta}  # frequencies of ropes
+    computed = {
+        n: b for n, b in net.named_buffers(remove_duplicate=False) if not b.is_meta
+    }  # frequencies of ropes
     net.to("meta")
     programs = {}
     for name, build in PROGRAMS.items():
@@ -139,13 +141,6 @@ def lower_net(
             outputs=[_describe(v) for v in model.graph.outputs],
         )
     return programs
-
-
-def live_axis(table: Table) -> str | None:
-    """Name of the axis that grows with the position, for tables bound as a prefix."""
-    if table.keep or table.slots == 1:
-        return None
-    return "live" if table.stride == 1 else f"live{table.stride}"
 
 
 def _trace_program(module: nn.Module, plan: Plan, *, decode: bool) -> ir.Model:
@@ -203,7 +198,7 @@ def _name_io(model: ir.Model, plan: Plan, name: str) -> None:
     outputs = [*(["logits"] if name == "decode" else []), *(f"{t}.out" for t in tables)]
     shapes: dict[str, tuple[int | str, ...]] = {}
     for t in plan.tables:
-        shapes[t.name] = shapes[f"{t.name}.out"] = (live_axis(t) or t.slots, *t.row)
+        shapes[t.name] = shapes[f"{t.name}.out"] = table_shape(t)
     if name == "prefill" and plan.chunk > 1:
         shapes["ids"] = ("chunk",)
     for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
@@ -234,7 +229,7 @@ def _place_weights(
 ) -> None:  # fmt: skip
     """Point every initializer at its rows in the weight file; small ones become constants."""
     rows = {}
-    for path, module in net.named_modules():
+    for path, module in net.named_modules(remove_duplicate=False):
         for name, held in getattr(module, "held", {}).items():
             rows[f"net.{path}.{name}"] = held
     for name, value in list(model.graph.initializers.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,17 @@ from edge_kv.nets.weights import Holder, Rows, Weights
 class _Packed(Holder):
     """A module over packed integers and their scales, held as two buffers each."""
 
-    def pack(self, name: str, t: StoredTensor, layout: WeightLayout, start: int, stop: int) -> None:
-        """Buffers `name`packed and `name`scales for rows start … stop-1 of a stored tensor."""
+    def pack(
+        self, name: str, t: StoredTensor, layout: WeightLayout, start: int, stop: int,
+        flat: bool = False,
+    ) -> None:  # fmt: skip
+        """Buffers `name`packed and `name`scales for rows start … stop-1 of a stored tensor.
+
+        `flat`: the blocks of a row lie in one axis.
+        """
         for part in ("packed", "scales"):
             region = layout.regions[f"{t.spec.name}.{part}"]
-            shape = (stop - start, *region.shape[1:])
+            shape = (stop - start, *([prod(region.shape[1:])] if flat else region.shape[1:]))
             dtype = torch.uint8 if region.dtype == "u8" else torch.float32
             self.held[name + part] = Rows(region.name, start)
             self.register_buffer(name + part, torch.empty(shape, dtype=dtype))
@@ -56,10 +63,10 @@ class PackedEmbedding(_Packed):
     def __init__(self, t: StoredTensor, layout: WeightLayout):
         super().__init__()
         self.bits, self.block = t.bits, t.block
-        self.pack("", t, layout, 0, t.spec.shape[0])
+        self.pack("", t, layout, 0, t.spec.shape[0], flat=True)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = ops.embed_q(ids, self.packed.flatten(1), self.scales, self.bits, self.block)
+        rows: Tensor = ops.embed_q(ids, self.packed, self.scales, self.bits, self.block)
         return rows
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_kv import __version__, tensors
+from edge_kv import __version__, models, tensors
 from edge_kv.artifact import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -34,7 +34,7 @@ from edge_kv.artifact import (
 )
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
-from edge_kv.export import gate
+from edge_kv.export import gate, net_pipeline
 from edge_kv.export.backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
@@ -102,6 +102,12 @@ def export_model(
     block = tensors.block_size(block_size)
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
+    if (found := net_pipeline.find_source(model, weights)) is not None:
+        if backends != ("onnx",):
+            raise ExportError(f"{found.label}: this model is exported with --backend onnx only.")
+        state = models.plan(found.config, ctx=ctx, chunk=chunk, kv=kv)
+        rows = WeightLayout(models.weights(found.config), quant, block)
+        return net_pipeline.export_net(found, state, rows, out, open_session, progress)
     preset = get_preset(model) if model else None
     if preset is None and weights is None:
         raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")

@@ -194,7 +194,8 @@ def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, f
         stop = min(start + rows, t.spec.shape[0])
         values = torch.from_numpy(source.read(t.spec.name, start, stop))
         if t.bits == 32:
-            _put(fd, layout.regions[t.spec.name], start, values)
+            whole = layout.regions[t.spec.name].dtype == "i64"
+            _put(fd, layout.regions[t.spec.name], start, values.long() if whole else values)
             continue
         size += float(values.square().sum(dtype=torch.float64))
         packed, scales, error = layout.quantize(values.flatten(0, -2), t.bits, t.block)

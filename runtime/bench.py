@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from edge_kv import __version__
-from edge_kv.artifact import Artifact, model_fingerprint, read_artifact
+from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
 from edge_kv.kv_plan import state_elements
 from edge_kv.memory import ENGINES, predict_memory, streamed_bytes
@@ -267,7 +267,7 @@ def _fill(job: Job, open_session: Open) -> dict[str, str]:
     made["0"] = "empty"
     missing = [d for d in job.depths if d and not snapshot_path(artifact, job, d).exists()]
     with open_session(artifact, job) as session:
-        ids = prompt_ids(session.config.vocab_size, max(job.depths))
+        ids = prompt_ids(session.artifact.tokens.vocab, max(job.depths))
         for depth in missing:
             path = snapshot_path(artifact, job, depth)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +303,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
     memory: dict[str, dict[str, int | None]] = {}
     with _Watch(memory, "load"):
         session = open_session(artifact, job)
-    ids = prompt_ids(session.config.vocab_size, depth + job.prompt)
+    ids = prompt_ids(session.artifact.tokens.vocab, depth + job.prompt)
     with session:
         session.decode(int(ids[0]))
         first_token = time.time() - job.started
@@ -429,8 +429,8 @@ def _shape(artifact: Artifact, depth: int, prompt: int, tokens: int) -> tuple[in
 
 def snapshot_path(artifact: Artifact, job: Job, depth: int) -> Path:
     """Where the state at a depth is kept; the file itself says which model and plan it is of."""
-    model = model_fingerprint(artifact.manifest)[:16]
-    plan = snapshots.plan_digest(artifact.plan)[:16]
+    model = artifact.model_digest[:16]
+    plan = artifact.plan_digest[:16]
     return cache_directory() / "bench" / f"{job.engine}-{job.fill}-{model}-{plan}-{depth}.kv"
 
 

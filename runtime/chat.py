@@ -418,7 +418,8 @@ class Generator:
         if at < 0:
             return 1
         head = self.tokenizer.encode(text[: at + len(system)])
-        return min(len(head), self.session.plan.ctx // 2)
+        half: int = self.session.plan.ctx // 2
+        return min(len(head), half)
 
     def _remember(self, prompt: _Prompt, said: _Said, gap: tuple[int, int]) -> None:
         ids = prompt.ids + said.whole
@@ -685,14 +686,12 @@ class _Ids:
     """What a model's vocabulary says about itself: its size, ends of turns, what is never drawn."""
 
     def __init__(self, session: Session) -> None:
-        entry = session.artifact.manifest.tokenizer
-        tokens = getattr(session.artifact, "tokens", None)
-        self.eos: tuple[int, ...] = tuple(tokens.eos if tokens else session.config.eos_ids)
-        self.stop = frozenset({*self.eos, *(entry.stop_ids if entry and not tokens else ())})
-        self.suppress = frozenset(tokens.suppress if tokens else ())
+        tokens = session.artifact.tokens
+        self.eos: tuple[int, ...] = tuple(tokens.eos)
+        self.stop = frozenset(tokens.eos)
+        self.suppress = frozenset(tokens.suppress)
 
     @staticmethod
     def vocab(session: Session) -> int:
         """How many logits the model gives."""
-        tokens = getattr(session.artifact, "tokens", None)
-        return int(tokens.vocab if tokens else session.config.vocab_size)
+        return int(session.artifact.tokens.vocab)

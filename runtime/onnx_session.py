@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ import numpy.typing as npt
 from edge_kv.artifact import Artifact, Program
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import state_views
+from edge_kv.manifest import live_axis, table_shape
+from edge_kv.plan import Plan
 from edge_kv.ple import PleTable
 from edge_kv.runtime import heap, mapped, native_library, packed
 from edge_kv.runtime.ort import onnxruntime as ort
@@ -187,14 +189,13 @@ class OnnxSession(Session):
         return self._bound[name]
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
-        ple = self._ple.rows(ids, self.config.n_own) if self._ple else None
-        self._program("prefill").run(ids, pos, ple)
+        program = self._program("prefill")
+        program.run(ids, pos, self._ple.rows(ids, program.ple_layers) if self._ple else None)
 
     def _run_decode(self, token: int, pos: int) -> Logits:
         ids = np.array([token], np.int64)
-        ple = self._ple.rows(ids, self.config.n_layers) if self._ple else None
         program = self._program("decode")
-        program.run(ids, pos, ple)
+        program.run(ids, pos, self._ple.rows(ids, program.ple_layers) if self._ple else None)
         logits: Logits = program.logits.copy()
         return logits
 
@@ -217,30 +218,46 @@ class _Bound:
     """One program with its inputs and outputs bound to fixed memory."""
 
     def __init__(self, session: OnnxSession, name: str, program: Program, engine: Any) -> None:
-        config, plan = session.config, session.plan
+        plan, vocab = session.plan, session.artifact.tokens.vocab
         path = session.artifact.path(program.file)
         decode = name == "decode"
-        layers, width = (config.n_layers, 1) if decode else (config.n_own, plan.chunk)
+        width = 1 if decode else plan.chunk
         self._name = name
-        self._plan = plan
-        self._state = session.state
-        self._views = state_views(plan)
+        self._views, self._axes = _views(session)
         self._engine = engine
         self._dtypes = _check_contract(self._engine, program, path)
         self._ids = np.zeros(width, np.int64)
         self._pos = np.zeros(1, np.int64)
-        self._ple = np.zeros((width, layers, config.ple_dim), np.float32)
-        self._has_ple = "ple" in self._dtypes
-        self.logits: Logits = np.zeros(config.vocab_size if decode else 0, np.float32)
+        rows = [_fixed(t.shape[1:], path) for t in program.inputs if t.name == "ple"]
+        self._ple = np.zeros((width, *(rows[0] if rows else (0, 0))), np.float32)
+        self._has_ple = bool(rows)
+        self.logits: Logits = np.zeros(vocab if decode else 0, np.float32)
         fed = ["ids", "pos", *(["ple"] if self._has_ple else []), *(v.name for v in self._views)]
-        if sorted(fed) != sorted(self._dtypes) or self._has_ple != bool(config.ple_dim):
+        if sorted(fed) != sorted(self._dtypes) or self._has_ple != bool(
+            session.artifact.manifest.ple
+        ):
             odd = sorted(set(fed) ^ set(self._dtypes)) or ["ple"]
             raise ArtifactError(
                 f"{path} does not have the inputs its KV plan asks for ({', '.join(odd)}); "
                 "export again."
             )
+        real = {t.name: tuple(t.shape) for t in engine.get_inputs()}
+        for view in self._views:
+            if real[view.name] != view.shape or (
+                self._dtypes[view.name](0).itemsize != view.memory.itemsize
+            ):
+                raise ArtifactError(
+                    f"{path} takes {view.name!r} as {list(real[view.name])}, its plan has "
+                    f"{list(view.shape)}; export again."
+                )
         self._binding = self._engine.io_binding()
-        self._bound = (0, 0)
+        self._bound: tuple[int, ...] = ()
+
+    @property
+    def ple_layers(self) -> int:
+        """How many layers' per-layer rows the program takes."""
+        layers: int = self._ple.shape[1]
+        return layers
 
     def run(self, ids: Ids, pos: int, ple: npt.NDArray[np.float32] | None) -> None:
         """Run over `ids` at `pos`: state is updated in place, logits are in `self.logits`."""
@@ -249,35 +266,67 @@ class _Bound:
         self._pos[0] = pos
         if ple is not None:
             self._ple[:n] = ple
-        shape = (n, self._plan.live_rows(pos + n))
+        sizes = (n, *(live(pos + n) for live in self._axes.values()))
         try:
-            if shape != self._bound:
-                self._bind(*shape)
+            if sizes != self._bound:
+                self._bind(*sizes)
             self._engine.run_with_iobinding(self._binding)
         except Exception as e:  # onnxruntime's exceptions share no base of their own
             message = f"onnxruntime failed in {self._name} at position {pos}: {_line(e)}"
             raise _fault(e, RuntimeFault(message)) from e
 
-    def _bind(self, n: int, live: int) -> None:
-        self._bound = (0, 0)  # a failure half way must not look like a finished binding
+    def _bind(self, n: int, *lengths: int) -> None:
+        self._bound = ()  # a failure half way must not look like a finished binding
         self._put("ids", self._ids[:n])
         self._put("pos", self._pos)
         if self._has_ple:
             self._put("ple", self._ple[:n])
+        open_axes = dict(zip(self._axes, lengths, strict=True))
         for view in self._views:
-            shape = [live if size == "live" else size for size in view.shape]
-            rows = self._state[view.buffer.name]
-            address = rows.ctypes.data if view.head is None else rows[view.head].ctypes.data
-            at = ("cpu", 0, self._dtypes[view.name], shape, address)
+            shape = [open_axes[d] if isinstance(d, str) else d for d in view.shape]
+            at = ("cpu", 0, self._dtypes[view.name], shape, view.memory.ctypes.data)
             self._binding.bind_input(view.name, *at)
             self._binding.bind_output(f"{view.name}.out", *at)
         if self.logits.size:
             address = self.logits.ctypes.data
             self._binding.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, address)
-        self._bound = (n, live)
+        self._bound = (n, *lengths)
 
     def _put(self, name: str, array: npt.NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+class _View(NamedTuple):
+    """How a program sees a table of state: its name, memory and shape with names for open axes."""
+
+    name: str
+    memory: npt.NDArray[Any]
+    shape: tuple[int | str, ...]
+
+
+def _views(session: OnnxSession) -> tuple[list[_View], dict[str, Callable[[int], int]]]:
+    """What the programs bind, and the length of each open axis for positions below an end."""
+    plan = session.plan
+    if isinstance(plan, Plan):
+        views = [_View(t.name, session.state[t.name], table_shape(t)) for t in plan.tables]
+        return views, {axis: t.live for t in plan.tables if (axis := live_axis(t))}
+    old = [
+        _View(
+            v.name,
+            session.state[v.buffer.name]
+            if v.head is None
+            else session.state[v.buffer.name][v.head],
+            v.shape,
+        )
+        for v in state_views(plan)
+    ]
+    return old, {"live": plan.live_rows}
+
+
+def _fixed(shape: Sequence[int | str], path: Path) -> tuple[int, ...]:
+    if len(shape) != 2 or any(isinstance(d, str) for d in shape):
+        raise ArtifactError(f"{path} takes per-layer rows of shape {list(shape)}; export again.")
+    return int(shape[0]), int(shape[1])
 
 
 def _check_contract(engine: Any, program: Program, path: Path) -> dict[str, type[np.generic]]:

@@ -21,10 +21,11 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from edge_kv.artifact import Artifact, model_fingerprint
+from edge_kv.artifact import Artifact
 from edge_kv.errors import ContextFullError, PromptError, RewindError, RuntimeFault, SnapshotError
 from edge_kv.kv_plan import StateBuffer
 from edge_kv.memory import CHECKPOINTS
+from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
 
 Ids = npt.NDArray[np.int64]
@@ -88,7 +89,8 @@ class Session(ABC):
         self.config = artifact.config
         self.plan = artifact.plan
         self.stats = Stats(kv_bytes=self.plan.bytes)
-        self.state: dict[str, npt.NDArray[Any]] = {b.name: _allocate(b) for b in self.plan.buffers}
+        buffers = self.plan.tables if isinstance(self.plan, Plan) else self.plan.buffers
+        self.state: dict[str, npt.NDArray[Any]] = {b.name: _allocate(b) for b in buffers}
         self._tokens: list[int] = []
         self._written = 0
         self._checkpoints: list[Checkpoint] = []  # by length
@@ -176,7 +178,9 @@ class Session(ABC):
     @property
     def max_rewind(self) -> int:
         """How many tokens `rewind` can go back without starting over."""
-        oldest = self.plan.oldest_retained(self._written)
+        if isinstance(self.plan, Plan):
+            return self.pos - self.plan.earliest(self._written)
+        oldest: int = self.plan.oldest_retained(self._written)
         return self.pos - (oldest + self.plan.window - 1) if oldest else self.pos
 
     def checkpoint(self, at: int) -> None:
@@ -303,8 +307,8 @@ class Session(ABC):
         """What a snapshot of this session belongs to."""
         return snapshots.Identity(
             engine=self.engine,
-            model=model_fingerprint(self.artifact.manifest),
-            plan=snapshots.plan_digest(self.plan),
+            model=self.artifact.model_digest,
+            plan=self.artifact.plan_digest,
         )
 
     def _step(self, ids: Ids, run: Callable[[Ids, int], _Result]) -> _Result:
@@ -330,11 +334,11 @@ class Session(ABC):
             raise PromptError(
                 f"Token ids must be a flat list of whole numbers, not {raw.dtype} {raw.shape}."
             )
-        bad = np.flatnonzero((raw < 0) | (raw >= self.config.vocab_size))
+        bad = np.flatnonzero((raw < 0) | (raw >= self.artifact.tokens.vocab))
         if bad.size:
             raise PromptError(
                 f"Token id {raw[bad[0]]} at index {bad[0]} is outside 0 … "
-                f"{self.config.vocab_size - 1}; encode the text with this model's tokenizer."
+                f"{self.artifact.tokens.vocab - 1}; encode the text with this model's tokenizer."
             )
         if self.pos + len(raw) > self.plan.ctx:
             raise ContextFullError(
@@ -354,8 +358,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _allocate(buffer: StateBuffer) -> npt.NDArray[Any]:
-    """Zeroed page-aligned memory [heads, slots, dim] that costs RAM only where it is written."""
+def _allocate(buffer: StateBuffer | Table) -> npt.NDArray[Any]:
+    """Zeroed page-aligned memory of a table that costs RAM only where it is written."""
     if sys.platform == "win32":
         pages = mmap.mmap(-1, buffer.bytes)
     else:  # private: a shared mapping would be counted as shmem, not as anonymous memory

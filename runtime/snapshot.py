@@ -2,11 +2,11 @@
 
     magic "EDGEKVSN" | u32 version | u32 header bytes | header (JSON) | sections | SHA-256 of it all
 
-Integers are little-endian. The header names engine, model fingerprint, plan digest, pos, written,
-the caller's note and the sections with their bytes. The first section is the ids (int32), then one
-follows for every buffer in plan order: per head the rows that are held, oldest first. Rows stream
-between file and buffers: there is never a second copy of the state in memory. A file is verified
-before it is used.
+Integers are little-endian. The header names engine, the manifest's identity of model and plan, pos,
+written, the caller's note and the sections with their bytes. The first section is the ids (int32),
+then one follows for every table in plan order: the rows that `Table.held` names, oldest first. Rows
+stream between file and tables: there is never a second copy of the state in memory. A file is
+verified before it is used. Version 1 is of plans of the old seam, whose buffers put heads first.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from edge_kv.artifact import plan_entry
 from edge_kv.errors import SnapshotError
 from edge_kv.files import replacing
-from edge_kv.kv_plan import APPEND, RING, KVPlan, StateBuffer
+from edge_kv.kv_plan import RING, KVPlan, StateBuffer
+from edge_kv.plan import Plan, Table
 
 MAGIC = b"EDGEKVSN"
-VERSION = 1
+VERSIONS = {Plan: 2, KVPlan: 1}
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 _MAX_HEADER = 1 << 24
 _BLOCK = 1 << 20
 State = Mapping[str, npt.NDArray[Any]]
+AnyPlan = Plan | KVPlan
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,10 @@ class Identity:
     plan: str
 
 
-def plan_digest(plan: KVPlan) -> str:
-    """SHA-256 of the stored form of a plan."""
-    return hashlib.sha256(plan_entry(plan).model_dump_json().encode()).hexdigest()
-
-
 def write(
     path: Path,
     identity: Identity,
-    plan: KVPlan,
+    plan: AnyPlan,
     state: State,
     tokens: Sequence[int],
     written: int,
@@ -83,7 +79,7 @@ def write(
                 digest.update(data)
                 f.write(data)
 
-            put(_PREFIX.pack(MAGIC, VERSION, len(text)))
+            put(_PREFIX.pack(MAGIC, VERSIONS[type(plan)], len(text)))
             put(text)
             put(np.asarray(tokens, "<i4").tobytes())
             for rows in _held(plan, state, pos, written):
@@ -99,7 +95,7 @@ class Held:
     def __init__(
         self,
         file: BinaryIO,
-        plan: KVPlan,
+        plan: AnyPlan,
         tokens: Sequence[int],
         written: int,
         note: dict[str, Any],
@@ -118,7 +114,7 @@ class Held:
 
 
 @contextmanager
-def verified(path: Path, identity: Identity, plan: KVPlan) -> Iterator[Held]:
+def verified(path: Path, identity: Identity, plan: AnyPlan) -> Iterator[Held]:
     """Open a snapshot after checking all of it: digest, owner, and that its rows fit `plan`.
 
     Raises:
@@ -129,7 +125,7 @@ def verified(path: Path, identity: Identity, plan: KVPlan) -> Iterator[Held]:
     except OSError as e:
         raise SnapshotError(f"Cannot open the snapshot {path}: {e.strerror}.") from e
     with file:
-        header, body = _verify(file, path)
+        header, body = _verify(file, path, VERSIONS[type(plan)])
         _check_owner(path, header, identity)
         pos, written = _positions(path, header, body, plan)
         tokens = np.frombuffer(file.read(4 * pos), "<i4").tolist()
@@ -137,16 +133,16 @@ def verified(path: Path, identity: Identity, plan: KVPlan) -> Iterator[Held]:
         yield Held(file, plan, tokens, written, note if isinstance(note, dict) else {})
 
 
-def _verify(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+def _verify(file: BinaryIO, path: Path, expected: int) -> tuple[dict[str, Any], int]:
     """Check framing and digest: the header and the bytes of all sections, `file` at the first."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
         raise SnapshotError(f"{path} is not an edge-kv snapshot; give a file `--snapshot` wrote.")
     _, version, length = _PREFIX.unpack(prefix)
-    if version != VERSION:
+    if version != expected:
         raise SnapshotError(
-            f"{path} is a snapshot of version {version}, this edge-kv reads {VERSION}; "
+            f"{path} is a snapshot of version {version}, this edge-kv reads {expected}; "
             "take it again."
         )
     damaged = SnapshotError(f"{path} is cut off or changed (its digest differs); take it again.")
@@ -181,7 +177,7 @@ def _check_owner(path: Path, header: dict[str, Any], identity: Identity) -> None
             )
 
 
-def _positions(path: Path, header: dict[str, Any], body: int, plan: KVPlan) -> tuple[int, int]:
+def _positions(path: Path, header: dict[str, Any], body: int, plan: AnyPlan) -> tuple[int, int]:
     pos, written = header.get("pos"), header.get("written")
     if (
         not isinstance(pos, int)
@@ -195,39 +191,46 @@ def _positions(path: Path, header: dict[str, Any], body: int, plan: KVPlan) -> t
     return pos, written
 
 
-def _sections(plan: KVPlan, pos: int, written: int) -> list[dict[str, Any]]:
+def _sections(plan: AnyPlan, pos: int, written: int) -> list[dict[str, Any]]:
     sections: list[dict[str, Any]] = [{"name": "tokens", "rows": pos, "bytes": 4 * pos}]
-    for b in plan.buffers:
-        rows = len(_positions_held(b, pos, written))
+    for b in _tables(plan):
+        rows = len(_held_rows(b, pos, written))
         sections.append({"name": b.name, "rows": rows, "bytes": rows * b.row_bytes})
     return sections
 
 
-def _positions_held(buffer: StateBuffer, pos: int, written: int) -> range:
-    """Positions below `pos` that a buffer still holds: rings lose all below written - slots."""
-    first = max(0, written - buffer.slots) if buffer.kind == RING else 0
+def _tables(plan: AnyPlan) -> Sequence[Table | StateBuffer]:
+    return plan.tables if isinstance(plan, Plan) else plan.buffers
+
+
+def _held_rows(table: Table | StateBuffer, pos: int, written: int) -> range:
+    """Rows below `pos` that a table still holds."""
+    if isinstance(table, Table):
+        return table.held(pos, written)
+    first = max(0, written - table.slots) if table.kind == RING else 0
     return range(min(first, pos), pos)
 
 
-def ring_rows(plan: KVPlan, state: State, pos: int, written: int) -> Iterator[memoryview]:
-    """The rows below `pos` that the rings hold, as contiguous pieces of their buffers."""
-    return _held(plan, state, pos, written, kinds=(RING,))
+def ring_rows(plan: AnyPlan, state: State, pos: int, written: int) -> Iterator[memoryview]:
+    """The rows below `pos` that the rings hold, as contiguous pieces of their tables."""
+    return _held(plan, state, pos, written, only_rings=True)
 
 
 def _held(
-    plan: KVPlan, state: State, pos: int, written: int, kinds: Sequence[str] = (APPEND, RING)
+    plan: AnyPlan, state: State, pos: int, written: int, only_rings: bool = False
 ) -> Iterator[memoryview]:
-    """The live rows as contiguous pieces of the buffers, in file order."""
-    for b in plan.buffers:
-        if b.kind not in kinds:
+    """The live rows as contiguous pieces of the tables, in file order."""
+    for t in _tables(plan):
+        ring = t.keep > 0 if isinstance(t, Table) else t.kind == RING
+        if only_rings and not ring:
             continue
-        held = _positions_held(b, pos, written)
+        held = _held_rows(t, pos, written)
         if not held:
             continue
-        first = held.start % b.slots
-        before_wrap = min(len(held), b.slots - first)
-        for head in range(b.heads):
-            rows = state[b.name][head]
+        first = held.start % t.slots
+        before_wrap = min(len(held), t.slots - first)
+        memory: Any = state[t.name]
+        for rows in [memory] if isinstance(t, Table) else memory:
             for piece in (rows[first : first + before_wrap], rows[: len(held) - before_wrap]):
                 if piece.size:
                     yield memoryview(piece).cast("B")

@@ -37,7 +37,7 @@ class Tokenizer:
     """A `tokenizers` file with the special ids of its model."""
 
     def __init__(
-        self, path: Path, *, bos_id: int, add_bos: bool = True, rows: int | None = None
+        self, path: Path, *, bos_id: int | None, add_bos: bool = True, rows: int | None = None
     ) -> None:
         """Read `tokenizer.json`.
 
@@ -73,13 +73,13 @@ class Tokenizer:
                 "text; feed token ids through edge_kv.runtime instead."
             )
         path = artifact.path(entry.file)
-        config = artifact.config
-        return cls(path, bos_id=config.bos_id, add_bos=entry.add_bos, rows=config.vocab_size)
+        tokens = artifact.tokens
+        return cls(path, bos_id=tokens.bos, add_bos=entry.add_bos, rows=tokens.vocab)
 
     @property
     def bos_token(self) -> str:
         """Text of the start token, for chat templates."""
-        return self._engine.id_to_token(self.bos_id) or ""
+        return "" if self.bos_id is None else self.token(self.bos_id)
 
     def token(self, token_id: int) -> str:
         """Text of one id as the vocabulary spells it; empty when it has none."""
@@ -115,6 +115,8 @@ class Tokenizer:
             raise PromptError(
                 "The prompt is not UTF-8 text (a lone surrogate); convert it first."
             ) from e
+        if self.bos_id is None:
+            return ids
         if start and self.add_bos and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         return ids

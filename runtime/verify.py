@@ -69,9 +69,8 @@ def verify(session: Session, on_step: Callable[[int, int], None] | None = None) 
 def _vectors(
     artifact: Artifact, backend: str
 ) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[Any], tuple[float, float]]:
-    parity = artifact.manifest.parity
-    parity = parity.get(backend, parity)  # the first backend's entry is the artifact's own
-    name, limits = parity.get("vectors"), parity.get("verify")
+    parity = artifact.parity(backend)
+    name, limits = str(parity.get("vectors")), parity.get("verify")
     if name not in artifact.manifest.files or not isinstance(limits, dict):
         raise ArtifactError(f"{artifact.root} holds no reference vectors to verify; export again.")
     try:
@@ -85,7 +84,7 @@ def _vectors(
             f"The reference vectors of {artifact.root} cannot be read ({e}); export again."
         ) from e
     steps = len(ids) - prompt
-    if steps < 1 or prompt < 0 or logits.shape != (steps, artifact.config.vocab_size):
+    if steps < 1 or prompt < 0 or logits.shape != (steps, artifact.tokens.vocab):
         raise ArtifactError(
             f"The reference vectors of {artifact.root} are {logits.shape} logits for {steps} "
             "steps; export again."

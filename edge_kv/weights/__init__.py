@@ -6,6 +6,7 @@ Nothing here imports torch, and a format's own libraries are imported when such 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -52,6 +53,26 @@ def open_weights(spec: str, config: ModelConfig | None = None) -> WeightSource:
         f"{spec!r} does not exist; give a directory with config.json and safetensors, "
         "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."
     )
+
+
+def known_before(path: Path) -> bool:
+    """Whether the readers here know the model at `path`, or can say what is wrong with it.
+
+    Others are read by `models.checkpoint`.
+    """
+    from edge_kv.weights.gguf_file import is_gguf, open_gguf
+    from edge_kv.weights.gguf_model import ARCHITECTURES
+    from edge_kv.weights.hf_config import MODEL_TYPES
+
+    if path.is_dir():
+        try:
+            kind = json.loads((path / "config.json").read_bytes()).get("model_type")
+        except (OSError, ValueError, RecursionError, AttributeError):
+            return True
+        return kind in MODEL_TYPES
+    if not is_gguf(path):
+        return True
+    return open_gguf(path).metadata.get("general.architecture") in ARCHITECTURES
 
 
 def check_weights(source: WeightSource, *, values: bool = False) -> None:

@@ -8,6 +8,7 @@ Keys, names and conventions are those llama.cpp's converter writes and its loade
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from edge_kv.config import FULL, SLIDING, AttentionSpec, ModelConfig, MoESpec
 from edge_kv.errors import ConfigError, did_you_mean
@@ -20,7 +21,7 @@ from edge_kv.weights.source import Checkpoint, Generation, Stored, turn_end_ids
 _ROPE_FREQS = "rope_freqs.weight"
 _HEAD = "output.weight"
 _TOWERS = ("v.", "a.", "mm.")  # vision, audio and their projector, when they lie in the same file
-_ARCHITECTURES = ("gemma3", "gemma4")
+ARCHITECTURES = ("gemma3", "gemma4")
 _UNROTATED = 1e29  # llama.cpp divides the angles of unrotated pairs by 1e30
 _LAYERS_OF_27B = 62
 
@@ -61,39 +62,12 @@ _LAYER = {
 _SHARED = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
 
 
-class GGUFModel(Checkpoint):
-    """A GGUF file of architecture `gemma3` or `gemma4`; of several parts, the first.
+class GGUFText:
+    """What a GGUF file says beside its weights: tokenizer, template, ids, sampling."""
 
-    Raises:
-        WeightsError: not a GGUF file, or cut off.
-        ConfigError: another architecture, an unsupported or a wrong metadata value.
-    """
-
-    def __init__(self, path: Path, label: str = ""):
-        file = open_gguf(path)
-        self._files = file.files
-        self._metadata = file.metadata
-        self._where = path.name
+    def __init__(self, metadata: dict[str, Any], where: str, vocab: int, eos: tuple[int, ...]):
+        self._metadata, self._where, self.vocab, self.eos = metadata, where, vocab, eos
         self._tokenizer: str | None = None
-        config = config_from_gguf(file, path.name)
-        names = {s.name: _own_names(s.name, file.tensors) for s in tensor_table(config)}
-        heads = [_HEAD] if _HEAD in file.tensors else []
-        used = {own for parts in names.values() for own in parts} | set(heads)
-        dead = {f"blk.{i}.{t}" for i in range(config.n_own, config.n_layers) for t in _SHARED}
-        if config.family == "gemma4":
-            dead.add(_ROPE_FREQS)  # read with the config
-        super().__init__(
-            config,
-            label or f"{path.name} (GGUF)",
-            stored=file.tensors,
-            names=names,
-            surplus=sorted(
-                n
-                for n in file.tensors
-                if n not in used and n not in dead and not n.startswith(_TOWERS)
-            ),
-            heads=heads,
-        )
 
     def tokenizer_json(self) -> str | None:
         if self._tokenizer is None:
@@ -104,12 +78,9 @@ class GGUFModel(Checkpoint):
         template = self._metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
-    def files(self) -> list[Path]:
-        return self._files
-
     def stop_ids(self) -> list[int]:
-        fields, n = Fields(self._metadata, self._where), self.config.vocab_size
-        known = self.config.eos_ids
+        fields, n = Fields(self._metadata, self._where), self.vocab
+        known = self.eos
         tokens = self._metadata.get("tokenizer.ggml.tokens") or []
         ids = {
             *fields.token_ids("tokenizer.ggml.eot_token_id", n),
@@ -128,6 +99,43 @@ class GGUFModel(Checkpoint):
         )
 
 
+class GGUFModel(GGUFText, Checkpoint):
+    """A GGUF file of architecture `gemma3` or `gemma4`; of several parts, the first.
+
+    Raises:
+        WeightsError: not a GGUF file, or cut off.
+        ConfigError: another architecture, an unsupported or a wrong metadata value.
+    """
+
+    def __init__(self, path: Path, label: str = ""):
+        file = open_gguf(path)
+        self._files = file.files
+        config = config_from_gguf(file, path.name)
+        GGUFText.__init__(self, file.metadata, path.name, config.vocab_size, config.eos_ids)
+        names = {s.name: _own_names(s.name, file.tensors) for s in tensor_table(config)}
+        heads = [_HEAD] if _HEAD in file.tensors else []
+        used = {own for parts in names.values() for own in parts} | set(heads)
+        dead = {f"blk.{i}.{t}" for i in range(config.n_own, config.n_layers) for t in _SHARED}
+        if config.family == "gemma4":
+            dead.add(_ROPE_FREQS)  # read with the config
+        Checkpoint.__init__(
+            self,
+            config,
+            label or f"{path.name} (GGUF)",
+            stored=file.tensors,
+            names=names,
+            surplus=sorted(
+                n
+                for n in file.tensors
+                if n not in used and n not in dead and not n.startswith(_TOWERS)
+            ),
+            heads=heads,
+        )
+
+    def files(self) -> list[Path]:
+        return self._files
+
+
 def config_from_gguf(file: GGUFFile, where: str) -> ModelConfig:
     """The ModelConfig a GGUF file's metadata describes.
 
@@ -140,10 +148,10 @@ def config_from_gguf(file: GGUFFile, where: str) -> ModelConfig:
             f"{where} is the vision or audio projector of a model (general.architecture 'clip'); "
             "give the file of the language model."
         )
-    if arch not in _ARCHITECTURES:
+    if arch not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: general.architecture {arch!r} is not supported."
-            + did_you_mean(str(arch), _ARCHITECTURES)
+            + did_you_mean(str(arch), ARCHITECTURES)
         )
     everywhere = Fields(file.metadata, where, _token_defaults())
     defaults = {"rope.freq_base_swa": 1e4}  # llama.cpp's own

@@ -56,58 +56,14 @@ _LAYER = {
 }
 
 
-class HFDirectory(Checkpoint):
-    """A checkpoint directory as `save_pretrained` or the hub lays it out.
+class HFText:
+    """What a Hugging Face directory says beside its weights: tokenizer, template, ids, sampling."""
 
-    Raises:
-        WeightsError: a file is missing, cut off or not what its name says.
-        ConfigError: config.json describes a model that is not supported.
-    """
+    vocab: int
+    eos: tuple[int, ...]
 
-    def __init__(self, root: Path, label: str = ""):
-        self._root = root
-        raw = self._json("config.json")
-        if raw is None:
-            raise WeightsError(
-                f"{root} has no config.json; give a directory with config.json and safetensors, "
-                "a .gguf file, a hub id or `random`."
-            )
-        where = str(root / "config.json")
-        config = config_from_hf(raw, where)
-        self._files = weight_files(root, raw.get("transformers_weights"))
-        stored = open_files(self._files)
-        prefix = next((p for p in _PREFIXES if p + "norm.weight" in stored), "model.")
-        names = {spec.name: (prefix + hf_name(spec.name),) for spec in tensor_table(config)}
-        table, heads = names["embed.weight"][0], [h for h in _HEADS if h in stored]
-        if table not in stored and heads:  # tied weights are stored under either name
-            names["embed.weight"] = (heads.pop(0),)
-        if config.ple_dim:
-            self._fit_ple(stored, names["ple_embed.weight"][0], ple_rows(raw, where), config)
-        used = {own for parts in names.values() for own in parts} | set(heads)
-        super().__init__(
-            config,
-            label or f"directory {root.resolve().name}",
-            stored=stored,
-            names=names,
-            surplus=sorted(n for n in stored if n not in used and not _dead(n, prefix, config)),
-            heads=heads,
-            # transformers' Gemma3RMSNorm multiplies by 1 + weight, Gemma4RMSNorm by weight.
-            norm_offset=1.0 if config.family == "gemma3" else 0.0,
-        )
-
-    def files(self) -> list[Path]:
-        texts = (self._root / name for name in ("config.json", *_TEXTS))
-        return [*(path for path in texts if path.is_file()), *self._files]
-
-    def _fit_ple(self, stored: dict[str, Stored], own: str, rows: int, config: ModelConfig) -> None:
-        """Give the per-layer table a row for every token.
-
-        A token table that was resized may be longer: tokens past the per-layer table read the
-        padding token's row, as in Gemma 3n.
-        """
-        table = stored.get(own)
-        if table and rows != config.vocab_size and table.shape[:1] == (rows,):
-            stored[own] = filled_up(table, config.vocab_size, min(config.pad_id, rows - 1))
+    def __init__(self, root: Path, vocab: int, eos: tuple[int, ...]):
+        self._root, self.vocab, self.eos = root, vocab, eos
 
     def tokenizer_json(self) -> str | None:
         return self._text("tokenizer.json")
@@ -125,12 +81,12 @@ class HFDirectory(Checkpoint):
         return None
 
     def stop_ids(self) -> list[int]:
-        known = self.config.eos_ids
-        ids = self._generation.token_ids("eos_token_id", self.config.vocab_size)
+        known = self.eos
+        ids = self._generation.token_ids("eos_token_id", self.vocab)
         return sorted({i for i in (*ids, *turn_end_ids(self._tokens, known)) if i not in known})
 
     def generation(self) -> Generation:
-        fields, n = self._generation, self.config.vocab_size
+        fields, n = self._generation, self.vocab
         greedy = fields.get("do_sample") is False
         return Generation(
             temperature=0.0 if greedy else fields.positive("temperature", or_zero=True),
@@ -152,7 +108,7 @@ class HFDirectory(Checkpoint):
         added = (self._json("tokenizer.json") or {}).get("added_tokens")
         entries = [t for t in added if isinstance(t, dict)] if isinstance(added, list) else []
         found = {t.get("content"): t.get("id") for t in entries}
-        known = range(self.config.vocab_size)
+        known = range(self.vocab)
         return {
             t: i
             for t, i in found.items()
@@ -180,6 +136,62 @@ class HFDirectory(Checkpoint):
         if not isinstance(value, dict):
             raise WeightsError(f"{path} is not a JSON object; download it again.")
         return value
+
+
+class HFDirectory(HFText, Checkpoint):
+    """A checkpoint directory as `save_pretrained` or the hub lays it out.
+
+    Raises:
+        WeightsError: a file is missing, cut off or not what its name says.
+        ConfigError: config.json describes a model that is not supported.
+    """
+
+    def __init__(self, root: Path, label: str = ""):
+        self._root = root
+        raw = self._json("config.json")
+        if raw is None:
+            raise WeightsError(
+                f"{root} has no config.json; give a directory with config.json and safetensors, "
+                "a .gguf file, a hub id or `random`."
+            )
+        where = str(root / "config.json")
+        config = config_from_hf(raw, where)
+        HFText.__init__(self, root, config.vocab_size, config.eos_ids)
+        self._files = weight_files(root, raw.get("transformers_weights"))
+        stored = open_files(self._files)
+        prefix = next((p for p in _PREFIXES if p + "norm.weight" in stored), "model.")
+        names = {spec.name: (prefix + hf_name(spec.name),) for spec in tensor_table(config)}
+        table, heads = names["embed.weight"][0], [h for h in _HEADS if h in stored]
+        if table not in stored and heads:  # tied weights are stored under either name
+            names["embed.weight"] = (heads.pop(0),)
+        if config.ple_dim:
+            self._fit_ple(stored, names["ple_embed.weight"][0], ple_rows(raw, where), config)
+        used = {own for parts in names.values() for own in parts} | set(heads)
+        Checkpoint.__init__(
+            self,
+            config,
+            label or f"directory {root.resolve().name}",
+            stored=stored,
+            names=names,
+            surplus=sorted(n for n in stored if n not in used and not _dead(n, prefix, config)),
+            heads=heads,
+            # transformers' Gemma3RMSNorm multiplies by 1 + weight, Gemma4RMSNorm by weight.
+            norm_offset=1.0 if config.family == "gemma3" else 0.0,
+        )
+
+    def files(self) -> list[Path]:
+        texts = (self._root / name for name in ("config.json", *_TEXTS))
+        return [*(path for path in texts if path.is_file()), *self._files]
+
+    def _fit_ple(self, stored: dict[str, Stored], own: str, rows: int, config: ModelConfig) -> None:
+        """Give the per-layer table a row for every token.
+
+        A token table that was resized may be longer: tokens past the per-layer table read the
+        padding token's row, as in Gemma 3n.
+        """
+        table = stored.get(own)
+        if table and rows != config.vocab_size and table.shape[:1] == (rows,):
+            stored[own] = filled_up(table, config.vocab_size, min(config.pad_id, rows - 1))
 
 
 def hf_name(name: str) -> str:

@@ -62,6 +62,7 @@ _NESTED = {
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
 }
+MODEL_TYPES = {*_TEXT, *_NESTED}
 _LAYER_TYPES = {"sliding_attention": SLIDING, "full_attention": FULL}
 _THETA = {"sliding_attention": 1e4, "full_attention": 1e6}
 

@@ -1,0 +1,162 @@
+"""Every model of `edge_kv.models` as ONNX programs against transformers, through a session.
+
+One export a model. Prompts in mixed chunks, single tokens, rings that wrap, complete blocks,
+rewinds, wrong continuations that are overwritten, snapshots into memory full of other rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny
+
+from edge_kv import models, runtime
+from edge_kv.artifact import read_artifact
+from edge_kv.errors import ExportError, RewindError, SnapshotError
+from edge_kv.export import export_model
+
+LENGTH, CTX, CHUNK = 70, 78, 8  # windows of 8: rings of 15 slots wrap four times
+BOUND = 2e-4
+IDS = np.random.default_rng(1).integers(0, 96, LENGTH)
+
+
+class Made:
+    """One artifact and the logits transformers computes for `IDS`."""
+
+    def __init__(self, name, folder, kv="f32", quant="none"):
+        hf = tiny(name)
+        hf.save_pretrained(folder / "hf")
+        self.root = folder / "out"
+        export_model(
+            weights=str(folder / "hf"), ctx=CTX, chunk=CHUNK, kv=kv, quant=quant, out=self.root,
+            open_session=runtime.load,
+        )  # fmt: skip
+        with torch.no_grad():
+            self.expected = hf(torch.from_numpy(IDS)[None], use_cache=False).logits[0].numpy()
+
+    def session(self, engine="onnx-stock"):
+        return runtime.load(self.root, engine)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "laguna", "zaya-sliding", "deepseek_v4"])
+def made(request, tmp_path_factory):
+    return Made(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def decode(session, count, expected):
+    """Decode the next `count` ids; the largest |Δlogit|."""
+    worst = 0.0
+    for _ in range(count):
+        at = session.pos
+        worst = max(worst, float(np.abs(session.decode(int(IDS[at])) - expected[at]).max()))
+    return worst
+
+
+def prefill(session, count):
+    session.prefill(IDS[session.pos : session.pos + count])
+
+
+def poison(session):
+    """Rows of nobody in all of the state: finite, as other tokens leave behind."""
+    generator = np.random.default_rng(9)
+    for memory in session.state.values():
+        noise = generator.normal(0, 30, memory.shape)
+        memory[:] = noise.astype(memory.dtype)
+
+
+def test_programs_are_the_model(made, tmp_path):
+    expected = made.expected
+    with made.session() as session:
+        for n in (8, 5, 1, 3):
+            prefill(session, n)
+        worst = decode(session, 13, expected)
+        session.rewind(3)
+        prefill(session, 8)
+        session.prefill((IDS[session.pos : session.pos + 6] + 7) % 96)  # a wrong continuation
+        session.rewind(6)
+        worst = max(worst, decode(session, 18, expected))
+        assert session.pos == 53
+        session.snapshot(tmp_path / "x.kv")
+        after = session.decode(int(IDS[53]))
+    with made.session() as other:
+        poison(other)
+        other.restore(tmp_path / "x.kv")
+        np.testing.assert_array_equal(other.decode(int(IDS[53])), after)
+        other.rewind(2)
+        worst = max(worst, decode(other, LENGTH - other.pos, expected))
+        assert other.pos == LENGTH
+    assert worst < BOUND
+
+
+def test_the_manifest_says_what_the_programs_take(made):
+    artifact = read_artifact(made.root)
+    manifest = artifact.manifest
+    tables = [t.name for t in artifact.plan.tables]
+    for name, program in manifest.backends["onnx"].programs.items():
+        assert [i.name for i in program.inputs] == ["ids", "pos", *tables]
+        outputs = [f"{t}.out" for t in tables]
+        assert [o.name for o in program.outputs] == ["logits"] * (name == "decode") + outputs
+    assert manifest.parity["onnx"].lowering["max_kl"] < 1e-6
+    assert artifact.tokens.vocab == 96
+    assert manifest.identity.model != manifest.identity.plan
+    list(artifact.check_digests())
+
+
+def test_no_expert_is_unrolled_into_a_graph(made):
+    import onnx
+
+    model = onnx.load(made.root / "onnx" / "prefill.onnx", load_external_data=False)
+    layers = len([n for n in model.graph.node if n.op_type == "attend"])
+    experts = [n for n in model.graph.node if n.op_type == "experts_q"]
+    assert len(experts) <= layers
+    for function in model.functions:
+        if function.name == "experts_q":
+            assert len(function.node) < 40
+
+
+def test_a_rewind_goes_as_far_as_the_shortest_table(made):
+    with made.session() as session:
+        prefill(session, 40)
+        plan = session.plan
+        reach = session.max_rewind
+        assert plan.can_rewind(40 - reach, 40)
+        if any(t.keep for t in plan.tables):
+            assert reach < 40
+            with pytest.raises(RewindError, match=f"reach back {reach}"):
+                session.rewind(reach + 1)
+        session.rewind(reach)
+        session.rewind(session.pos)
+        assert decode(session, 12, made.expected) < BOUND
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """Int8 state and int4 weights of a model with odd widths (48: blocks of 16 do not fit)."""
+    return Made("llama-bias", tmp_path_factory.mktemp("rounded"), kv="int8")
+
+
+def test_int8_state_stays_within_a_step_of_the_rows(rounded):
+    artifact = read_artifact(rounded.root)
+    assert {t.dtype for t in artifact.plan.tables} == {"int8", "f32"}
+    with rounded.session() as session:
+        prefill(session, 20)
+        worst = decode(session, LENGTH - 20, rounded.expected)
+    assert 1e-5 < worst < 0.1 * rounded.expected.std()
+
+
+def test_snapshots_belong_to_one_model_and_one_plan(rounded, made, tmp_path):
+    with made.session() as session:
+        prefill(session, 5)
+        session.snapshot(tmp_path / "x.kv")
+    with rounded.session() as other, pytest.raises(SnapshotError, match="another model"):
+        other.restore(tmp_path / "x.kv")
+
+
+def test_random_weights_of_a_named_model_and_what_cannot_be_exported(tmp_path):
+    with pytest.raises(ExportError, match="--backend onnx only"):
+        export_model(
+            model="llama3.2-1b", weights="random", ctx=64, out=tmp_path / "x",
+            backends=("executorch",), open_session=runtime.load,
+        )  # fmt: skip
+    assert models.plan(models.get_row("llama3.2-1b").config, ctx=64).bytes
