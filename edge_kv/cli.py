@@ -221,7 +221,8 @@ def export(
     if as_json:
         _print_json({"artifact": str(root), **artifact_data(made)})
     else:
-        typer.echo(parity_line(made.manifest.parity), err=True)
+        if line := parity_line(made.manifest.parity):
+            typer.echo(line, err=True)
         typer.echo(root)
 
 

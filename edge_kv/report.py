@@ -240,8 +240,10 @@ def print_evaluation(data: dict[str, Any], console: Console) -> None:
 
 
 def parity_line(parity: dict[str, Any]) -> str:
-    """What an export cost in quality, from a manifest's `parity` entry of one backend."""
-    found = parity["quantisation"]
+    """What an export cost in quality, from a manifest's `parity`; empty where it does not say."""
+    found = parity.get("quantisation")
+    if not found:
+        return ""
     line = (
         f"Against the float checkpoint: KL mean {found['mean_kl']:.3g}, max {found['max_kl']:.3g} "
         f"nats, same likeliest token {found['top1']:.1%}"
