@@ -499,7 +499,7 @@ class _Said:
         if self.calls and finish == STOP:
             finish = CALLS
         return Reply(
-            text=self.content,
+            text=self.content.rstrip() if self.calls else self.content,
             ids=tuple(self.ids),
             prompt_tokens=len(prompt.ids),
             reused_tokens=trace.reused,

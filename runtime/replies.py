@@ -392,12 +392,15 @@ def _value(text: str, kind: Any) -> Any:
     """A value written bare: JSON, except where the tool asks for text or it is none."""
     if kind == "string":
         return text
+    if text in _PYTHON:  # templates that write values as Python prints them teach this
+        return _PYTHON[text]
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
 
+_PYTHON = {"True": True, "False": False, "None": None}
 _READERS = {
     "json": _read_json,
     "braces": _read_braces,

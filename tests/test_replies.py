@@ -194,6 +194,18 @@ def test_calls_that_are_none_stay_text(tmp_path, body):
     assert parse(ReplyParser(format), cut)[0] == f"<tool_call>{body}"
 
 
+def test_values_written_bare_follow_the_schema_of_the_tool(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t.json", FAMILIES["parameters"][0])
+    format = ReplyFormat.of(tokenizer, "")
+    given = {"to": "True", "now": "False", "stops": "3", "via": '["a"]', "other": "as it is"}
+    text = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in given.items())
+    text = f"<zyphra_tool_call>\n<function=find_flights>\n{text}</function>\n</zyphra_tool_call>"
+    _, _, calls = parse(ReplyParser(format, tools=TOOLS), tokenizer.encode(text, start=False))
+    assert calls[0].arguments == {
+        "to": "True", "now": False, "stops": 3, "via": ["a"], "other": "as it is",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_ids_never_break_a_parser(family, seed):
     _, tokenizer, source = family
