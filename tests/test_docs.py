@@ -11,7 +11,8 @@ import typer
 import edge_kv
 from edge_kv.cli import app
 from edge_kv.kv_plan import parse_size
-from edge_kv.presets import PRESETS, get_preset
+from edge_kv.models import get_row
+from edge_kv.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +46,7 @@ def test_commands_parse(line):
         for size in (given.get(option) or "").split(","):
             assert not size or parse_size(size) > 0
     if given.get("model"):
-        get_preset(given["model"])
+        get_row(given["model"])
 
 
 def test_every_command_is_shown():
