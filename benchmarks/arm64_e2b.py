@@ -151,14 +151,14 @@ def main() -> None:
     (cache / "work" / "data.img").unlink()
     plan, quant = artifact.plan, artifact.manifest.quant
     planned = predict_memory(
-        artifact.config, plan, quant.scheme, quant.block_size, args.ctx, engine=engine.planned
+        artifact.config, plan, quant.scheme, quant.formats, args.ctx, engine=engine.planned
     ).phases["decode"]
     write_result(
         args.result or {"onnx": "arm64_e2b", "executorch": "arm64_e2b_executorch"}[args.engine],
         {
             "artifact": {"name": artifact.manifest.name, "layers": artifact.config.n_layers,
                          "ctx": plan.ctx, "kv": plan.kv, "quant": quant.scheme,
-                         "block_size": quant.block_size, "made": artifact.manifest.made,
+                         "formats": quant.formats, "made": artifact.manifest.made,
                          "bytes": sum(f.size for f in artifact.manifest.files.values())},
             "board": {"cpu": CPUS[0], "system": f"Debian {SUITE}", "memory": args.memory,
                       "emulator": "qemu-system-aarch64: correctness and memory, never speed"},

@@ -102,16 +102,16 @@ def gguf_path() -> Path:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to store a model: weight scheme, block size, state storage."""
+    """One way to store a model: weight scheme and state storage."""
 
     quant: str
-    block: int = 32
+    store: tuple[str, ...] = ()  # kinds of tensors that are stored otherwise
     kv: str = "f32"
     ctx: int = 32_768
 
     @property
     def label(self) -> str:
-        weights = "float" if self.quant == "none" else f"{self.quant} block {self.block}"
+        weights = "float" if self.quant == "none" else " ".join((self.quant, *self.store))
         return f"{weights}, {self.kv} KV"
 
 
@@ -122,7 +122,8 @@ def exported(model: str, variant: Variant, work: Path, both: str = "") -> Path:
     """
     v = variant
     name = f"{model}-both-{both}" if both else model
-    root = work / f"{name}-{v.quant}{v.block}-{v.kv}-{v.ctx}"
+    stored = "-".join((v.quant, *v.store)).replace("=", "-")
+    root = work / f"{name}-{stored}-{v.kv}-{v.ctx}"
     if root.exists():
         return root
     work.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ def exported(model: str, variant: Variant, work: Path, both: str = "") -> Path:
             ctx=v.ctx,
             kv=v.kv,
             quant=v.quant,
-            block_size=v.block,
+            store=v.store,
             backends=("onnx", "executorch") if both else ("onnx",),
             attention=both or "native",
             out=root,

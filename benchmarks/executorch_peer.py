@@ -5,7 +5,7 @@
 One random checkpoint of E2B's widths, window and sharing in four layers (two own keys and values)
 with a small vocabulary, named as on the hub, goes through both exporters: theirs as its command
 line would (text only; 8da4w in groups of 128, 8-bit tables, custom SDPA), with float keys and
-values, its default, and with its int8 option; ours with int4 in blocks of 128 and int8. Theirs runs
+values, its default, and with its int8 option; ours with int4 and int8. Theirs runs
 on the Python runtime of the wheel, kept from locking the file into memory, with the operators it
 needs. Exports and runs each have a process of their own; two exports work at a time, runs
 alternate. What an export of the full size would take is extrapolated from smaller ones of E2B's
@@ -44,7 +44,7 @@ SMALLER = [  # of E2B's width, to extrapolate from
     replace(E2B, pattern=pattern, n_kv_shared=shared, vocab_size=131_072)
     for pattern, shared in (("F", 0), ("FF", 1), ("SFSF", 2))
 ]
-PROMPT, REPEATS, STEPS, ROUNDS, BLOCK = 512, 4, 16, 2, 128
+PROMPT, REPEATS, STEPS, ROUNDS = 512, 4, 16, 2
 
 
 def main() -> None:
@@ -228,7 +228,6 @@ def export_ours(case: Path, source: Path) -> Path:
     return export_model(
         weights=str(source),
         ctx=named(case)["ctx"],
-        block_size=BLOCK,
         backends=("executorch",),
         out=case,
         open_session=load,

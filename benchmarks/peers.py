@@ -102,7 +102,7 @@ def main() -> None:
 def _ours(root: Path) -> list[Subject]:
     """An artifact on each engine it has programs for."""
     manifest = read_artifact(root).manifest
-    weights = f"{manifest.quant.scheme} block {manifest.quant.block_size}"
+    weights = f"{manifest.quant.scheme} ({manifest.quant.formats.get('linear', 'float')})"
     return [
         Subject(f"{OURS} {engine}", weights, OURS, str(root), options={"engine": engine})
         for engine in ("onnx", "executorch")

@@ -87,7 +87,7 @@ def main() -> None:
         "hidden": config.hidden,
         "layers": config.n_layers,
         "owning_layers": config.n_own,
-        "quant": f"{args.quant} block 32",
+        "quant": args.quant,
         "kv": args.kv,
         "prompt_tokens": args.prompt,
         "chunk": CHUNK,
@@ -221,7 +221,7 @@ def lower_untrimmed(session: OnnxSession, folder: Path) -> None:
     """Lower the untrimmed graph with the exporter's own steps."""
     config, plan = session.config, session.plan
     quant = session.artifact.manifest.quant
-    layout = WeightLayout(tensor_table(config), quant.scheme, quant.block_size)
+    layout = WeightLayout(tensor_table(config), quant.formats)
     with torch.device("meta"):
         decoder = Decoder(config, plan, QuantFormat(layout)).eval()
     # Traced as a prefill whose per-layer embeddings cover every layer.

@@ -40,10 +40,10 @@ from edge_kv.runtime import Tokenizer
 WINDOW = 512
 ROWS = 64  # positions whose float logits are held at a time
 VARIANTS = (
-    Variant("int8", 32),
-    Variant("int4", 32),
-    Variant("int4", 64),
-    Variant("int4", 128),
+    Variant("int8"),
+    Variant("int4"),
+    Variant("int4", ("embed=int4-s8", "linear=int4-s8")),
+    Variant("int4", ("embed=int8-s8",)),
 )
 COLUMNS = ("tokens", "perplexity", "perplexity_ratio", "mean_kl", "top1_agreement")
 

@@ -53,18 +53,18 @@ class PlanEntry(_Schema):
 
 
 class TensorReport(_Schema):
-    """How one tensor was stored: bits, block and ||w - q(w)|| / ||w||."""
+    """How one tensor was stored: its weight format and ||w - q(w)|| / ||w||."""
 
-    bits: int
-    block: int
+    format: str
     error: float
 
 
 class QuantEntry(_Schema):
-    """Weight storage: `scheme` int4 | int8 | none, and the error of every quantised tensor."""
+    """Weight storage: `scheme` int4 | int8 | none, the weight format of each kind of tensor under
+    it, and the error of every quantised tensor."""
 
     scheme: str
-    block_size: int
+    formats: dict[str, str]
     tensors: dict[str, TensorReport]
 
 
@@ -290,6 +290,11 @@ def read_artifact(root: str | Path) -> Artifact:
             f"{path} has schema_version {repr(version)[:40]}, this edge-kv reads 1 and 2; "
             "update edge-kv or export again."
         )
+    quant = raw.get("quant")
+    if isinstance(quant, dict) and "block_size" in quant:
+        raise ArtifactError(
+            f"{path} is of an edge-kv that stored weights in another layout; export it again."
+        )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as e:
@@ -329,7 +334,7 @@ def plan_entry(plan: KVPlan) -> PlanEntry:
 
 def model_fingerprint(manifest: Manifest) -> str:
     """What ties a KV snapshot to a model: config, quantisation and every file's digest."""
-    parts = [manifest.model, manifest.quant.scheme, manifest.quant.block_size]
+    parts = [manifest.model, manifest.quant.scheme]
     parts += sorted((n, f.sha256) for n, f in manifest.files.items() if not n.startswith("verify"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
 

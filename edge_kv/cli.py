@@ -112,8 +112,9 @@ Ctx = Annotated[str, typer.Option("--ctx", help="Context in tokens: 32768 or 32k
 Chunk = Annotated[str, typer.Option("--chunk", help="Tokens a prefill step takes.")]
 Kv = Annotated[str, typer.Option("--kv", help="State storage: f32, f16 or int8 (rings stay f32).")]
 Quant = Annotated[str, typer.Option("--quant", help="Weight storage: int4, int8 or none.")]
-Block = Annotated[
-    int | None, typer.Option("--block-size", help="Weights that share a scale: 32, 64 or 128.")
+Store = Annotated[
+    list[str] | None,
+    typer.Option("--store", help="Weight format of a kind of tensor, like embed=int8-f16; repeat."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Engine = Annotated[str, typer.Option("--engine", help="Which runtime runs the artifact.")]
@@ -135,20 +136,21 @@ def plan(
     chunk: Chunk = "128",
     kv: Kv = "int8",
     quant: Quant = "int4",
-    block_size: Block = None,
+    store: Store = None,
     as_json: Json = False,
 ) -> None:
     """What will it cost? State, weights and peak RAM, before anything is built."""
     from edge_kv.kv_plan import parse_size, plan_kv
     from edge_kv.memory import predict_memory
     from edge_kv.report import net_plan_data, plan_data, print_net_plan, print_plan
-    from edge_kv.tensors import block_size as checked_block
+    from edge_kv.tensors import parse_changes, weight_formats
     from edge_kv.terminal import output
 
+    formats = weight_formats(quant, parse_changes(store or ()))
     name = _name(model, weights)
     if (described := _described(model, weights)) is not None:
         sizes = parse_size(ctx), parse_size(chunk)
-        data = net_plan_data(described, name, *sizes, kv, quant, checked_block(block_size))
+        data = net_plan_data(described, name, *sizes, kv, quant, formats)
         if as_json:
             _print_json(data)
         else:
@@ -156,7 +158,7 @@ def plan(
         return
     config, name = _config(model, weights)
     layout = plan_kv(config, ctx=parse_size(ctx), chunk=parse_size(chunk), kv=kv)
-    memory = predict_memory(config, layout, quant, checked_block(block_size))
+    memory = predict_memory(config, layout, quant, formats)
     data = plan_data(config, layout, memory, name)
     if as_json:
         _print_json(data)
@@ -172,7 +174,7 @@ def export(
     chunk: Chunk = "128",
     kv: Kv = "int8",
     quant: Quant = "int4",
-    block_size: Block = None,
+    store: Store = None,
     backend: Annotated[
         str, typer.Option("--backend", help="Programs to export: onnx, executorch or both.")
     ] = "onnx",
@@ -207,7 +209,7 @@ def export(
             chunk=step,
             kv=kv,
             quant=quant,
-            block_size=block_size,
+            store=tuple(store or ()),
             backends=("onnx", "executorch") if backend == "both" else (backend,),
             attention=attention,
             out=out or Path(f"{name}-{length}"),
@@ -815,7 +817,7 @@ def _planned(artifact: Any, engine: str, cache: bool) -> Any:
 
     quant = artifact.manifest.quant
     return predict_memory(
-        artifact.config, artifact.plan, quant.scheme, quant.block_size, cache=cache, engine=engine
+        artifact.config, artifact.plan, quant.scheme, quant.formats, cache=cache, engine=engine
     )
 
 
@@ -930,7 +932,7 @@ def _summary(chat: Chat) -> dict[str, Any]:
     quant = manifest.quant
     depth = max(1, session.written)
     planned = predict_memory(
-        session.config, session.plan, quant.scheme, quant.block_size, depth, engine=session.engine
+        session.config, session.plan, quant.scheme, quant.formats, depth, engine=session.engine
     )
     return {
         "text": reply.text if reply else "",

@@ -16,9 +16,10 @@ from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
 from edge_kv.export.backends import WEIGHTS
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
+from edge_kv.formats import GROUP
 from edge_kv.model.binding import load_parameters
 from edge_kv.model.decoder import Decoder
-from edge_kv.model.ops import unpack_blocks
+from edge_kv.model.ops import stored_values
 from edge_kv.model.state import StaticState
 from edge_kv.ple import PleTable
 from edge_kv.runtime.bench import Job, serve
@@ -43,7 +44,7 @@ class EagerSession(Session):
         if name not in artifact.manifest.files:
             raise ArtifactError(f"{artifact.root} has no {name} to read weights from.")
         quant = artifact.manifest.quant
-        layout = WeightLayout(tensor_table(self.config), quant.scheme, quant.block_size)
+        layout = WeightLayout(tensor_table(self.config), quant.formats)
         read = _FloatRows(StoredWeights(layout, artifact.path(name)), layout)
         with torch.device("meta"):
             self._decoder = Decoder(self.config, self.plan).eval()
@@ -85,9 +86,16 @@ class _FloatRows:
             return self._stored.read(region, start, stop)
         base = region.removesuffix(".weight")
         tensor = self._layout.by_name.get(region) or self._layout.by_name[f"{base}.weight"]
-        packed = self._stored.read(f"{base}.packed", start, stop)
-        scales = self._stored.read(f"{base}.scales", start, stop)
-        return unpack_blocks(packed, scales, tensor.bits)
+        *_, rows, cols = tensor.spec.shape
+        assert tensor.format
+        name = tensor.format.name
+        if len(tensor.spec.shape) == 3:
+            stack = self._stored.read(f"{base}.packed", start, stop)
+            return torch.stack([stored_values(m, rows, cols, name) for m in stack])
+        first = start // GROUP
+        packed = self._stored.read(f"{base}.packed", first, -(-stop // GROUP))
+        values = stored_values(packed, len(packed) * GROUP, cols, name)
+        return values[start - first * GROUP : stop - first * GROUP]
 
 
 def _open(artifact: Artifact, job: Job) -> Any:

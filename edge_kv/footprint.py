@@ -7,8 +7,9 @@ are those of `edge_kv.memory`, fitted to Gemma.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from edge_kv import models
 from edge_kv.memory import (
@@ -17,13 +18,12 @@ from edge_kv.memory import (
     OPERATORS_ACTIVATIONS,
     OPERATORS_GRAPH,
     OPERATORS_LOGITS,
-    SCALE_BYTES,
     TOKEN_BYTES,
     TOKENIZER_BYTES,
 )
 from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, PLE_TABLE, TABLE, Model, Row, Weight
 from edge_kv.plan import Plan
-from edge_kv.tensors import DEFAULT_BLOCK, block_for, stored_bits
+from edge_kv.tensors import PLE_BITS, PLE_BLOCK, stored_format, stored_shape, weight_formats
 
 PROGRAMS = 2  # prefill and decode
 
@@ -59,31 +59,32 @@ class Footprint:
         return self.anonymous + BASE_FILE + self.dense
 
 
-def stored_bytes(weight: Weight, quant: str, block: int = DEFAULT_BLOCK) -> int:
-    """Bytes of one weight in the file: values of `quant` and a scale for each `block` of them."""
+def stored_bytes(weight: Weight, quant: str, formats: Mapping[str, str] | None = None) -> int:
+    """Bytes of one weight in its file; `formats` are those of the scheme when left out."""
     if weight.kind == TABLE:
         return 8 * weight.elements
-    bits = stored_bits(weight.kind, quant)
-    size = block_for(weight.shape[-1], block) if bits < 32 else 0
-    if not size:
-        return 4 * weight.elements
-    return weight.elements * bits // 8 + SCALE_BYTES * (weight.elements // size)
+    if weight.kind == PLE_TABLE and PLE_BITS[quant] < 32 and weight.shape[-1] % PLE_BLOCK == 0:
+        return weight.elements * PLE_BITS[quant] // 8 + 2 * (weight.elements // PLE_BLOCK)
+    formats = weight_formats(quant) if formats is None else formats
+    fmt = stored_format(weight.kind, weight.shape, formats)
+    return prod(stored_shape(fmt, weight.shape)) if fmt else 4 * weight.elements
 
 
 def footprint(
-    config: Model, plan: Plan, quant: str = "int4", *, block: int = DEFAULT_BLOCK,
+    config: Model, plan: Plan, quant: str = "int4", *, formats: Mapping[str, str] | None = None,
     depth: int | None = None,
 ) -> Footprint:  # fmt: skip
-    """What `config` needs under `plan`, with weights stored as `quant` in blocks of `block`.
+    """What `config` needs under `plan`, with weights stored as `quant`; `formats` as above.
 
     Raises:
         ConfigError: an unknown quantisation.
     """
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
+    formats = weight_formats(quant) if formats is None else formats
     kinds: dict[str, int] = {}
     lookup = dense = experts = read = 0
     for weight in models.weights(config):
-        size = stored_bytes(weight, quant, block)
+        size = stored_bytes(weight, quant, formats)
         if weight.kind == PLE_TABLE:
             lookup = size
             continue

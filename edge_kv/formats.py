@@ -143,7 +143,7 @@ def pack(fmt: Format, q: Quantised) -> Array:
     """`q` as it is stored: uint8 [groups, bytes of a group]."""
     rows, cols = q.codes.shape
     groups, stride = fmt.shape(rows, cols)
-    values, scales = _lines(fmt, cols)
+    values, scales = value_lines(fmt, cols)
     out = np.zeros((groups, stride // LINE, LINE), np.uint8)
     stored = np.zeros((groups * GROUP, fmt.blocks(cols) * BLOCK), np.uint8)
     stored[:rows, :cols] = q.codes - np.int8(fmt.low)  # wraps around: 8-bit codes become 0 … 255
@@ -168,7 +168,7 @@ def pack(fmt: Format, q: Quantised) -> Array:
 
 def unpack(fmt: Format, packed: Array, rows: int, cols: int) -> Quantised:
     """The integers and scales of a stored matrix [rows, cols]."""
-    values, scales = _lines(fmt, cols)
+    values, scales = value_lines(fmt, cols)
     lines = packed.reshape(len(packed), -1, LINE)
     words = lines[:, values].reshape(len(packed), -1, GROUP, 4).transpose(0, 2, 1, 3)
     shifts = np.arange(0, 8, fmt.bits, dtype=np.uint8)[:, None]
@@ -196,7 +196,7 @@ def dequantise(fmt: Format, q: Quantised) -> Array:
     return codes * scales
 
 
-def _lines(fmt: Format, cols: int) -> tuple[Array, Array]:
+def value_lines(fmt: Format, cols: int) -> tuple[Array, Array]:
     """Which lines of a group hold values, in order, and which hold block scales."""
     head, blocks = int(fmt.has_row_scales), fmt.blocks(cols)
     value = np.arange(blocks * fmt.bits)

@@ -119,18 +119,18 @@ class PlanEntry(Entry):
 
 
 class TensorReport(Entry):
-    """How one tensor was stored: bits, block and ||w - q(w)|| / ||w||."""
+    """How one tensor was stored: its weight format and ||w - q(w)|| / ||w||."""
 
-    bits: Count
-    block: Number
+    format: Name
     error: Distance
 
 
 class QuantEntry(Entry):
-    """Weight storage: the scheme, and the error of every quantised tensor."""
+    """Weight storage: the scheme, the weight format of each kind of tensor, and the error of every
+    quantised tensor."""
 
     scheme: Name
-    block_size: Number
+    formats: dict[Name, Name]
     tensors: dict[Name, TensorReport]
 
 
@@ -293,7 +293,7 @@ def table_shape(table: Table) -> tuple[int | str, ...]:
 
 def model_digest(model: dict[str, Any], quant: QuantEntry, files: dict[str, FileEntry]) -> str:
     """What ties a snapshot to a model: config, weight storage and every file's digest."""
-    parts: list[Any] = [model, quant.scheme, quant.block_size]
+    parts: list[Any] = [model, quant.scheme]
     parts += sorted((n, f.sha256) for n, f in files.items() if not n.startswith("verify"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -12,28 +12,32 @@ mapping the weights once for both programs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError
+from edge_kv.formats import BLOCK
 from edge_kv.kv_plan import APPEND, RING, KVPlan, LayerPlan
 from edge_kv.tensors import (
     EMBED,
     EXPERT,
     FLOAT,
+    PLE_BITS,
+    PLE_BLOCK,
     PLE_TABLE,
     TensorSpec,
-    block_for,
-    stored_bits,
+    stored_format,
+    stored_shape,
     tensor_table,
+    weight_formats,
 )
 
 FIRST_LOAD = "first load"  # the phase in which weights are packed for the device
 TOKENIZER = "tokenizer"  # the phase, after a load, in which the tokenizer is read
 CHECKPOINTS = 3  # states of the rings that a conversation keeps at turn boundaries
-PLE_BLOCK = 32  # values that share a scale in the PLE file
-SCALE_BYTES = 4  # weight scales are f32
 PACKED_SCALE_BYTES = 8  # a packed block carries its f32 scale and its f32 sum
 BASE_ANON = 32_500_000  # interpreter, numpy, onnxruntime: heap
 BASE_FILE = 46 << 20  # … and their mapped libraries
@@ -82,7 +86,7 @@ class MemoryPlan:
     """Where the bytes of one export lie, on disk and in RAM at `depth` tokens of context."""
 
     quant: str
-    block_size: int
+    formats: dict[str, str]  # of each kind of tensor
     depth: int
     weights: dict[str, int]  # bytes in the weight file by tensor kind
     ple_file: int
@@ -110,7 +114,7 @@ class MemoryPlan:
         """For JSON: everything above, in bytes."""
         return {
             "quant": self.quant,
-            "block_size": self.block_size,
+            "formats": self.formats,
             "depth": self.depth,
             "weight_file": self.weight_file,
             "weights": self.weights,
@@ -131,14 +135,15 @@ def predict_memory(
     config: ModelConfig,
     plan: KVPlan,
     quant: str = "int4",
-    block_size: int = 32,
+    formats: Mapping[str, str] | None = None,
     depth: int | None = None,
     *,
     cache: bool = True,
     engine: str = "onnx",
 ) -> MemoryPlan:
-    """Predict files and peak RAM for `plan` with weights stored as `quant` in `block_size` blocks.
+    """Predict files and peak RAM for `plan` with weights stored as `quant`.
 
+    `formats` are the weight formats by kind of tensor; those of the scheme when left out.
     `depth` is how many tokens of context are used; the whole context when left out. `cache` means
     weights packed for the device by an earlier load; phase `FIRST_LOAD` is that earlier load. An
     engine that is not in `ENGINES` is taken for onnx.
@@ -147,22 +152,23 @@ def predict_memory(
         ConfigError: an unknown quantisation.
     """
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
+    formats = weight_formats(quant) if formats is None else formats
     kinds: dict[str, int] = {}
     packed, mapped = (dict.fromkeys(_PROGRAMS, 0) for _ in range(2))  # of each program
-    largest = scales = 0
+    largest = kept = 0
     for spec in tensor_table(config):
         if spec.kind == PLE_TABLE:
             continue
-        stored, heap, kept = _tensor_bytes(spec, quant, block_size)
+        stored, heap = _tensor_bytes(spec, formats)
         kinds[spec.kind] = kinds.get(spec.kind, 0) + stored
         for program, rows in _programs(config, spec).items():
             packed[program] += int(heap * rows)
             mapped[program] += int(stored * rows)
         largest = max(largest, heap // HEAD_PARTS if spec.kind == EMBED else heap)
-        scales += kept  # both programs map the same file
+        kept += stored if spec.kind == FLOAT else 0  # both programs map the same file
     touched = plan.touched_bytes(depth)
     tokenizer = TOKENIZER_BYTES * config.vocab_size
-    weights = _Weights(packed, mapped, largest, scales, kinds[EMBED])
+    weights = _Weights(packed, mapped, largest, kept, kinds[EMBED])
     phases = ENGINES.get(engine, _onnx)(config, plan, depth, weights, cache)
     reading = phases["load"].anon + TOKENIZER_READING * config.vocab_size
     held = tokenizer + TOKEN_BYTES * depth
@@ -171,7 +177,7 @@ def predict_memory(
     phases = {**loads, TOKENIZER: Phase(reading, phases["load"].file), **runs}
     return MemoryPlan(
         quant=quant,
-        block_size=block_size,
+        formats=dict(formats),
         depth=depth,
         weights=kinds,
         ple_file=_ple_file(config, quant),
@@ -190,7 +196,7 @@ class _Weights:
     packed: dict[str, int]  # matrices of each program, as it packs them
     mapped: dict[str, int]  # what each program reads, as it was exported
     largest: int  # packed matrix; a part of the head counts as one
-    scales: int  # left in the artifact's file where matrices are packed
+    kept: int  # left in the artifact's file where matrices are packed
     table: int  # the token table
 
 
@@ -217,7 +223,7 @@ def _onnx_stock(
     base = BASE_ANON + GRAPH_BYTES * (config.n_layers + config.n_own)
     chunk = _workspace(config, plan, min(plan.chunk, depth), depth)
     step = _workspace(config, plan, 1, depth) + LOGITS * 4 * config.vocab_size
-    file = BASE_FILE + weights.scales
+    file = BASE_FILE + weights.kept
     lookup = min(weights.table, LOOKUP_BYTES * depth)
     if cache:
         held, mapped = base, packed
@@ -267,7 +273,7 @@ ENGINES = {"onnx": _onnx, "onnx-stock": _onnx_stock, "executorch": _executorch}
 RUNNING = ("prefill", "decode")  # phases in which tokens have been fed
 
 
-def streamed_bytes(config: ModelConfig, quant: str, block_size: int) -> int:
+def streamed_bytes(config: ModelConfig, formats: Mapping[str, str]) -> int:
     """Bytes of weights that decoding one token reads: every matrix once, the head included.
 
     Of routed experts only the chosen ones count; the token table is read as the head, its one
@@ -277,22 +283,24 @@ def streamed_bytes(config: ModelConfig, quant: str, block_size: int) -> int:
     for spec in tensor_table(config):
         if spec.kind == PLE_TABLE:
             continue
-        size, _, _ = _tensor_bytes(spec, quant, block_size)
+        size, _ = _tensor_bytes(spec, formats)
         if spec.kind == EXPERT and config.moe:
             size = size * config.moe.top_k // config.moe.n_experts
         total += size
     return total
 
 
-def _tensor_bytes(spec: TensorSpec, quant: str, block_size: int) -> tuple[int, int, int]:
-    """Bytes of one tensor in the weight file, on the heap of a program, and left mapped."""
-    bits = stored_bits(spec.kind, quant)
-    block = block_for(spec.shape[-1], block_size) if bits < 32 else 0
-    if not block:
+def _tensor_bytes(spec: TensorSpec, formats: Mapping[str, str]) -> tuple[int, int]:
+    """Bytes of one tensor in the weight file, and of its packed form; values of a format with
+    levels are packed as 8 bits."""
+    fmt = stored_format(spec.kind, spec.shape, formats)
+    if fmt is None:
         size = 4 * spec.elements
-        return (size, 0, size) if spec.kind == FLOAT else (size, size, 0)
-    values, blocks = spec.elements * bits // 8, spec.elements // block
-    return values + SCALE_BYTES * blocks, values + PACKED_SCALE_BYTES * blocks, SCALE_BYTES * blocks
+        return size, 0 if spec.kind == FLOAT else size
+    bits = 8 if fmt.levels else fmt.bits
+    blocks = spec.elements // BLOCK
+    packed = spec.elements * bits // 8 + PACKED_SCALE_BYTES * blocks
+    return prod(stored_shape(fmt, spec.shape)), packed
 
 
 _PROGRAMS = ("prefill", "decode")
@@ -311,9 +319,9 @@ def _ple_file(config: ModelConfig, quant: str) -> int:
     if not config.ple_dim:
         return 0
     values = config.n_layers * config.ple_dim
-    bits = stored_bits(PLE_TABLE, quant)
-    block = block_for(config.ple_dim, PLE_BLOCK) if bits < 32 else 0
-    row = values * bits // 8 + 2 * values // block if block else 4 * values
+    bits = PLE_BITS[quant]
+    coarse = bits < 32 and config.ple_dim % PLE_BLOCK == 0
+    row = values * bits // 8 + 2 * values // PLE_BLOCK if coarse else 4 * values
     return config.vocab_size * row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -65,7 +66,13 @@ def plan_data(config: ModelConfig, plan: KVPlan, memory: MemoryPlan, name: str) 
 
 
 def net_plan_data(
-    config: Model, name: str, ctx: int, chunk: int, kv: str, quant: str, block: int
+    config: Model,
+    name: str,
+    ctx: int,
+    chunk: int,
+    kv: str,
+    quant: str,
+    formats: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything `plan` prints of a model with tables of state, as JSON data; bytes throughout.
 
@@ -73,9 +80,9 @@ def net_plan_data(
         PlanError, ConfigError: a context, chunk, storage or quantisation that cannot be.
     """
     plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv)
-    need = footprint(config, plan, quant, block=block)
+    need = footprint(config, plan, quant, formats=formats)
     others = models.plan(config, ctx=ctx, chunk=1, kv="f16")
-    files = {q: footprint(config, plan, q, block=block).weight_file for q in SCHEMES}
+    files = {q: footprint(config, plan, q).weight_file for q in SCHEMES}
     return {
         "model": name,
         "ctx": plan.ctx,
@@ -107,7 +114,7 @@ def net_plan_data(
         },
         "memory": {
             "quant": quant,
-            "block_size": block,
+            "formats": dict(formats),
             "depth": need.depth,
             "weight_file": need.weight_file,
             "weights": need.weights,
@@ -331,8 +338,8 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
     artifact, machine = document["artifact"], document["machine"]
     conditions, bandwidth = document["conditions"], document["bandwidth"]
     console.print(
-        f"[bold]{artifact['name']}[/]  quant {artifact['quant']}, blocks of "
-        f"{artifact['block_size']}, kv {artifact['kv']}  ·  {machine['cpu']}, "
+        f"[bold]{artifact['name']}[/]  quant {artifact['quant']}, kv {artifact['kv']}  ·  "
+        f"{machine['cpu']}, "
         f"{conditions['threads']} threads, reads {size(bandwidth['best'])}/s"
     )
     speed = Table("engine", box=None, pad_edge=False)
@@ -425,7 +432,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         },
         "quant": {
             "scheme": manifest.quant.scheme,
-            "block_size": manifest.quant.block_size,
+            "formats": manifest.quant.formats,
             "tensors": len(errors),
             "median_error": errors[len(errors) // 2] if errors else None,
             "worst": {n: t.error for n, t in worst},
@@ -456,9 +463,10 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     if quant["tensors"]:
         worst = ", ".join(f"{n} {e:.3g}" for n, e in quant["worst"].items())
         console.print(
-            f"Weights: {quant['scheme']}, blocks of {quant['block_size']}, {quant['tensors']} "
-            f"tensors, relative error {quant['median_error']:.3g} (median); worst: {worst}."
+            f"Weights: {quant['scheme']}, {quant['tensors']} tensors, relative error "
+            f"{quant['median_error']:.3g} (median); worst: {worst}."
         )
+        console.print(f"Stored as: {', '.join(f'{k} {n}' for k, n in quant['formats'].items())}.")
     else:
         console.print(f"Weights: {quant['scheme']}.")
     drawn = ", ".join(f"{k} {v:g}" for k, v in data["sampling"].items())

@@ -6,15 +6,18 @@ quantiser takes its policy from `kind`, and `memory` counts bytes with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, did_you_mean
+from edge_kv.formats import BLOCK, Format, find_format
 
 EMBED = "embed"  # token table [vocab, hidden], tied to the LM head: one region serves both
 PLE_TABLE = "ple_table"  # per-layer token table [vocab, n_layers * ple_dim]: a file of its own
 LINEAR = "linear"  # [out, in]
+KV = "kv"  # key and value projections of attention
 PLE_LINEAR = "ple_linear"  # gates and projections of the per-layer embedding: 8 bits or more
 EXPERT = "expert"  # stacked experts [n_experts, out, in]
 HEAD = "head"  # LM head [vocab, hidden] of its own
@@ -63,10 +66,10 @@ def _layer_tensors(config: ModelConfig, i: int) -> list[TensorSpec]:
         ("attn.q_norm.weight", (spec.head_dim,), FLOAT),
     ]
     if config.owns(i):
-        rows.append(("attn.k_proj.weight", (spec.kv_width, d), LINEAR))
+        rows.append(("attn.k_proj.weight", (spec.kv_width, d), KV))
         rows.append(("attn.k_norm.weight", (spec.head_dim,), FLOAT))
         if not spec.k_eq_v:
-            rows.append(("attn.v_proj.weight", (spec.kv_width, d), LINEAR))
+            rows.append(("attn.v_proj.weight", (spec.kv_width, d), KV))
     rows += [
         ("attn.o_proj.weight", (d, spec.q_width), LINEAR),
         ("post_attn_norm.weight", (d,), FLOAT),
@@ -99,51 +102,61 @@ def _layer_tensors(config: ModelConfig, i: int) -> list[TensorSpec]:
     return [TensorSpec(at + name, shape, kind) for name, shape, kind in rows]
 
 
-SCHEMES = ("int4", "int8", "none")
-_SMALL = {PLE_LINEAR: 8, LINEAR8: 8, EXPERT8: 8}
-_BITS = {
-    "int4": {EMBED: 4, HEAD: 4, LINEAR: 4, EXPERT: 4, PLE_TABLE: 4, **_SMALL},
-    "int8": {EMBED: 8, HEAD: 8, LINEAR: 8, EXPERT: 8, PLE_TABLE: 8, **_SMALL},
+# What each scheme stores a kind of tensor as: the name of a weight format. Kinds that are not named
+# stay float. Values and keys are 5 % of the weights and a fifth of what 4 bits lose; gates and
+# projections of the per-layer embedding are 2 %, and quantising them further doubles the divergence
+# from the float model (exllamav3 issue 253).
+SCHEMES: dict[str, dict[str, str]] = {
+    "int4": {
+        EMBED: "code4-s8", HEAD: "code4-s8", LINEAR: "code4-s8", EXPERT: "code4-s8",
+        KV: "int8-s8", PLE_LINEAR: "int8-s8", LINEAR8: "int8-s8", EXPERT8: "int8-s8",
+    },
+    "int8": dict.fromkeys(
+        (EMBED, HEAD, LINEAR, EXPERT, KV, PLE_LINEAR, LINEAR8, EXPERT8), "int8-f16"
+    ),
     "none": {},
-}
+}  # fmt: skip
+PLE_BITS = {"int4": 4, "int8": 8, "none": 32}  # of the per-layer table, which is a file of rows
+PLE_BLOCK = 32  # its values that share a scale
 
 
-def stored_bits(kind: str, scheme: str) -> int:
-    """Bits a value of a tensor of `kind` takes under quantisation `scheme`; 32 is float.
-
-    PLE gates and projections keep 8 bits under int4: they are 2 % of the weights, and quantising
-    them further doubles the divergence from the float model (exllamav3 issue 253).
+def weight_formats(scheme: str, changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The weight format of each kind of tensor under `scheme`; `changes` overrule it.
 
     Raises:
-        ConfigError: unknown scheme.
+        ConfigError: an unknown scheme, kind or format.
     """
-    if scheme not in _BITS:
+    if scheme not in SCHEMES:
         raise ConfigError(f"Unknown quantisation {scheme!r}.{did_you_mean(scheme, SCHEMES)}")
-    return _BITS[scheme].get(kind, 32)
+    kinds = SCHEMES["int8"]
+    for kind, name in (changes or {}).items():
+        if kind not in kinds:
+            raise ConfigError(f"Unknown kind of tensor {kind!r}.{did_you_mean(kind, kinds)}")
+        find_format(name)
+    return {**SCHEMES[scheme], **(changes or {})}
 
 
-BLOCK_SIZES = (128, 64, 32)
-DEFAULT_BLOCK = 32
-
-
-def block_size(asked: int | None) -> int:
-    """`asked`, or the default when None.
+def parse_changes(words: Iterable[str]) -> dict[str, str]:
+    """`kind=format` words as a mapping.
 
     Raises:
-        ConfigError: no block size that is packed.
+        ConfigError: a word without `=`.
     """
-    if asked is None:
-        return DEFAULT_BLOCK
-    if asked not in BLOCK_SIZES:
-        *others, last = sorted(BLOCK_SIZES)
-        sizes = f"{', '.join(map(str, others))} or {last}"
-        raise ConfigError(f"block size {asked} is not supported; use {sizes}.")
-    return asked
+    changes = {}
+    for word in words:
+        kind, equals, name = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} says no format; write KIND=FORMAT, like embed=int8-f16.")
+        changes[kind] = name
+    return changes
 
 
-def block_for(width: int, block_size: int) -> int:
-    """The largest supported block, at most `block_size`, that divides rows of `width` values.
+def stored_format(kind: str, shape: tuple[int, ...], formats: Mapping[str, str]) -> Format | None:
+    """The format of a tensor; None for one that stays float: rows must be whole blocks."""
+    name = formats.get(kind)
+    return find_format(name) if name and shape[-1] % BLOCK == 0 else None
 
-    Returns 0 when no block of 32, 64 or 128 fits: such a tensor stays float.
-    """
-    return next((b for b in BLOCK_SIZES if b <= block_size and width % b == 0), 0)
+
+def stored_shape(fmt: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the uint8 array that holds a matrix [out, in] or a stack [n, out, in]."""
+    return (*shape[:-2], *fmt.shape(*shape[-2:]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -66,7 +66,7 @@ class Lowering(Protocol):
         """
 
     def layout(
-        self, config: ModelConfig, scheme: str, block_size: int, attention: str
+        self, config: ModelConfig, formats: Mapping[str, str], attention: str
     ) -> WeightLayout:
         """How this backend's weights are stored; backends whose layouts agree share one file."""
 
@@ -87,9 +87,9 @@ class OnnxLowering:
         pass
 
     def layout(
-        self, config: ModelConfig, scheme: str, block_size: int, attention: str
+        self, config: ModelConfig, formats: Mapping[str, str], attention: str
     ) -> WeightLayout:
-        return WeightLayout(tensor_table(config), scheme, block_size)
+        return WeightLayout(tensor_table(config), formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
         from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
@@ -128,13 +128,13 @@ class ExecuTorchLowering:
             )
 
     def layout(
-        self, config: ModelConfig, scheme: str, block_size: int, attention: str
+        self, config: ModelConfig, formats: Mapping[str, str], attention: str
     ) -> WeightLayout:
         if attention == "native":
-            return WeightLayout(tensor_table(config), scheme, block_size)
+            return WeightLayout(tensor_table(config), formats)
         with quiet():
             from edge_kv.export.executorch_weights import XnnpackLayout
-        return XnnpackLayout(tensor_table(config), scheme, block_size)
+        return XnnpackLayout(tensor_table(config), formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
         if request.attention == "native":

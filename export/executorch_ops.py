@@ -155,12 +155,12 @@ _define(
 )
 _define_out(
     "linear_q",
-    "Tensor x, Tensor packed, Tensor scales, SymInt bits, SymInt block",
+    "Tensor x, Tensor packed, SymInt rows, str format, float step=0.0",
     model_ops.linear_q,
 )
 _define_out(
     "embed_q",
-    "Tensor ids, Tensor packed, Tensor scales, SymInt bits, SymInt block",
+    "Tensor ids, Tensor packed, SymInt width, str format",
     model_ops.embed_q,
 )
 

@@ -8,12 +8,16 @@ they come, so that neither the cost nor a temporary follows the context it was e
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
 from edge_kv.export.executorch_state import StateBuffers
+from edge_kv.formats import GROUP, unpack
 from edge_kv.kv_plan import RING, LayerPlan
 from edge_kv.model.decoder import QuantEmbedding
 from edge_kv.model.state import (
@@ -80,9 +84,16 @@ class PortableEmbedding(nn.Module):
 
     def __init__(self, source: QuantEmbedding):
         super().__init__()
-        self.bits = source.bits
-        self.packed = nn.Parameter(source.packed, requires_grad=False)
-        self.scales = nn.Parameter(source.scales, requires_grad=False)
+        fmt, rows = source.format, len(source.packed) * GROUP
+        self.bits = fmt.bits
+        q = unpack(fmt, source.packed.numpy(), rows, source.dim)
+        stored: np.ndarray[Any, Any] = (q.codes - np.int8(fmt.low)).view(np.uint8)
+        if self.bits == 4:
+            stored = stored[:, 0::2] | stored[:, 1::2] << 4
+        scales = q.block_scales if q.row_scales is None else q.row_scales[:, None]
+        assert scales is not None
+        self.packed = nn.Parameter(torch.from_numpy(stored), requires_grad=False)
+        self.scales = nn.Parameter(torch.from_numpy(scales.astype(np.float32)), requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows, scales = self.packed.index_select(0, ids), self.scales.index_select(0, ids)

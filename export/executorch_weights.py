@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_kv.export.quantize import quantize
 from edge_kv.export.weight_file import Spec, StoredTensor, WeightLayout
+from edge_kv.formats import BLOCK, FORMATS, Format, Quantised, dequantise, unpack
 from edge_kv.model.decoder import Attention, GeluGate, QuantLinear, RMSNorm
-from edge_kv.model.ops import unpack_blocks
 
+REACHES = (7.0, 7.4, 7.8, 8.2, 6.6, 8.6)  # levels that a block's largest magnitude may lie at
 _QD: Any = torch.ops.quantized_decomposed
 
 
@@ -28,14 +29,35 @@ class XnnpackLayout(WeightLayout):
 
     def stored(self, spec: Spec) -> StoredTensor:
         t = super().stored(spec)
-        return StoredTensor(t.spec, 8, spec.shape[-1]) if t.bits == 8 else t
+        if t.format is None:
+            return t
+        return StoredTensor(spec, FORMATS["int4-f16" if t.format.bits < 8 else "int8-row"])
 
-    def quantize(self, rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, float]:
-        packed, scales, error = quantize(rows, bits, block, signed_scales=False)
-        if bits == 4:
-            scales = scales.to(torch.bfloat16).to(torch.float32)
-        # XNNPACK refuses a scale of 0, which all-zero blocks get; their values are 0 at any scale.
-        return packed, torch.where(scales == 0, 1.0, scales), error
+    def quantise(self, rows: Tensor, fmt: Format) -> tuple[Quantised, float]:
+        """The positive scale of each block, or row, that leaves the least error of a few."""
+        values = rows.numpy().reshape(-1, BLOCK if fmt.served else rows.shape[-1])
+        top = np.abs(values).max(1, keepdims=True)
+        scales, codes = np.ones_like(top), np.zeros_like(values)  # XNNPACK refuses a scale of 0
+        least = np.square(values).sum(1, keepdims=True)
+        for reach in REACHES if fmt.served else (float(fmt.high),):
+            scale = top / np.float32(reach)
+            if fmt.served:
+                scale = torch.from_numpy(scale).to(torch.bfloat16).to(torch.float32).numpy()
+            rounded = np.rint(values / np.where(scale == 0, np.float32(1), scale))
+            rounded = np.clip(rounded, fmt.low, fmt.high)
+            error = np.square(values - rounded * scale).sum(1, keepdims=True)
+            better = error < least
+            least, scales = np.where(better, error, least), np.where(better, scale, scales)
+            codes = np.where(better, rounded, codes)
+        if fmt.served:
+            scales = scales.astype(np.float16)
+        blocks = scales.reshape(len(rows), -1)
+        q = Quantised(
+            codes.astype(np.int8).reshape(rows.shape),
+            blocks if fmt.served else None,
+            None if fmt.served else blocks[:, 0],
+        )
+        return q, float(np.square(rows.numpy() - dequantise(fmt, q), dtype=np.float64).sum())
 
 
 class XnnpackLinear(nn.Module):
@@ -43,12 +65,11 @@ class XnnpackLinear(nn.Module):
 
     def __init__(self, source: QuantLinear):
         super().__init__()
-        self.bits, self.block = source.bits, source.block
-        blocks = source.scales.shape
-        ones = torch.ones(blocks)
-        values = unpack_blocks(source.packed.view(*blocks, -1), ones, source.bits)
-        self.weight = _fixed(values.to(torch.int8))
-        self.scales = _fixed(source.scales if self.bits == 4 else source.scales[:, 0])
+        self.bits = source.format.bits
+        q = unpack(source.format, source.packed.numpy(), source.n_out, source.n_in)
+        scales = q.row_scales if q.block_scales is None else q.block_scales.astype(np.float32)
+        self.weight = _fixed(torch.from_numpy(q.codes.copy()))
+        self.scales = _fixed(torch.from_numpy(np.array(scales)))
         self.zeros = _fixed(torch.zeros_like(self.scales, dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +79,7 @@ class XnnpackLinear(nn.Module):
         x = _QD.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
         if self.bits == 4:
             weight = _QD.dequantize_per_channel_group(
-                self.weight, self.scales, self.zeros, low, high, torch.int8, self.block,
+                self.weight, self.scales, self.zeros, low, high, torch.int8, BLOCK,
                 torch.float32,
             )  # fmt: skip
         else:

@@ -27,7 +27,7 @@ from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.onnx_attention import K_ZERO, body, view_dtype
-from edge_kv.export.onnx_ops import DOMAIN, OPSET, TRANSLATIONS, linear
+from edge_kv.export.onnx_ops import BODIES, DOMAIN, OPSET, TRANSLATIONS
 from edge_kv.export.onnx_state import OnnxState
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import Region, WeightLayout
@@ -161,10 +161,11 @@ def _to_onnx(
 
 def _attach_functions(model: ir.Model, config: ModelConfig, plan: KVPlan, decode: bool) -> None:
     """Give the model a body for every function of ours that it calls."""
-    calls = {n.op_type: n for n in model.graph if n.domain == DOMAIN}
-    for name, call in calls.items():
-        if name == "linear":
-            given = ir.serde.deserialize_function(linear.to_function_proto())
+    calls = {(n.op_type, n.overload): n for n in model.graph if n.domain == DOMAIN}
+    for (name, overload), call in calls.items():
+        if overload:
+            given = BODIES[name, overload].clone()
+            given.overload = overload
             model.functions[given.identifier()] = given
             continue
         with torch.device("meta"):

@@ -153,8 +153,8 @@ def find_source(model: str | None, weights: str | None) -> Source | None:
 
 
 def export_net(
-    source: Source, plan: Plan, layout: WeightLayout, out: Path, open_session: gate.OpenSession,
-    progress: Progress,
+    source: Source, plan: Plan, scheme: str, layout: WeightLayout, out: Path,
+    open_session: gate.OpenSession, progress: Progress,
 ) -> Path:  # fmt: skip
     """Export `source` to the artifact directory `out` with ONNX programs; returns `out`.
 
@@ -166,7 +166,7 @@ def export_net(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ExportError(f"Cannot write beside {out} ({e.strerror}).") from e
-    job = _Job(source, plan, layout, out, open_session, progress)
+    job = _Job(source, plan, scheme, layout, out, open_session, progress)
     try:
         with sole_exporter(out):
             if out.exists():
@@ -187,10 +187,11 @@ class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: Source, plan: Plan, layout: WeightLayout, out: Path,
+        self, source: Source, plan: Plan, scheme: str, layout: WeightLayout, out: Path,
         open_session: gate.OpenSession, progress: Progress,
     ):  # fmt: skip
         self.source, self.plan, self.layout, self.out = source, plan, layout, out
+        self.scheme = scheme
         self.config: Model = source.config
         self.open_session, self.progress = open_session, progress
         self.root = unfinished(out)
@@ -207,8 +208,8 @@ class _Job:
         self.progress.stage("programs: onnx")
         programs = lower_net(self.config, self.plan, self.layout, self.stored.path.parent, WEIGHTS)
         quant = QuantEntry(
-            scheme=self.layout.scheme,
-            block_size=self.layout.block_size,
+            scheme=self.scheme,
+            formats=self.layout.formats,
             tensors={n: TensorReport(**r.model_dump()) for n, r in reports.items()},
         )
 
@@ -278,7 +279,7 @@ class _Job:
         self.progress.stage("parity: stored weights")
         stored_logits = self._oracle(run, stored=True)
         kept = None
-        if self.layout.scheme == "none":
+        if self.scheme == "none":
             kept = self._oracle(run, stored=True, exact_state=True)
         self.progress.stage("parity: programs")
         judged = gate.judge(
@@ -288,7 +289,7 @@ class _Job:
             shipped=logits_of(""),
             stored=stored_logits,
             source=source_logits,
-            scheme=self.layout.scheme,
+            scheme=self.scheme,
             moved=lambda: self._oracle(run, stored=True, moved=True),
             kept=kept,
         )
@@ -310,7 +311,7 @@ class _Job:
                 "source": [self.source.label, identity(self.source.files)],
                 "model": self.model,
                 "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
-                "quant": [self.layout.scheme, self.layout.block_size],
+                "quant": [self.scheme, self.layout.formats],
             },
             sort_keys=True,
         )

@@ -21,6 +21,8 @@ from onnxscript import evaluator
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
+from edge_kv.export import stored_in_onnx
+from edge_kv.formats import Format, find_format
 from edge_kv.nets.ops import OPERATORS, SILU, Operator, bind
 
 DOMAIN = "edge_kv"
@@ -193,30 +195,37 @@ def _parse(text: str) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(head + text))
 
 
+def linear_body(rows: int, cols: int, fmt: Format) -> ir.Function:
+    """`linear_q` for one shape of matrix."""
+    text = stored_in_onnx.product(fmt, "x", "packed", rows, cols, "y")
+    return _parse(f"linear_q <rows, format, step> (x, packed) => (y) {{\n{text}\n}}")
+
+
+def embed_body(cols: int, fmt: Format) -> ir.Function:
+    """`embed_q` for rows of `cols` values."""
+    text = stored_in_onnx.lookup(fmt, "ids", "packed", cols, "y")
+    return _parse(f"embed_q <width, format> (ids, packed) => (y) {{\n{text}\n}}")
+
+
 def _linear(node: ir.Node) -> ir.Function:
-    bits, block = (node.attributes[n].as_int() for n in ("bits", "block"))
-    n_out, blocks = _shape(node.inputs[2])  # type: ignore[arg-type]
-    return _parse(f"""linear_q <bits, block> (x, packed, scales) => (y) {{
-        y = com.microsoft.MatMulNBits <K = {blocks * block}, N = {n_out}, bits = {bits},
-            block_size = {block}, accuracy_level = 4> (x, packed, scales)
-    }}""")
+    x = node.inputs[0]
+    assert x is not None
+    return linear_body(node.attributes["rows"].as_int(), _shape(x)[-1], _format(node, "format"))
 
 
 def _embed(node: ir.Node) -> ir.Function:
-    bits, block = (node.attributes[n].as_int() for n in ("bits", "block"))
-    return _parse(f"""embed_q <bits, block> (ids, packed, scales) => (y) {{
-        y = com.microsoft.GatherBlockQuantized <bits = {bits}, block_size = {block},
-            gather_axis = 0, quantize_axis = 1> (packed, ids, scales)
-    }}""")
+    return embed_body(node.attributes["width"].as_int(), _format(node, "format"))
+
+
+def _format(node: ir.Node, name: str) -> Format:
+    return find_format(node.attributes[name].as_string())
 
 
 def _experts(node: ir.Node) -> ir.Function:
     """A loop over the experts some token chose; each takes its tokens' rows together."""
-    gate_up, scales, down, down_scales = (
-        node.inputs[i] if i < len(node.inputs) else None for i in range(3, 7)
-    )
-    assert gate_up is not None and down is not None
-    bits = node.attributes["bits"].as_int()
+    x, gate_up = node.inputs[0], node.inputs[3]
+    assert x is not None and gate_up is not None
+    dim, width = _shape(x)[-1], node.attributes["width"].as_int()
     limit = node.attributes["limit"].as_float()
     act = node.attributes["act"].as_string()
     bounded = f"""
@@ -230,10 +239,10 @@ def _experts(node: ir.Node) -> ir.Function:
             squashed = Sigmoid (gate)
             opened = Mul (gate, squashed)""" if act == SILU else """
             opened = Gelu <approximate = "tanh"> (gate)"""  # fmt: skip
-    inputs = "x, index, weight, gate_up, gate_up_scales, down" + (
-        ", down_scales" if down_scales is not None else ""
-    )
-    return _parse(f"""experts_q <bits, act, limit> ({inputs}) => (y) {{
+    into = _product("tokens", "gate_up", "into", 2 * width, dim, node.attributes["format"])
+    out = _product("hidden", "down", "out", dim, width, node.attributes["down_format"])
+    return _parse(f"""experts_q <width, format, down_format, act, limit>
+        (x, index, weight, gate_up, down) => (y) {{
         none = Constant <value_int = 0> ()
         nothing = Constant <value_float = 0.0> ()
         count = Constant <value_int = {_shape(gate_up)[0]}> ()
@@ -261,10 +270,10 @@ def _experts(node: ir.Node) -> ir.Function:
             rows_row = NonZero (hits)
             rows = Squeeze (rows_row, first)
             tokens = Gather (x, rows)
-            {_product("tokens", "gate_up", "into", gate_up, scales, bits)}
+            {into}
             gate_raw, up_raw = Split <axis = -1, num_outputs = 2> (into){bounded}{turned}
             hidden = Mul (opened, up)
-            {_product("hidden", "down", "out", down, down_scales, bits)}
+            {out}
             weights = Gather (of_token, rows)
             weights_column = Unsqueeze (weights, last)
             part = Mul (out, weights_column)
@@ -274,21 +283,16 @@ def _experts(node: ir.Node) -> ir.Function:
     }}""")
 
 
-def _product(
-    rows: str, stack: str, out: str, values: ir.Value, scales: ir.Value | None, bits: int
-) -> str:
-    """Text of `out` = rows times the matrix of expert e."""
-    matrix = f"{stack}_e = Gather <axis = 0> ({stack}, e)"
-    if scales is None:
+def _product(tokens: str, stack: str, out: str, rows: int, cols: int, format: ir.Attr) -> str:
+    """Text of `out` = tokens times the matrix [rows, cols] of expert e."""
+    name = format.as_string()
+    matrix = f"{stack}_e = Gather <axis = 0> ({stack}, e)\n"
+    if not name:
         return f"""{matrix}
             {stack}_t = Transpose <perm = [1, 0]> ({stack}_e)
-            {out} = MatMul ({rows}, {stack}_t)"""
-    _, n_out, blocks, width = _shape(values)
-    block = width * 8 // bits
-    return f"""{matrix}
-            {stack}_s = Gather <axis = 0> ({stack}_scales, e)
-            {out} = com.microsoft.MatMulNBits <K = {blocks * block}, N = {n_out}, bits = {bits},
-                block_size = {block}, accuracy_level = 0> ({rows}, {stack}_e, {stack}_s)"""
+            {out} = MatMul ({tokens}, {stack}_t)"""
+    fmt = find_format(name)
+    return matrix + stored_in_onnx.product(fmt, tokens, f"{stack}_e", rows, cols, out, stack)
 
 
 _WRITTEN: dict[str, Callable[[ir.Node], ir.Function]] = {

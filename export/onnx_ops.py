@@ -14,15 +14,16 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-from onnxscript import FLOAT
+from onnxscript import FLOAT, evaluator
 from onnxscript.values import Opset
 from torch import Tensor
 from torch.library import custom_op
 
+from edge_kv.export.onnx_functions import embed_body, linear_body
+from edge_kv.formats import find_format
 from edge_kv.model import ops as model_ops
 
 OPSET = 24
-CONTRIB = "com.microsoft"
 
 DOMAIN = "edge_kv"  # functions of ours, made of standard operators: see onnx_attention
 _SEEN = "q q_norm cos sin pos"
@@ -62,11 +63,7 @@ class _Schema(NamedTuple):
 
 
 _TYPES = ("float", "float16", "uint8", "int8", "int32", "int64")
-_BITS = "K N bits block_size"
 SCHEMAS = (
-    _Schema(CONTRIB, "MatMulNBits", "A B scales", "Y", f"{_BITS} accuracy_level"),
-    _Schema(CONTRIB, "GatherBlockQuantized", "data indices scales", "Y",
-            "bits block_size gather_axis quantize_axis"),
     _Schema(DOMAIN, "attend_ring", f"{_SEEN} keys values", "Y", "window", "eps scale"),
     _Schema(DOMAIN, "attend_append", f"{_SEEN} keys values", "Y", "", "eps scale"),
     _Schema(DOMAIN, "attend_append_int8", f"{_SEEN} keys values k_scale v_scale", "Y", "",
@@ -75,14 +72,12 @@ SCHEMAS = (
     _Schema(DOMAIN, "store_append", f"{_STORED} keys values", "K V", "v_norm", "eps"),
     _Schema(DOMAIN, "store_append_int8", f"{_STORED} keys values k_scale v_scale", "K V KS VS",
             "v_norm", "eps"),
-    _Schema(DOMAIN, "linear", "x packed scales", "Y", _BITS),
 )  # fmt: skip
 for _schema in SCHEMAS:
     if not onnx.defs.has(_schema.name, _schema.domain):
         _schema.register()
 
 onnx_op: Any = Opset("", OPSET)
-ms_op: Any = Opset(CONTRIB, 1)
 our_op: Any = Opset(DOMAIN, 1)
 base_op: Any = Opset("", 18)  # whole functions must be of the opset torch builds at and converts
 
@@ -291,19 +286,31 @@ def _attend_chunk(q: Any, k: Any, k_scale: Any, k_zero: int, v: Any, v_scale: An
     return attend_blocks(q, k, k_scale, zero, v, v_scale, at)
 
 
-@onnxscript.script(our_op, default_opset=base_op)
-def linear(x, packed, scales, K: int, N: int, bits: int, block_size: int) -> FLOAT[...]:  # type: ignore
-    """`model.ops.linear_q`, as a function that a faster kernel can stand in for."""
-    return ms_op.MatMulNBits(
-        x, packed, scales, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=4
-    )
+BODIES: dict[tuple[str, str], ir.Function] = {}  # of (operator, overload): a shape and a format
 
 
-def _linear(x: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
-    n_out, n_blocks = scales.shape
-    return our_op.linear(
-        x, packed, scales, K=n_blocks * block, N=n_out, bits=bits, block_size=block
-    )
+def _stored_op(name: str, overload: str, inputs: Any, body: ir.Function, **attributes: Any) -> Any:
+    """A call of `linear_q` or `embed_q`, which comes with a body for its shape and format."""
+    BODIES.setdefault((name, overload), body)
+    node = ir.node(name, inputs, attributes, domain=DOMAIN, overload=overload)
+    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+    return node.outputs[0]
+
+
+def _linear(x: Any, packed: Any, rows: int, format: str, step: float = 0.0) -> Any:
+    return _product(x, packed, rows, x.shape[-1], format)
+
+
+def _product(x: Any, packed: Any, rows: int, cols: int, format: str) -> Any:
+    body = linear_body(rows, cols, find_format(format))
+    overload = f"{rows}x{cols}.{format}"
+    return _stored_op("linear_q", overload, (x, packed), body, rows=rows, format=format, step=0.0)
+
+
+def _embed_q(ids: Any, packed: Any, width: int, format: str) -> Any:
+    body = embed_body(width, find_format(format))
+    name = f"{width}.{format}"
+    return _stored_op("embed_q", name, (ids, packed), body, width=width, format=format)
 
 
 def _attend_rows(
@@ -335,12 +342,6 @@ def _store_rows_int8(
     )
 
 
-def _embed_q(ids: Any, packed: Any, scales: Any, bits: int, block: int) -> Any:
-    return ms_op.GatherBlockQuantized(
-        packed, ids, scales, bits=bits, block_size=block, gather_axis=0, quantize_axis=1
-    )
-
-
 def _experts(x: Any, index: Any, weight: Any, gate_up: Any, down: Any) -> Any:
     def product(rows: Any, stack: Any, which: Any) -> Any:
         matrix = onnx_op.Gather(stack, which, axis=0)
@@ -354,21 +355,17 @@ def _experts(x: Any, index: Any, weight: Any, gate_up: Any, down: Any) -> Any:
 
 
 def _experts_q(
-    x: Any, index: Any, weight: Any, gate_up: Any, gate_up_scales: Any, down: Any,
-    down_scales: Any, bits: int,
+    x: Any, index: Any, weight: Any, gate_up: Any, down: Any, width: int, format: str,
+    down_format: str,
 ) -> Any:  # fmt: skip
-    def product(rows: Any, stack: Any, scales: Any, which: Any) -> Any:
-        _, n_out, n_blocks, width = stack.shape
-        block = width * 8 // bits
-        return ms_op.MatMulNBits(
-            rows, onnx_op.Gather(stack, which, axis=0), onnx_op.Gather(scales, which, axis=0),
-            K=n_blocks * block, N=n_out, bits=bits, block_size=block, accuracy_level=0,
-        )  # fmt: skip
+    def product(tokens: Any, stack: Any, which: Any, rows: int, cols: int, format: str) -> Any:
+        return _product(tokens, onnx_op.Gather(stack, which, axis=0), rows, cols, format)
 
+    dim = int(x.shape[-1])
     return _mix_experts(
         x, index, weight,
-        lambda rows, e: product(rows, gate_up, gate_up_scales, e),
-        lambda rows, e: product(rows, down, down_scales, e),
+        lambda rows, e: product(rows, gate_up, e, 2 * width, dim, format),
+        lambda rows, e: product(rows, down, e, dim, width, down_format),
         gate_up.shape[0],
     )  # fmt: skip
 

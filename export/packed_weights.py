@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from edge_kv.errors import ExportError
 from edge_kv.export.weight_file import StoredTensor, WeightLayout
+from edge_kv.formats import GROUP, Format
 from edge_kv.models.model import Weight
 from edge_kv.nets import ops
 from edge_kv.nets.weights import Holder, Rows, Weights
+from edge_kv.tensors import stored_shape
 
 
 class _Packed(Holder):
-    """A module over packed integers and their scales, held as two buffers each."""
+    """A module over packed matrices."""
 
-    def pack(
-        self, name: str, t: StoredTensor, layout: WeightLayout, start: int, stop: int,
-        flat: bool = False,
-    ) -> None:  # fmt: skip
-        """Buffers `name`packed and `name`scales for rows start … stop-1 of a stored tensor.
-
-        `flat`: the blocks of a row lie in one axis.
-        """
-        for part in ("packed", "scales"):
-            region = layout.regions[f"{t.spec.name}.{part}"]
-            shape = (stop - start, *([prod(region.shape[1:])] if flat else region.shape[1:]))
-            dtype = torch.uint8 if region.dtype == "u8" else torch.float32
-            self.held[name + part] = Rows(region.name, start)
-            self.register_buffer(name + part, torch.empty(shape, dtype=dtype))
+    def pack(self, name: str, t: StoredTensor, start: int, stop: int) -> Format:
+        """A buffer `name` for rows start … stop-1 of a stored matrix, or for a whole stack."""
+        assert t.format
+        shape = stored_shape(t.format, t.spec.shape)
+        if len(t.spec.shape) == 2:
+            shape = t.format.shape(stop - start, t.spec.shape[-1])
+            start //= GROUP
+        region = f"{t.spec.name.removesuffix('.weight')}.packed"
+        self.held[name] = Rows(region, start)
+        self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
+        return t.format
 
 
 class PackedLinear(_Packed):
-    """x [T, in] -> [T, out] over packed integers, plus a bias where one is stored."""
+    """x [T, in] -> [T, out] over a packed matrix, plus a bias where one is stored."""
 
     packed: Tensor
-    scales: Tensor
     bias: Tensor
 
-    def __init__(self, t: StoredTensor, layout: WeightLayout, bias: bool, start: int, stop: int):
+    def __init__(self, t: StoredTensor, bias: bool, start: int, stop: int):
         super().__init__()
-        self.bits, self.block = t.bits, t.block
-        self.pack("", t, layout, start, stop)
+        self.format, self.rows = self.pack("packed", t, start, stop), stop - start
         self.has_bias = bias
         if bias:
             self.hold("bias", (stop - start,), Rows(f"{t.spec.name}.bias", start))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = ops.linear_q(x, self.packed, self.scales, self.bits, self.block)
+        out: Tensor = ops.linear_q(x, self.packed, self.rows, self.format.name)
         return out + self.bias if self.has_bias else out
 
 
@@ -58,34 +54,33 @@ class PackedEmbedding(_Packed):
     """Token rows of a packed table, which may be the LM head too."""
 
     packed: Tensor
-    scales: Tensor
 
-    def __init__(self, t: StoredTensor, layout: WeightLayout):
+    def __init__(self, t: StoredTensor):
         super().__init__()
-        self.bits, self.block = t.bits, t.block
-        self.pack("", t, layout, 0, t.spec.shape[0], flat=True)
+        self.format = self.pack("packed", t, 0, t.spec.shape[0])
+        self.width = t.spec.shape[1]
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = ops.embed_q(ids, self.packed, self.scales, self.bits, self.block)
+        rows: Tensor = ops.embed_q(ids, self.packed, self.width, self.format.name)
         return rows
 
 
 class PackedExperts(_Packed):
     """Stacked packed experts."""
 
-    def __init__(
-        self, gate_up: StoredTensor, down: StoredTensor, layout: WeightLayout, act: str,
-        limit: float,
-    ):  # fmt: skip
+    gate_up: Tensor
+    down: Tensor
+
+    def __init__(self, gate_up: StoredTensor, down: StoredTensor, act: str, limit: float):
         super().__init__()
-        self.bits, self.act, self.limit = gate_up.bits, act, limit
-        for name, t in (("gate_up_", gate_up), ("down_", down)):
-            self.pack(name, t, layout, 0, t.spec.shape[0])
+        self.act, self.limit, self.width = act, limit, down.spec.shape[-1]
+        named = (("gate_up", gate_up), ("down", down))
+        self.formats = [self.pack(n, t, 0, t.spec.shape[0]).name for n, t in named]
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = ops.experts_q(
-            x, index, weight, self.gate_up_packed, self.gate_up_scales,
-            self.down_packed, self.down_scales, self.bits, self.act, self.limit,
+            x, index, weight, self.gate_up, self.down, self.width, *self.formats, self.act,
+            self.limit,
         )  # fmt: skip
         return out
 
@@ -99,22 +94,24 @@ class PackedWeights(Weights):
 
     def linear(self, name: str, start: int = 0, stop: int | None = None) -> nn.Module:
         t = self.layout.by_name[name]
-        if t.bits == 32:
+        if t.format is None:
             return super().linear(name, start, stop)
         stop = t.spec.shape[0] if stop is None else stop
-        return PackedLinear(t, self.layout, f"{name}.bias" in self, start, stop)
+        if start % GROUP:
+            raise ExportError(f"{name}: a part begins at row {start}, no multiple of {GROUP}.")
+        return PackedLinear(t, f"{name}.bias" in self, start, stop)
 
     def embedding(self, name: str) -> nn.Module:
         t = self.layout.by_name[name]
-        return super().embedding(name) if t.bits == 32 else PackedEmbedding(t, self.layout)
+        return PackedEmbedding(t) if t.format else super().embedding(name)
 
     def experts(self, name: str, act: str, limit: float = 0.0) -> nn.Module:
         gate_up, down = (self.layout.by_name[f"{name}.{n}"] for n in ("gate_up", "down"))
-        if gate_up.bits != down.bits:
+        if bool(gate_up.format) != bool(down.format):
             raise ExportError(
                 f"{name}: expert width {down.spec.shape[-1]} cannot be quantised in blocks; "
                 "use --quant none."
             )
-        if gate_up.bits == 32:
+        if gate_up.format is None:
             return super().experts(name, act, limit)
-        return PackedExperts(gate_up, down, self.layout, act, limit)
+        return PackedExperts(gate_up, down, act, limit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ def export_model(
     chunk: int = 128,
     kv: str = "int8",
     quant: str = "int4",
-    block_size: int | None = None,
+    store: Sequence[str] = (),
     backends: tuple[str, ...] = ("onnx",),
     attention: str = "native",
     out: Path,
@@ -83,7 +83,7 @@ def export_model(
         weights: directory, `.gguf`, hub id or `random[:seed]`.
         ctx, chunk: positions of context, tokens of a prefill step.
         kv: state storage f32 | f16 | int8. quant: weight storage int4 | int8 | none.
-        block_size: weights that share a scale, 32 | 64 | 128.
+        store: weight formats of kinds of tensors, `kind=format`, other than the scheme's.
         attention: of ExecuTorch programs: native (operators of ours) or portable (stock ones).
         open_session: opens an artifact directory for an engine; the parity gate runs on it.
 
@@ -99,15 +99,15 @@ def export_model(
         raise ConfigError(f"Unknown attention {attention!r}.{did_you_mean(attention, ATTENTIONS)}")
     if attention != "native" and "executorch" not in backends:
         raise ConfigError(f"Attention {attention!r} is ExecuTorch's; add --backend executorch.")
-    block = tensors.block_size(block_size)
+    formats = tensors.weight_formats(quant, tensors.parse_changes(store))
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
     if (found := net_pipeline.find_source(model, weights)) is not None:
         if backends != ("onnx",):
             raise ExportError(f"{found.label}: this model is exported with --backend onnx only.")
         state = models.plan(found.config, ctx=ctx, chunk=chunk, kv=kv)
-        rows = WeightLayout(models.weights(found.config), quant, block)
-        return net_pipeline.export_net(found, state, rows, out, open_session, progress)
+        rows = WeightLayout(models.weights(found.config), formats)
+        return net_pipeline.export_net(found, state, quant, rows, out, open_session, progress)
     preset = get_preset(model) if model else None
     if preset is None and weights is None:
         raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
@@ -117,9 +117,9 @@ def export_model(
     plan = plan_kv(source.config, ctx=ctx, chunk=chunk, kv=kv)
     for backend in backends:
         BACKENDS[backend].check(source.config)
-    layouts = {b: BACKENDS[b].layout(source.config, quant, block, attention) for b in backends}
+    layouts = {b: BACKENDS[b].layout(source.config, formats, attention) for b in backends}
     check_weights(source)
-    job = _Job(source, plan, layouts, attention, out, open_session, progress)
+    job = _Job(source, plan, quant, layouts, attention, out, open_session, progress)
     _make_parent(out)
     with sole_exporter(out):
         if out.exists():
@@ -139,11 +139,11 @@ class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: WeightSource, plan: KVPlan, layouts: dict[str, WeightLayout],
+        self, source: WeightSource, plan: KVPlan, scheme: str, layouts: dict[str, WeightLayout],
         attention: str, out: Path, open_session: gate.OpenSession, progress: Progress,
     ):  # fmt: skip
         self.source, self.plan, self.layouts, self.out = source, plan, layouts, out
-        self.attention = attention
+        self.scheme, self.attention = scheme, attention
         self.layout = next(iter(layouts.values()))
         self.config: ModelConfig = source.config
         self.open_session, self.progress = open_session, progress
@@ -189,7 +189,7 @@ class _Job:
             "files": self.identity,
             "model": json.loads(json.dumps(asdict(self.config))),
             "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
-            "quant": [self.layout.scheme, self.layout.block_size],
+            "quant": [self.scheme, self.layout.formats],
             "backends": list(self.layouts),
             "attention": self.attention,
         }
@@ -216,15 +216,13 @@ class _Job:
             path = self._stored(name).path
             found[name] = write_weights(self.source, layout, path, journal, self.progress)
         reports = next(iter(found.values()))
-        ple = ple_layout(self.config, self.layout.scheme)
+        ple = ple_layout(self.config, self.scheme)
         if ple:
             self.progress.stage("per-layer embeddings")
             journal = Journal(self.root / JOURNAL)
             error = write_ple(self.source, ple, self.root / ple.file, journal, self.progress)
             if ple.bits < 32:
-                reports["ple_embed.weight"] = TensorReport(
-                    bits=ple.bits, block=ple.block, error=error
-                )
+                reports["ple_embed.weight"] = TensorReport(format=f"int{ple.bits}-f16", error=error)
         self._unchanged()
         return reports, ple
 
@@ -277,9 +275,7 @@ class _Job:
                 name=self.out.name,
                 model=json.loads(json.dumps(asdict(self.config))),
                 plan=plan_entry(self.plan),
-                quant=QuantEntry(
-                    scheme=self.layout.scheme, block_size=self.layout.block_size, tensors=reports
-                ),
+                quant=QuantEntry(scheme=self.scheme, formats=self.layout.formats, tensors=reports),
                 ple=ple,
                 backends=backends,
                 tokenizer=tokenizer,
@@ -289,8 +285,8 @@ class _Job:
                 memory=predict_memory(
                     self.config,
                     self.plan,
-                    self.layout.scheme,
-                    self.layout.block_size,
+                    self.scheme,
+                    self.layout.formats,
                     engine="onnx-stock",  # what a device without native operators needs
                 ).as_dict(),
             )
@@ -316,7 +312,7 @@ class _Job:
                 references[owner] = self._oracle(run, self._stored(name), ple)
             stored_logits = references[owner]
             kept = None
-            if self.layout.scheme == "none":
+            if self.scheme == "none":
                 kept = self._oracle(run, self._stored(name), ple, exact_state=True)
             self.progress.stage(f"parity: programs of {name}")
             judged = gate.judge(
@@ -326,7 +322,7 @@ class _Job:
                 shipped=logits_of(name, programs.shipped),
                 stored=stored_logits,
                 source=source_logits,
-                scheme=self.layout.scheme,
+                scheme=self.scheme,
                 moved=partial(self._oracle, run, self._stored(name), ple, moved=True),
                 kept=kept,
                 vectors=f"verify.{name}.npz" if parity else "verify.npz",

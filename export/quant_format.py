@@ -25,25 +25,23 @@ class QuantFormat(WeightFormat):
         self.layout = layout
 
     def linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
-        t = self._stored(f"{name}.weight")
-        return Linear(n_in, n_out) if t.bits == 32 else QuantLinear(n_in, n_out, t.bits, t.block)
+        fmt = self._stored(f"{name}.weight").format
+        return QuantLinear(n_in, n_out, fmt) if fmt else Linear(n_in, n_out)
 
     def embedding(self, vocab: int, dim: int) -> nn.Module:
-        t = self._stored("embed.weight")
-        return (
-            Embedding(vocab, dim) if t.bits == 32 else QuantEmbedding(vocab, dim, t.bits, t.block)
-        )
+        fmt = self._stored("embed.weight").format
+        return QuantEmbedding(vocab, dim, fmt) if fmt else Embedding(vocab, dim)
 
     def experts(self, name: str, config: ModelConfig) -> nn.Module:
-        into, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")
-        if into.bits != down.bits:
+        gate_up, down = (self._stored(f"{name}.{n}") for n in ("gate_up", "down"))
+        if bool(gate_up.format) != bool(down.format):
             raise ExportError(
                 f"{name}: expert width {down.spec.shape[-1]} cannot be quantised in blocks; "
                 "use --quant none."
             )
-        if into.bits == 32:
-            return Experts(config)
-        return QuantExperts(config, into.bits, into.block, down.block)
+        if gate_up.format and down.format:
+            return QuantExperts(config, gate_up.format, down.format)
+        return Experts(config)
 
     def _stored(self, name: str) -> StoredTensor:
         return self.layout.by_name[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -22,11 +22,11 @@ from torch import Tensor
 from edge_kv.artifact import PleEntry, TensorReport
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
-from edge_kv.export.quantize import quantize
+from edge_kv.export.rounding import round_rows
 from edge_kv.files import write_text
-from edge_kv.model.ops import unpack_blocks
+from edge_kv.formats import FORMATS, GROUP, Format, Quantised, dequantise, pack
 from edge_kv.progress import Progress
-from edge_kv.tensors import PLE_TABLE, TABLE, block_for, stored_bits
+from edge_kv.tensors import PLE_BITS, PLE_BLOCK, PLE_TABLE, TABLE, stored_format, stored_shape
 
 if TYPE_CHECKING:
     from edge_kv.weights import WeightSource
@@ -71,50 +71,45 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """How one tensor is kept: bits 32 is float, else packed values and scales."""
+    """How one tensor is kept: in a weight format, or as it is."""
 
     spec: Spec
-    bits: int
-    block: int
+    format: Format | None
 
 
 class WeightLayout:
     """Where every tensor of a model lies in the weight file, for one quantisation.
 
-    `specs` are the model's tensors in the order in which a forward pass meets them.
+    `specs` are the model's tensors in the order in which a forward pass meets them; `formats` names
+    the weight format of each kind of tensor.
     """
 
-    def __init__(self, specs: Iterable[Spec], scheme: str, block_size: int):
-        self.scheme, self.block_size = scheme, block_size
+    def __init__(self, specs: Iterable[Spec], formats: Mapping[str, str]):
+        self.formats = dict(formats)
         self.tensors = [self.stored(spec) for spec in specs if spec.kind != PLE_TABLE]
         self.by_name = {t.spec.name: t for t in self.tensors}
         self.regions: dict[str, Region] = {}
         at = 0
         for t in self.tensors:
-            for name, dtype, shape in _arrays(t):
-                self.regions[name] = Region(name, dtype, shape, at)
-                at += -(-self.regions[name].bytes // PAGE) * PAGE
+            region = _region(t, at)
+            self.regions[region.name] = region
+            at += -(-region.bytes // PAGE) * PAGE
         self.bytes = at
 
     def stored(self, spec: Spec) -> StoredTensor:
-        """Bits and block of one tensor."""
-        bits = stored_bits(spec.kind, self.scheme)
-        block = 0 if bits == 32 else block_for(spec.shape[-1], self.block_size)
-        return StoredTensor(spec, bits if block else 32, block)
+        """How one tensor is kept."""
+        return StoredTensor(spec, stored_format(spec.kind, spec.shape, self.formats))
 
-    def quantize(self, rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, float]:
-        """Packed values, scales and squared error of rows (see `quantize.quantize`)."""
-        return quantize(rows, bits, block)
+    def quantise(self, rows: Tensor, fmt: Format) -> tuple[Quantised, float]:
+        """Rows in integers and scales, and the squared error (see `rounding.round_rows`)."""
+        return round_rows(rows, fmt)
 
 
-def _arrays(t: StoredTensor) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    if t.bits == 32:
-        yield t.spec.name, "i64" if t.spec.kind == TABLE else "f32", t.spec.shape
-        return
-    base, width = t.spec.name.removesuffix(".weight"), t.spec.shape[-1]
-    blocks = (*t.spec.shape[:-1], width // t.block)
-    yield f"{base}.packed", "u8", (*blocks, t.block * t.bits // 8)
-    yield f"{base}.scales", "f32", blocks
+def _region(t: StoredTensor, offset: int) -> Region:
+    if t.format is None:
+        return Region(t.spec.name, "i64" if t.spec.kind == TABLE else "f32", t.spec.shape, offset)
+    name = f"{t.spec.name.removesuffix('.weight')}.packed"
+    return Region(name, "u8", stored_shape(t.format, t.spec.shape), offset)
 
 
 class Journal:
@@ -178,11 +173,9 @@ def write_weights(
             done += t.spec.elements * 4
             progress.advance(name, done, total)
     return {
-        t.spec.name: TensorReport(
-            bits=t.bits, block=t.block, error=journal.done[t.spec.name]["error"]
-        )
+        t.spec.name: TensorReport(format=t.format.name, error=journal.done[t.spec.name]["error"])
         for t in layout.tensors
-        if t.bits != 32
+        if t.format
     }
 
 
@@ -190,24 +183,31 @@ def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, f
     """Stream one tensor; returns ||w - q(w)|| / ||w||."""
     lost = size = 0.0
     rows = max(1, ROW_BLOCK_BYTES // (4 * max(1, prod(t.spec.shape[1:]))))
+    if t.format and len(t.spec.shape) == 2:
+        rows = -(-rows // GROUP) * GROUP  # whole groups of rows
+    region = layout.regions[_region(t, 0).name]
     for start in range(0, t.spec.shape[0], rows):
         stop = min(start + rows, t.spec.shape[0])
         values = torch.from_numpy(source.read(t.spec.name, start, stop))
-        if t.bits == 32:
-            whole = layout.regions[t.spec.name].dtype == "i64"
-            _put(fd, layout.regions[t.spec.name], start, values.long() if whole else values)
+        if t.format is None:
+            whole = region.dtype == "i64"
+            _put(fd, region, start, (values.long() if whole else values).numpy())
             continue
         size += float(values.square().sum(dtype=torch.float64))
-        packed, scales, error = layout.quantize(values.flatten(0, -2), t.bits, t.block)
-        lost += error
-        base = t.spec.name.removesuffix(".weight")
-        _put(fd, layout.regions[f"{base}.packed"], start, packed)
-        _put(fd, layout.regions[f"{base}.scales"], start, scales)
+        if values.ndim == 2:
+            quantised, error = layout.quantise(values, t.format)
+            lost += error
+            _put(fd, region, start // GROUP, pack(t.format, quantised))
+            continue
+        for at, matrix in enumerate(values):
+            quantised, error = layout.quantise(matrix, t.format)
+            lost += error
+            _put(fd, region, start + at, pack(t.format, quantised))
     return round((lost / size) ** 0.5, 7) if size else 0.0
 
 
-def _put(fd: int, region: Region, start: int, values: Tensor) -> None:
-    data = np.ascontiguousarray(values.numpy()).data.cast("B")
+def _put(fd: int, region: Region, start: int, values: np.ndarray[Any, Any]) -> None:
+    data = np.ascontiguousarray(values).data.cast("B")
     _write_at(fd, data, region.offset + start * region.row_bytes)
 
 
@@ -242,15 +242,14 @@ def ple_layout(config: ModelConfig, scheme: str, file: str = "ple.bin") -> PleEn
     """The PLE file's layout; None for a model without per-layer embeddings."""
     if not config.ple_dim:
         return None
-    bits = stored_bits(PLE_TABLE, scheme)
-    block = block_for(config.ple_dim, 32) if bits < 32 else 0
+    bits = PLE_BITS[scheme] if config.ple_dim % PLE_BLOCK == 0 else 32
     return PleEntry(
         file=file,
         rows=config.vocab_size,
         n_layers=config.n_layers,
         dim=config.ple_dim,
-        bits=bits if block else 32,
-        block=block,
+        bits=bits,
+        block=PLE_BLOCK if bits < 32 else 0,
     )
 
 
@@ -282,14 +281,15 @@ def encode_ple(values: Tensor, entry: PleEntry) -> tuple[np.ndarray[Any, Any], f
     """PLE rows [n, values] f32 -> bytes [n, row_bytes] and the squared error."""
     if entry.bits == 32:
         return np.ascontiguousarray(values.numpy()).view(np.uint8), 0.0
-    packed, scales, _ = quantize(values, entry.bits, entry.block)
-    scales = scales.to(torch.float16)
-    kept = unpack_blocks(packed, scales.to(torch.float32), entry.bits)
-    lost = float((values - kept).square().sum(dtype=torch.float64))
-    data = packed.flatten(1).numpy()
-    if entry.bits == 8:
-        data = data ^ 0x80  # PLE rows hold plain int8
-    return np.concatenate([data, scales.numpy().view(np.uint8)], 1), lost
+    fmt = FORMATS[f"int{entry.bits}-f16"]
+    q, _ = round_rows(values, fmt)
+    assert q.block_scales is not None
+    lost = float(np.square(values.numpy() - dequantise(fmt, q), dtype=np.float64).sum())
+    data: np.ndarray[Any, Any] = q.codes.view(np.uint8)
+    if entry.bits == 4:
+        stored = data + np.uint8(8)
+        data = stored[:, 0::2] | stored[:, 1::2] << 4
+    return np.concatenate([data, q.block_scales.view(np.uint8)], 1), lost
 
 
 class StoredWeights:

@@ -134,7 +134,6 @@ def bench(
             "chunk": artifact.plan.chunk,
             "kv": artifact.plan.kv,
             "quant": quant.scheme,
-            "block_size": quant.block_size,
         },
         "machine": machine(),
         "conditions": {
@@ -438,7 +437,7 @@ def _planned(artifact: Artifact, engine: str, depth: int, cache: bool) -> dict[s
     """The plan's prediction at a depth, and what naive layouts of the state would take."""
     config, quant = artifact.config, artifact.manifest.quant
     planned = predict_memory(
-        config, artifact.plan, quant.scheme, quant.block_size, depth, cache=cache, engine=engine
+        config, artifact.plan, quant.scheme, quant.formats, depth, cache=cache, engine=engine
     )
     return {
         "engine": engine,
@@ -463,7 +462,7 @@ def _judged(run: dict[str, Any], artifact: Artifact, plan: dict[str, Any] | None
             measured["anon_planned"] = expected
             peak = measured["anon_peak"]
             measured["anon_error"] = expected / peak - 1 if peak else None
-    weights = streamed_bytes(config, quant.scheme, quant.block_size)
+    weights = streamed_bytes(config, quant.formats)
     state = artifact.plan.read_traffic(run["depth"] + run["decode"]["tokens"] // 2)
     passes = run.pop("passes")
     floors = [(weights + state) / p["read"] for p in passes]

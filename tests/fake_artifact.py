@@ -189,7 +189,7 @@ def write_artifact(
         name="toy",
         model=json.loads(json.dumps(asdict(config))),
         plan=plan_entry(plan),
-        quant={"scheme": "none", "block_size": 32, "tensors": {}},
+        quant={"scheme": "none", "formats": {}, "tensors": {}},
         ple=entry,
         backends=backends,
         tokenizer={

@@ -59,6 +59,7 @@ def test_buffers_in_the_manifest_are_the_plans(root):
     ("path", "to", "message"),
     [
         (("schema_version",), 3, "schema_version 3, this edge-kv reads 1 and 2; update edge-kv"),
+        (("quant", "block_size"), 32, "stored weights in another layout; export it again"),
         (("schema_version",), None, "schema_version None"),
         (("plan", "ctx"), 65, "KV plan is not the one"),
         (("plan", "ctx"), "many", "plan.ctx"),

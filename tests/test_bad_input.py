@@ -247,7 +247,9 @@ CASES = [
     Case("flags", "a context beyond the model's", "plan --model e2b --ctx 1m"),
     Case("flags", "an unknown KV storage", "plan --model e2b --ctx 4k --kv int9"),
     Case("flags", "an unknown weight storage", "plan --model e2b --ctx 4k --quant int3"),
-    Case("flags", "a block size nobody packs", "plan --model e2b --ctx 4k --block-size 48"),
+    Case("flags", "a weight format nobody packs", "plan --model e2b --ctx 4k --store kv=int5-s8"),
+    Case("flags", "no kind of tensor", "plan --model e2b --ctx 4k --store keys=int8-s8"),
+    Case("flags", "a kind without a format", "plan --model e2b --ctx 4k --store kv"),
     Case("flags", "an unknown backend", "export --model tiny --ctx 64 --backend onxx"),
     Case("flags", "an unknown attention", "export --model tiny --ctx 64 --attention portabel"),
     Case(

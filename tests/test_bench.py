@@ -17,7 +17,7 @@ from edge_kv.memory import predict_memory, streamed_bytes
 from edge_kv.plots import plot_bench
 from edge_kv.presets import PRESETS
 from edge_kv.runtime import bench as module
-from edge_kv.tensors import tensor_table
+from edge_kv.tensors import stored_format, tensor_table, weight_formats
 
 DEPTHS = (40, 512)
 
@@ -99,12 +99,17 @@ def test_streamed_weights_are_every_matrix_once():
     counts = {}
     for spec in tensor_table(config):
         counts[spec.kind] = counts.get(spec.kind, 0) + spec.elements
-    want = (counts["embed"] + counts["linear"]) * (0.5 + 4 / 128)
-    want += counts["ple_linear"] * (1 + 4 / 128) + 4 * counts["float"]
-    assert streamed_bytes(config, "int4", 128) == want
+    want = 4 * counts["float"]
+    for spec in tensor_table(config):
+        if fmt := stored_format(spec.kind, spec.shape, weight_formats("int4")):
+            rows, cols = spec.shape
+            want += (
+                rows * cols * (fmt.bits + 0.25) / 8 + 4 * rows if spec.kind != "ple_table" else 0
+            )
+    assert streamed_bytes(config, weight_formats("int4")) == want
     moe = PRESETS["26b-a4b"].config
     everything = sum(predict_memory(moe, _plan(moe), "none").weights.values())
-    assert streamed_bytes(moe, "none", 128) < everything / 4
+    assert streamed_bytes(moe, {}) < everything / 4
 
 
 def _plan(config):

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from edge_kv.cli import app
 from edge_kv.kv_plan import plan_kv
 from edge_kv.presets import PRESETS
+from edge_kv.tensors import weight_formats
 from edge_kv.terminal import layers, size
 
 
@@ -67,8 +68,9 @@ def test_plan_prints_every_buffer_the_baselines_and_the_phases():
 @pytest.mark.parametrize("quant", ["int4", "int8", "none"])
 def test_plan_follows_its_options(quant):
     args = ["plan", "--model", "e4b", "--ctx", "4k", "--chunk", "64", "--quant", quant, "--json"]
-    data = json.loads(good(*args, "--block-size", "128").stdout)
-    assert (data["chunk"], data["quant"], data["memory"]["block_size"]) == (64, quant, 128)
+    data = json.loads(good(*args, "--store", "embed=int8-f16").stdout)
+    assert (data["chunk"], data["quant"]) == (64, quant)
+    assert data["memory"]["formats"] == weight_formats(quant, {"embed": "int8-f16"})
 
 
 def test_plan_reads_the_config_of_random_weights():
@@ -132,10 +134,12 @@ def test_inspect(root):
 
 def test_inspect_shows_quantisation_errors_and_memory(tmp_path):
     root = write_artifact(tmp_path / "a", programs=False)
-    tensors = {f"t{i}": {"bits": 4, "block": 32, "error": i / 100} for i in range(9)}
-    edit_manifest(root, quant={"scheme": "int4", "block_size": 32, "tensors": tensors})
+    tensors = {f"t{i}": {"format": "int4-s8", "error": i / 100} for i in range(9)}
+    formats = {"linear": "int4-s8", "kv": "int8-s8"}
+    edit_manifest(root, quant={"scheme": "int4", "formats": formats, "tensors": tensors})
     out = " ".join(good("inspect", root).stdout.split())
     assert "9 tensors, relative error 0.04 (median); worst: t8 0.08" in out
+    assert "Stored as: linear int4-s8, kv int8-s8." in out
 
 
 def test_verify(root):
@@ -166,13 +170,13 @@ def test_export_passes_every_option_on(monkeypatch, tmp_path):
     out = tmp_path / "made"
     result = good(
         "export", "--model", "e2b", "--weights", "random", "--ctx", "4k", "--chunk", "64", "--kv",
-        "f16", "--quant", "int8", "--block-size", "64", "--backend", "both",
+        "f16", "--quant", "int8", "--store", "kv=int8-row", "--backend", "both",
         "--attention", "portable", "--out", out,
     )  # fmt: skip
     assert result.stdout == f"{out}\n"
     assert {k: seen[k] for k in seen if k not in ("progress", "open_session", "out")} == {
         "model": "e2b", "weights": "random", "ctx": 4096, "chunk": 64, "kv": "f16",
-        "quant": "int8", "block_size": 64, "backends": ("onnx", "executorch"),
+        "quant": "int8", "store": ("kv=int8-row",), "backends": ("onnx", "executorch"),
         "attention": "portable",
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)

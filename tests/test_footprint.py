@@ -63,8 +63,10 @@ def test_plan_reads_a_checkpoint_and_refuses_as_before(tmp_path):
 
 
 def test_bytes_of_a_weight():
-    assert stored_bytes(Weight("w", (4, 64)), "int4") == 4 * 64 // 2 + 4 * 4 * 2
-    assert stored_bytes(Weight("w", (4, 64), "expert8"), "int4") == 4 * 64 + 4 * 4 * 2
+    rows = 16 * 4 + 16 * 4  # a scale a row, and one for each of four blocks of it
+    assert stored_bytes(Weight("w", (16, 128)), "int4") == 16 * 128 // 2 + rows
+    assert stored_bytes(Weight("w", (3, 4, 128), "expert8"), "int4") == 3 * (16 * 128 + rows)
+    assert stored_bytes(Weight("w", (4, 64), "ple_table"), "int4") == 4 * 64 // 2 + 2 * 4 * 2
     assert stored_bytes(Weight("w", (4, 60)), "int4") == 4 * 4 * 60  # no block divides a row
     assert stored_bytes(Weight("w", (4, 64), "float"), "int8") == 4 * 4 * 64
 

@@ -132,7 +132,7 @@ def test_a_rewind_goes_as_far_as_the_shortest_table(made):
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
-    """Int8 state and int4 weights of a model with odd widths (48: blocks of 16 do not fit)."""
+    """Int8 state and int4 weights of a model with odd widths (rows of 48 stay float)."""
     return Made("llama-bias", tmp_path_factory.mktemp("rounded"), kv="int8")
 
 

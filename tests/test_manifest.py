@@ -47,8 +47,8 @@ def root(tmp_path):
                      "repetition_penalty": 1.1},
         "identity": {"model": "a" * 64, "plan": plan_digest(entry)},
         "plan": entry.model_dump(mode="json"),
-        "quant": {"scheme": "int4", "block_size": 32,
-                  "tensors": {"embed": {"bits": 4, "block": 32, "error": 0.1}}},
+        "quant": {"scheme": "int4", "formats": {"embed": "code4-s8"},
+                  "tensors": {"embed": {"format": "code4-s8", "error": 0.1}}},
         "ple": {"file": "ple.bin", "rows": 96, "n_layers": 2, "dim": 8, "bits": 8, "block": 8},
         "backends": {
             "onnx": {
@@ -178,7 +178,7 @@ def test_text_that_is_no_json_of_a_manifest():
 
 def test_digests_follow_what_they_stand_for(root):
     manifest = read_artifact(root).manifest
-    quant = QuantEntry(scheme="int4", block_size=32, tensors={})
+    quant = QuantEntry(scheme="int4", formats={}, tensors={})
     one = model_digest({"a": 1}, quant, manifest.files)
     assert one == model_digest({"a": 1}, quant, dict(reversed(manifest.files.items())))
     assert one != model_digest({"a": 2}, quant, manifest.files)

@@ -10,7 +10,8 @@ import torch
 
 from edge_kv.export.lower_net import to_onnx
 from edge_kv.export.onnx_functions import attach_functions
-from edge_kv.export.quantize import quantize
+from edge_kv.export.rounding import round_rows
+from edge_kv.formats import FORMATS, dequantise, pack
 from edge_kv.nets import ops
 from edge_kv.nets.state import Stored, attend_rows, quantize_rows, select_rows
 
@@ -164,27 +165,26 @@ def test_experts_run_where_they_are_chosen(tokens, packed, act, limit):
     x, weight = draw(tokens, 64), draw(tokens, 2).softmax(-1)
     index = torch.stack([torch.tensor([i % 4, 5 if i % 2 else 3]) for i in range(tokens)])
     gate_up, down = draw(5, 64, 64) / 8, draw(5, 64, 32) / 6
-    scales = [None, None]
-    stacks = [gate_up, down]
+    stacks, names = [gate_up, down], ("code4-s8", "int8-f16") if packed else ("", "")
     if packed:
-        for i, w in enumerate(stacks):
-            values, steps, _ = quantize(w.flatten(0, 1), 4, 32)
-            stacks[i], scales[i] = values.unflatten(0, (5, -1)), steps.unflatten(0, (5, -1))
-        gate_up, down = (
-            ops.quantised.unpack_blocks(s, c, 4) for s, c in zip(stacks, scales, strict=True)
-        )
+        for i, (stack, name) in enumerate(zip((gate_up, down), names, strict=True)):
+            fmt = FORMATS[name]
+            rounded = [round_rows(matrix, fmt)[0] for matrix in stack]
+            stacks[i] = torch.stack([torch.from_numpy(pack(fmt, q)) for q in rounded])
+            kept = torch.stack([torch.from_numpy(dequantise(fmt, q)) for q in rounded])
+            gate_up, down = (kept, down) if i == 0 else (gate_up, kept)
     expected = torch.zeros_like(x)
     for t in range(tokens):
         for e, w in zip(index[t].tolist(), weight[t], strict=True):
             if e < 5:
                 gate, up = (gate_up[e] @ x[t]).chunk(2)
                 expected[t] += w * (down[e] @ ops.gated(gate, up, act, limit))
-    arguments = (x, index, weight, stacks[0], scales[0], stacks[1], scales[1], 4, act, limit)
+    arguments = (x, index, weight, *stacks, 32, *names, act, limit)
     torch.testing.assert_close(ops.experts_q(*arguments), expected, rtol=1e-5, atol=1e-5)
     close(
         ops.experts_q,
         *arguments,
-        open_axes=("" if tokens == 1 else "ttt...." if packed else "ttt.."),
+        open_axes=("" if tokens == 1 else "ttt.."),
         atol=1e-5,
     )
 

@@ -1,83 +1,35 @@
-"""Quantisation: packing a reader can undo, scales better than plain max, bounded integer sums."""
+"""The operators of stored matrices, rows of the per-layer table, bounded integer sums."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_kv.export.onnx_attention import int8_mix, int8_scores, mix_bits
-from edge_kv.export.quantize import quantize
+from edge_kv.export.rounding import round_rows
 from edge_kv.export.weight_file import encode_ple, ple_layout
-from edge_kv.model.ops import embed_q, linear_q, unpack_blocks
+from edge_kv.formats import FORMATS, dequantise, pack
+from edge_kv.model.ops import embed_q, linear_q
 from edge_kv.model.state import quantize_rows
 from edge_kv.ple import PleTable
 from edge_kv.presets import get_preset
 
 
-def unpack_by_hand(packed: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """The documented format, value by value."""
-    rows, blocks, width = packed.shape
-    block = width * 8 // bits
-    out = np.zeros((rows, blocks * block), np.float32)
-    for r, b, j in np.ndindex(rows, blocks, block):
-        if bits == 4:
-            byte = int(packed[r, b, j // 2])
-            value = (byte >> 4 if j % 2 else byte & 15) - 8
-        else:
-            value = int(packed[r, b, j]) - 128
-        out[r, b * block + j] = value * scales[r, b]
-    return out
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block", [32, 64, 128])
-def test_packing_is_the_documented_one(bits, block):
-    rows = torch.randn(5, 2 * block, generator=torch.Generator().manual_seed(bits))
-    packed, scales, lost = quantize(rows, bits, block)
-    values = unpack_blocks(packed, scales, bits)
-    np.testing.assert_array_equal(
-        values.numpy(), unpack_by_hand(packed.numpy(), scales.numpy(), bits)
-    )
-    assert lost == pytest.approx(float((rows - values).square().sum()), rel=1e-3)
-
-
-@pytest.mark.parametrize("draw", ["normal", "uniform", "heavy"])
-def test_searched_scales_beat_plain_max(draw):
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randn(64, 256, generator=generator)
-    rows = {"normal": rows, "uniform": rows.erf(), "heavy": rows**3}[draw]
-    _, _, lost = quantize(rows, 4, 32)
-    blocks = rows.view(-1, 32)
-    scale = blocks.abs().amax(1, keepdim=True) / 7
-    plain = float(((blocks / scale).round() * scale - blocks).square().sum())
-    assert lost < 0.9 * plain
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([4, 8]), st.floats(1e-12, 1e12), st.booleans())
-def test_any_finite_rows_survive(seed, bits, size, signed):
-    """Zero blocks, huge and tiny values, one-sided blocks: finite, and close to what was there."""
-    rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed)) * size
-    rows[0, :32] = 0.0
-    rows[1] = rows[1].abs()
-    packed, scales, _ = quantize(rows, bits, 32, signed_scales=signed)
-    values = unpack_blocks(packed, scales, bits)
-    assert torch.isfinite(values).all()
-    assert not values[0, :32].any()
-    assert float((rows - values).norm()) < 0.3 * float(rows.norm())
-
-
 def test_ops_are_plain_products_of_the_dequantised_weights():
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(48, 128, generator=generator), torch.randn(3, 128, generator=generator)
-    packed, scales, _ = quantize(weight, 4, 64)
-    kept = unpack_blocks(packed, scales, 4)
-    assert torch.allclose(linear_q(x, packed, scales, 4, 64), x @ kept.T)
-    ids = torch.tensor([7, 0, 47])
-    assert torch.equal(embed_q(ids, packed.flatten(1), scales, 4, 64), kept[ids])
+    weight, x = torch.randn(37, 128, generator=generator), torch.randn(3, 128, generator=generator)
+    for name in ("code4-s8", "int8-f16", "int2-row"):
+        q, _ = round_rows(weight, FORMATS[name])
+        packed = torch.from_numpy(pack(FORMATS[name], q))
+        kept = torch.from_numpy(dequantise(FORMATS[name], q))
+        assert torch.allclose(linear_q(x, packed, 37, name), x @ kept.T)
+        steps = (x / 0.05).round().clamp(-128, 127) * 0.05
+        assert torch.allclose(linear_q(x, packed, 37, name, 0.05), steps @ kept.T, atol=1e-5)
+        ids = torch.tensor([7, 0, 36])
+        assert torch.equal(embed_q(ids, packed, 128, name), kept[ids])
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "none"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from weights_gguf import gemma3_270m
 
-from edge_kv.export.quantize import quantize
+from edge_kv.export.rounding import round_rows
+from edge_kv.formats import FORMATS
 from edge_kv.kv_plan import plan_kv
 from edge_kv.model.oracle import oracle_logits
 from edge_kv.weights import WeightSource, open_weights
@@ -48,13 +49,11 @@ def test_first_64_greedy_tokens_are_those_of_transformers(source: WeightSource) 
 
 
 @pytest.mark.parametrize(
-    ("bits", "block", "limit"), [(8, 128, 0.01), (4, 32, 0.1), (4, 64, 0.11), (4, 128, 0.125)]
+    ("name", "limit"), [("int8-s8", 0.01), ("int4-s8", 0.1), ("code4-s8", 0.09)]
 )
-def test_real_matrices_survive_quantisation(
-    source: WeightSource, bits: int, block: int, limit: float
-) -> None:
-    for name in ("layers.0.attn.q_proj.weight", "layers.9.mlp.down_proj.weight"):
-        rows = torch.from_numpy(source.read(name))
-        _, _, lost = quantize(rows, bits, block)
+def test_real_matrices_survive_quantisation(source: WeightSource, name: str, limit: float) -> None:
+    for tensor in ("layers.0.attn.q_proj.weight", "layers.9.mlp.down_proj.weight"):
+        rows = torch.from_numpy(source.read(tensor))
+        _, lost = round_rows(rows, FORMATS[name])
         error = (lost / float(rows.square().sum())) ** 0.5
         assert limit / 4 < error < limit

@@ -19,10 +19,10 @@ from edge_kv.export.weight_file import (
     write_ple,
     write_weights,
 )
-from edge_kv.model.ops import unpack_blocks
+from edge_kv.formats import GROUP, dequantise, unpack
 from edge_kv.presets import get_preset
 from edge_kv.progress import Silent
-from edge_kv.tensors import FLOAT, PLE_TABLE, tensor_table
+from edge_kv.tensors import FLOAT, PLE_TABLE, tensor_table, weight_formats
 from edge_kv.weights import open_weights
 
 CONFIG = get_preset("tiny").config
@@ -42,8 +42,12 @@ class Counting:
         return self.inner.read(name, start, stop)
 
 
+def layout_of(scheme):
+    return WeightLayout(tensor_table(CONFIG), weight_formats(scheme))
+
+
 def write(source, folder, scheme="int4"):
-    layout, journal = WeightLayout(tensor_table(CONFIG), scheme, 64), Journal(folder / "journal")
+    layout, journal = layout_of(scheme), Journal(folder / "journal")
     reports = write_weights(source, layout, folder / "weights.bin", journal, Silent())
     entry = ple_layout(CONFIG, scheme)
     error = write_ple(source, entry, folder / "ple.bin", journal, Silent())
@@ -56,7 +60,7 @@ def contents(folder):
 
 def test_layout_is_page_aligned_and_disjoint():
     for scheme in ("int4", "int8", "none"):
-        regions = list(WeightLayout(tensor_table(CONFIG), scheme, 64).regions.values())
+        regions = list(layout_of(scheme).regions.values())
         assert all(r.offset % 4096 == 0 for r in regions)
         for a, b in pairwise(regions):
             assert a.offset + a.bytes <= b.offset
@@ -72,17 +76,19 @@ def test_every_tensor_reads_back(tmp_path, scheme):
             continue
         kept, expected = layout.by_name[spec.name], torch.from_numpy(source.read(spec.name))
         rows = spec.shape[0]
-        if kept.bits == 32:
+        if kept.format is None:
             assert spec.kind == FLOAT or scheme == "none"
             assert torch.equal(stored.read(spec.name, 0, rows), expected)
             continue
         base = spec.name.removesuffix(".weight")
-        packed = stored.read(f"{base}.packed", 0, rows)
-        values = unpack_blocks(packed, stored.read(f"{base}.scales", 0, rows), kept.bits)
+        groups = -(-rows // GROUP)
+        packed = stored.read(f"{base}.packed", 0, groups)
+        q = unpack(kept.format, packed.numpy(), rows, spec.shape[1])
+        values = torch.from_numpy(dequantise(kept.format, q))
         error = float((values - expected).norm() / expected.norm())
         assert error == pytest.approx(reports[spec.name].error, rel=1e-3, abs=1e-6)
-        assert error < (0.12 if kept.bits == 4 else 0.01)
-        part = stored.read(f"{base}.packed", 1, min(3, rows))
+        assert error < (0.12 if kept.format.bits == 4 else 0.01)
+        part = stored.read(f"{base}.packed", 1, min(3, groups))
         assert torch.equal(part, packed[1:3])
     assert (ple_error == 0) == (scheme == "none")
 

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from edge_kv.config import ModelConfig
+from edge_kv.formats import GROUP
 from edge_kv.model.decoder import head_blocks
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start` … of stored array `region` ("layers.0.attn.q_proj.packed", "embed.scales")."""
+    """Rows `start` … of stored array `region` ("layers.0.attn.q_proj.packed", "norm.weight").
+
+    The rows of a packed array are groups of rows of its matrix.
+    """
 
     region: str
     start: int = 0
@@ -30,17 +34,20 @@ def parameter_rows(config: ModelConfig, path: str) -> Rows:
     """The stored rows behind the decoder parameter at `path` ("head.3.packed")."""
     if match := re.fullmatch(r"head\.(\d+)\.(\w+)", path):
         start, _ = head_blocks(config.vocab_size)[int(match[1])]
-        return Rows(f"embed.{match[2]}", start)
+        return _rows("embed", match[2], start)
     if match := re.fullmatch(r"ple\.proj\.(own|shared)\.(\w+)", path):
-        start = 0 if match[1] == "own" else config.n_own * config.ple_dim
-        return Rows(f"ple_proj.{match[2]}", start)
+        return _rows(
+            "ple_proj", match[2], 0 if match[1] == "own" else config.n_own * config.ple_dim
+        )
     if path == "ple.norm.weight":
         return Rows("ple_norm.weight")
-    if match := re.fullmatch(
-        r"(layers\.\d+\.moe)\.experts\.(gate_up|down)(?:_(packed|scales))?", path
-    ):
+    if match := re.fullmatch(r"(layers\.\d+\.moe)\.experts\.(gate_up|down)(?:_(packed))?", path):
         return Rows(f"{match[1]}.{match[2]}" + (f".{match[3]}" if match[3] else ""))
     return Rows(path)
+
+
+def _rows(base: str, leaf: str, start: int) -> Rows:
+    return Rows(f"{base}.{leaf}", start // GROUP if leaf == "packed" else start)
 
 
 ReadRows = Callable[[str, int, int], Tensor]  # (region, start row, stop row) -> tensor

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_kv.config import FULL, SLIDING, AttentionSpec, ModelConfig
+from edge_kv.formats import Format
 from edge_kv.kv_plan import KVPlan, LayerPlan
 from edge_kv.model import ops
 from edge_kv.model.state import HeadNorms, Rope, State
@@ -65,17 +66,14 @@ class QuantLinear(nn.Module):
     """A linear over packed integers: see `ops.linear_q`."""
 
     packed: Tensor
-    scales: Tensor
 
-    def __init__(self, n_in: int, n_out: int, bits: int, block: int):
+    def __init__(self, n_in: int, n_out: int, fmt: Format):
         super().__init__()
-        blocks = (n_out, n_in // block)
-        self.bits, self.block = bits, block
-        self.register_buffer("packed", torch.empty(*blocks, block * bits // 8, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(blocks))
+        self.n_in, self.n_out, self.format = n_in, n_out, fmt
+        self.register_buffer("packed", torch.empty(fmt.shape(n_out, n_in), dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_q(x, self.packed, self.scales, self.bits, self.block)
+        return ops.linear_q(x, self.packed, self.n_out, self.format.name)
 
 
 class Embedding(nn.Module):
@@ -93,16 +91,14 @@ class QuantEmbedding(nn.Module):
     """Token rows from the packed region that is also the LM head: see `ops.embed_q`."""
 
     packed: Tensor
-    scales: Tensor
 
-    def __init__(self, vocab: int, dim: int, bits: int, block: int):
+    def __init__(self, vocab: int, dim: int, fmt: Format):
         super().__init__()
-        self.bits, self.block = bits, block
-        self.register_buffer("packed", torch.empty(vocab, dim * bits // 8, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(vocab, dim // block))
+        self.dim, self.format = dim, fmt
+        self.register_buffer("packed", torch.empty(fmt.shape(vocab, dim), dtype=torch.uint8))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.embed_q(ids, self.packed, self.scales, self.bits, self.block)
+        return ops.embed_q(ids, self.packed, self.dim, self.format.name)
 
 
 class WeightFormat:
@@ -196,25 +192,19 @@ class Experts(nn.Module):
 class QuantExperts(nn.Module):
     """Stacked packed experts: see `ops.experts_q`."""
 
-    def __init__(self, config: ModelConfig, bits: int, block_in: int, block_down: int):
+    def __init__(self, config: ModelConfig, gate_up: Format, down: Format):
         super().__init__()
         assert config.moe
         e, w, d = config.moe.n_experts, config.moe.width, config.hidden
-        self.bits = bits
-        for name, n_out, n_in, block in (
-            ("gate_up", 2 * w, d, block_in),
-            ("down", d, w, block_down),
-        ):
-            blocks = (e, n_out, n_in // block)
-            packed = torch.empty(*blocks, block * bits // 8, dtype=torch.uint8)
+        self.width, self.formats = w, (gate_up.name, down.name)
+        for name, fmt, shape in (("gate_up", gate_up, (2 * w, d)), ("down", down, (d, w))):
+            packed = torch.empty(e, *fmt.shape(*shape), dtype=torch.uint8)
             self.register_buffer(f"{name}_packed", packed)
-            self.register_buffer(f"{name}_scales", torch.empty(blocks))
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return ops.experts_q(
-            x, index, weight, self.gate_up_packed, self.gate_up_scales,
-            self.down_packed, self.down_scales, self.bits,
-        )  # fmt: skip
+            x, index, weight, self.gate_up_packed, self.down_packed, self.width, *self.formats
+        )
 
 
 class Router(nn.Module):

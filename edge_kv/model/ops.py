@@ -1,8 +1,7 @@
 """The quantised primitives of the decoder as torch ops, each with its eager meaning.
 
 A lowering replaces them by its best operator; here they define what that operator must compute.
-Weights are symmetric: `bits` 4 packs two values a byte, low nibble first, stored + 8; `bits` 8
-stores + 128. One f32 scale serves `block` consecutive values of a row.
+Matrices are uint8 arrays as `edge_kv.formats` describes them.
 """
 
 from __future__ import annotations
@@ -11,37 +10,43 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from edge_kv.formats import GROUP, dequantise, find_format, unpack
 
-def unpack_blocks(packed: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Dequantise packed [..., n_blocks, block*bits/8] uint8 to f32 [..., n_blocks*block]."""
-    if bits == 4:
-        values = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.float32) - 8
-    else:
-        values = packed.to(torch.float32) - 128
-    return (values * scales.unsqueeze(-1)).flatten(-2)
+
+def stored_values(packed: Tensor, rows: int, cols: int, format: str) -> Tensor:
+    """The matrix [rows, cols] behind packed groups [groups, bytes of a group], in f32."""
+    fmt = find_format(format)
+    return torch.from_numpy(dequantise(fmt, unpack(fmt, packed.numpy(), rows, cols)))
 
 
 @custom_op("edge_kv::linear_q", mutates_args=())
-def linear_q(x: Tensor, packed: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
-    """x [T, in] times the dequantised [out, in]: packed [out, in/block, block*bits/8]."""
-    return x @ unpack_blocks(packed, scales, bits).T
+def linear_q(x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0) -> Tensor:
+    """x [T, in] times the matrix [rows, in] behind `packed`.
+
+    A `step` above 0 rounds x to that many of its steps, -128 … 127; without one, an operator may
+    round x to 8 bits as it sees fit.
+    """
+    if step:
+        x = (x / step).round().clamp(-128, 127) * step
+    return x @ stored_values(packed, rows, x.shape[-1], format).T
 
 
 @linear_q.register_fake
-def _(x: Tensor, packed: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
-    return x.new_empty(x.shape[0], packed.shape[0])
+def _(x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
 
 
 @custom_op("edge_kv::embed_q", mutates_args=())
-def embed_q(ids: Tensor, packed: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
-    """Rows `ids` [T] of a table packed as [rows, width*bits/8] with scales [rows, width/block]."""
-    rows = packed[ids].unflatten(-1, (scales.shape[-1], -1))
-    return unpack_blocks(rows, scales[ids], bits)
+def embed_q(ids: Tensor, packed: Tensor, width: int, format: str) -> Tensor:
+    """Rows `ids` [T] of the matrix [rows, width] behind `packed`."""
+    groups, back = torch.unique(ids // GROUP, return_inverse=True)
+    values = stored_values(packed[groups], len(groups) * GROUP, width, format)
+    return values[back * GROUP + ids % GROUP]
 
 
 @embed_q.register_fake
-def _(ids: Tensor, packed: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
-    return scales.new_empty(ids.shape[0], packed.shape[1] * 8 // bits)
+def _(ids: Tensor, packed: Tensor, width: int, format: str) -> Tensor:
+    return torch.empty(ids.shape[0], width, device=ids.device)
 
 
 @custom_op("edge_kv::experts", mutates_args=())
@@ -66,22 +71,22 @@ def _(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -
 
 @custom_op("edge_kv::geglu_experts_q", mutates_args=())
 def experts_q(
-    x: Tensor, index: Tensor, weight: Tensor,
-    gate_up: Tensor, gate_up_scales: Tensor, down: Tensor, down_scales: Tensor, bits: int,
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, width: int,
+    format: str, down_format: str,
 ) -> Tensor:  # fmt: skip
-    """`experts` over packed [E, out, in/block, block*bits/8] stacks."""
+    """`experts` over packed stacks [E, groups, bytes of a group] of experts of `width` values."""
     return experts(
         x,
         index,
         weight,
-        unpack_blocks(gate_up, gate_up_scales, bits),
-        unpack_blocks(down, down_scales, bits),
+        torch.stack([stored_values(m, 2 * width, x.shape[-1], format) for m in gate_up]),
+        torch.stack([stored_values(m, x.shape[-1], width, down_format) for m in down]),
     )
 
 
 @experts_q.register_fake
 def _(
-    x: Tensor, index: Tensor, weight: Tensor,
-    gate_up: Tensor, gate_up_scales: Tensor, down: Tensor, down_scales: Tensor, bits: int,
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, width: int,
+    format: str, down_format: str,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(x)

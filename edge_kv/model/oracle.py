@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from edge_kv.config import ModelConfig
+from edge_kv.formats import GROUP
 from edge_kv.kv_plan import KVPlan
 from edge_kv.model.binding import ReadRows, load_parameters, unload_parameters
-from edge_kv.model.decoder import Decoder, WeightFormat
+from edge_kv.model.decoder import Decoder, QuantEmbedding, WeightFormat
 from edge_kv.model.state import UncachedState, stored_rows
 
 PleRows = Callable[[Tensor], Tensor]  # ids [T] -> f32 [T, n_layers, ple_dim]
@@ -51,9 +52,10 @@ def oracle_logits(
     decoder.rope = Decoder.rope_tables(config)
     if config.ple_dim:
         loaded("ple")
-    unique, rank = ids.unique(return_inverse=True)
+    per = GROUP if isinstance(decoder.embed, QuantEmbedding) else 1  # token rows of a stored one
+    unique, rank = (ids // per).unique(return_inverse=True)
     load_parameters(decoder.embed, config, _only(read, unique), "embed.", rows=len(unique))
-    x, ple = decoder.embed_tokens(rank, ple_rows(ids) if ple_rows else None)
+    x, ple = decoder.embed_tokens(rank * per + ids % per, ple_rows(ids) if ple_rows else None)
     unload_parameters(decoder.embed)
     rope = decoder.ropes(x, pos)
     for i in range(config.n_layers):
@@ -72,7 +74,7 @@ def oracle_logits(
 
 
 def _only(read: ReadRows, ids: Tensor) -> ReadRows:
-    """Just the token rows of a prompt: the table of a full-size model is over a gigabyte in f32."""
+    """Just the stored rows `ids`: a full-size table is over a gigabyte in f32."""
     return lambda region, start, stop: torch.cat([read(region, int(i), int(i) + 1) for i in ids])
 
 

@@ -12,6 +12,7 @@ from edge_kv.models.model import (
     EXPERT,
     FLOAT,
     HEAD,
+    KV,
     LINEAR8,
     TABLE,
     Model,
@@ -322,7 +323,7 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     yield linear("attn.q_down", c.q_rank, d, f"{hub}.wq_a", f"{own}.q_a_proj")
     yield row("attn.q_norm", (c.q_rank,), f"{hub}.q_norm.weight", f"{own}.q_a_norm.weight")
     yield linear("attn.q_up", c.q_heads * h, c.q_rank, f"{hub}.wq_b", f"{own}.q_b_proj")
-    yield linear("attn.kv", h, d, f"{hub}.wkv", f"{own}.kv_proj")
+    yield linear("attn.kv", h, d, f"{hub}.wkv", f"{own}.kv_proj", kind=KV)
     yield row(
         "attn.kv_norm", (h,), f"{hub}.kv_norm.weight", f"{hub}.norm.weight", f"{own}.kv_norm.weight"
     )

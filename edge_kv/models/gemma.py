@@ -11,6 +11,7 @@ from edge_kv.models.model import (
     EMBED,
     EXPERT,
     FLOAT,
+    KV,
     LINEAR8,
     PLE_TABLE,
     Model,
@@ -233,10 +234,10 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     yield linear("attn.q", (q, d), "self_attn.q_proj", "attn_q")
     yield norm("attn.q_norm", a.head_dim, "self_attn.q_norm", "attn_q_norm")
     if owns:
-        yield linear("attn.k", (kv, d), "self_attn.k_proj", "attn_k")
+        yield linear("attn.k", (kv, d), "self_attn.k_proj", "attn_k", KV)
         yield norm("attn.k_norm", a.head_dim, "self_attn.k_norm", "attn_k_norm")
         if not a.k_eq_v:
-            yield linear("attn.v", (kv, d), "self_attn.v_proj", "attn_v")
+            yield linear("attn.v", (kv, d), "self_attn.v_proj", "attn_v", KV)
     yield linear("attn.out", (d, q), "self_attn.o_proj", "attn_output")
     yield norm("attn_out_norm", d, "post_attention_layernorm", "post_attention_norm")
     yield norm("mlp_norm", d, "pre_feedforward_layernorm", "ffn_norm")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_kv.models import reading
-from edge_kv.models.model import EMBED, EXPERT, FLOAT, HEAD, Model, Rope, Row, Weight, Yarn
+from edge_kv.models.model import EMBED, EXPERT, FLOAT, HEAD, KV, Model, Rope, Row, Weight, Yarn
 from edge_kv.plan import Sizes, Table
 from edge_kv.weights.fields import Fields
 
@@ -214,8 +214,8 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
 
     yield norm("attn_norm", d, "input_layernorm")
     yield linear("attn.q", q, d, "self_attn.q_proj")
-    yield linear("attn.k", kv, d, "self_attn.k_proj")
-    yield linear("attn.v", kv, d, "self_attn.v_proj")
+    yield linear("attn.k", kv, d, "self_attn.k_proj", KV)
+    yield linear("attn.v", kv, d, "self_attn.v_proj", KV)
     if c.gate:
         yield linear("attn.gate", q if c.gate == "element" else c.q_heads[i], d, "self_attn.g_proj")
     yield norm("attn.q_norm", h, "self_attn.q_norm")

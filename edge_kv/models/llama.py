@@ -7,7 +7,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edge_kv.models import reading
-from edge_kv.models.model import EMBED, FLOAT, HEAD, Divisors, Llama3, Model, Rope, Row, Weight
+from edge_kv.models.model import (
+    EMBED,
+    FLOAT,
+    HEAD,
+    KV,
+    LINEAR,
+    Divisors,
+    Llama3,
+    Model,
+    Rope,
+    Row,
+    Weight,
+)
 from edge_kv.plan import Sizes, Table
 from edge_kv.weights.fields import Fields
 
@@ -227,7 +239,8 @@ def _layer(c: Config, at: str, blk: str) -> Iterator[Weight]:
         hf, gguf = f"{at}.{hf}", f"{blk}.{gguf}"
         # llama.cpp's converter makes the two halves of a Llama head's rotation neighbours.
         pairs = {"attn.q": c.q_heads, "attn.k": c.kv_heads}.get(name, 0) if c.paired else 0
-        yield Weight(f"{at}.{name}", shape, hf=f"{hf}.weight", gguf=f"{gguf}.weight", pairs=pairs)
+        kind = KV if name in ("attn.k", "attn.v") else LINEAR
+        yield Weight(f"{at}.{name}", shape, kind, f"{hf}.weight", f"{gguf}.weight", pairs=pairs)
         if bias:
             yield Weight(
                 f"{at}.{name}.bias", shape[:1], FLOAT, f"{hf}.bias", f"{gguf}.bias", pairs=pairs

@@ -14,6 +14,7 @@ HEAD = "head"  # LM head [vocab, hidden] of its own
 PLE_TABLE = "ple_table"  # per-layer token table [vocab, layers * dim]: a file of its own
 LINEAR = "linear"  # [out, in]
 LINEAR8 = "linear8"  # a small matrix that is not stored in fewer than 8 bits
+KV = "kv"  # key and value projections of attention
 EXPERT = "expert"  # stacked experts [n, out, in]
 EXPERT8 = "expert8"  # experts of which a token runs one: no sum that would average their error
 FLOAT = "float"  # norms, scalars, routers, small convolutions: kept in f32

@@ -281,28 +281,28 @@ def gated(gate: Tensor, up: Tensor, act: str, limit: float) -> Tensor:
 
 @op(like="x")
 def experts_q(
-    x: Tensor, index: Tensor, weight: Tensor,
-    gate_up: Tensor, gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None,
-    bits: int, act: str, limit: float,
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, width: int,
+    format: str, down_format: str, act: str, limit: float,
 ) -> Tensor:  # fmt: skip
     """The sum over the chosen experts e of weight * down_e(gated(gate_up_e(x))).
 
     x [T, D]; index int64 and weight [T, k], an index outside 0 … E - 1 names no expert; gate_up
-    [E, 2I, D] (gate first) and down [E, D, I], packed in blocks of `bits` where they have scales.
-    Only chosen experts are read.
+    [E, 2I, D] (gate first) and down [E, D, I] with I = `width`, packed where the formats are not
+    empty. Only chosen experts are read.
     """
     out = torch.zeros_like(x)
     chosen = [e for e in index.unique().tolist() if 0 <= e < gate_up.shape[0]]
     for e in chosen:
         share = torch.where(index == e, weight, 0.0).sum(-1, keepdim=True)
-        into = _matrix(gate_up, gate_up_scales, e, bits)
+        into = _matrix(gate_up[e], 2 * width, x.shape[-1], format)
         gate, up = (x @ into.T).chunk(2, -1)
-        out = out + share * (gated(gate, up, act, limit) @ _matrix(down, down_scales, e, bits).T)
+        hidden = gated(gate, up, act, limit)
+        out = out + share * (hidden @ _matrix(down[e], x.shape[-1], width, down_format).T)
     return out
 
 
-def _matrix(stack: Tensor, scales: Tensor | None, e: int, bits: int) -> Tensor:
-    return stack[e] if scales is None else quantised.unpack_blocks(stack[e], scales[e], bits)
+def _matrix(stored: Tensor, rows: int, cols: int, format: str) -> Tensor:
+    return quantised.stored_values(stored, rows, cols, format) if format else stored
 
 
 def _range(n: int, like: Tensor) -> Tensor:

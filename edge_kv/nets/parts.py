@@ -126,7 +126,7 @@ def experts(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, act: str, limit: float
 ) -> Tensor:
     """Sum over the chosen experts of float stacks: see `ops.experts_q`."""
-    out: Tensor = ops.experts_q(x, index, weight, gate_up, None, down, None, 32, act, limit)
+    out: Tensor = ops.experts_q(x, index, weight, gate_up, down, down.shape[-1], "", "", act, limit)
     return out
 
 

@@ -136,8 +136,7 @@ bool add_all(std::index_sequence<at...>) {
   names.reserve(kOperatorCount);
   std::vector<executorch::runtime::Kernel> kernels;
   const auto add = [&](const Operator& op, executorch::runtime::OpFunction function) {
-    // operators.cpp still has these, in the form of today's programs.
-    if (!strcmp(op.name, "linear_q") || !strcmp(op.name, "embed_q")) return;
+    if (!strcmp(op.name, "linear_q")) return;  // operators.cpp has it, with an exact form
     names.push_back(std::string("edge_kv::") + op.name + (op.result == Type::none ? "_" : "") +
                     ".out");
     kernels.emplace_back(names.back().c_str(), function);

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "attention.h"
-#include "dense.h"
 #include "onnx_abi.h"
 
 namespace edge_kv::onnx {
@@ -222,30 +221,6 @@ struct Store {
   }
 };
 
-// linear: one token (or a few) times packed rows.
-struct Linear {
-  int64_t n_in, n_out, bits, block;
-  int threads;
-
-  Linear(const Info* info, int n_threads, bool)
-      : n_in(integer(info, "K")), n_out(integer(info, "N")), bits(integer(info, "bits")),
-        block(integer(info, "block_size")), threads(n_threads) {}
-
-  void run(Context* context, bool) const {
-    const Tensor x = input(context, 0, kFloat), packed = input(context, 1, kUint8);
-    const Tensor scales = input(context, 2, kFloat);
-    require(x.last() == n_in && packed.count() * 8 == n_out * n_in * bits &&
-                scales.count() * block == n_out * n_in,
-            "weights do not fit K and N");
-    std::vector<int64_t> shape = x.shape;
-    shape.back() = n_out;
-    const Tensor out = output(context, 0, shape);
-    dense(best_kernels(), pool_of(context, threads), x.floats(), x.count() / n_in,
-          static_cast<const uint8_t*>(packed.data), scales.floats(), n_out, n_in, int(bits), block,
-          static_cast<float*>(out.data));
-  }
-};
-
 // One operator: what onnxruntime asks of every operator, by the row of the table below.
 struct Row : Operator {
   const char* title;
@@ -314,7 +289,6 @@ std::vector<Row> operators(int threads) {
       make<Attend>("attend_append_int8", {f, f, f, f, p, u, s, f, f}, {f}, false, true, threads),
       make<Store>("store_append_int8", {f, f, f, f, f, p, u, s, f, f}, {u, s, f, f}, false, true,
                   threads),
-      make<Linear>("linear", {f, u, f}, {f}, false, false, threads),
   };
   for (const int t : {int(kFloat), int(kHalf)}) {
     rows.push_back(make<Attend>("attend_ring", {f, f, f, f, p, t, t}, {f}, true, false, threads));

@@ -3,11 +3,13 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 
 #include <optional>
+#include <string>
+#include <string_view>
 
 #include "attention.h"
-#include "dense.h"
 #include "fused.h"
 #include "running.h"
+#include "weights.h"
 
 namespace edge_kv {
 namespace {
@@ -134,23 +136,28 @@ Tensor& store_own(KernelRuntimeContext& context, const Tensor& k, const Tensor& 
   return out;
 }
 
-Tensor& linear_q(KernelRuntimeContext& context, const Tensor& x, const Tensor& packed,
-                 const Tensor& scales, int64_t bits, int64_t block, Tensor& out) {
+// In the adapter's form, except that a gate may ask for float activations.
+Tensor& linear_q(KernelRuntimeContext& context, const Tensor& x, const Tensor& packed, int64_t rows,
+                 std::string_view name, double step, Tensor& out) {
+  const Format* format = find_format(std::string(name).c_str());
   ET_KERNEL_CHECK(context,
-                  x.dim() == 2 && floats(x) && floats(scales) && (bits == 4 || bits == 8) &&
-                      block > 0 && x.size(1) % block == 0 && packed.dim() > 1 &&
-                      packed.numel() * 8 == packed.size(0) * x.size(1) * bits &&
-                      scales.numel() == packed.size(0) * (x.size(1) / block),
+                  format && x.dim() == 2 && floats(x) && x.size(1) > 0 &&
+                      packed.scalar_type() == ScalarType::Byte && rows > 0 &&
+                      rows < (int64_t(1) << 31) && step >= 0 &&
+                      packed.numel() == weight_bytes(*format, rows, x.size(1)),
                   InvalidArgument, out);
-  const SizesType sizes[] = {SizesType(x.size(0)), SizesType(packed.size(0))};
+  const SizesType sizes[] = {SizesType(x.size(0)), SizesType(rows)};
   ET_KERNEL_CHECK(context,
                   executorch::runtime::resize_tensor(out, {sizes, 2}) ==
                       executorch::runtime::Error::Ok,
                   InvalidArgument, out);
-  const auto product = running().exact ? linear_packed : dense;
-  product(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0),
-          packed.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(), packed.size(0),
-          x.size(1), int(bits), block, out.mutable_data_ptr<float>());
+  const Weights w{format, packed.const_data_ptr<uint8_t>(), rows, x.size(1)};
+  if (running().exact && step == 0)
+    linear_exact(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0), w,
+                 out.mutable_data_ptr<float>());
+  else
+    linear_q(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0), w, float(step),
+             out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -209,35 +216,10 @@ Tensor& softcap_all(KernelRuntimeContext& context, const Tensor& x, double cap, 
   return out;
 }
 
-Tensor& embed_q(KernelRuntimeContext& context, const Tensor& ids, const Tensor& packed,
-                const Tensor& scales, int64_t bits, int64_t block, Tensor& out) {
-  ET_KERNEL_CHECK(context,
-                  ids.dim() == 1 && ids.scalar_type() == ScalarType::Long && packed.dim() == 2 &&
-                      scales.dim() == 2 && floats(scales) && (bits == 4 || bits == 8) &&
-                      packed.size(1) * 8 == scales.size(1) * block * bits &&
-                      packed.size(0) == scales.size(0),
-                  InvalidArgument, out);
-  const int64_t width = scales.size(1) * block, rows = packed.size(0);
-  const SizesType sizes[] = {SizesType(ids.size(0)), SizesType(width)};
-  ET_KERNEL_CHECK(context,
-                  executorch::runtime::resize_tensor(out, {sizes, 2}) ==
-                      executorch::runtime::Error::Ok,
-                  InvalidArgument, out);
-  for (int64_t t = 0; t < ids.numel(); ++t) {
-    const int64_t id = ids.const_data_ptr<int64_t>()[t];
-    ET_KERNEL_CHECK(context, id >= 0 && id < rows, InvalidArgument, out);
-    unpack_row(packed.const_data_ptr<uint8_t>() + id * packed.size(1),
-               scales.const_data_ptr<float>() + id * scales.size(1), width, int(bits), block,
-               out.mutable_data_ptr<float>() + t * width);
-  }
-  return out;
-}
-
 EXECUTORCH_LIBRARY(edge_kv, "attend_own.out", attend_own);
 EXECUTORCH_LIBRARY(edge_kv, "attend_shared.out", attend_shared);
 EXECUTORCH_LIBRARY(edge_kv, "store_own.out", store_own);
 EXECUTORCH_LIBRARY(edge_kv, "linear_q.out", linear_q);
-EXECUTORCH_LIBRARY(edge_kv, "embed_q.out", embed_q);
 EXECUTORCH_LIBRARY(edge_kv, "linear.out", linear);
 EXECUTORCH_LIBRARY(edge_kv, "rms_norm.out", rms_norm);
 EXECUTORCH_LIBRARY(edge_kv, "gelu_mul.out", gelu_mul);

@@ -102,8 +102,7 @@ std::string fingerprint(const Json& manifest) {
     if (files.keys[i].rfind("verify", 0) != 0)
       digests.emplace_back(files.keys[i], files.items[i].at("sha256").string());
   std::sort(digests.begin(), digests.end());
-  std::string parts = "[" + manifest.at("model").python() + ", " + quant.at("scheme").python() +
-                      ", " + quant.at("block_size").python();
+  std::string parts = "[" + manifest.at("model").python() + ", " + quant.at("scheme").python();
   for (const auto& [name, digest] : digests) parts += ", [\"" + name + "\", \"" + digest + "\"]";
   return sha256_hex(parts + "]");
 }

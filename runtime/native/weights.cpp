@@ -72,6 +72,18 @@ void linear_q(const Kernels& kernels, const Pool& pool, const float* x, int64_t 
            w.rows);
 }
 
+void linear_exact(const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
+                  const Weights& w, float* out) {
+  float* const values = scratch(size_t(pool.threads * w.cols));
+  parallel(pool, pool.threads, [&](int64_t i) {
+    for (int64_t row = w.rows * i / pool.threads; row < w.rows * (i + 1) / pool.threads; ++row) {
+      embed_row(w, row, values + i * w.cols);
+      for (int64_t t = 0; t < tokens; ++t)
+        out[t * w.rows + row] = kernels.dot(x + t * w.cols, values + i * w.cols, int(w.cols));
+    }
+  });
+}
+
 void embed_row(const Weights& w, int64_t row, float* out) {
   const Format& f = *w.format;
   const uint8_t* line = w.data + row / kGroupRows * group_bytes(f, w.cols);

@@ -48,6 +48,10 @@ void multiply(const Kernels&, const Pool&, const Rounded& x, const Weights& w, f
 void linear_q(const Kernels&, const Pool&, const float* x, int64_t tokens, const Weights& w,
               float step, float* out);
 
+// The same with activations as they are: slow, and what a lowering is compared with.
+void linear_exact(const Kernels&, const Pool&, const float* x, int64_t tokens, const Weights& w,
+                  float* out);
+
 // Row `row` in floats, out [w.cols].
 void embed_row(const Weights& w, int64_t row, float* out);
 

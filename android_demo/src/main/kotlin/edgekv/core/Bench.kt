@@ -133,7 +133,7 @@ class Bench(
             "artifact" to mapOf(
                 "name" to manifest.name, "model" to artifact.model.family, "layers" to artifact.model.layers,
                 "ctx" to artifact.plan.ctx, "chunk" to artifact.plan.chunk, "kv" to artifact.plan.kv,
-                "quant" to manifest.quant, "block_size" to manifest.blockSize,
+                "quant" to manifest.quant,
             ),
             "machine" to machine,
             "conditions" to mapOf(

@@ -46,7 +46,6 @@ class Manifest(
     val modelTree: Map<*, *>,
     val plan: KvPlan,
     val quant: String,
-    val blockSize: Int,
     val ple: PleEntry?,
     val backends: Map<String, Backend>,
     val tokenizer: TokenizerEntry?,
@@ -59,7 +58,7 @@ class Manifest(
     val fingerprint: String by lazy {
         val digests = files.filterKeys { !it.startsWith("verify") }.map { listOf(it.key, it.value.sha256) }
         val sorted = digests.sortedWith(compareBy({ it[0] }, { it[1] }))
-        sha256Hex(Json.python(listOf<Any>(modelTree, quant, blockSize) + sorted))
+        sha256Hex(Json.python(listOf<Any>(modelTree, quant) + sorted))
     }
 
     /** Every file that a part of the manifest names. */
@@ -104,7 +103,6 @@ class Manifest(
                 modelTree = root.tree("model"),
                 plan = plan(root.fields("plan"), model),
                 quant = quant.text("scheme"),
-                blockSize = quant.int("block_size"),
                 ple = root.fieldsOrNull("ple")?.let(::ple),
                 backends = entries(root.fields("backends"), ::backend),
                 tokenizer = root.fieldsOrNull("tokenizer")?.let(::tokenizer),
