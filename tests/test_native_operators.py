@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from fuzz_operators import FLAGS, preloaded, run_sanitized
 from kernel_library import ALL_ISAS
-from native_call import Operators, Refused
+from native_call import KINDS, Operators, Refused
 
 from edge_kv.formats import FORMATS, Quantised, dequantise, pack
 from edge_kv.runtime.native_library import build_kernels
@@ -504,14 +505,7 @@ def test_what_does_not_fit_is_one_sentence(operators, name, inputs, attributes, 
 
 def test_sanitizers_find_nothing():
     """The tests above in a process built with AddressSanitizer and UBSan."""
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
-    path = build_kernels(*flags)
-    preload = [  # the second, since the first looks for what throws exceptions when it is loaded
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")
-    ]
+    path = build_kernels(*FLAGS)
     code = f"""
 import ctypes, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -538,8 +532,17 @@ for case in t.BAD:
     t.test_what_does_not_fit_is_one_sentence(operators, *case)
 print("clean")
 """
-    environment = {**os.environ, "LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {**os.environ, **preloaded()}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[:2000]
+
+
+def test_random_and_broken_calls():
+    """A few of what `python tests/fuzz_operators.py` runs, under the sanitizers."""
+    result = run_sanitized(3000, seed=1)
+    assert result.returncode == 0, result.stderr[:2000]
+    assert "3000 calls, nothing found" in result.stdout
+    counts = dict(line.rsplit(": ", 1) for line in result.stdout.splitlines()[:-1])
+    assert len(counts) == 2 * len(KINDS) and min(map(int, counts.values())) > 50

@@ -78,8 +78,8 @@ EDGE_KV_API int edge_kv_linear(const char* isa, int threads, int rounded, const 
   return 0;
 }
 
-// A tensor; `type` as Type of ops.h, 0 where an optional input is left out. Data of outputs is given
-// back with free().
+// A tensor; `type` as Type of ops.h, 0 where an optional input is left out. An output is made in the
+// memory that its data points to, or where that is null in memory that is given back with free().
 struct edge_kv_tensor {
   void* data;
   int32_t type, rank;
@@ -116,7 +116,8 @@ class TensorCall : public edge_kv::Call {
     to.rank = rank;
     std::copy_n(shape, rank, to.shape);
     edge_kv::View view{nullptr, type, rank, to.shape};
-    view.data = to.data = malloc(size_t(view.count()) * edge_kv::bytes_of(type));
+    if (!to.data) to.data = malloc(size_t(view.count()) * edge_kv::bytes_of(type));
+    view.data = to.data;
     return view;
   }
 
