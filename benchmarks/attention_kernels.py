@@ -1,12 +1,13 @@
-"""The attention kernels alone: time for a layer by instruction set, depth, tokens and storage.
+"""Attention alone: time for a layer by instruction set, depth, tokens, KV heads and storage.
 
     python benchmarks/attention_kernels.py        results/attention_kernels.json
 
-Layers are E2B's: eight query heads on one KV head, 512 wide with full attention (int8 rows), 256
-wide with a window of 512 (f16 rows, and int8 rows). Runs of the instruction sets alternate; the
-times are medians. `--before` adds the kernels of a library built from other sources, by the name
-build_kernels() gave it, to the same rounds. GB/s count the state's bytes once, however often the
-tokens of a step read them.
+Layers are E2B's and E4B's: eight query heads on one or two KV heads, 512 wide with full attention
+(int8 rows), 256 wide with a window of 512 (f32 and f16 rows). Runs of the instruction sets
+alternate; the times are medians. `--before` adds a library of before the operators of
+runtime/native/ops.h (build_kernels() of those sources names it) to the same rounds: it norms and
+rotates the queries too, which is little, and holds its rows head by head. GB/s count the state's
+bytes once, however often the tokens of a step read them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from edge_kv.runtime.native_library import ISAS, build_kernels
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from kernel_library import Layer, Step
+from native_call import Attribute, Tensor, attribute_of, tensor_of
 
 HEADS, THREADS = 8, 2
 STORAGES = ("f32", "f16", "int8")
@@ -41,6 +43,7 @@ class Case:
     depth: int
     tokens: int
     window: int = 0
+    kv_heads: int = 1
 
     @property
     def slots(self) -> int:
@@ -50,42 +53,64 @@ class Case:
     def state_bytes(self) -> int:
         rows = min(self.depth, self.slots)
         width = {"f32": 4, "f16": 2, "int8": 1}[self.storage]
-        return 2 * rows * (self.dim * width + (4 if self.storage == "int8" else 0))
+        row = self.dim * width + (4 if self.storage == "int8" else 0)
+        return 2 * rows * self.kv_heads * row
 
 
-CASES = [Case("int8", 512, depth, 1) for depth in (4096, 32768, 131072)]
-CASES += [Case("int8", 512, 32768, 512)]
-CASES += [Case(s, 256, 32768, t, window=512) for s in ("f16", "int8") for t in (1, 512)]
+CASES = [Case("int8", 512, 32768, tokens) for tokens in (1, 2, 4, 8, 128)]
+CASES += [Case("int8", 512, 4096, 1), Case("int8", 512, 131072, 1)]
+CASES += [Case("int8", 512, 32768, tokens, kv_heads=2) for tokens in (1, 4)]
+CASES += [Case(s, 256, 32768, t, window=512) for s in ("f32", "f16") for t in (1, 4, 128)]
 
 
 class Problem:
-    """Filled buffers of a case and a step over them."""
+    """Filled tables of a case and a step over them."""
 
     def __init__(self, case: Case):
         rng = np.random.default_rng(0)
         self.case = case
-        shape = (case.slots, case.dim)
+        shape = (case.slots, case.kv_heads, case.dim)
         if case.storage == "int8":
             block = [
-                rng.integers(-127, 128, (min(4096, shape[0]), case.dim), np.int8) for _ in "kv"
+                rng.integers(-127, 128, (min(4096, shape[0]), *shape[1:]), np.int8) for _ in "kv"
             ]
             self.rows = [np.resize(b, shape) for b in block]
         else:
-            self.rows = [rng.normal(size=shape).astype(np.float16) for _ in "kv"]
-        self.scales = [rng.uniform(0.005, 0.02, case.slots).astype(np.float32) for _ in "kv"]
+            kind = {"f32": np.float32, "f16": np.float16}[case.storage]
+            self.rows = [rng.normal(size=shape).astype(kind) for _ in "kv"]
+        self.scales = [rng.uniform(0.005, 0.02, (*shape[:2], 1)).astype(np.float32) for _ in "kv"]
         angles = rng.uniform(0, 6.28, (case.tokens, case.dim // 2))
         self.cos, self.sin = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
-        self.q = rng.normal(size=(case.tokens, HEADS * case.dim)).astype(np.float32)
+        self.q = rng.normal(size=(case.tokens, HEADS, case.dim)).astype(np.float32)
         self.norm = np.ones(case.dim, np.float32)
         self.out = np.empty_like(self.q)
 
-    def run(self, library: ctypes.CDLL, isa: str) -> float:
+    def run(self, library: ctypes.CDLL, isa: str, before: bool) -> float:
         """Seconds of one step; infinite where the CPU has no such kernels."""
+        return self._run_before(library, isa) if before else self._run(library, isa)
+
+    def _run(self, library: ctypes.CDLL, isa: str) -> float:
+        case = self.case
+        scales = self.scales if case.storage == "int8" else [None, None]
+        pos = np.array([case.depth - case.tokens])
+        inputs = [self.q, pos, None, self.rows[0], scales[0], self.rows[1], scales[1]]
+        tensors = (Tensor * 13)(*map(tensor_of, inputs))
+        values = (Attribute * 3)(*map(attribute_of, (case.dim**-0.5, [1], [case.window])))
+        outputs, why = (Tensor * 1)(tensor_of(self.out)), ctypes.create_string_buffer(300)
+        begin = time.perf_counter()
+        failed = library.edge_kv_call(
+            isa.encode(), THREADS, b"attend", tensors, values, outputs, why, len(why)
+        )
+        took = time.perf_counter() - begin
+        assert failed != 2, why.value
+        return float("inf") if failed else took
+
+    def _run_before(self, library: ctypes.CDLL, isa: str) -> float:
         case = self.case
         scales = [s.ctypes.data if case.storage == "int8" else None for s in self.scales]
         layer = Layer(
             self.rows[0].ctypes.data, scales[0], self.rows[1].ctypes.data, scales[1],
-            case.slots, 1, case.dim, STORAGES.index(case.storage), 0,
+            case.slots, case.kv_heads, case.dim, STORAGES.index(case.storage), 0,
         )  # fmt: skip
         step = Step(
             self.cos.ctypes.data, self.sin.ctypes.data, case.depth - case.tokens, case.tokens,
@@ -108,22 +133,22 @@ def main() -> None:
     parser.add_argument("--isas", nargs="*", help="only these")
     given = parser.parse_args()
     known = [isa for machine in ISAS.values() for isa in machine if isa != "scalar"]
-    libraries = {"": ctypes.CDLL(str(build_kernels()))}
+    libraries = {"": (ctypes.CDLL(str(build_kernels())), False)}
     if given.before:
-        libraries["before "] = ctypes.CDLL(str(given.before))
+        libraries["before "] = (ctypes.CDLL(str(given.before)), True)
     tiny = Problem(Case("f16", 256, 512, 1, 512))
     sides = {
-        label + isa: (library, isa)
+        label + isa: (library, isa, before)
         for isa in known
         if not given.isas or isa in given.isas
-        for label, library in libraries.items()
-        if tiny.run(library, isa) != float("inf")
+        for label, (library, before) in libraries.items()
+        if tiny.run(library, isa, before) != float("inf")
     }
     found = [measure(case, sides, given.seconds) for case in CASES]
     show(
         f"Attention of one layer: ms (GB/s of state), {THREADS} threads",
         (
-            {n: r[n] for n in ("storage", "dim", "depth", "window", "tokens")}
+            {n: r[n] for n in ("storage", "dim", "kv_heads", "depth", "window", "tokens")}
             | {side: f"{r['ms'][side]:.3g} ({r['gb_per_s'][side]:.1f})" for side in sides}
             for r in found
         ),
@@ -132,7 +157,7 @@ def main() -> None:
 
 
 def measure(
-    case: Case, sides: dict[str, tuple[ctypes.CDLL, str]], seconds: float
+    case: Case, sides: dict[str, tuple[ctypes.CDLL, str, bool]], seconds: float
 ) -> dict[str, Any]:
     problem = Problem(case)
     slowest = max(problem.run(*side) for side in sides.values())

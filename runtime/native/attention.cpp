@@ -21,9 +21,11 @@ size_t element_bytes(Storage storage) {
 }  // namespace
 
 float* scratch(size_t floats) {
+  constexpr size_t kLine = 64;  // bytes; a vector that spans two lines costs twice
   static thread_local std::vector<float> memory;
-  if (memory.size() < floats) memory.resize(floats);
-  return memory.data();
+  if (memory.size() < floats + kLine / sizeof(float)) memory.resize(floats + kLine / sizeof(float));
+  const auto at = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<float*>((at + kLine - 1) / kLine * kLine);
 }
 
 void store_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, const Step& step,

@@ -25,7 +25,8 @@ void parallel(const Pool& pool, int64_t count, F task) {
   pool.run(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &task);
 }
 
-// Memory of the calling thread, good until it asks again; kept between steps.
+// Memory of the calling thread at a multiple of 64 bytes, good until it asks again; kept between
+// steps.
 float* scratch(size_t floats);
 
 // Buffers of one layer, [kv_heads, slots, dim] and scales [kv_heads, slots] (null unless int8);

@@ -3,7 +3,8 @@
 // A 16-bit number is kDigits digits: one int16 where the CPU multiplies pairs of int16 (x86), two
 // int8 (256 * high + low) where it multiplies fours of int8 (NEON with dot products). A 32-bit lane
 // holds kGroup digits; dot_add adds the products of each lane's digits to an int32 of that lane.
-// EDGE_KV_DOTS is defined where the instruction set has this.
+// EDGE_KV_DOTS is defined where the instruction set has this, EDGE_KV_TILES where tiles of rows that
+// are put in order first are faster (with 512 bits they are not, measured).
 #pragma once
 
 #include "simd.h"
@@ -11,6 +12,9 @@
 #if defined(__AVX512BW__) || defined(__AVX2__) || \
     (defined(__ARM_FEATURE_DOTPROD) && !defined(EDGE_KV_SCALAR))
 #define EDGE_KV_DOTS
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+#define EDGE_KV_TILES
+#endif
 
 namespace {
 
@@ -75,6 +79,45 @@ inline Digits widen(const uint8_t* p) {
 }
 inline Dots dot_add(Dots sum, Digits a, Digits b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+// Of each four bytes the first and third, and the second and fourth, as pairs of digits.
+inline Digits evens(Digits x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+inline Digits odds(Digits x) { return _mm256_srai_epi16(x, 8); }
+// Four digits 0 1 2 3 as 0 2 1 3: how evens and odds meet them.
+inline Digits evens_first(Digits x) {
+  return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xd8), 0xd8);
+}
+inline Digits load_packed(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline void save_packed(void* p, Digits x) { _mm256_storeu_si256((__m256i*)p, x); }
+// Four bytes i of vector j become four bytes j of vector i.
+inline void transpose_fours(Digits (&r)[kWidth]) {
+  Digits t[kWidth];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
+    t[4 + i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+// Byte i of four rows becomes four bytes i: of all 4 * kWidth, in order.
+inline void interleave(Digits (&r)[4]) {
+  const Digits a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpackhi_epi8(r[0], r[1]);
+  const Digits c = _mm256_unpacklo_epi8(r[2], r[3]), d = _mm256_unpackhi_epi8(r[2], r[3]);
+  const Digits w = _mm256_unpacklo_epi16(a, c), x = _mm256_unpackhi_epi16(a, c);
+  const Digits y = _mm256_unpacklo_epi16(b, d), z = _mm256_unpackhi_epi16(b, d);
+  r[0] = _mm256_permute2x128_si256(w, x, 0x20);
+  r[1] = _mm256_permute2x128_si256(y, z, 0x20);
+  r[2] = _mm256_permute2x128_si256(w, x, 0x31);
+  r[3] = _mm256_permute2x128_si256(y, z, 0x31);
 }
 inline Vec as_floats(const Dots (&sum)[1]) { return _mm256_cvtepi32_ps(sum[0]); }
 inline __m256i halves_added(Dots x) { return x; }

@@ -358,11 +358,169 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
   }
 }
 
+#if defined(EDGE_KV_TILES)
+
+constexpr int kMostDim = 1024;     // of rows that are put in order a tile at a time
+constexpr int kLine = 4 * kWidth;  // bytes of a vector
+constexpr int kTileQueries = 8;    // fewer are not worth the order
+
+// A tile's keys: a vector holds four bytes of each of kWidth keys, [keys / kWidth] [dim / 4]. The
+// last key is repeated up to a multiple of two vectors.
+inline void pack_keys(const int8_t* keys, int64_t stride, int n, int dim, char* to) {
+  for (int j = 0; j < n; j += 2 * kWidth)
+    for (int half = j; half < j + 2 * kWidth; half += kWidth)
+      for (int d = 0; d < dim; d += kLine, to += kLine * kWidth) {
+        Digits rows[kWidth];
+        for (int i = 0; i < kWidth; ++i)
+          rows[i] = load_packed(keys + (half + i < n ? half + i : n - 1) * stride + d);
+        transpose_fours(rows);
+        for (int i = 0; i < kWidth; ++i) save_packed(to + i * kLine, rows[i]);
+      }
+}
+
+// A tile's values: a vector holds kWidth of four rows, two vectors of the same rows adjoin,
+// [dim / (2 * kWidth)] [rows / 4] [2]. The last row is repeated up to a multiple of four.
+inline void pack_values(const int8_t* values, int64_t stride, int n, int dim, char* to) {
+  const int fours = (n + 3) / 4;
+  for (int j = 0; j < fours; ++j)
+    for (int d = 0; d < dim; d += kLine) {
+      Digits rows[4];
+      for (int i = 0; i < 4; ++i)
+        rows[i] = load_packed(values + (4 * j + i < n ? 4 * j + i : n - 1) * stride + d);
+      interleave(rows);
+      for (int i = 0; i < 4; ++i) {
+        const int pair = d / (2 * kWidth) + i / 2;
+        save_packed(to + ((int64_t(pair) * fours + j) * 2 + i % 2) * kLine, rows[i]);
+      }
+    }
+}
+
+// Sums of products of two vectors of packed bytes with the digits of R rows, `stride` apart, that
+// come in fours: 0 2 1 3.
+template <int R>
+inline void add_fours(Dots (&sums)[R][2][1], const char* bytes, const char* next, const Digit* digits,
+                      int stride) {
+  const Digits a = load_packed(bytes), b = load_packed(next);
+  const Digits a_even = evens(a), a_odd = odds(a);
+  const Digits b_even = evens(b), b_odd = odds(b);
+  for (int r = 0; r < R; ++r) {
+    const Digits x = splat_group(digits + r * stride), y = splat_group(digits + r * stride + 2);
+    sums[r][0][0] = dot_add(dot_add(sums[r][0][0], x, a_even), y, a_odd);
+    sums[r][1][0] = dot_add(dot_add(sums[r][1][0], x, b_even), y, b_odd);
+  }
+}
+
+template <int R>
+inline void clear(Dots (&sums)[R][2][1]) {
+  for (int r = 0; r < R; ++r) sums[r][0][0] = sums[r][1][0] = no_dots();
+}
+
+// scores[r][j] = q[r] . key j of a packed tile, in units of the product of their steps.
+template <int R>
+inline void tile_scores(const Digit* q, int dim, const char* keys, int n, float (*scores)[kTile],
+                        Ahead ahead) {
+  for (int j = 0; j < n; j += 2 * kWidth, keys += 2 * kWidth * dim) {
+    Dots sums[R][2][1];
+    clear(sums);
+    for (int d = 0; d < dim; d += 4) {
+      ahead.fetch(64), ahead.fetch(64);
+      add_fours(sums, keys + d * kWidth, keys + (dim + d) * kWidth, q + d, dim);
+    }
+    for (int r = 0; r < R; ++r) {
+      save(scores[r] + j, as_floats(sums[r][0]));
+      save(scores[r] + j + kWidth, as_floats(sums[r][1]));
+    }
+  }
+}
+
+// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * value j of a packed tile.
+template <int R>
+inline void tile_mix(const Digit (*weights)[kDigits][kTile], const float* steps, const float* keep,
+                     const char* values, int n, int dim, float* mix, Ahead ahead) {
+  for (int d = 0; d < dim; d += 2 * kWidth) {
+    Dots sums[R][2][1];
+    clear(sums);
+    for (int j = 0; j < n; j += 4, values += 2 * kLine) {
+      ahead.fetch(64), ahead.fetch(64);
+      add_fours(sums, values, values + kLine, weights[0][0] + j, kTile);
+    }
+    for (int r = 0; r < R; ++r) {
+      float* to = mix + r * dim + d;
+      const Vec step = splat(steps[r]), k = splat(keep[r]);
+      save(to, multiply_add(as_floats(sums[r][0]), step, mul(load(to), k)));
+      save(to + kWidth, multiply_add(as_floats(sums[r][1]), step, mul(load(to + kWidth), k)));
+    }
+  }
+}
+
+// Numbers in fours, 0 2 1 3.
+inline void put_evens_first(Digit* digits, int n) {
+  for (int i = 0; i < n; i += kSpan)
+    save_packed(digits + i, evens_first(load_packed(digits + i)));
+}
+
+// attend_digits over tiles that are put in order once and then meet all queries: a row is read once
+// however many they are.
+void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
+                  const Partial& out) {
+  const int dim = cache.dim;
+  const float fits = 16777216.0f / float(dim);  // range * 128 * dim stays in an int32
+  const float range = fits < kLargest ? fits : kLargest;
+  alignas(64) Digit digits[kQueryValues];
+  alignas(64) char key_tile[kTile * kMostDim], value_tile[kTile * kMostDim];
+  float query_steps[kQueryRows];
+  const int most = kQueryValues / dim < kQueryRows ? kQueryValues / dim : kQueryRows;
+  for (int from = 0; from < q.count; from += most) {
+    const int count = q.count - from < most ? q.count - from : most;
+    for (int r = 0; r < count; ++r) {
+      query_steps[r] =
+          to_digits(q.rows + int64_t(from + r) * dim, dim, range, digits + r * dim, dim);
+      put_evens_first(digits + r * dim, dim);
+    }
+    int64_t packed = -1;  // the first row of the tile that is in order
+    walk<kDotRows>(cache, begin, end, count, [&](auto block, int at, const Tile& tile) {
+      constexpr int R = decltype(block)::count;
+      const int first = from + at, n = tile.count;
+      if (!sees(q, first, R, tile)) return;
+      alignas(64) float scores[R][kTile];
+      alignas(64) Digit weights[R][kDigits][kTile];
+      float steps[R], keep[R];
+      const int64_t stride = cache.row_stride;
+      const int8_t* keys = static_cast<const int8_t*>(cache.keys) + tile.slot * stride;
+      const int8_t* values = static_cast<const int8_t*>(cache.values) + tile.slot * stride;
+      const auto later = [&](bool any, const int8_t* rows) {
+        return Ahead{any ? reinterpret_cast<const char*>(rows) : nullptr, stride, dim};
+      };
+      const bool fresh = packed != tile.first;
+      if (fresh) pack_keys(keys, stride, n, dim, key_tile), packed = tile.first;
+      tile_scores<R>(digits + at * dim, dim, key_tile, n, scores,
+                     later(fresh && n == kTile, values));
+      weigh<R>(cache, q, first, tile, query_steps + at, scores, keep, out);
+      const int padded = (n + kSpan - 1) / kSpan * kSpan;
+      for (int r = 0; r < R; ++r) {
+        for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
+        steps[r] = to_digits(scores[r], padded, kLargest, weights[r][0], kTile);
+        put_evens_first(weights[r][0], padded);
+      }
+      if (fresh) pack_values(values, stride, n, dim, value_tile);
+      tile_mix<R>(weights, steps, keep, value_tile, n, dim, out.mix + int64_t(first) * dim,
+                  later(fresh && tile.slot + 2 * n <= cache.slots, keys + n * stride));
+    });
+  }
+}
+
+#endif
+
 #endif
 
 template <class K>
 void attend_int8(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                  const Partial& out) {
+#if defined(EDGE_KV_TILES)
+  if (cache.dim % kLine == 0 && cache.dim <= kMostDim && q.count >= kTileQueries &&
+      !cache.key_zero)
+    return attend_tiles(cache, q, begin, end, out);
+#endif
 #if defined(EDGE_KV_DOTS)
   if (cache.dim % kSpan == 0 && cache.dim <= kQueryValues)
     return attend_digits<K>(cache, q, begin, end, out);

@@ -287,8 +287,11 @@ void attend(Call& call) {
   const int64_t places = blocks * step.kv_heads;
   const int shares = int((team.threads + places - 1) / places);
   const int64_t rows = std::min(step.tokens, block) * group;
-  const size_t partial_floats = size_t(rows) * (size_t(dim) + 2);
-  const size_t query_floats = size_t(step.tokens) * step.heads * dim;
+  // Whole cache lines each, since threads write them side by side.
+  const auto lines = [](size_t floats) { return (floats + 15) / 16 * 16; };
+  const size_t row_floats = lines(size_t(rows));
+  const size_t partial_floats = 2 * row_floats + lines(size_t(rows) * dim);
+  const size_t query_floats = lines(size_t(step.tokens) * step.heads * dim);
 
   float* const queries = scratch(query_floats + size_t(places) * shares * partial_floats);
   float* const partials = queries + query_floats;
@@ -301,7 +304,7 @@ void attend(Call& call) {
   });
   const auto partial_of = [&](int64_t task) {
     float* at = partials + size_t(task) * partial_floats;
-    return Partial{at, at + rows, at + 2 * rows};
+    return Partial{at, at + row_floats, at + 2 * row_floats};
   };
   parallel(team, places * shares, [&](int64_t task) {
     const int64_t place = task / shares, first = place % blocks * block;
