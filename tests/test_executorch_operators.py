@@ -19,7 +19,7 @@ def operators():
     digest = hashlib.sha256(driver.read_bytes()).hexdigest()
     link = ("-shared", "-fPIC", "-std=c++17", *flags, f"-I{native_library.SOURCES}",
             f"-DDRIVER={digest}", str(driver), *libraries)  # fmt: skip
-    kept = dict.fromkeys((*native_library.KERNELS, "executorch_adapter.cpp"), flags)
+    kept = dict.fromkeys((*native_library.KERNELS, "executorch_adapter.cpp", "running.cpp"), flags)
     return Operators(
         ctypes.CDLL(str(native_library.build("executorch_call", kept, link, suffix=".so")))
     )

@@ -1,6 +1,8 @@
-// The operators of ops.h for ExecuTorch, as the `.out` overloads of torch operators: inputs, then
-// attributes, then the result. An operator that writes tables is named with a trailing underscore
-// (`put_.out`), as torch names what writes in place; its result is the index after the last row.
+// The operators of ops.h for ExecuTorch, registered as `.out` overloads of torch operators.
+//
+// Arguments are the inputs, then the attributes, then the result. An operator that writes tables is
+// named with a trailing underscore (`put_.out`), as torch names what writes in place; its result is
+// the index after the last row.
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/operator_registry.h>
 

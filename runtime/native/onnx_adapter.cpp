@@ -1,5 +1,4 @@
-// The operators of ops.h for onnxruntime, which runs them in place of a program's functions of the
-// same names.
+// The operators of ops.h for onnxruntime, which runs them in place of functions of the same names.
 //
 // A table that an operator writes is written in place where its output is bound to the memory of
 // its input, as a session binds it; elsewhere it is copied first.

@@ -1,9 +1,9 @@
-// The operators of a program over neutral views of memory: one list, which every engine's adapter
-// registers, and one check of all that an engine hands over.
+// The operators of a program over neutral views of memory.
 //
-// Names, meaning and eager form: edge_kv/nets/ops.py. A kernel checks types, shapes, attributes and
-// indices before it touches memory; what does not fit ends in a sentence, which an adapter makes
-// the error of its engine.
+// One list, which every engine's adapter registers, and one check of all that an engine hands over:
+// a kernel checks types, shapes, attributes and indices before it touches memory, and what does not
+// fit ends in a sentence that an adapter makes the error of its engine. Names, meaning and eager
+// form: edge_kv/nets/ops.py.
 #pragma once
 
 #include <cstddef>
