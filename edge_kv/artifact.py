@@ -184,6 +184,21 @@ class Artifact:
         entry = manifest.plan.model_dump_json()
         self.plan_digest = hashlib.sha256(entry.encode()).hexdigest()
 
+    @property
+    def family(self) -> str:
+        """What kind of model it is, for people."""
+        if self.config is not None:
+            return str(self.config.family)
+        model = self.manifest.made.get("model")
+        return str(model.get("type", "")) if isinstance(model, dict) else ""
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        if self.config is not None:
+            return int(self.config.n_layers)
+        return 1 + max((r for t in self.plan.tables for r in t.readers), default=0)
+
     def path(self, name: str) -> Path:
         """Absolute path of a file the manifest lists."""
         return self.root / name

@@ -223,7 +223,8 @@ def export(
     if as_json:
         _print_json({"artifact": str(root), **artifact_data(made)})
     else:
-        if line := parity_line(made.manifest.parity):
+        first = next(iter(made.manifest.backends))
+        if line := parity_line(made.parity(first)):
             typer.echo(line, err=True)
         typer.echo(root)
 
@@ -813,12 +814,9 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
 def _planned(artifact: Any, engine: str, cache: bool) -> Any:
     """The memory plan of an artifact whose whole context is used."""
-    from edge_kv.memory import predict_memory
+    from edge_kv.memory import predict_artifact
 
-    quant = artifact.manifest.quant
-    return predict_memory(
-        artifact.config, artifact.plan, quant.scheme, quant.formats, cache=cache, engine=engine
-    )
+    return predict_artifact(artifact, cache=cache, engine=engine)
 
 
 def _piped() -> bytes:
@@ -924,16 +922,13 @@ def _summary(chat: Chat) -> dict[str, Any]:
     """What the run was and cost; seconds, bytes, tokens a second."""
     from dataclasses import asdict
 
-    from edge_kv.memory import predict_memory
+    from edge_kv.memory import predict_artifact
     from edge_kv.runtime.meter import read_memory
 
     session, reply = chat.session, chat.last
-    stats, manifest = session.stats, session.artifact.manifest
-    quant = manifest.quant
+    stats = session.stats
     depth = max(1, session.written)
-    planned = predict_memory(
-        session.config, session.plan, quant.scheme, quant.formats, depth, engine=session.engine
-    )
+    planned = predict_artifact(session.artifact, depth, engine=session.engine)
     return {
         "text": reply.text if reply else "",
         "thinking": reply.thinking if reply else "",

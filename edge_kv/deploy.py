@@ -449,8 +449,7 @@ def _verify_runner(
         chosen, _ = run(ids[: prompt + step + 1].tolist(), 1)
         right += chosen == [int(np.argmax(logits[step]))]
         progress.advance("steps", i + 1, len(steps))
-    parity = artifact.manifest.parity
-    limit = float(parity.get("executorch", parity)["verify"]["min_top1"])
+    limit = float(artifact.parity("executorch")["verify"]["min_top1"])
     result = {"steps": len(steps), "top1": right / len(steps), "limit_top1": limit}
     if result["top1"] < limit:
         raise ParityError(
@@ -462,8 +461,7 @@ def _verify_runner(
 
 def _vectors(artifact: Artifact) -> tuple[Any, int, Any]:
     """Ids, prompt length and reference logits of the ExecuTorch programs."""
-    parity = artifact.manifest.parity
-    name = parity.get("executorch", parity).get("vectors")
+    name = str(artifact.parity("executorch").get("vectors"))
     if name not in artifact.manifest.files:
         raise ArtifactError(f"{artifact.root} holds no reference vectors to verify; export again.")
     try:

@@ -94,7 +94,7 @@ def footprint(
             experts += size
         elif weight.share:
             dense += size
-    rows = min(plan.chunk, depth)
+    rows = min(plan.chunk, depth or plan.chunk)
     work = OPERATORS_ACTIVATIONS * rows * _widest(config) + OPERATORS_LOGITS * config.vocab
     anonymous = BASE_ANON + PROGRAMS * OPERATORS_GRAPH * config.layers + int(4 * work)
     anonymous += TOKENIZER_BYTES * config.vocab + TOKEN_BYTES * depth + plan.touched(depth)

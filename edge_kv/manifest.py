@@ -216,6 +216,16 @@ class ParityEntry(Entry):
     verify: VerifyEntry
 
 
+class NeedsEntry(Entry):
+    """Bytes the programs need, as the exporter counted them from the model's weight rows."""
+
+    weights: dict[Name, Size]  # in the weight file, by kind
+    dense: Size  # weights that every token reads
+    experts: Size  # all routed experts, of which a token reads a few
+    read_weights: Size  # a decoded token reads of them
+    anonymous: Size  # heap of the loaded programs and of their largest step
+
+
 class Manifest(Entry):
     """`manifest.json`, schema 2."""
 
@@ -231,6 +241,7 @@ class Manifest(Entry):
     backends: dict[Name, Backend]
     tokenizer: TokenizerEntry | None
     parity: dict[Name, ParityEntry]
+    needs: NeedsEntry
     files: dict[FileName, FileEntry]
     made: dict[str, Any]
 

@@ -131,6 +131,53 @@ class MemoryPlan:
         }
 
 
+def predict_artifact(
+    artifact: Any, depth: int | None = None, *, cache: bool = True, engine: str = "onnx"
+) -> MemoryPlan:
+    """`predict_memory` of an artifact; of schema 2, from what its exporter counted.
+
+    Those numbers are of onnxruntime with native operators, whatever the engine.
+    """
+    manifest, plan = artifact.manifest, artifact.plan
+    quant = manifest.quant
+    if artifact.config is not None:
+        return predict_memory(
+            artifact.config, plan, quant.scheme, quant.formats, depth, cache=cache, engine=engine
+        )
+    depth = plan.ctx if depth is None else min(depth, plan.ctx)
+    needs, vocab = manifest.needs, artifact.tokens.vocab
+    tokenizer = TOKENIZER_BYTES * vocab
+    loaded = Phase(needs.anonymous + tokenizer, BASE_FILE)
+    running = Phase(
+        loaded.anon + plan.touched(depth) + TOKEN_BYTES * depth,
+        BASE_FILE + needs.dense + needs.experts,
+    )
+    return MemoryPlan(
+        quant=quant.scheme,
+        formats=quant.formats,
+        depth=depth,
+        weights=needs.weights,
+        ple_file=manifest.files[manifest.ple.file].size if manifest.ple else 0,
+        tokenizer=tokenizer,
+        state=plan.bytes,
+        touched=plan.touched(depth),
+        phases={
+            "load": loaded,
+            TOKENIZER: Phase(needs.anonymous + TOKENIZER_READING * vocab, BASE_FILE),
+            "prefill": running,
+            "decode": running,
+        },
+        checkpoints=CHECKPOINTS * sum(t.bytes for t in plan.tables if t.keep),
+    )
+
+
+def read_weights(artifact: Any) -> int:
+    """Bytes of weights that decoding one token reads."""
+    if artifact.config is None:
+        return int(artifact.manifest.needs.read_weights)
+    return streamed_bytes(artifact.config, artifact.manifest.quant.formats)
+
+
 def predict_memory(
     config: ModelConfig,
     plan: KVPlan,

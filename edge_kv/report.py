@@ -15,8 +15,9 @@ from edge_kv.artifact import Artifact
 from edge_kv.config import ModelConfig
 from edge_kv.footprint import footprint
 from edge_kv.kv_plan import KVPlan, state_elements
-from edge_kv.memory import MemoryPlan
+from edge_kv.memory import MemoryPlan, predict_artifact
 from edge_kv.models.model import Model
+from edge_kv.plan import Plan
 from edge_kv.runtime.sampling import Sampling
 from edge_kv.shelf import Listed
 from edge_kv.tensors import SCHEMES
@@ -269,10 +270,8 @@ def listed_data(found: list[Listed]) -> list[dict[str, Any]]:
             rows.append({**row, "fault": one.fault})
             continue
         manifest = one.artifact.manifest
-        entries = (manifest.parity, *map(manifest.parity.get, manifest.backends))
-        lost: dict[str, Any] = next(
-            (e["quantisation"] for e in entries if e and "quantisation" in e), {}
-        )
+        entries = map(one.artifact.parity, manifest.backends)
+        lost: dict[str, Any] = next((e["quantisation"] for e in entries if "quantisation" in e), {})
         rows.append(
             {
                 **row,
@@ -404,28 +403,19 @@ def print_deploy(document: dict[str, Any], console: Console) -> None:
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
     """What is in an artifact, as JSON data."""
-    manifest, config = artifact.manifest, artifact.config
+    manifest, config, plan = artifact.manifest, artifact.config, artifact.plan
     errors = sorted(t.error for t in manifest.quant.tensors.values())
     worst = sorted(manifest.quant.tensors.items(), key=lambda item: -item[1].error)[:5]
     return {
         "name": manifest.name,
         "edge_kv": manifest.edge_kv,
         "made": manifest.made,
-        "model": {
-            "family": config.family,
-            "layers": config.n_layers,
-            "pattern": config.pattern,
-            "kv_owners": config.n_own,
-            "window": config.sliding_window,
-            "hidden": config.hidden,
-            "vocab": config.vocab_size,
-            "ple_dim": config.ple_dim,
-        },
+        "model": _model_data(artifact),
         "ctx": artifact.plan.ctx,
         "chunk": artifact.plan.chunk,
         "kv": artifact.plan.kv,
         "state_bytes": artifact.plan.bytes,
-        "buffers": manifest.plan.buffers,
+        "buffers": _table_data(plan) if config is None else manifest.plan.buffers,
         "engines": {
             name: {"programs": {n: p.file for n, p in b.programs.items()}, "details": b.details}
             for name, b in manifest.backends.items()
@@ -441,9 +431,51 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "sampling": asdict(Sampling.of(artifact)),
         "tokenizer": manifest.tokenizer.model_dump() if manifest.tokenizer else None,
         "files": {n: f.size for n, f in manifest.files.items()},
-        "parity": manifest.parity,
-        "memory": manifest.memory,
+        "parity": (
+            {n: p.model_dump() for n, p in manifest.parity.items()}
+            if config is None
+            else manifest.parity
+        ),
+        "memory": predict_artifact(artifact).as_dict() if config is None else manifest.memory,
     }
+
+
+def _model_data(artifact: Artifact) -> dict[str, Any]:
+    config, tables = artifact.config, getattr(artifact.plan, "tables", ())
+    if config is None:
+        return {
+            "family": artifact.family,
+            "layers": artifact.layers,
+            "pattern": "",
+            "kv_owners": len({t.writer for t in tables}),
+            "window": max((t.keep for t in tables), default=0),
+            "vocab": artifact.tokens.vocab,
+        }
+    return {
+        "family": config.family,
+        "layers": config.n_layers,
+        "pattern": config.pattern,
+        "kv_owners": config.n_own,
+        "window": config.sliding_window,
+        "hidden": config.hidden,
+        "vocab": config.vocab_size,
+        "ple_dim": config.ple_dim,
+    }
+
+
+def _table_data(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": t.name,
+            "kind": "ring" if t.keep else "append",
+            "shape": list(t.shape),
+            "dtype": t.dtype,
+            "bytes": t.bytes,
+            "writer": t.writer,
+            "readers": list(t.readers),
+        }
+        for t in plan.tables
+    ]
 
 
 def print_artifact(data: dict[str, Any], console: Console) -> None:
@@ -454,7 +486,8 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
         f"({model['kv_owners']} own keys and values), window {model['window']}, "
         f"ctx {data['ctx']:,}, chunk {data['chunk']}"
     )
-    console.print(f"Layers: {model['pattern']} (S sliding, F full)")
+    if model["pattern"]:
+        console.print(f"Layers: {model['pattern']} (S sliding, F full)")
     console.print(buffer_table(data["buffers"]))
     console.print(f"State: {size(data['state_bytes'])} ({data['kv']}).")
     for name, engine in data["engines"].items():

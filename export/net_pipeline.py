@@ -27,12 +27,14 @@ from edge_kv.export.lower_net import DETAILS, EXACT, lower_net
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.unfinished import sole_exporter, unfinished
 from edge_kv.export.weight_file import Journal, StoredWeights, WeightLayout, write_weights
+from edge_kv.footprint import footprint
 from edge_kv.manifest import (
     UNFINISHED,
     Backend,
     FileEntry,
     IdentityEntry,
     Manifest,
+    NeedsEntry,
     ParityEntry,
     PlanEntry,
     QuantEntry,
@@ -43,6 +45,7 @@ from edge_kv.manifest import (
     model_digest,
     plan_digest,
 )
+from edge_kv.memory import TOKENIZER_BYTES
 from edge_kv.models.checkpoint import open_checkpoint
 from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, TABLE, Model
 from edge_kv.nets import make_net
@@ -213,6 +216,17 @@ class _Job:
             tensors={n: TensorReport(**r.model_dump()) for n, r in reports.items()},
         )
 
+        counted = footprint(
+            self.config, self.plan, self.scheme, formats=self.layout.formats, depth=0
+        )
+        needs = NeedsEntry(
+            weights=counted.weights,
+            dense=counted.dense,
+            experts=counted.experts,
+            read_weights=counted.read_weights,
+            anonymous=counted.anonymous - TOKENIZER_BYTES * self.config.vocab,
+        )
+
         def backend(variant: str) -> Backend:
             named = {
                 name: p.model_copy(update={"file": p.file.replace(".onnx", f"{variant}.onnx")})
@@ -255,13 +269,12 @@ class _Job:
                 backends={"onnx": used},
                 tokenizer=tokenizer,
                 parity=parity,
+                needs=needs,
                 files=files,
                 made={
                     "source": self.source.label,
                     "torch": torch.__version__,
                     "model": self.model,
-                    "state_bytes": self.plan.bytes,
-                    "weight_bytes": self.layout.bytes,
                 },
             )
 

@@ -39,7 +39,8 @@ from edge_kv import __version__
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
 from edge_kv.kv_plan import state_elements
-from edge_kv.memory import ENGINES, predict_memory, streamed_bytes
+from edge_kv.memory import ENGINES, predict_artifact, read_weights
+from edge_kv.plan import SCALE, Plan
 from edge_kv.progress import Progress, Silent
 from edge_kv.runtime import snapshot as snapshots
 from edge_kv.runtime.cache import cache_directory
@@ -128,8 +129,8 @@ def bench(
         "edge_kv": __version__,
         "artifact": {
             "name": artifact.manifest.name,
-            "model": artifact.config.family,
-            "layers": artifact.config.n_layers,
+            "model": artifact.family,
+            "layers": artifact.layers,
             "ctx": ctx,
             "chunk": artifact.plan.chunk,
             "kv": artifact.plan.kv,
@@ -283,9 +284,10 @@ def _fill(job: Job, open_session: Open) -> dict[str, str]:
 def _write_random(session: Session, path: Path, ids: Any) -> None:
     """A snapshot of seeded random rows: keys of unit variance, as the norm before them leaves."""
     rng = np.random.default_rng(0)
-    for buffer in session.plan.buffers:
-        for rows in session.state[buffer.name]:  # one head
-            for at in range(0, min(buffer.slots, len(ids)), 4096):
+    whole = isinstance(session.plan, Plan)  # tables are filled at once, buffers head by head
+    for memory in session.state.values():
+        for rows in [memory] if whole else memory:
+            for at in range(0, min(len(rows), len(ids)), 4096):
                 part = rows[at : min(at + 4096, len(ids))]
                 if part.dtype.kind in "iu":
                     part[:] = rng.integers(1, 256, part.shape, np.uint8).view(part.dtype)
@@ -435,10 +437,7 @@ def snapshot_path(artifact: Artifact, job: Job, depth: int) -> Path:
 
 def _planned(artifact: Artifact, engine: str, depth: int, cache: bool) -> dict[str, Any]:
     """The plan's prediction at a depth, and what naive layouts of the state would take."""
-    config, quant = artifact.config, artifact.manifest.quant
-    planned = predict_memory(
-        config, artifact.plan, quant.scheme, quant.formats, depth, cache=cache, engine=engine
-    )
+    planned = predict_artifact(artifact, depth, cache=cache, engine=engine)
     return {
         "engine": engine,
         "ctx": depth,
@@ -446,15 +445,29 @@ def _planned(artifact: Artifact, engine: str, depth: int, cache: bool) -> dict[s
         "tokenizer": planned.tokenizer,
         "phases": {n: {"anon": p.anon, "file": p.file} for n, p in planned.phases.items()},
         "baselines_f16": {
-            name: F16_BYTES * state_elements(config, depth, sharing=sharing, rings=rings)
+            name: F16_BYTES * _elements(artifact, depth, sharing=sharing, rings=rings)
             for name, (sharing, rings) in BASELINES.items()
         },
     }
 
 
+def _elements(artifact: Artifact, depth: int, *, sharing: bool, rings: bool) -> int:
+    """Elements of keys and values with or without sharing and windows: see `Plan.full_length`."""
+    plan = artifact.plan
+    if not isinstance(plan, Plan):
+        return state_elements(artifact.config, depth, sharing=sharing, rings=rings)
+    return sum(
+        (1 if sharing else len(t.readers))
+        * (min(depth, t.keep) if rings and t.keep else depth)
+        * t.row[0]
+        * t.row[1]
+        for t in plan.tables
+        if t.stride == 1 and not t.exact and not t.name.endswith(SCALE)
+    )
+
+
 def _judged(run: dict[str, Any], artifact: Artifact, plan: dict[str, Any] | None) -> dict[str, Any]:
     """A run with the prediction beside its memory, and its distance from the roofline."""
-    config, quant = artifact.config, artifact.manifest.quant
     if plan:
         for name, measured in run["memory"].items():
             # a session that is fed ids has no tokenizer on its heap
@@ -462,7 +475,7 @@ def _judged(run: dict[str, Any], artifact: Artifact, plan: dict[str, Any] | None
             measured["anon_planned"] = expected
             peak = measured["anon_peak"]
             measured["anon_error"] = expected / peak - 1 if peak else None
-    weights = streamed_bytes(config, quant.formats)
+    weights = read_weights(artifact)
     state = artifact.plan.read_traffic(run["depth"] + run["decode"]["tokens"] // 2)
     passes = run.pop("passes")
     floors = [(weights + state) / p["read"] for p in passes]

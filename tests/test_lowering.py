@@ -9,12 +9,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny
 
 from edge_kv import models, runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ExportError, RewindError, SnapshotError
 from edge_kv.export import export_model
+from edge_kv.memory import predict_artifact, read_weights
+from edge_kv.report import artifact_data, print_artifact
+from edge_kv.runtime.verify import verify
 
 LENGTH, CTX, CHUNK = 70, 78, 8  # windows of 8: rings of 15 slots wrap four times
 BOUND = 2e-4
@@ -101,6 +105,19 @@ def test_the_manifest_says_what_the_programs_take(made):
     assert artifact.tokens.vocab == 96
     assert manifest.identity.model != manifest.identity.plan
     list(artifact.check_digests())
+
+
+def test_inspect_and_verify_know_every_model(made):
+    artifact = read_artifact(made.root)
+    data = artifact_data(artifact)
+    assert data["model"]["layers"] == artifact.layers > 2
+    assert [b["name"] for b in data["buffers"]] == [t.name for t in artifact.plan.tables]
+    print_artifact(data, Console(width=200))
+    planned = predict_artifact(artifact, 40)
+    assert planned.touched == artifact.plan.touched(40)
+    assert planned.peak > planned.touched + read_weights(artifact) > planned.touched
+    with made.session() as session:
+        assert verify(session).passed
 
 
 def test_no_expert_is_unrolled_into_a_graph(made):

@@ -66,6 +66,8 @@ def root(tmp_path):
                 "vectors": "verify.npz", "verify": {"max_kl": 0.1, "min_top1": 0.5},
             }
         },
+        "needs": {"weights": {"linear": 5}, "dense": 5, "experts": 0, "read_weights": 5,
+                  "anonymous": 1000},
         "files": files,
         "made": {"source": "a test"},
     }  # fmt: skip
