@@ -3,9 +3,10 @@
     python benchmarks/device_classes.py
     python benchmarks/device_classes.py --quant int8
 
-Weights are int4 in blocks of 32 and state is int8, as `edge-kv plan` counts them for onnxruntime
-with native operators. "In memory": no token waits for storage. "Experts from storage": everything
-but the routed experts stays in memory, and a token reads the experts it chose from the file.
+Weights are stored as `--quant int4` and state is int8, as `edge-kv plan` counts them for
+onnxruntime with native operators. "In memory": no token waits for storage. "Experts from storage":
+everything but the routed experts stays in memory, and a token reads the experts it chose from the
+file.
 """
 
 from __future__ import annotations
