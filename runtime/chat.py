@@ -294,6 +294,7 @@ class Generator:
         gap = self._gap(ids) if options.on_full == "slide" else (0, 0)
         stays = self._staying(messages, tools, options, text)
         turn, opening = self._cut(text, ids, stays)
+        turn = min(turn, len(ids) - 1)  # the last id is decoded, not read
         head = self._head(messages, text)
         removed = gap[1] - gap[0]
         return _Prompt(

@@ -417,13 +417,16 @@ def test_sampling_is_the_checkpoints_unless_said_otherwise(artifact):
 
 
 def test_again_answers_the_same_question(artifact):
-    session = Scripted(artifact, "One.", "Two.")
+    session = Scripted(artifact, "One, and a long way to go.", "Two.")
     chat = Chat(session)
     with pytest.raises(PromptError, match="no question yet"):
         chat.again()
     ask(chat, "x")
     session.say(chat.tokenizer)
+    read = session.stats.prefill_tokens
     assert "".join(p.text for p in chat.again()) == "Two."
+    # only the mark of the model's turn, though the reply is longer than the rings reach
+    assert session.stats.prefill_tokens - read < 10
     assert [m["content"] for m in chat.messages] == ["x", "Two."]
 
 
