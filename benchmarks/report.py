@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "docs/android.md", "docs/executorch.md", "docs/files.md", "docs/raspberry-pi.md",
+    "docs/speed.md",
 )  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/quality.py
