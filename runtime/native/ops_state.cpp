@@ -22,6 +22,7 @@ constexpr int kBlockRows = 64;  // query rows of one task: its sums stay in the 
 constexpr int64_t kMinWork = 1 << 20;
 constexpr int kReading = 2;
 constexpr int64_t kPickedRows = 128;  // picked rows that are gathered at a time
+constexpr int64_t kStretch = 256;     // rows that one head after the other reads
 
 struct Table {
   char* rows;
@@ -203,24 +204,47 @@ void fold_picked(const Kernels& kernels, const Read& read, int head, int64_t t, 
   }
 }
 
-// Fold share `share` of `shares` of what a block of `count` tokens from `first` on reads.
-void fold(const Kernels& kernels, const Asked& step, const Read& read, int head, int64_t first,
-          int64_t count, int share, int shares, const float* queries, const Partial& partial) {
+// A block of tokens of a step, and one of the equal shares of the rows that it reads.
+struct Share {
+  int64_t first, count;
+  int number, of;
+};
+
+// Fold a share of what its tokens read into the partials of the heads, `next` floats apart. Heads take
+// turns over a stretch of rows, which lie side by side: memory is read in one stream.
+void fold(const Kernels& kernels, const Asked& step, const Read& read, const Share& share,
+          const float* queries, const Partial& partial, size_t next) {
   const int group = step.group();
+  const auto queries_of = [&](int head) {
+    return queries + (head * step.tokens + share.first) * group * step.dim;
+  };
+  const auto partial_of = [&](int head, int64_t row) {
+    const size_t at = size_t(head) * next;
+    return Partial{partial.top + at + row, partial.sum + at + row,
+                   partial.mix + at + row * step.dim};
+  };
   if (read.picked) {
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t row = t * group;
-      fold_picked(kernels, read, head, first + t, share, shares, queries + row * step.dim, group,
-                  {partial.top + row, partial.sum + row, partial.mix + row * step.dim});
-    }
+    for (int head = 0; head < step.kv_heads; ++head)
+      for (int64_t t = 0; t < share.count; ++t) {
+        const int64_t row = t * group;
+        fold_picked(kernels, read, head, share.first + t, share.number, share.of,
+                    queries_of(head) + row * step.dim, group, partial_of(head, row));
+      }
     return;
   }
-  const int64_t position = step.position + first;
+  const int64_t position = step.position + share.first;
   const int64_t oldest = read.oldest(position);
-  const int64_t rows = read.end(position + count - 1) - oldest;
-  const Queries mine{queries, int(count) * group, group, position, read.keep, read.stride};
-  kernels.attend(cache_of(read.keys, read.values, head), mine, oldest + rows * share / shares,
-                 oldest + rows * (share + 1) / shares, partial);
+  const int64_t rows = read.end(position + share.count - 1) - oldest;
+  const int64_t begin = oldest + rows * share.number / share.of;
+  const int64_t end = oldest + rows * (share.number + 1) / share.of;
+  const int64_t stretch = step.kv_heads == 1 ? rows : kStretch;
+  for (int64_t at = begin; at < end; at += stretch)
+    for (int head = 0; head < step.kv_heads; ++head) {
+      const Queries mine{queries_of(head), int(share.count) * group, group,
+                         position,         read.keep,                read.stride};
+      kernels.attend(cache_of(read.keys, read.values, head), mine, at, std::min(end, at + stretch),
+                     partial_of(head, 0));
+    }
 }
 
 // The result of one query row from its partials, `next` floats apart, and the logit of its sink.
@@ -266,8 +290,8 @@ void attend(Call& call) {
   for (int64_t r = 0; r < reads; ++r) from.push_back(read_of(call, r ? 8 : 3, r, step));
   const View out = call.output_like(0, q);
 
-  // One task is a block of tokens of one KV head; where that leaves threads idle (decoding), the
-  // rows are split too and the shares are merged at the end.
+  // One task is a block of tokens; where that leaves threads idle (decoding), the rows are split too
+  // and the shares are merged at the end.
   const int dim = step.dim, group = step.group();
   const int64_t block = std::max(1, kBlockRows / group);
   const int64_t blocks = (step.tokens + block - 1) / block;
@@ -284,16 +308,16 @@ void attend(Call& call) {
                   call.pool.run};
   for (Read& read : from)
     if (read.picked) order_picks(team, step, read);
-  const int64_t places = blocks * step.kv_heads;
-  const int shares = int((team.threads + places - 1) / places);
+  const int shares = int((team.threads + blocks - 1) / blocks);
   const int64_t rows = std::min(step.tokens, block) * group;
   // Whole cache lines each, since threads write them side by side.
   const auto lines = [](size_t floats) { return (floats + 15) / 16 * 16; };
   const size_t row_floats = lines(size_t(rows));
   const size_t partial_floats = 2 * row_floats + lines(size_t(rows) * dim);
+  const size_t task_floats = size_t(step.kv_heads) * partial_floats;
   const size_t query_floats = lines(size_t(step.tokens) * step.heads * dim);
 
-  float* const queries = scratch(query_floats + size_t(places) * shares * partial_floats);
+  float* const queries = scratch(query_floats + size_t(blocks) * shares * task_floats);
   float* const partials = queries + query_floats;
   parallel(team, step.tokens, [&](int64_t t) {
     for (int h = 0; h < step.heads; ++h) {  // [kv_head, token, group, dim]: a block's rows adjoin
@@ -302,29 +326,27 @@ void attend(Call& call) {
       for (int d = 0; d < dim; ++d) to[d] = x[d] * step.scale;
     }
   });
-  const auto partial_of = [&](int64_t task) {
-    float* at = partials + size_t(task) * partial_floats;
+  const auto partial_of = [&](int64_t task, int head) {
+    float* at = partials + size_t(task) * task_floats + size_t(head) * partial_floats;
     return Partial{at, at + row_floats, at + 2 * row_floats};
   };
-  parallel(team, places * shares, [&](int64_t task) {
-    const int64_t place = task / shares, first = place % blocks * block;
-    const int head = int(place / blocks);
-    const int64_t count = std::min(block, step.tokens - first);
-    const Partial partial = partial_of(task);
-    std::fill_n(partial.top, rows, kMasked);
-    std::fill_n(partial.sum, rows, 0.0f);
-    std::fill_n(partial.mix, size_t(rows) * dim, 0.0f);
-    const float* mine = queries + (int64_t(head) * step.tokens + first) * group * dim;
+  parallel(team, blocks * shares, [&](int64_t task) {
+    const int64_t first = task / shares * block;
+    for (int head = 0; head < step.kv_heads; ++head) {
+      const Partial partial = partial_of(task, head);
+      std::fill_n(partial.top, rows, kMasked);
+      std::fill_n(partial.sum, rows, 0.0f);
+      std::fill_n(partial.mix, size_t(rows) * dim, 0.0f);
+    }
+    const Share share{first, std::min(block, step.tokens - first), int(task % shares), shares};
     for (const Read& read : from)
-      fold(call.kernels, step, read, head, first, count, int(task % shares), shares, mine, partial);
+      fold(call.kernels, step, read, share, queries, partial_of(task, 0), partial_floats);
   });
   parallel(team, step.tokens, [&](int64_t t) {
-    for (int h = 0; h < step.heads; ++h) {
-      const int64_t place = int64_t(h / group) * blocks + t / block;
-      finish(partial_of(place * shares), t % block * group + h % group, partial_floats, shares,
-             step.sink ? step.sink + h : nullptr, dim,
+    for (int h = 0; h < step.heads; ++h)
+      finish(partial_of(t / block * shares, h / group), t % block * group + h % group, task_floats,
+             shares, step.sink ? step.sink + h : nullptr, dim,
              out.as<float>() + (t * step.heads + h) * dim);
-    }
   });
 }
 
