@@ -687,10 +687,11 @@ class _Ids:
     """What a model's vocabulary says about itself: its size, ends of turns, what is never drawn."""
 
     def __init__(self, session: Session) -> None:
-        tokens = session.artifact.tokens
-        self.eos: tuple[int, ...] = tuple(tokens.eos)
-        self.stop = frozenset(tokens.eos)
-        self.suppress = frozenset(tokens.suppress)
+        known: Any = session  # stand-ins for a session may have a model's config alone
+        tokens = getattr(session.artifact, "tokens", None)
+        self.eos: tuple[int, ...] = tuple(tokens.eos if tokens else known.config.eos_ids)
+        self.stop = frozenset(self.eos)
+        self.suppress = frozenset(tokens.suppress if tokens else ())
 
     @staticmethod
     def vocab(session: Session) -> int:
