@@ -280,6 +280,7 @@ template <int R>
 inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps, const float* keep,
                       const int8_t* values, int64_t stride, int n, int dim, float* mix,
                       Ahead ahead) {
+  const int parts = ahead.row ? ahead.bytes / dim : 0;
   for (int d = 0; d < dim; d += 2 * kWidth) {
     Dots low[R][kDigits], high[R][kDigits];
     for (int r = 0; r < R; ++r)
@@ -290,7 +291,7 @@ inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps
         const int row = j + i < n ? j + i : n - 1;  // beyond the last row the weights are zero
         rows[i] = values + row * stride + d;
       }
-      ahead.fetch(kGroup * 2 * kWidth);
+      for (int part = 0; part < parts; ++part) ahead.fetch(kGroup * 2 * kWidth);
       Digits v[2];
       columns(rows, v);
       for (int r = 0; r < R; ++r)
@@ -340,7 +341,10 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
       const int8_t* values = static_cast<const int8_t*>(cache.values) + tile.slot * stride;
       for (int j = 0; j < n; j += 2) {
         const int next = j + 1 < n ? j + 1 : j;
-        if (first == 0) prefetch(values + j * stride, dim), prefetch(values + next * stride, dim);
+        if (first == 0) {
+          prefetch(values + j * stride, dim * cache.fetched);
+          prefetch(values + next * stride, dim * cache.fetched);
+        }
         digit_dots<R>(rows, dim, keys + j * stride, keys + next * stride, scores, j);
       }
       weigh<R>(cache, q, first, tile, query_steps + at, scores, keep, out);
@@ -349,9 +353,10 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
         for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
         steps[r] = to_digits(scores[r], padded, kLargest, weights[r][0], kTile);
       }
-      const bool more = first == 0 && tile.slot + 2 * n <= cache.slots;
+      const bool more = first == 0 && cache.fetched && tile.slot + 2 * n <= cache.slots;
       const Ahead keys_after{
-          more ? reinterpret_cast<const char*>(keys + n * stride) : nullptr, stride, dim};
+          more ? reinterpret_cast<const char*>(keys + n * stride) : nullptr, stride,
+          dim * cache.fetched};
       digit_mix<R>(weights, steps, keep, values, stride, n, dim, out.mix + int64_t(first) * dim,
                    keys_after);
     });

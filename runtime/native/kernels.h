@@ -33,6 +33,7 @@ struct Cache {
   int64_t scale_stride;
   Storage storage;
   int key_zero = 0;
+  int fetched = 1;  // heads whose part of a row is fetched ahead, this one the first of them
 };
 
 // Query rows [rows, dim], already normed, rotated and scaled; `group` consecutive rows stand at one

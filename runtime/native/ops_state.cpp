@@ -22,7 +22,7 @@ constexpr int kBlockRows = 64;  // query rows of one task: its sums stay in the 
 constexpr int64_t kMinWork = 1 << 20;
 constexpr int kReading = 2;
 constexpr int64_t kPickedRows = 128;  // picked rows that are gathered at a time
-constexpr int64_t kStretch = 256;     // rows that one head after the other reads
+constexpr int64_t kStretch = 128;     // rows that one head after the other reads: a kernel's tile
 
 struct Table {
   char* rows;
@@ -242,8 +242,9 @@ void fold(const Kernels& kernels, const Asked& step, const Read& read, const Sha
     for (int head = 0; head < step.kv_heads; ++head) {
       const Queries mine{queries_of(head), int(share.count) * group, group,
                          position,         read.keep,                read.stride};
-      kernels.attend(cache_of(read.keys, read.values, head), mine, at, std::min(end, at + stretch),
-                     partial_of(head, 0));
+      Cache cache = cache_of(read.keys, read.values, head);
+      cache.fetched = head ? 0 : step.kv_heads;
+      kernels.attend(cache, mine, at, std::min(end, at + stretch), partial_of(head, 0));
     }
 }
 
