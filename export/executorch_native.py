@@ -1,15 +1,15 @@
 """The decoder for our own engine: weights stay in the weight file, operators of ours between them.
 
-A program names each weight by type, shape and place in the file (`region_key`), as a constant that
+A program names each weight by type, shape and place in the file (`weight_keys`), as a constant that
 is outside of it; `runtime/native/weight_file.h` looks there for it. So the decoder is traced over
 fakes, and lowering holds no weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 from executorch.exir.emit._emitter import _Emitter
@@ -25,10 +25,16 @@ from edge_kv.model.binding import parameter_rows
 from edge_kv.model.decoder import Attention, GeluGate, Linear, RMSNorm, Softcap
 
 
-class NativeLinear(nn.Module):
-    """`Linear` on the engine's own threads."""
+class HasWeight(Protocol):
+    """A float linear: weight [out, in]."""
 
-    def __init__(self, source: Linear):
+    weight: Any
+
+
+class NativeLinear(nn.Module):
+    """A float linear on the engine's own threads."""
+
+    def __init__(self, source: HasWeight):
         super().__init__()
         self.weight = source.weight
 
@@ -88,28 +94,40 @@ def fakes() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def weight_keys(
-    exported: dict[str, Any], config: ModelConfig, layout: WeightLayout
-) -> dict[str, str]:
-    """The keys of the weights of all methods by the names of their placeholders."""
+Place = Callable[[str], tuple[str, int] | None]  # parameter -> (region, its first row), if stored
+
+
+def weight_keys(exported: dict[str, Any], place: Place, layout: WeightLayout) -> dict[str, str]:
+    """The keys of the weights of all methods by the names of their placeholders.
+
+    A key is type, shape and place of a weight, "u8[1536,48,16]@8192".
+    """
     keys = {}
     for program in exported.values():
         signature = program.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         for placeholder, path in held.items():
-            name = path.removeprefix("decoder.")
-            if path in program.state_dict and name != path:
-                shape = tuple(program.state_dict[path].shape)
-                keys[placeholder] = region_key(config, layout, name, shape)
+            found = place(path)
+            if found is None:
+                continue
+            region = layout.regions[found[0]]
+            sizes = ",".join(map(str, program.state_dict[path].shape))
+            offset = region.offset + found[1] * region.row_bytes
+            keys[placeholder] = f"{region.dtype}[{sizes}]@{offset}"
     return keys
 
 
-def region_key(config: ModelConfig, layout: WeightLayout, path: str, shape: tuple[int, ...]) -> str:
-    """Type, shape and place of a decoder parameter: "u8[1536,48,16]@8192"."""
-    rows = parameter_rows(config, path)
-    region = layout.regions[rows.region]
-    sizes = ",".join(map(str, shape))
-    return f"{region.dtype}[{sizes}]@{region.offset + rows.start * region.row_bytes}"
+def decoder_place(config: ModelConfig) -> Place:
+    """Where the parameters of `model.decoder` lie, under the module `decoder` of a method."""
+
+    def place(path: str) -> tuple[str, int] | None:
+        name = path.removeprefix("decoder.")
+        if name == path or name.startswith("rope."):
+            return None
+        rows = parameter_rows(config, name)
+        return rows.region, rows.start
+
+    return place
 
 
 @contextmanager

@@ -93,6 +93,18 @@ def _attend_own(
     return _attend_shared(q, q_norm, cos, sin, *buffers, window, eps, scale)
 
 
+def _put(table: Tensor, scales: Tensor | None, rows: Tensor, start: Tensor) -> Tensor:
+    """`nets.ops.put` in place; returns start + n, [1]."""
+    slot = torch.remainder(start + torch.arange(rows.shape[0]), table.shape[0])
+    if scales is None:
+        table.index_copy_(0, slot, rows.to(table.dtype))
+    else:
+        values = rows.abs().amax(-1, keepdim=True).clamp_min(1e-20) * (1 / 127)
+        table.index_copy_(0, slot, torch.round(rows / values).to(torch.int8))
+        scales.index_copy_(0, slot, values)
+    return start + rows.shape[0]
+
+
 def _rows(buffer: Tensor, scales: Tensor | None) -> Tensor:
     """A buffer [heads, slots, dim] as f32 [slots, heads, dim]."""
     rows = buffer.to(torch.float32)
@@ -153,6 +165,12 @@ _define(
     lambda x, cap: torch.tanh(x / cap) * cap,
     lambda x, cap: x.new_empty(x.shape),
 )
+_define(
+    "put_in_place",
+    "Tensor(a!) table, Tensor(b!)? scales, Tensor rows, Tensor start",
+    _put,
+    lambda table, scales, rows, start: start.new_empty(1),
+)
 _define_out(
     "linear_q",
     "Tensor x, Tensor packed, SymInt rows, str format, float step=0.0",
@@ -171,3 +189,4 @@ linear: Any = torch.ops.edge_kv.linear
 rms_norm: Any = torch.ops.edge_kv.rms_norm
 gelu_mul: Any = torch.ops.edge_kv.gelu_mul
 softcap: Any = torch.ops.edge_kv.softcap
+put_in_place: Any = torch.ops.edge_kv.put_in_place

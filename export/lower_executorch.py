@@ -28,7 +28,13 @@ from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.backends import quiet
 from edge_kv.export.executorch_lean import lean
-from edge_kv.export.executorch_native import fakes, for_engine, weight_keys, weights_outside
+from edge_kv.export.executorch_native import (
+    decoder_place,
+    fakes,
+    for_engine,
+    weight_keys,
+    weights_outside,
+)
 from edge_kv.export.executorch_portable import PortableState, for_any_runtime
 from edge_kv.export.executorch_state import (
     NativeState,
@@ -137,7 +143,9 @@ def lower_executorch(
     try:
         with quiet(), lean():
             exported = _export(config, plan, weights, lowering, delegate=delegate)
-            keys = weight_keys(exported, config, weights.layout) if lowering.outside else {}
+            keys = {}
+            if lowering.outside:
+                keys = weight_keys(exported, decoder_place(config), weights.layout)
             # XNNPACK knows a linear as what it is; else it becomes a product by a transpose.
             kept = [torch.ops.aten.linear.default] if delegate else []
             edge = to_edge(
@@ -159,12 +167,12 @@ def lower_executorch(
                         sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
                     )
                 )
-            _write(program, path)
+            write_program(program, path)
     except ExportError:
         raise
     except Exception as e:
         raise ExportError(f"Lowering to ExecuTorch failed: {e}") from e
-    _check_state(plan, planning)
+    check_state({b.name: b.bytes for b in plan.buffers}, planning)
     return {"attention": attention, "delegates": delegates}
 
 
@@ -245,24 +253,25 @@ def _delegates(program: Any) -> int:
     )
 
 
-def _check_state(plan: KVPlan, planning: Any) -> None:
-    """Refuse any byte of state that is not the plan's."""
+def check_state(planned: dict[str, int], planning: Any) -> None:
+    """Refuse any byte of state that is not the plan's: bytes by buffer.
+
+    Raises:
+        ExportError: ExecuTorch planned another size, or a buffer that the plan lacks.
+    """
     specs = {name: next(iter(found)) for name, found in planning.state.mutable_buffers.items()}
-    for b in plan.buffers:
-        spec = specs.pop(f"state.{attribute(b.name)}", None)
-        if (
-            spec is None
-            or spec.allocated_memory != -(-b.bytes // STATE_ALIGNMENT) * STATE_ALIGNMENT
-        ):
+    for name, size in planned.items():
+        spec = specs.pop(f"state.{attribute(name)}", None)
+        if spec is None or spec.allocated_memory != -(-size // STATE_ALIGNMENT) * STATE_ALIGNMENT:
             raise ExportError(
                 f"ExecuTorch planned {0 if spec is None else spec.allocated_memory} bytes for "
-                f"{b.name}, the KV plan has {b.bytes}; please report this config."
+                f"{name}, the plan has {size}; please report this config."
             )
     if specs:
         raise ExportError(f"ExecuTorch planned state that the KV plan lacks: {sorted(specs)[0]}.")
 
 
-def _write(program: Any, path: Path) -> None:
+def write_program(program: Any, path: Path) -> None:
     part = path.with_suffix(".part")
     with part.open("wb") as f:
         program.write_to_file(f)

@@ -100,7 +100,7 @@ extern "C" __attribute__((visibility("default"))) int edge_kv_call(
   if (!ready || !op) return 1;
   const bool writes = op->result == edge_kv::Type::none;
   const auto found = executorch::runtime::get_op_function_from_registry(
-      ("edge_kv::" + std::string(name) + (writes ? "_.out" : ".out")).c_str());
+      ("edge_kv::" + std::string(name) + (writes ? "_in_place.out" : ".out")).c_str());
   if (!found.ok()) return 1;
 
   std::deque<Held> tensors;

@@ -40,7 +40,7 @@ def test_rows_on_their_way(operators, style):
 
 
 def test_put_tells_where_the_next_row_goes(operators):
-    """What follows `put_` in a program waits for its result, the index after the last row."""
+    """What follows `put_in_place` waits for its result, the index after the last row."""
     inputs, _ = rows.good_calls()["put"]
     assert operators.run("put", inputs).tolist() == [4 + 3]
 

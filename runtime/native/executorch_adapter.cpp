@@ -1,8 +1,7 @@
 // The operators of ops.h for ExecuTorch, registered as `.out` overloads of torch operators.
 //
 // Arguments are the inputs, then the attributes, then the result. An operator that writes tables is
-// named with a trailing underscore (`put_.out`), as torch names what writes in place; its result is
-// the index after the last row.
+// named so (`put_in_place.out`); its result is the index after the last row.
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/operator_registry.h>
 
@@ -139,8 +138,8 @@ bool add_all(std::index_sequence<at...>) {
   std::vector<executorch::runtime::Kernel> kernels;
   const auto add = [&](const Operator& op, executorch::runtime::OpFunction function) {
     if (!strcmp(op.name, "linear_q")) return;  // operators.cpp has it, with an exact form
-    names.push_back(std::string("edge_kv::") + op.name + (op.result == Type::none ? "_" : "") +
-                    ".out");
+    const char* const suffix = op.result == Type::none ? "_in_place.out" : ".out";
+    names.push_back(std::string("edge_kv::") + op.name + suffix);
     kernels.emplace_back(names.back().c_str(), function);
   };
   (add(kOperators[at], boxed<at>), ...);
