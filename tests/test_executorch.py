@@ -397,7 +397,7 @@ def changed(root, to, change=lambda manifest: None, **files):
 
 def test_sessions_of_one_process_read_their_own_weights(root, tmp_path):
     data = bytearray((root / "executorch/weights.bin").read_bytes())
-    layout = WeightLayout(tensor_table(CONFIG), "int4", 32)
+    layout = WeightLayout(tensor_table(CONFIG), weight_formats("int4"))
     at = layout.regions["layers.0.attn.q_proj.packed"].offset
     data[at : at + 256] = bytes(256)
     other = changed(root, tmp_path / "other", weights_bin=bytes(data))

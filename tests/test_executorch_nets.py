@@ -16,6 +16,7 @@ from edge_kv.export.executorch_net import PLE, lower_net_executorch
 from edge_kv.export.weight_file import WeightLayout
 from edge_kv.models.checkpoint import open_checkpoint
 from edge_kv.runtime.native_library import load_library
+from edge_kv.tensors import weight_formats
 
 LENGTH, CTX, CHUNK, BOUND = 70, 78, 8, 2e-4
 NAMES = ["e2b", "gemma3", "llama", "llama-bias", "qwen3"]
@@ -65,7 +66,7 @@ def lowered(checkpoint, folder, kv):
     """The `.pte` and the weight file of a checkpoint."""
     config = checkpoint.config
     plan = models.plan(config, ctx=CTX, chunk=CHUNK, kv=kv)
-    layout = WeightLayout([w for w in models.weights(config) if w.name != PLE], "none", 32)
+    layout = WeightLayout(models.weights(config), weight_formats("none"))
     weights = folder / "weights.bin"
     with weights.open("wb") as file:
         file.truncate(layout.bytes)
