@@ -72,15 +72,18 @@ struct Held {
   }
 };
 
+// Columns of a result [tokens, columns] that an attribute says; 0: it has the first input's shape.
+int64_t columns(const edge_kv::Operator& op, const AttributeArgument* attributes) {
+  if (strcmp(op.name, "select") && strcmp(op.name, "embed_q")) return 0;
+  const int64_t said = attributes[0].whole;
+  return said > 0 && said < 100000 ? said : 1;
+}
+
 // The most that a result of the tests holds; a program plans this memory.
-int64_t room(const TensorArgument* inputs, const edge_kv::Operator& op,
-             const AttributeArgument* attributes) {
+int64_t room(const TensorArgument* inputs, int64_t columns) {
+  if (columns) return (inputs[0].rank ? inputs[0].shape[0] : 1) * columns;
   int64_t most = inputs[0].rank ? 1 : 0;
   for (int i = 0; i < inputs[0].rank; ++i) most *= inputs[0].shape[i];
-  if (!strcmp(op.name, "select")) {
-    const int64_t k = attributes[0].whole;
-    most = inputs[0].shape[0] * (k > 0 && k < 100000 ? k : 1);
-  }
   return most;
 }
 
@@ -140,7 +143,8 @@ extern "C" __attribute__((visibility("default"))) int edge_kv_call(
         break;
     }
   }
-  const int64_t most = writes ? 1 : room(inputs, *op, attributes);
+  const int64_t wide = columns(*op, attributes);
+  const int64_t most = writes ? 1 : room(inputs, wide);
   const edge_kv::Type kind = writes ? edge_kv::Type::int64 : op->result;
   std::vector<char> memory(size_t(most + 1) * 8);
   int64_t shape[8] = {1, 1, 1, most, 1, 1, 1, 1};
@@ -149,9 +153,8 @@ extern "C" __attribute__((visibility("default"))) int edge_kv_call(
     add_tensor(ScalarType::Long, memory.data(), 1, shape);
   } else {  // of the rank that the result will have, with room for it
     for (int i = 0; i < 3; ++i) shape[i] = i < inputs[0].rank ? inputs[0].shape[i] : 1;
-    const bool selects = !strcmp(name, "select");
-    if (selects) shape[1] = most / (shape[0] ? shape[0] : 1);
-    add_tensor(scalar_of(int32_t(kind)), memory.data(), selects ? 2 : inputs[0].rank, shape);
+    if (wide) shape[1] = wide;
+    add_tensor(scalar_of(int32_t(kind)), memory.data(), wide ? 2 : inputs[0].rank, shape);
   }
   std::vector<EValue*> stack;
   for (EValue& value : values) stack.push_back(&value);
