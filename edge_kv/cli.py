@@ -182,6 +182,16 @@ def export(
         str,
         typer.Option("--attention", help="Of ExecuTorch programs: native, or portable (stock)."),
     ] = "native",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            help="Text that 4-bit weights are rounded for: shipped, none, or a file of yours.",
+        ),
+    ] = "shipped",
+    device: Annotated[
+        str, typer.Option("--device", help="What calibration computes on: cpu or cuda.")
+    ] = "cpu",
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory to make; default: NAME-CTX.")
     ] = None,
@@ -212,6 +222,8 @@ def export(
             store=tuple(store or ()),
             backends=("onnx", "executorch") if backend == "both" else (backend,),
             attention=attention,
+            calibration=calibration,
+            device=device,
             out=out or Path(f"{name}-{length}"),
             open_session=load,
             progress=bar,

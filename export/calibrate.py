@@ -167,11 +167,10 @@ class _Walk:
     ) -> list[Tensor]:
         """xs [T, in] -> [T, n] of rows `held.start` … of a matrix."""
         name, start = held
-        if self.store.rounds(name):
+        rounds = self.store.rounds(name)
+        self._leave(name if rounds else "")
+        if rounds:
             self.store.round(name, start, start + n, self._shared_factors(xs))
-            self._leave(name)
-        else:
-            self._leave("")
         if head:  # nothing comes behind the logits
             return [x.new_empty(*x.shape[:-1], n, device="meta") for x in xs]
         weight = self.store.stored(name, start, start + n).to(self.device)
@@ -181,6 +180,7 @@ class _Walk:
         self, gate_up: Weight, down: Weight, act: str, limit: float, xs: list[tuple[Tensor, ...]]
     ) -> list[Tensor]:
         """Stacks of experts: xs are x [T, D], index [T, k] and weight [T, k]."""
+        self._leave("")
         x, index, weight = (torch.cat(part) for part in zip(*xs, strict=True))
         everyone = Covariance(x.shape[1], self.device)
         everyone.add(x, PRIOR / len(x))
@@ -199,7 +199,7 @@ class _Walk:
             seen.add(hidden)
             matrix = self._expert(down, e, seen)
             out.index_add_(0, token, weight[token, place, None] * (hidden @ matrix.T))
-        for row in (gate_up, down):
+        for row in (gate_up, down):  # their matrices took turns
             if self.store.rounds(row.name):
                 self._leave(row.name)
         self._leave("")

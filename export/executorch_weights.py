@@ -8,6 +8,7 @@ with positive bfloat16 scales, or by 8-bit weights with one positive scale per r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_kv.export.rounding import Factor
 from edge_kv.export.weight_file import Spec, StoredTensor, WeightLayout
 from edge_kv.formats import BLOCK, FORMATS, Format, Quantised, dequantise, unpack
 from edge_kv.model.decoder import Attention, GeluGate, QuantLinear, RMSNorm
@@ -27,13 +29,17 @@ _QD: Any = torch.ops.quantized_decomposed
 class XnnpackLayout(WeightLayout):
     """A weight file of what XNNPACK multiplies by."""
 
+    calibrates = False  # a scale that is chosen when its block is reached may be negative
+
     def stored(self, spec: Spec) -> StoredTensor:
         t = super().stored(spec)
         if t.format is None:
             return t
         return StoredTensor(spec, FORMATS["int4-f16" if t.format.bits < 8 else "int8-row"])
 
-    def quantise(self, rows: Tensor, fmt: Format) -> tuple[Quantised, float]:
+    def quantise(
+        self, rows: Tensor, fmt: Format, factors: Sequence[Factor] | None = None
+    ) -> tuple[Quantised, float]:
         """The positive scale of each block, or row, that leaves the least error of a few."""
         values = rows.numpy().reshape(-1, BLOCK if fmt.served else rows.shape[-1])
         top = np.abs(values).max(1, keepdims=True)

@@ -23,10 +23,22 @@ from edge_kv import __version__, models
 from edge_kv.artifact import MANIFEST, sha256_file, write_manifest
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError
 from edge_kv.export import gate
+from edge_kv.export.calibrated_weights import (
+    Calibration,
+    calibrate_weights,
+    calibrated,
+    plain_encoder,
+)
 from edge_kv.export.lower_net import DETAILS, EXACT, lower_net
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.unfinished import sole_exporter, unfinished
-from edge_kv.export.weight_file import Journal, StoredWeights, WeightLayout, write_weights
+from edge_kv.export.weight_file import (
+    Journal,
+    StoredWeights,
+    WeightLayout,
+    weight_reports,
+    write_weights,
+)
 from edge_kv.footprint import footprint
 from edge_kv.manifest import (
     UNFINISHED,
@@ -156,8 +168,8 @@ def find_source(model: str | None, weights: str | None) -> Source | None:
 
 
 def export_net(
-    source: Source, plan: Plan, scheme: str, layout: WeightLayout, out: Path,
-    open_session: gate.OpenSession, progress: Progress,
+    source: Source, plan: Plan, scheme: str, layout: WeightLayout, calibration: str, device: str,
+    out: Path, open_session: gate.OpenSession, progress: Progress,
 ) -> Path:  # fmt: skip
     """Export `source` to the artifact directory `out` with ONNX programs; returns `out`.
 
@@ -169,7 +181,7 @@ def export_net(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ExportError(f"Cannot write beside {out} ({e.strerror}).") from e
-    job = _Job(source, plan, scheme, layout, out, open_session, progress)
+    job = _Job(source, plan, scheme, layout, calibration, device, out, open_session, progress)
     try:
         with sole_exporter(out):
             if out.exists():
@@ -190,8 +202,8 @@ class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: Source, plan: Plan, scheme: str, layout: WeightLayout, out: Path,
-        open_session: gate.OpenSession, progress: Progress,
+        self, source: Source, plan: Plan, scheme: str, layout: WeightLayout, calibration: str,
+        device: str, out: Path, open_session: gate.OpenSession, progress: Progress,
     ):  # fmt: skip
         self.source, self.plan, self.layout, self.out = source, plan, layout, out
         self.scheme = scheme
@@ -199,6 +211,11 @@ class _Job:
         self.open_session, self.progress = open_session, progress
         self.root = unfinished(out)
         self.stored = StoredWeights(layout, self.root / "onnx" / WEIGHTS)
+        self.device, self.calibration = device, None
+        if calibrated(layout):
+            encode = plain_encoder(source.text.tokenizer_json() if source.text else None)
+            start = [] if self.config.bos_id is None else [self.config.bos_id]
+            self.calibration = Calibration.of(calibration, encode, start, self.config.max_ctx)
         self.model = json.loads(json.dumps({"type": _type(self.config), **asdict(self.config)}))
 
     def run(self) -> None:
@@ -206,7 +223,16 @@ class _Job:
         self.progress.stage("weights")
         journal = Journal(self.root / JOURNAL)
         source: Any = self.source
-        reports = write_weights(source, self.layout, self.stored.path, journal, self.progress)
+        path = self.stored.path
+        left = calibrated(self.layout) if self.calibration else frozenset()
+        reports = write_weights(source, self.layout, path, journal, self.progress, left)
+        if self.calibration:
+            self.progress.stage("calibration")
+            calibrate_weights(
+                self.config, source.read, self.layout, path, journal, self.calibration,
+                self.progress, device=self.device,
+            )  # fmt: skip
+            reports = weight_reports(self.layout, journal)
         tokenizer = self._tokenizer()
         self.progress.stage("programs: onnx")
         programs = lower_net(self.config, self.plan, self.layout, self.stored.path.parent, WEIGHTS)
@@ -275,6 +301,7 @@ class _Job:
                     "source": self.source.label,
                     "torch": torch.__version__,
                     "model": self.model,
+                    **({"calibration": self.calibration.as_dict()} if self.calibration else {}),
                 },
             )
 
@@ -325,6 +352,7 @@ class _Job:
                 "model": self.model,
                 "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
                 "quant": [self.scheme, self.layout.formats],
+                "calibration": self.calibration and self.calibration.digest,
             },
             sort_keys=True,
         )

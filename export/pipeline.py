@@ -36,6 +36,13 @@ from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
 from edge_kv.export import gate, net_pipeline
 from edge_kv.export.backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
+from edge_kv.export.calibrated_weights import (
+    SHIPPED,
+    Calibration,
+    calibrate_weights,
+    calibrated,
+    plain_encoder,
+)
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
 from edge_kv.export.weight_file import (
@@ -43,17 +50,20 @@ from edge_kv.export.weight_file import (
     StoredWeights,
     WeightLayout,
     ple_layout,
+    weight_reports,
     write_ple,
     write_weights,
 )
 from edge_kv.kv_plan import KVPlan, plan_kv
 from edge_kv.memory import predict_memory
 from edge_kv.model.oracle import oracle_logits
+from edge_kv.models import gemma
 from edge_kv.ple import PleTable
 from edge_kv.presets import get_preset
 from edge_kv.progress import Progress, Silent
 from edge_kv.weights import WeightSource, check_weights, open_weights
 from edge_kv.weights.files import identity
+from edge_kv.weights.hf import hf_name
 from edge_kv.weights.tokenizer import usable_tokenizer
 
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
@@ -72,6 +82,8 @@ def export_model(
     store: Sequence[str] = (),
     backends: tuple[str, ...] = ("onnx",),
     attention: str = "native",
+    calibration: str = SHIPPED,
+    device: str = "cpu",
     out: Path,
     open_session: gate.OpenSession,
     progress: Progress | None = None,
@@ -85,6 +97,8 @@ def export_model(
         kv: state storage f32 | f16 | int8. quant: weight storage int4 | int8 | none.
         store: weight formats of kinds of tensors, `kind=format`, other than the scheme's.
         attention: of ExecuTorch programs: native (operators of ours) or portable (stock ones).
+        calibration: text that 4-bit weights are rounded for: shipped, none, or a file.
+        device: what calibration computes on: cpu, or a device torch knows.
         open_session: opens an artifact directory for an engine; the parity gate runs on it.
 
     Raises:
@@ -107,7 +121,9 @@ def export_model(
             raise ExportError(f"{found.label}: this model is exported with --backend onnx only.")
         state = models.plan(found.config, ctx=ctx, chunk=chunk, kv=kv)
         rows = WeightLayout(models.weights(found.config), formats)
-        return net_pipeline.export_net(found, state, quant, rows, out, open_session, progress)
+        return net_pipeline.export_net(
+            found, state, quant, rows, calibration, device, out, open_session, progress
+        )
     preset = get_preset(model) if model else None
     if preset is None and weights is None:
         raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
@@ -119,13 +135,21 @@ def export_model(
         BACKENDS[backend].check(source.config)
     layouts = {b: BACKENDS[b].layout(source.config, formats, attention) for b in backends}
     check_weights(source)
-    job = _Job(source, plan, quant, layouts, attention, out, open_session, progress)
+    job = _Job(
+        source, plan, quant, layouts, attention, calibration, device, out, open_session, progress
+    )
     _make_parent(out)
     with sole_exporter(out):
         if out.exists():
             raise ExportError(f"{out} already exists; another export made it meanwhile.")
         job.run()
     return out
+
+
+def net_names(config: ModelConfig) -> dict[str, str]:
+    """The net's name of a weight -> its name in the parameter table."""
+    by_hf = {hf_name(spec.name): spec.name for spec in tensors.tensor_table(config)}
+    return {row.name: by_hf[row.hf.split(" | ")[0]] for row in models.weights(gemma.of(config))}
 
 
 def _make_parent(out: Path) -> None:
@@ -140,7 +164,8 @@ class _Job:
 
     def __init__(
         self, source: WeightSource, plan: KVPlan, scheme: str, layouts: dict[str, WeightLayout],
-        attention: str, out: Path, open_session: gate.OpenSession, progress: Progress,
+        attention: str, calibration: str, device: str, out: Path, open_session: gate.OpenSession,
+        progress: Progress,
     ):  # fmt: skip
         self.source, self.plan, self.layouts, self.out = source, plan, layouts, out
         self.scheme, self.attention = scheme, attention
@@ -154,6 +179,11 @@ class _Job:
             tokenizer, self.config.vocab_size, source.label
         )
         self.stop_ids, self.generation = source.stop_ids(), source.generation()
+        self.device = device
+        wanted = any(calibrated(layout) for layout in layouts.values())
+        encode, start = plain_encoder(self.tokenizer_json), [self.config.bos_id]
+        longest = self.config.max_ctx
+        self.calibration = Calibration.of(calibration, encode, start, longest) if wanted else None
 
     def run(self) -> None:
         self._begin()
@@ -192,6 +222,7 @@ class _Job:
             "quant": [self.scheme, self.layout.formats],
             "backends": list(self.layouts),
             "attention": self.attention,
+            "calibration": self.calibration and self.calibration.digest,
         }
         held = self.root / REQUEST
         try:
@@ -214,7 +245,12 @@ class _Job:
             self.progress.stage("weights")
             journal = Journal(self.root / name / JOURNAL)
             path = self._stored(name).path
-            found[name] = write_weights(self.source, layout, path, journal, self.progress)
+            left = calibrated(layout) if self.calibration else frozenset()
+            write_weights(self.source, layout, path, journal, self.progress, left)
+            if self.calibration and left:
+                self.progress.stage("calibration")
+                self._calibrate(self.calibration, layout, path, journal)
+            found[name] = weight_reports(layout, journal)
         reports = next(iter(found.values()))
         ple = ple_layout(self.config, self.scheme)
         if ple:
@@ -225,6 +261,24 @@ class _Job:
                 reports["ple_embed.weight"] = TensorReport(format=f"int{ple.bits}-f16", error=error)
         self._unchanged()
         return reports, ple
+
+    def _calibrate(
+        self, calibration: Calibration, layout: WeightLayout, path: Path, journal: Journal
+    ) -> None:
+        """Round the matrices that were left, for what they read in the calibration text."""
+        config = gemma.of(self.config)
+        calibrate_weights(
+            config,
+            self.source.read,
+            layout,
+            path,
+            journal,
+            calibration,
+            self.progress,
+            names=net_names(self.config),
+            token_rows=gate.float_rows(self.config, self.source.read) if config.ple_dim else None,
+            device=self.device,
+        )
 
     def _unchanged(self) -> None:
         """Refuse to go on when a source file is not what it was at the start."""
@@ -269,6 +323,7 @@ class _Job:
             backends: dict[str, Backend], parity: dict[str, Any], *, digests: bool
         ) -> Manifest:
             files = _files(self.root, digests=digests)
+            calibration = {"calibration": self.calibration.as_dict()} if self.calibration else {}
             return Manifest(
                 schema_version=SCHEMA_VERSION,
                 edge_kv=__version__,
@@ -280,7 +335,7 @@ class _Job:
                 backends=backends,
                 tokenizer=tokenizer,
                 files=files,
-                made={"source": self.source.label, "torch": torch.__version__},
+                made={"source": self.source.label, "torch": torch.__version__, **calibration},
                 parity=parity,
                 memory=predict_memory(
                     self.config,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from edge_kv.artifact import PleEntry, TensorReport
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
-from edge_kv.export.rounding import round_rows
+from edge_kv.export.rounding import Factor, round_rows
 from edge_kv.files import write_text
 from edge_kv.formats import FORMATS, GROUP, Format, Quantised, dequantise, pack
 from edge_kv.progress import Progress
@@ -84,6 +84,8 @@ class WeightLayout:
     the weight format of each kind of tensor.
     """
 
+    calibrates = True  # whether rows may be rounded by what their inputs are
+
     def __init__(self, specs: Iterable[Spec], formats: Mapping[str, str]):
         self.formats = dict(formats)
         self.tensors = [self.stored(spec) for spec in specs if spec.kind != PLE_TABLE]
@@ -100,9 +102,15 @@ class WeightLayout:
         """How one tensor is kept."""
         return StoredTensor(spec, stored_format(spec.kind, spec.shape, self.formats))
 
-    def quantise(self, rows: Tensor, fmt: Format) -> tuple[Quantised, float]:
+    def region(self, t: StoredTensor) -> Region:
+        """Where a tensor lies."""
+        return self.regions[_region(t, 0).name]
+
+    def quantise(
+        self, rows: Tensor, fmt: Format, factors: Sequence[Factor] | None = None
+    ) -> tuple[Quantised, float]:
         """Rows in integers and scales, and the squared error (see `rounding.round_rows`)."""
-        return round_rows(rows, fmt)
+        return round_rows(rows, fmt, factors)
 
 
 def _region(t: StoredTensor, offset: int) -> Region:
@@ -152,19 +160,27 @@ class Journal:
 
 
 def write_weights(
-    source: WeightSource, layout: WeightLayout, path: Path, journal: Journal, progress: Progress
+    source: WeightSource,
+    layout: WeightLayout,
+    path: Path,
+    journal: Journal,
+    progress: Progress,
+    leave: Set[str] = frozenset(),
 ) -> dict[str, TensorReport]:
-    """Quantise every tensor of `source` into `path`; returns the error of each quantised one.
+    """Write every tensor of `source` into `path`, but for those that are left to calibration.
+
+    Returns the error of each quantised one.
 
     Raises:
         WeightsError: a tensor that is not finite or cannot be read.
         ExportError: the disk is full.
     """
-    total = sum(t.spec.elements for t in layout.tensors) * 4
+    tensors = [t for t in layout.tensors if t.spec.name not in leave]
+    total = sum(t.spec.elements for t in tensors) * 4
     done = 0
     journal.belongs_to(path, layout.bytes)
-    with _sized_file(path, layout.bytes) as fd:
-        for t in layout.tensors:
+    with sized_file(path, layout.bytes) as fd:
+        for t in tensors:
             name = t.spec.name
             if not journal.has(name, "error"):
                 error = _write_tensor(source, t, layout, fd)
@@ -172,20 +188,23 @@ def write_weights(
                 journal.add(name, error=error)
             done += t.spec.elements * 4
             progress.advance(name, done, total)
+    return weight_reports(layout, journal)
+
+
+def weight_reports(layout: WeightLayout, journal: Journal) -> dict[str, TensorReport]:
+    """The format and the error of every quantised tensor that is written."""
     return {
         t.spec.name: TensorReport(format=t.format.name, error=journal.done[t.spec.name]["error"])
         for t in layout.tensors
-        if t.format
+        if t.format and journal.has(t.spec.name, "error")
     }
 
 
 def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, fd: int) -> float:
     """Stream one tensor; returns ||w - q(w)|| / ||w||."""
     lost = size = 0.0
-    rows = max(1, ROW_BLOCK_BYTES // (4 * max(1, prod(t.spec.shape[1:]))))
-    if t.format and len(t.spec.shape) == 2:
-        rows = -(-rows // GROUP) * GROUP  # whole groups of rows
-    region = layout.regions[_region(t, 0).name]
+    rows = row_step(t.spec.shape[1:])
+    region = layout.region(t)
     for start in range(0, t.spec.shape[0], rows):
         stop = min(start + rows, t.spec.shape[0])
         values = torch.from_numpy(source.read(t.spec.name, start, stop))
@@ -197,13 +216,24 @@ def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, f
         if values.ndim == 2:
             quantised, error = layout.quantise(values, t.format)
             lost += error
-            _put(fd, region, start // GROUP, pack(t.format, quantised))
+            put_rows(fd, region, start // GROUP, t.format, quantised)
             continue
         for at, matrix in enumerate(values):
             quantised, error = layout.quantise(matrix, t.format)
             lost += error
-            _put(fd, region, start + at, pack(t.format, quantised))
+            put_rows(fd, region, start + at, t.format, quantised)
     return round((lost / size) ** 0.5, 7) if size else 0.0
+
+
+def row_step(shape: Sequence[int]) -> int:
+    """Rows of `shape` that are held in memory at a time: whole groups, or one at least."""
+    rows = ROW_BLOCK_BYTES // (4 * max(1, prod(shape)))
+    return -(-rows // GROUP) * GROUP if len(shape) == 1 else max(1, rows)
+
+
+def put_rows(fd: int, region: Region, start: int, fmt: Format, q: Quantised) -> None:
+    """Pack rounded rows and write them from group (of a stack: matrix) `start` of a region on."""
+    _put(fd, region, start, pack(fmt, q))
 
 
 def _put(fd: int, region: Region, start: int, values: np.ndarray[Any, Any]) -> None:
@@ -223,7 +253,7 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
         ) from e
 
 
-class _sized_file:
+class sized_file:
     """Opens a file for positioned writes at its full length, keeping what it already holds."""
 
     def __init__(self, path: Path, size: int):
@@ -260,7 +290,7 @@ def write_ple(
     rows = max(1, ROW_BLOCK_BYTES // (4 * entry.values))
     name = "ple_embed.weight"
     journal.belongs_to(path, entry.rows * entry.row_bytes, f"{name}[")
-    with _sized_file(path, entry.rows * entry.row_bytes) as fd:
+    with sized_file(path, entry.rows * entry.row_bytes) as fd:
         for start in range(0, entry.rows, rows):
             stop = min(start + rows, entry.rows)
             key = f"{name}[{start}:{stop}]"

@@ -171,13 +171,13 @@ def test_export_passes_every_option_on(monkeypatch, tmp_path):
     result = good(
         "export", "--model", "e2b", "--weights", "random", "--ctx", "4k", "--chunk", "64", "--kv",
         "f16", "--quant", "int8", "--store", "kv=int8-row", "--backend", "both",
-        "--attention", "portable", "--out", out,
+        "--attention", "portable", "--calibration", "text.txt", "--device", "cuda", "--out", out,
     )  # fmt: skip
     assert result.stdout == f"{out}\n"
     assert {k: seen[k] for k in seen if k not in ("progress", "open_session", "out")} == {
         "model": "e2b", "weights": "random", "ctx": 4096, "chunk": 64, "kv": "f16",
         "quant": "int8", "store": ("kv=int8-row",), "backends": ("onnx", "executorch"),
-        "attention": "portable",
+        "attention": "portable", "calibration": "text.txt", "device": "cuda",
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     result = good("export", "--weights", "models/my-model.gguf", "--ctx", "2k", "--json")

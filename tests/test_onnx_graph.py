@@ -24,7 +24,9 @@ from edge_kv.runtime.ort import onnxruntime as ort
 def artifacts(tiny_artifact, tmp_path_factory):
     """The same model at two context lengths: {ctx: directory}."""
     long = tmp_path_factory.mktemp("ctx") / "long"
-    export_model(model="tiny", ctx=32_768, chunk=32, out=long, open_session=runtime.load)
+    export_model(
+        model="tiny", ctx=32_768, chunk=32, calibration="none", out=long, open_session=runtime.load
+    )
     return {512: tiny_artifact, 32_768: long}
 
 

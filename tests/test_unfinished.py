@@ -51,7 +51,13 @@ def stopped(weights: Path, out: Path) -> bytes:
 
 def export(weights: Path, out: Path, progress=None) -> None:
     export_model(
-        weights=str(weights), ctx=64, chunk=16, out=out, open_session=load, progress=progress
+        weights=str(weights),
+        ctx=64,
+        chunk=16,
+        calibration="none",
+        out=out,
+        open_session=load,
+        progress=progress,
     )
 
 
