@@ -235,7 +235,7 @@ def export(
     if as_json:
         _print_json({"artifact": str(root), **artifact_data(made)})
     else:
-        first = next(iter(made.manifest.backends))
+        first = next(iter(made.manifest.backends), "")
         if line := parity_line(made.parity(first)):
             typer.echo(line, err=True)
         typer.echo(root)
