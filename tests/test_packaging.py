@@ -147,6 +147,7 @@ def test_links_lead_to_the_real_directories():
 FRONT = {
     "edge_kv/cli.py",
     "edge_kv/repl.py",
+    "edge_kv/report.py",
     "edge_kv/compare.py",
     "edge_kv/reference.py",
     "edge_kv/deploy.py",
