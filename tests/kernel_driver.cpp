@@ -1,12 +1,12 @@
 // Runs the kernels on requests from stdin: for tests of another CPU's build, emulated.
 //
-// Called with "dense": a Product, then x, packed rows and scales; with "weights": a StoredProduct,
-// then x and the stored matrix; the reply is an int64 status and
-// the result. Called with "ops": an OperatorCall, then each input as a TensorHead and its data, then each
-// attribute as an AttributeValue; the reply is a status and the head of the result, the inputs as they
-// were left, then the result's data or, with a status of 2, as many bytes of a sentence as `type`
-// says. Otherwise attention: a request is a Request, then the arrays cos, sin, q_norm, k_norm, keys, key scales, values, value
-// scales, q, k, v; the reply is an int64 status, then keys, key scales, values, value scales, out.
+// Called with "weights": a StoredProduct, then x and the stored matrix; the reply is an int64 status
+// and the result. Called with "ops": an OperatorCall, then each input as a TensorHead and its data,
+// then each attribute as an AttributeValue; the reply is a status and the head of the result, the
+// inputs as they were left, then the result's data or, with a status of 2, as many bytes of a
+// sentence as `type` says. Otherwise attention: a request is a Request, then the arrays cos, sin,
+// q_norm, k_norm, keys, key scales, values, value scales, q, k, v; the reply is an int64 status, then
+// keys, key scales, values, value scales, out.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -32,26 +32,6 @@ struct Bytes {
   void write() const { fwrite(data.data(), 1, data.size(), stdout); }
   float* floats() { return reinterpret_cast<float*>(data.data()); }
 };
-
-struct Product {
-  char isa[16];
-  int64_t tokens, n_out, n_in, bits, block;
-};
-
-void answer_products() {
-  Product p;
-  while (fread(&p, sizeof p, 1, stdin) == 1) {
-    Bytes x(p.tokens * p.n_in * 4), packed(p.n_out * p.n_in * p.bits / 8);
-    Bytes scales(p.n_out * p.n_in / p.block * 4), out(p.tokens * p.n_out * 4);
-    for (Bytes* part : {&x, &packed, &scales}) part->read();
-    const int64_t status = edge_kv_linear(
-        p.isa, 1, true, x.floats(), p.tokens, reinterpret_cast<uint8_t*>(packed.data.data()),
-        scales.floats(), p.n_out, p.n_in, int(p.bits), p.block, out.floats());
-    fwrite(&status, sizeof status, 1, stdout);
-    out.write();
-    fflush(stdout);
-  }
-}
 
 struct OperatorCall {
   char isa[16], name[16];
@@ -142,10 +122,6 @@ void answer_stored_products() {
 int main(int count, char** words) {
   if (count > 1 && !strcmp(words[1], "ops")) {
     answer_operators();
-    return 0;
-  }
-  if (count > 1 && !strcmp(words[1], "dense")) {
-    answer_products();
     return 0;
   }
   if (count > 1 && !strcmp(words[1], "weights")) {

@@ -70,13 +70,3 @@ def start_emulator(cpu, *arguments):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-
-
-def linear(native, isa, threads, rounded, x, packed, scales, bits, block, out):
-    """x times packed rows into `out`; `rounded` takes the integer kernels. Returns the status."""
-    at, wide = ctypes.c_void_p, ctypes.c_int64
-    return native.edge_kv_linear(
-        isa.encode(), threads, rounded, at(x.ctypes.data), wide(len(x)), at(packed.ctypes.data),
-        at(scales.ctypes.data), wide(out.shape[1]), wide(x.shape[1]), bits, wide(block),
-        at(out.ctypes.data),
-    )  # fmt: skip

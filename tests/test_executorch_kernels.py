@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from kernel_library import ALL_ISAS, EMULATED, MACHINE_ISAS, Layer, Step, linear, start_emulator
+from kernel_library import ALL_ISAS, EMULATED, Layer, Step, start_emulator
 
 from edge_kv.runtime.native_library import build_kernels
 
@@ -368,21 +368,6 @@ def test_half_precision_is_numpys(library):
     np.testing.assert_array_equal(np.float32(back), halves.astype(np.float32))
 
 
-@pytest.mark.parametrize("isa", MACHINE_ISAS)
-@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 128), (8, 256)])
-def test_packed_linear(library, isa, bits, block):
-    rng = np.random.default_rng(7)
-    n_out, n_in, tokens = 70, 256, 5
-    q = rng.integers(0, 2**bits, (n_out, n_in)).astype(np.uint8)
-    packed = np.ascontiguousarray(q[:, 0::2] | (q[:, 1::2] << 4)) if bits == 4 else q
-    scales = rng.uniform(0.01, 0.02, (n_out, n_in // block)).astype(np.float32)
-    x = rng.normal(size=(tokens, n_in)).astype(np.float32)
-    out = np.empty((tokens, n_out), np.float32)
-    assert linear(library.native, isa, 2, False, x, packed, scales, bits, block, out) == 0
-    weight = (q.astype(np.float64) - 2 ** (bits - 1)) * np.repeat(scales, block, 1)
-    close(out, x @ weight.T)
-
-
 def test_sanitizers_find_nothing(tmp_path):
     """The steps, wraps and edges above in a process built with AddressSanitizer and UBSan."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -393,11 +378,11 @@ def test_sanitizers_find_nothing(tmp_path):
     code = f"""
 import ctypes, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-import test_dense_kernels as d
 import test_executorch_kernels as t
 import test_weight_kernels as w
+from kernel_library import MACHINE_ISAS
 library = t.Library(ctypes.CDLL({str(path)!r}))
-for isa in t.MACHINE_ISAS:
+for isa in MACHINE_ISAS:
     for storage in t.STORAGES:
         for shape in ((2, 3, 20), (1, 5, 8), (1, 70, 32)):
             t.test_steps_of_every_length_match_float64(library, isa, storage, *shape)
@@ -405,10 +390,6 @@ for isa in t.MACHINE_ISAS:
         t.test_rings_wrap(library, isa, "int8", threads)
     t.test_adversarial_scores(library, isa)
     t.test_the_largest_products_fit(library, isa, 512)
-    t.test_packed_linear(library, isa, 4, 32)
-    for shape in d.SHAPES:
-        for tokens in (2, 19):
-            d.Product(*shape, tokens=tokens).run(library.native, isa)
     for name in w.FORMATS:
         for cols, rows in w.SHAPES:
             w.Product(name, cols, rows, tokens=15).run(library.native, isa)

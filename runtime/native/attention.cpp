@@ -134,36 +134,4 @@ void attend_rows(const Kernels& kernels, const Pool& pool, const Buffers& b, con
   });
 }
 
-void unpack_row(const uint8_t* packed, const float* scales, int64_t count, int bits, int64_t block,
-                float* out) {
-  for (int64_t at = 0; at < count; at += block) {
-    const float scale = scales[at / block];
-    if (bits == 4) {
-      const uint8_t* from = packed + at / 2;
-      for (int64_t i = 0; i < block / 2; ++i) {
-        out[at + 2 * i] = float(int(from[i] & 15) - 8) * scale;
-        out[at + 2 * i + 1] = float(int(from[i] >> 4) - 8) * scale;
-      }
-    } else {
-      for (int64_t i = at; i < at + block; ++i) out[i] = float(int(packed[i]) - 128) * scale;
-    }
-  }
-}
-
-void linear_packed(const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
-                   const uint8_t* packed, const float* scales, int64_t n_out, int64_t n_in,
-                   int bits, int64_t block, float* out) {
-  constexpr int64_t kShare = 64;
-  const int64_t shares = (n_out + kShare - 1) / kShare;
-  float* rows = scratch(size_t(shares) * n_in);
-  parallel(pool, shares, [&](int64_t share) {
-    float* row = rows + share * n_in;
-    for (int64_t o = share * kShare; o < std::min(n_out, (share + 1) * kShare); ++o) {
-      unpack_row(packed + o * n_in * bits / 8, scales + o * (n_in / block), n_in, bits, block, row);
-      for (int64_t t = 0; t < tokens; ++t)
-        out[t * n_out + o] = kernels.dot(x + t * n_in, row, int(n_in));
-    }
-  });
-}
-
 }  // namespace edge_kv

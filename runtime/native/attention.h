@@ -66,14 +66,4 @@ void store_rows(const Kernels&, const Pool&, const Buffers&, const Step&, const 
 void attend_rows(const Kernels&, const Pool&, const Buffers&, const Step&, const float* q,
                  int q_heads, const float* q_norm, int64_t window, float scale, float* out);
 
-// out [tokens, n_out] = x [tokens, n_in] times packed rows [n_out, n_in], dequantised: 4 bits two
-// to a byte, low nibble first, stored + 8; 8 bits stored + 128; a scale for every `block` values.
-void linear_packed(const Kernels&, const Pool&, const float* x, int64_t tokens, const uint8_t* packed,
-                   const float* scales, int64_t n_out, int64_t n_in, int bits, int64_t block,
-                   float* out);
-
-// Dequantise one packed row of `count` values.
-void unpack_row(const uint8_t* packed, const float* scales, int64_t count, int bits, int64_t block,
-                float* out);
-
 }  // namespace edge_kv

@@ -6,7 +6,7 @@ namespace edge_kv {
 namespace {
 
 constexpr int64_t kShare = 16 << 10;       // values of one task, some 10 us of them
-constexpr int64_t kTaskBytes = 128 << 10;  // weights of one task: as in dense.cpp
+constexpr int64_t kTaskBytes = 128 << 10;  // weights of one task: some 10 us at memory speed
 
 // work(begin, count) for shares of `total` values.
 template <class F>

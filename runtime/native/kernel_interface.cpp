@@ -6,7 +6,6 @@
 #include <cstring>
 
 #include "attention.h"
-#include "dense.h"
 #include "fused.h"
 #include "ops.h"
 #include "pool.h"
@@ -62,19 +61,6 @@ EDGE_KV_API int edge_kv_attention(const char* isa, const edge_kv_layer* layer,
   if (q)
     edge_kv::attend_rows(*kernels, pool, buffers, at, q, step->q_heads, q_norm, step->window,
                          step->scale, out);
-  return 0;
-}
-
-// linear_packed, or with `rounded` activations dense.
-EDGE_KV_API int edge_kv_linear(const char* isa, int threads, int rounded, const float* x,
-                               int64_t tokens, const uint8_t* packed, const float* scales,
-                               int64_t n_out, int64_t n_in, int bits, int64_t block, float* out) {
-  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
-  if (!kernels) return 1;
-  wanted_threads = threads;
-  const auto product = rounded ? edge_kv::dense : edge_kv::linear_packed;
-  product(*kernels, {threads, run_on_threads}, x, tokens, packed, scales, n_out, n_in, bits, block,
-          out);
   return 0;
 }
 

@@ -4,8 +4,6 @@
 // library compiled here could replace the portable copy of it in another object file.
 #include "kernels.h"
 
-#include "dense_kernels.h"
-#include "dense_tiles.h"
 #include "dots.h"
 #include "fused_kernels.h"
 #include "weight_kernels.h"
@@ -661,8 +659,6 @@ extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
 const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
     EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, gated, relu_scores, softcap,
     float_rows,
-    dense_fits, dense_bytes, dense_round, dense_rows,
-    kTileRows, tiles_fit, tile_token_bytes, tile_round, tile_bytes, tile_dense,
     round_row, multiply_groups,
 };
 

@@ -118,25 +118,6 @@ struct Kernels {
   void (*float_rows)(const float* x, int64_t tokens, const float* rows, int64_t count, int64_t n_in,
                      float* out, int64_t stride);
 
-  // The integer matrix-vector product of dense.h: which shapes it takes, x rounded into dense_bytes
-  // of memory, and rows [begin, end).
-  bool (*dense_fits)(int64_t n_in, int bits, int64_t block);
-  int64_t (*dense_bytes)(int bits, int64_t n_in);
-  void (*dense_round)(const float* x, int64_t n_in, int bits, int64_t block, int8_t* out);
-  void (*dense_rows)(const void* x, const uint8_t* packed, const float* scales, int64_t n_in,
-                     int bits, int64_t block, int64_t begin, int64_t end, float* out);
-
-  // The same for many tokens: which shapes it takes, x rounded into tile_token_bytes for each, and
-  // the `tile_rows` rows from `begin` on, unpacked in tile_bytes of memory.
-  int tile_rows;
-  bool (*tiles_fit)(int64_t n_in, int bits, int64_t block);
-  int64_t (*tile_token_bytes)(int64_t n_in, int64_t block);
-  void (*tile_round)(const float* x, int64_t n_in, int bits, int64_t block, void* out);
-  int64_t (*tile_bytes)(int64_t n_in, int64_t block);
-  void (*tile_dense)(const uint8_t* x, int64_t tokens, const uint8_t* packed, const float* scales,
-                     int64_t n_out, int64_t n_in, int bits, int64_t block, int64_t begin,
-                     uint8_t* memory, float* out);
-
   // Activations of one token into `rounded_stride` bytes: see `round_activations`.
   void (*round_row)(const float* x, int64_t cols, float step, void* out);
 

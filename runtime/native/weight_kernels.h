@@ -4,20 +4,24 @@
 // byte, become bytes and meet four values of x, the same for all rows; an int32 lane adds the four
 // products. Where the CPU multiplies unsigned bytes with signed ones, weights stay as stored, above
 // zero, and what that adds is subtracted from the start: `kZero` times the sum of the block of x.
+// Two products of `wide` weights, which take all 8 bits, overflow 16 bits; one does not.
 #pragma once
 
-#include "dense_kernels.h"
 #include "simd.h"
 
 namespace edge_kv {
 namespace {
 
+constexpr int kBytes = 4 * kWidth;             // of a vector
 constexpr int kVectors = kGroupRows / kWidth;  // of a line
 constexpr int kUnroll = kWidth > 1 ? 8 : 1;  // so that sums stay in registers
 constexpr int kBytesAhead = 6144;          // past the page where the hardware's own prefetch stops
 
 #if defined(__AVX512BW__)
 
+using Ints = __m512i;
+inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline Vec to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
 constexpr int kFewTokens = 8;
 template <int bits, bool levels>
 constexpr int kZero = levels ? 128 : 1 << (bits - 1);
@@ -37,8 +41,9 @@ inline Ints add_part(Ints sum, Ints w, Ints x) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(sum, w, x);
 #else
-  if (!wide) return add_products(sum, w, x);
   const Ints low = _mm512_set1_epi16(255), ones = _mm512_set1_epi16(1);
+  if (!wide)
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), ones));
   const Ints even = _mm512_maddubs_epi16(_mm512_and_si512(w, low), x);
   const Ints odd = _mm512_maddubs_epi16(_mm512_andnot_si512(low, w), x);
   sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, ones));
@@ -48,6 +53,9 @@ inline Ints add_part(Ints sum, Ints w, Ints x) {
 
 #elif defined(__AVX2__)
 
+using Ints = __m256i;
+inline Ints load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Vec to_float(Ints x) { return _mm256_cvtepi32_ps(x); }
 constexpr int kFewTokens = 4;
 template <int bits, bool levels>
 constexpr int kZero = levels ? 128 : 1 << (bits - 1);
@@ -63,8 +71,9 @@ inline Ints part_of(Ints w, int part) {
 }
 template <bool wide>
 inline Ints add_part(Ints sum, Ints w, Ints x) {
-  if (!wide) return add_products(sum, w, x);
   const Ints low = _mm256_set1_epi16(255), ones = _mm256_set1_epi16(1);
+  if (!wide)
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
   const Ints even = _mm256_maddubs_epi16(_mm256_and_si256(w, low), x);
   const Ints odd = _mm256_maddubs_epi16(_mm256_andnot_si256(low, w), x);
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, ones));
@@ -73,6 +82,9 @@ inline Ints add_part(Ints sum, Ints w, Ints x) {
 
 #elif defined(__ARM_NEON) && !defined(EDGE_KV_SCALAR)
 
+using Ints = int32x4_t;
+inline Ints load_ints(const void* p) { return vld1q_s32((const int32_t*)p); }
+inline Vec to_float(Ints x) { return vcvtq_f32_s32(x); }
 constexpr int kFewTokens = 4;
 template <int bits, bool levels>
 constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
@@ -88,18 +100,23 @@ inline Ints part_of(Ints w, int part) {
 }
 template <bool wide>
 inline Ints add_part(Ints sum, Ints w, Ints x) {
-#if defined(__ARM_FEATURE_DOTPROD)
-  return add_products(sum, w, x);
-#else
-  if (!wide) return add_products(sum, w, x);
   const int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
-  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
-  return vaddq_s32(sum, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(a, b))));
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(sum, a, b);
+#else
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  if (!wide) return vpadalq_s16(sum, vpaddq_s16(low, high));
+  return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
 }
 
 #else
 
+struct Ints {
+  int32_t bytes, sum;  // four bytes, or one sum
+};
+inline Ints load_ints(const void* p) { return {four_bytes(p), 0}; }
+inline Vec to_float(Ints x) { return float(x.sum); }
 constexpr int kFewTokens = 1;
 template <int bits, bool levels>
 constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
@@ -119,7 +136,11 @@ inline Ints part_of(Ints w, int part) {
 }
 template <bool wide>
 inline Ints add_part(Ints sum, Ints w, Ints x) {
-  return add_products(sum, w, x);
+  int8_t a[4], b[4];
+  memcpy(a, &w.bytes, 4);
+  memcpy(b, &x.bytes, 4);
+  for (int i = 0; i < 4; ++i) sum.sum += a[i] * b[i];
+  return sum;
 }
 
 #endif
@@ -135,6 +156,22 @@ struct Activations {
         sums((const int32_t*)(steps + blocks)) {}
 };
 
+// The step of a block rounded to 8 bits: the largest value is 127 of them.
+inline float step_of(const float* x) {
+  Vec top = splat(1e-20f);
+  for (int i = 0; i < kBlockValues; i += kWidth) {
+    const Vec v = load(x + i);
+    top = larger(top, larger(v, sub(splat(0.0f), v)));
+  }
+  return largest(top) * float(1.0 / 127);
+}
+
+// A block in steps.
+inline void round_block(const float* x, float step, int8_t* out) {
+  const Vec inverse = splat(1.0f / step);
+  for (int i = 0; i < kBlockValues; i += kWidth) save_bytes(out + i, mul(load(x + i), inverse));
+}
+
 void round_row(const float* x, int64_t cols, float fixed, void* out) {
   const int64_t blocks = (cols + kBlockValues - 1) / kBlockValues;
   const Activations to(out, blocks);
@@ -143,10 +180,10 @@ void round_row(const float* x, int64_t cols, float fixed, void* out) {
     float block[kBlockValues] = {};
     const int64_t n = cols - b * kBlockValues < kBlockValues ? cols - b * kBlockValues : kBlockValues;
     memcpy(block, x + b * kBlockValues, sizeof(float) * size_t(n));
-    const float step = fixed != 0.0f ? fixed : step_of(block, kBlockValues);
+    const float step = fixed != 0.0f ? fixed : step_of(block);
     if (fixed != 0.0f)  // the largest value need not be 127 steps
       for (float& v : block) v = fminf(fmaxf(v, -128.0f * fixed), 127.0f * fixed);
-    round_values(block, kBlockValues, step, bytes);
+    round_block(block, step, bytes);
     int32_t sum = 0;
     for (int i = 0; i < kBlockValues; ++i) sum += bytes[i];
     ((float*)to.steps)[b] = step;
