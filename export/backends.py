@@ -171,6 +171,8 @@ class ExecuTorchLowering:
             write_record(record, done)
         files = [f"{path.parent.name}/{path.name}"]
         details = dict(done["details"])
+        if not delegate:
+            details["exact"] = True  # products that were not delegated take float activations
         if request.attention == "native":
             details["weights"] = f"{weights.path.parent.name}/{weights.path.name}"
             files.append(details["weights"])

@@ -139,7 +139,9 @@ def _make(artifact: Artifact, home: Path, weights: int, save: Saver) -> dict[str
         *others, whole = PROGRAMS
         _save(artifact.path(programs[whole].file), part / f"{whole}.onnx", save, packed=True)
         written = external_data((part / f"{whole}.onnx").read_bytes())
-        known = _align(part / WEIGHTS, written)
+        contents = _contents(part / WEIGHTS, written)
+        aligned = _align(part / WEIGHTS, written)
+        places = {content: aligned[name] for name, content in contents.items()}
         work = part / "work"  # takes the weights that come with other programs: known already
         work.mkdir()
         for name in PROGRAMS:
@@ -147,6 +149,10 @@ def _make(artifact: Artifact, home: Path, weights: int, save: Saver) -> dict[str
             if name in others:
                 graph = work / graph.name
                 _save(artifact.path(programs[name].file), graph, save, packed=False)
+            known = aligned
+            if name in others:  # what a function unfolds to is named after its place in a program
+                held = _contents(work / WEIGHTS, external_data(graph.read_bytes()))
+                known = {tensor: places[content] for tensor, content in held.items()}
             rewritten = replace_external_data(graph.read_bytes(), known)
             (part / f"{name}.onnx").write_bytes(rewritten)
         shutil.rmtree(work)
@@ -186,6 +192,20 @@ def _save(model: Path, to: Path, save: Saver, *, packed: bool) -> None:
     for name, value in settings.items():
         options.add_session_config_entry(name, value)
     save(model, options)
+
+
+def _contents(path: Path, entries: dict[str, Entries]) -> dict[str, str]:
+    """Name -> digest of the bytes of every weight in the file that onnxruntime wrote."""
+    found = {}
+    with path.open("rb") as f:
+        for name, tensor in entries.items():
+            f.seek(int(tensor["offset"]))
+            left, digest = int(tensor["length"]), hashlib.sha256()
+            while left and (block := f.read(min(left, 1 << 20))):
+                digest.update(block)
+                left -= len(block)
+            found[name] = digest.hexdigest()
+    return found
 
 
 def _align(path: Path, entries: dict[str, Entries]) -> dict[str, Entries]:

@@ -18,7 +18,6 @@ from edge_kv.runtime import Chat, Options, load, native_library
 from edge_kv.runtime.bench import bench
 from edge_kv.runtime.generation import generate
 from edge_kv.runtime.sampling import Sampler
-from edge_kv.runtime.snapshot import plan_digest
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def test_the_manifest_is_read_as_python_reads_it(host, tiny_artifact):
     answer = host.ask("artifact", root=str(tiny_artifact), digests=True)
     assert answer == {
         "fingerprint": model_fingerprint(artifact.manifest),
-        "plan": plan_digest(artifact.plan),
+        "plan": artifact.plan_digest,
         "bytes": artifact.plan.bytes,
         "views": [v.name for v in state_views(artifact.plan)],
     }

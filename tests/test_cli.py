@@ -247,9 +247,7 @@ def test_prompt_that_is_not_text(root):
     assert result.exit_code == 1 and "not UTF-8 text (byte 2)" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "line", ["plan --bogus", "plam", "run", "plan --model e2b", "run x --top-k z"]
-)
+@pytest.mark.parametrize("line", ["plan --bogus", "run", "plan --model e2b", "run x --top-k z"])
 def test_wrong_usage_is_exit_2(line):
     result = invoke(*line.split())
     assert result.exit_code == 2 and "Usage:" in result.stderr

@@ -529,7 +529,7 @@ def set_input(which, shape):
         (set_plan(kv="f32"), "the manifest disagree about|its state buffer k1 is int8"),
         (set_plan(chunk=8), "the manifest disagree about"),
         (set_input(2, [1, 2, 32]), "disagree about 'decode input float 1"),
-        (lambda m: m["ple"].update(dim=0), "per-layer rows of"),
+        (lambda m: m["ple"].update(dim=0), "ple.dim"),
         (lambda m: m["ple"].update(n_layers=2), "per-layer rows of"),
         (lambda m: m.update(ple=None), "per-layer rows of None"),
     ],

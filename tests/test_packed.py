@@ -77,7 +77,8 @@ def test_every_packed_piece_is_aligned_and_prefill_shares_the_file(tiny, home):
                     assert int(blob.split(";")[0]) % packed.ALIGNMENT == 0
                     pieces += 1
     assert pieces > 20
-    assert prefill and all(decode[name] == tensor for name, tensor in prefill.items())
+    places = {(t["offset"], t["length"]) for t in decode.values()}
+    assert prefill and all((t["offset"], t["length"]) in places for t in prefill.values())
 
 
 def test_with_native_operators_nothing_is_packed(tiny, home):
@@ -260,5 +261,5 @@ def test_broken_artifact_is_still_its_own_error(tiny, home, tmp_path):
     shutil.copytree(tiny, root)
     path = root / "onnx/decode.onnx"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(ArtifactError, match=r"cannot load .*broken/onnx/decode.onnx"):
+    with pytest.raises(ArtifactError, match=r"onnx/decode.onnx has SHA-256"):
         run(root)

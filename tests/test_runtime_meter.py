@@ -85,7 +85,8 @@ def test_unknown_topology_counts_cpus(tmp_path, monkeypatch):
     assert threads.thread_count(None) == 3
 
 
-def test_asking_wins():
+def test_asking_wins(monkeypatch):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)))
     assert threads.thread_count(7) == 7
     with pytest.raises(ConfigError, match="threads -1 must be at least 1"):
         threads.thread_count(-1)

@@ -104,7 +104,7 @@ def test_graph_that_is_not_onnx_is_one_sentence(tmp_path):
     root = write_artifact(tmp_path / "a")
     path = root / "onnx/decode.onnx"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(ArtifactError, match=r"cannot load .*decode.onnx") as e:
+    with pytest.raises(ArtifactError, match=r"decode.onnx has SHA-256") as e:
         OnnxSession(read_artifact(root), threads=1)
     assert "\n" not in str(e.value)
 

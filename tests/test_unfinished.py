@@ -198,19 +198,18 @@ def test_a_program_without_a_whole_record_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr("edge_kv.export.lower_executorch.lower_executorch", lower)
     config = get_preset("tiny").config
     request = backends.Request(config, plan_kv(config, ctx=64, chunk=16), None)
-    weights = SimpleNamespace(layout=SimpleNamespace(bytes=0))
+    weights = SimpleNamespace(layout=SimpleNamespace(bytes=0), path=tmp_path / "weights.bin")
 
-    def details() -> dict:
-        return (
-            backends.ExecuTorchLowering()
-            ._lower(request, weights, tmp_path / "model.pte", delegate=True)
-            .details
-        )
+    def times() -> int:
+        backend = backends.ExecuTorchLowering()
+        return backend._lower(
+            request, weights, tmp_path / "model.pte", delegate=True
+        ).details["made"]  # fmt: skip
 
-    assert (details(), details()) == ({"made": 1}, {"made": 1})
+    assert (times(), times()) == (1, 1)
     (tmp_path / "model.json").write_bytes(b"")
-    assert (details(), details()) == ({"made": 2}, {"made": 2})
+    assert (times(), times()) == (2, 2)
     (tmp_path / "model.pte").write_bytes(b"prog")
-    assert (details(), details()) == ({"made": 3}, {"made": 3})
+    assert (times(), times()) == (3, 3)
     (tmp_path / "model.pte").unlink()
-    assert details() == {"made": 4}
+    assert times() == 4
