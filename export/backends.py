@@ -171,9 +171,9 @@ class ExecuTorchLowering:
             write_record(record, done)
         files = [f"{path.parent.name}/{path.name}"]
         details = dict(done["details"])
-        if not delegate:
-            details["exact"] = True  # products that were not delegated take float activations
-        if request.attention == "native":
+        if request.attention != "native":
+            details["exact"] = not delegate  # products that are left take float activations
+        else:
             details["weights"] = f"{weights.path.parent.name}/{weights.path.name}"
             files.append(details["weights"])
         return Backend(

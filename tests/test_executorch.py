@@ -240,7 +240,7 @@ def test_portable_artifact_holds_one_program_and_no_other_weights(portable):
         "manifest.json", "model.pte", "ple.bin", "verify.npz",
     }  # fmt: skip
     # The weights once, the rows of the token table beside the head, and room for the graphs.
-    layout = XnnpackLayout(tensor_table(CONFIG), "int4", 32)
+    layout = XnnpackLayout(tensor_table(CONFIG), weight_formats("int4"))
     assert (portable / "executorch/model.pte").stat().st_size < 1.2 * layout.bytes + (150 << 10)
 
 
