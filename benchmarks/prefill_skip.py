@@ -228,7 +228,7 @@ def lower_untrimmed(session: OnnxSession, folder: Path) -> None:
     every = replace(config, n_kv_shared=0)
     model = lowering._trace(UntrimmedPrefill(decoder, plan), plan, every, "prefill")
     lowering._name_io(model, plan, "decode", has_ple=True)
-    lowering._simplify(model)
+    lowering.simplify(model)
     lowering._place_weights(model, decoder, config, layout, folder, "weights.bin")
     ir.save(model, folder / UNTRIMMED)
 

@@ -92,7 +92,8 @@ class OnnxLowering:
         return WeightLayout(tensor_table(config), formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
-        from edge_kv.export.lower_onnx import DETAILS, EXACT, lower_onnx
+        from edge_kv.export.lower_onnx import DETAILS, lower_onnx
+        from edge_kv.export.onnx_graph import EXACT
 
         programs = lower_onnx(request.config, request.plan, weights.layout, folder, WEIGHTS)
 

@@ -12,21 +12,20 @@ then become references into the weight file that `weight_file` streamed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from edge_kv import models
 from edge_kv.errors import ExportError
 from edge_kv.export.onnx_functions import OPSET, attach_functions, translation_table
+from edge_kv.export.onnx_graph import EXACT, make_exact, place, simplify
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
-from edge_kv.export.weight_file import Region, WeightLayout
+from edge_kv.export.weight_file import WeightLayout
 from edge_kv.manifest import Program, TensorIO, live_axis, table_shape
 from edge_kv.models.model import Model
 from edge_kv.nets import make_net, ops
@@ -34,10 +33,6 @@ from edge_kv.nets.state import TORCH_DTYPES, Read
 from edge_kv.nets.weights import Decoder
 from edge_kv.plan import LIVE_STEP, SCALE, Plan
 
-IR_VERSION = 11
-EXACT = ".exact"  # suffix of the variant with float kernels, which only the parity gate runs
-INLINE_BYTES = 1024  # constants below this live in the graph, where the optimiser can see them
-IR_DTYPES = {"f32": ir.DataType.FLOAT, "u8": ir.DataType.UINT8, "i64": ir.DataType.INT64}
 DETAILS = {"opset": OPSET}
 
 
@@ -130,10 +125,10 @@ def lower_net(
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
         _name_io(model, plan, name)
-        _simplify(model)
+        simplify(model)
         _place_weights(model, net, computed, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
-        _exact(model)
+        make_exact(model)
         ir.save(model, folder / f"{name}{EXACT}.onnx")
         programs[name] = Program(
             file=f"{folder.name}/{name}.onnx",
@@ -210,19 +205,6 @@ def _name_io(model: ir.Model, plan: Plan, name: str) -> None:
                 value.shape = ir.Shape(shapes[new])
 
 
-def _simplify(model: ir.Model) -> None:
-    model.ir_version = IR_VERSION
-    for run in (
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
-        passes.RemoveUnusedOpsetsPass(),
-        passes.ClearMetadataAndDocStringPass(),
-    ):
-        run(model)
-    model.opset_imports.setdefault("com.microsoft", 1)
-
-
 def _place_weights(
     model: ir.Model, net: nn.Module, computed: dict[str, Tensor], layout: WeightLayout,
     folder: Path, weights: str,
@@ -233,37 +215,10 @@ def _place_weights(
         for name, held in getattr(module, "held", {}).items():
             rows[f"net.{path}.{name}"] = held
     for name, value in list(model.graph.initializers.items()):
-        assert value.shape is not None
         if name not in rows:
             value.const_value = ir.tensor(computed[name.removeprefix("net.")].numpy())
             continue
-        region = layout.regions[rows[name].name]
-        shape = [int(d) for d in value.shape]  # type: ignore[arg-type]
-        value.const_value = _external(region, rows[name].start, shape, folder, weights, name)
-        if value.const_value.nbytes <= INLINE_BYTES:
-            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
-
-
-def _external(
-    region: Region, start: int, shape: list[int], folder: Path, weights: str, name: str
-) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
-        location=weights,
-        offset=region.offset + start * region.row_bytes,
-        length=shape[0] * region.row_bytes,
-        dtype=IR_DTYPES[region.dtype],
-        shape=ir.Shape(shape),
-        name=name,
-        base_dir=str(folder),
-    )
-
-
-def _exact(model: ir.Model) -> None:
-    """Let quantised matrices multiply in float: what is left against PyTorch is the lowering."""
-    graphs = [model.graph, *(f.graph for f in model.functions.values())]
-    for node in chain.from_iterable(graphs):
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        place(value, layout.regions[rows[name].name], rows[name].start, folder, weights)
 
 
 def _describe(value: ir.Value) -> TensorIO:

@@ -10,35 +10,27 @@ then become references into the weight file that `weight_file` streamed.
 
 from __future__ import annotations
 
-import gc
-import logging
-import warnings
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.onnx_attention import K_ZERO, body, view_dtype
+from edge_kv.export.onnx_graph import EXACT, make_exact, place, simplify
 from edge_kv.export.onnx_ops import BODIES, DOMAIN, OPSET, TRANSLATIONS
 from edge_kv.export.onnx_state import OnnxState
 from edge_kv.export.quant_format import QuantFormat
-from edge_kv.export.weight_file import Region, WeightLayout
+from edge_kv.export.quiet import quiet_trace
+from edge_kv.export.weight_file import WeightLayout
 from edge_kv.kv_plan import APPEND, KVPlan, state_views
 from edge_kv.model.binding import parameter_rows
 from edge_kv.model.decoder import Decoder
-
-IR_VERSION = 11
-EXACT = ".exact"  # suffix of the variant with float kernels, which only the parity gate runs
-INLINE_BYTES = 1024  # constants below this live in the graph, where the optimiser can see them
-IR_DTYPES = {"f32": ir.DataType.FLOAT, "u8": ir.DataType.UINT8}
 
 
 class DecodeProgram(nn.Module):
@@ -89,10 +81,10 @@ def lower_onnx(
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
         _name_io(model, plan, name, has_ple=bool(config.ple_dim))
-        _simplify(model)
+        simplify(model)
         _place_weights(model, decoder, config, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
-        _exact(model)
+        make_exact(model)
         ir.save(model, folder / f"{name}{EXACT}.onnx")
         programs[name] = Program(
             file=f"{folder.name}/{name}.onnx",
@@ -144,7 +136,7 @@ def _to_onnx(
             return tuple(named(a) for a in axes)
         return axes and {axis: dims[name] for axis, name in axes.items()}
 
-    with torch.device("meta"), torch.no_grad(), _quiet():
+    with torch.device("meta"), torch.no_grad(), quiet_trace():
         exported = torch.export.export(module, args, dynamic_shapes=named(shapes))
         program = torch.onnx.export(
             exported,
@@ -178,27 +170,6 @@ def _attach_functions(model: ir.Model, config: ModelConfig, plan: KVPlan, decode
     model.graph.opset_imports.setdefault(DOMAIN, 1)
 
 
-class _quiet:
-    """No warnings about torchvision and pytree internals, and no garbage collection.
-
-    Tracing makes millions of objects that all stay alive; walking them took a quarter of the time.
-    """
-
-    def __enter__(self) -> None:
-        gc.disable()
-        self.catch = warnings.catch_warnings()
-        self.catch.__enter__()
-        warnings.simplefilter("ignore")
-        self.logger = logging.getLogger("torch.onnx")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *exc: Any) -> None:
-        self.logger.setLevel(self.level)
-        self.catch.__exit__(*exc)
-        gc.enable()
-
-
 def _inline_constants(graph: ir.Graph) -> None:
     """Make every initializer a Constant node: a function has no initializers."""
     for value in list(graph.initializers.values()):
@@ -229,19 +200,6 @@ def _name_io(model: ir.Model, plan: KVPlan, name: str, *, has_ple: bool) -> None
                 value.shape = ir.Shape(("chunk", *list(value.shape)[1:]))
 
 
-def _simplify(model: ir.Model) -> None:
-    model.ir_version = IR_VERSION
-    for run in (
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
-        passes.RemoveUnusedOpsetsPass(),
-        passes.ClearMetadataAndDocStringPass(),
-    ):
-        run(model)
-    model.opset_imports.setdefault("com.microsoft", 1)
-
-
 def _place_weights(
     model: ir.Model, decoder: Decoder, config: ModelConfig, layout: WeightLayout, folder: Path,
     weights: str,
@@ -250,38 +208,11 @@ def _place_weights(
     ropes = Decoder.rope_tables(config)
     for name, value in list(model.graph.initializers.items()):
         path = name.removeprefix("decoder.")
-        assert value.shape is not None
-        shape = [int(d) for d in value.shape]  # type: ignore[arg-type]
         if path.startswith("rope."):
             value.const_value = ir.tensor(ropes.get_buffer(path.removeprefix("rope.")).numpy())
             continue
         rows = parameter_rows(config, path)
-        region = layout.regions[rows.region]
-        value.const_value = _external(region, rows.start, shape, folder, weights, name)
-        if value.const_value.nbytes <= INLINE_BYTES:
-            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
-
-
-def _external(
-    region: Region, start: int, shape: list[int], folder: Path, weights: str, name: str
-) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
-        location=weights,
-        offset=region.offset + start * region.row_bytes,
-        length=shape[0] * region.row_bytes,
-        dtype=IR_DTYPES[region.dtype],
-        shape=ir.Shape(shape),
-        name=name,
-        base_dir=str(folder),
-    )
-
-
-def _exact(model: ir.Model) -> None:
-    """Let quantised matrices multiply in float: what is left against PyTorch is the lowering."""
-    graphs = [model.graph, *(f.graph for f in model.functions.values())]
-    for node in chain.from_iterable(graphs):
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        place(value, layout.regions[rows.region], rows.start, folder, weights)
 
 
 def _describe(value: ir.Value) -> TensorIO:

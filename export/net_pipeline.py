@@ -29,7 +29,8 @@ from edge_kv.export.calibrated_weights import (
     calibrated,
     plain_encoder,
 )
-from edge_kv.export.lower_net import DETAILS, EXACT, lower_net
+from edge_kv.export.lower_net import DETAILS, lower_net
+from edge_kv.export.onnx_graph import EXACT
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.unfinished import sole_exporter, unfinished
 from edge_kv.export.weight_file import (

@@ -210,12 +210,12 @@ class Session(ABC):
         checkpoint before it, else nothing.
         """
         self._check_open()
-        common = _common(self._tokens, ids)
+        common = common_prefix(self._tokens, ids)
         if not self.plan.can_rewind(common, self._written):
             common = 0
         best: Checkpoint | None = None
         for point in self._checkpoints:
-            if len(point.tokens) > common and _common(point.tokens, ids) == len(point.tokens):
+            if len(point.tokens) > common and common_prefix(point.tokens, ids) == len(point.tokens):
                 common, best = len(point.tokens), point
         if best:
             rows = snapshots.ring_rows(self.plan, self.state, common, best.written)
@@ -352,8 +352,8 @@ class Session(ABC):
             raise RuntimeFault("This session is closed; load the artifact again.")
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids `a` and `b` begin with alike."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 

@@ -17,6 +17,7 @@ from typing import Any
 from edge_kv.errors import EdgeKVError, SnapshotError
 from edge_kv.runtime import snapshot
 from edge_kv.runtime.chat import Generator
+from edge_kv.runtime.session import common_prefix
 
 WORTH_KEEPING = 64  # tokens below which reading again is cheaper than a snapshot
 SUFFIX = ".kv"
@@ -60,7 +61,7 @@ class States:
     def enter(self, ids: Sequence[int]) -> None:
         """Make the session hold the longest known beginning of `ids`."""
         held = self._session.tokens
-        here = _common(held, ids)
+        here = common_prefix(held, ids)
         best = max(self._kept, key=lambda k: self._usable(k, ids), default=None)
         there = self._usable(best, ids) if best else 0
         if here < len(held) and max(there, len(held) - here) >= WORTH_KEEPING:
@@ -104,7 +105,7 @@ class States:
 
     def _usable(self, kept: Kept, ids: Sequence[int]) -> int:
         """How many of `ids` the session would hold after restoring `kept`."""
-        common = _common(kept.tokens, ids)
+        common = common_prefix(kept.tokens, ids)
         return common if self._session.plan.can_rewind(common, kept.written) else 0
 
     def _take_up(self, path: Path) -> None:
@@ -129,9 +130,3 @@ class States:
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)
         kept.path.unlink(missing_ok=True)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
