@@ -31,11 +31,11 @@ from arm64 import PYTHON, SUITE, install, reported, wheels
 from arm64_vm import CPUS, USER, Machine
 from common import run_main, say, write_result
 
+from edge_kv.amounts import parse_bytes, parse_size
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.bundle import LOADER, RUNNER, write_runner
 from edge_kv.errors import ConfigError, RuntimeFault
-from edge_kv.kv_plan import parse_size
-from edge_kv.memory import parse_bytes, predict_memory
+from edge_kv.memory import predict_memory
 from edge_kv.parity import divergence
 from edge_kv.runtime import load
 from edge_kv.runtime.bench import FILLS, Job, fill_depths, prompt_ids, snapshot_path

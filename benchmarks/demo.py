@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edge_kv.terminal import size
+from edge_kv.amounts import size
 
 PROMPT = "And it came to pass in those days, that"
 PASSAGE = Path(__file__).parent.parent / "edge_kv" / "data" / "passage.txt"

@@ -26,8 +26,8 @@ from common import (
     write_result,
 )
 
+from edge_kv.amounts import parse_size
 from edge_kv.artifact import read_artifact
-from edge_kv.kv_plan import parse_size
 from edge_kv.runtime import Tokenizer
 
 COLUMNS = ("context", "tokens", "f32_perplexity", "perplexity", "mean_kl", "top1_agreement")

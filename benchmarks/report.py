@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edge_kv.amounts import size
 from edge_kv.kv_plan import plan_kv, state_elements
 from edge_kv.memory import predict_memory
 from edge_kv.presets import PRESETS
 from edge_kv.report import F16_BYTES
-from edge_kv.terminal import size
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -140,7 +140,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What will it cost? State, weights and peak RAM, before anything is built."""
-    from edge_kv.kv_plan import parse_size, plan_kv
+    from edge_kv.amounts import parse_size
+    from edge_kv.kv_plan import plan_kv
     from edge_kv.memory import predict_memory
     from edge_kv.report import net_plan_data, plan_data, print_net_plan, print_plan
     from edge_kv.tensors import parse_changes, weight_formats
@@ -198,7 +199,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Checkpoint -> artifact directory, parity proven. Prints the directory."""
-    from edge_kv.kv_plan import parse_size
+    from edge_kv.amounts import parse_size
 
     length, step = parse_size(ctx), parse_size(chunk)
     name = _name(model, weights)
@@ -390,8 +391,8 @@ def bench(
     ] = None,
 ) -> None:
     """Tokens/s, latency and peak RAM at real depth, against the plan, per runtime."""
+    from edge_kv.amounts import parse_size
     from edge_kv.guidance import open_artifact
-    from edge_kv.kv_plan import parse_size
     from edge_kv.report import print_bench
     from edge_kv.runtime.bench import bench as measure
     from edge_kv.terminal import Bar, output
@@ -470,10 +471,10 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """What is kept for this machine (compiled libraries, packed weights), and how large it is."""
+    from edge_kv.amounts import size
     from edge_kv.runtime.cache import cache_directory
     from edge_kv.shelf import cached
     from edge_kv.shelf import clear as remove
-    from edge_kv.terminal import size
 
     directory = cache_directory()
     if clear:
@@ -638,10 +639,10 @@ def deploy(
     ] = None,
 ) -> None:
     """Copy to a board or a phone what it lacks, verify and measure there, bring the JSON back."""
+    from edge_kv.amounts import parse_size
     from edge_kv.deploy import deploy_to_board, deploy_to_phone
     from edge_kv.devices import parse_target
     from edge_kv.guidance import open_artifact
-    from edge_kv.kv_plan import parse_size
     from edge_kv.report import print_deploy
     from edge_kv.terminal import Bar, output
 
@@ -715,8 +716,8 @@ def serve(
     ] = None,
 ) -> None:
     """Behind OpenAI's HTTP API, with a page to chat in and figures for monitoring."""
+    from edge_kv.amounts import parse_bytes
     from edge_kv.guidance import open_artifact
-    from edge_kv.memory import parse_bytes
     from edge_kv.runtime import load
 
     try:
@@ -874,8 +875,7 @@ def _write_json(path: Path, text: str) -> None:
 
 
 def _check_ram(artifact: Any, limit: str, engine: str, cache: bool) -> None:
-    from edge_kv.memory import parse_bytes
-    from edge_kv.terminal import size
+    from edge_kv.amounts import parse_bytes, size
 
     allowed, planned = parse_bytes(limit), _planned(artifact, engine, cache).conversation
     if planned > allowed:
@@ -907,8 +907,8 @@ def _stats(chat: Chat) -> str:
 
 
 def _status(session: Session) -> str:
+    from edge_kv.amounts import size
     from edge_kv.runtime.meter import resident
-    from edge_kv.terminal import size
 
     stats, memory = session.stats, resident()
     speed = (
@@ -966,7 +966,7 @@ def _summary(chat: Chat) -> dict[str, Any]:
 
 
 def _summary_line(summary: dict[str, Any]) -> str:
-    from edge_kv.terminal import size
+    from edge_kv.amounts import size
 
     peak = summary["peak_bytes"]
     return (

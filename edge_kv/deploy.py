@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from edge_kv import __version__
+from edge_kv.amounts import size
 from edge_kv.artifact import MANIFEST, Artifact, sha256_file
 from edge_kv.bundle import LOADER, RUNNER, write_runner, write_wheel
 from edge_kv.devices import Adb, Device, Ssh, checked, failure
 from edge_kv.errors import ArtifactError, DeployError, ParityError
 from edge_kv.progress import Progress, Silent
-from edge_kv.terminal import size
 
 SCHEMA_VERSION = 1
 BOARD_FOLDER = "edge-kv"  # below the home directory

@@ -8,13 +8,12 @@ plan and compute no shape of their own.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 from edge_kv.config import FULL, ModelConfig
-from edge_kv.errors import ConfigError, PlanError, did_you_mean
+from edge_kv.errors import PlanError, did_you_mean
 
 DTYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}
 KV_STORAGES = ("f32", "f16", "int8")
@@ -267,18 +266,3 @@ def state_elements(config: ModelConfig, ctx: int, *, sharing: bool, rings: bool)
         sliding = rings and config.pattern[i] != FULL
         total += 2 * config.spec(i).kv_width * (min(ctx, config.sliding_window) if sliding else ctx)
     return total
-
-
-def parse_size(text: str) -> int:
-    """`32768`, `32,768`, `32k`, `1.5k` or `128K` as a number of tokens (k = 1024).
-
-    Raises:
-        ConfigError: not a positive number with an optional k or m, or no whole number of tokens.
-    """
-    number = r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,12}(?:\.[0-9]{1,12})?)"
-    found = re.fullmatch(rf"{number}([km]?)", text.strip().lower())
-    factor = {"k": 1024, "m": 1024**2}.get(found[2], 1) if found else 0
-    count = float(found[1].replace(",", "")) * factor if found else 0.0
-    if not 1 <= count < 2**53 or count != int(count):
-        raise ConfigError(f"{text!r} is not a size; write a positive number such as 32768 or 32k.")
-    return int(count)

@@ -18,7 +18,6 @@ from math import prod
 from typing import Any
 
 from edge_kv.config import ModelConfig
-from edge_kv.errors import ConfigError
 from edge_kv.formats import BLOCK
 from edge_kv.kv_plan import APPEND, RING, KVPlan, LayerPlan
 from edge_kv.tensors import (
@@ -397,20 +396,3 @@ def _full_attention(layer: LayerPlan, rows: int, live: int) -> int:
     block = min(live, ATTEND_BLOCK)
     floats = FLOAT_ROWS * block * layer.kv_heads * layer.head_dim
     return floats + FULL_SCORES * layer.q_heads * rows * block
-
-
-def parse_bytes(text: str) -> int:
-    """`1500m`, `2g`, `2GiB` or plain bytes as a number of bytes (k, m, g are powers of 1024).
-
-    Raises:
-        ConfigError: not a positive number with an optional unit.
-    """
-    unit = text.strip().lower().removesuffix("b").removesuffix("i")
-    factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(unit[-1:], 1)
-    try:
-        size = float(unit[:-1] if factor > 1 else unit) * factor
-    except ValueError:
-        size = 0.0
-    if not 1 <= size < float("inf"):
-        raise ConfigError(f"{text!r} is not an amount of memory; write for example 1500m or 2g.")
-    return int(size)

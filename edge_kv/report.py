@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_kv import models
+from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
 from edge_kv.config import ModelConfig
 from edge_kv.footprint import footprint
@@ -21,7 +22,7 @@ from edge_kv.plan import Plan
 from edge_kv.runtime.sampling import Sampling
 from edge_kv.shelf import Listed
 from edge_kv.tensors import SCHEMES
-from edge_kv.terminal import layers, size
+from edge_kv.terminal import layers
 
 F16_BYTES = 2  # baselines are counted in the 16-bit storage that other runtimes use
 BASELINES = {

@@ -23,15 +23,6 @@ def output() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False)
 
 
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000 as in data sheets."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB" if count < 1000 else f"{count:.0f} GB"
-
-
 def layers(numbers: tuple[int, ...] | list[int]) -> str:
     """Layer numbers with runs drawn together: `13, 15-18, 20`."""
     runs: list[list[int]] = []

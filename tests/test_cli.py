@@ -18,11 +18,12 @@ import pytest
 from fake_artifact import edit_manifest, write_artifact
 from typer.testing import CliRunner
 
+from edge_kv.amounts import size
 from edge_kv.cli import app
 from edge_kv.kv_plan import plan_kv
 from edge_kv.presets import PRESETS
 from edge_kv.tensors import weight_formats
-from edge_kv.terminal import layers, size
+from edge_kv.terminal import layers
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import report
 import typer
 
 import edge_kv
+from edge_kv.amounts import parse_size
 from edge_kv.cli import app
-from edge_kv.kv_plan import parse_size
 from edge_kv.models import get_row
 from edge_kv.presets import PRESETS
 

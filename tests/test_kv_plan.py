@@ -8,17 +8,10 @@ from fake_artifact import make_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_kv.amounts import parse_size
 from edge_kv.config import AttentionSpec, ModelConfig
 from edge_kv.errors import ConfigError, PlanError
-from edge_kv.kv_plan import (
-    APPEND,
-    LIVE_STEP,
-    RING,
-    parse_size,
-    plan_kv,
-    state_elements,
-    state_views,
-)
+from edge_kv.kv_plan import APPEND, LIVE_STEP, RING, plan_kv, state_elements, state_views
 from edge_kv.presets import PRESETS
 
 

@@ -8,16 +8,11 @@ import pytest
 import tokenizers
 from fake_artifact import make_config
 
+from edge_kv.amounts import parse_bytes
 from edge_kv.artifact import PleEntry
 from edge_kv.errors import ConfigError
 from edge_kv.kv_plan import plan_kv
-from edge_kv.memory import (
-    GRAPH_BYTES,
-    TOKEN_BYTES,
-    TOKENIZER_BYTES,
-    parse_bytes,
-    predict_memory,
-)
+from edge_kv.memory import GRAPH_BYTES, TOKEN_BYTES, TOKENIZER_BYTES, predict_memory
 from edge_kv.presets import PRESETS
 from edge_kv.tensors import tensor_table, weight_formats
 
