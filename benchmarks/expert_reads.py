@@ -1,4 +1,4 @@
-"""How experts that do not fit in memory are best read: page cache, hints to it, or a bank of our own.
+"""How experts that do not fit in memory are best read: the page cache, hints to it, or a bank.
 
     python benchmarks/expert_reads.py FILE --limits 4g,2g --layers 40 --experts 16 --chosen 1 \\
         --bytes 12976128 --skew 0,1
@@ -47,10 +47,15 @@ def main() -> None:
             check=True,
         )
         rows = [
-            {"limit": limit, "skew": skew, "round": number, **_read(program, way, limit, skew, args)}
+            {
+                "limit": limit,
+                "skew": skew,
+                "round": i,
+                **_read(program, way, limit, skew, args),
+            }
             for limit in (parse_bytes(x) for x in args.limits.split(","))
             for skew in map(float, args.skew.split(","))
-            for number in range(args.rounds)
+            for i in range(args.rounds)
             for way in args.ways.split(",")
         ]
     summary = _summarise(rows)
