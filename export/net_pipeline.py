@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +31,7 @@ from edge_kv.export.calibrated_weights import (
 from edge_kv.export.lower_net import DETAILS, lower_net
 from edge_kv.export.onnx_graph import EXACT
 from edge_kv.export.packed_weights import PackedWeights
+from edge_kv.export.random_source import RandomSource
 from edge_kv.export.unfinished import sole_exporter, unfinished
 from edge_kv.export.weight_file import (
     Journal,
@@ -60,7 +60,7 @@ from edge_kv.manifest import (
 )
 from edge_kv.memory import TOKENIZER_BYTES
 from edge_kv.models.checkpoint import open_checkpoint
-from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, TABLE, Model
+from edge_kv.models.model import Model
 from edge_kv.nets import make_net
 from edge_kv.nets.state import StaticState
 from edge_kv.nets.weights import Holder, Weights, holders, load, replace
@@ -72,7 +72,6 @@ from edge_kv.weights.files import identity
 from edge_kv.weights.gguf_file import open_gguf
 from edge_kv.weights.gguf_model import GGUFText
 from edge_kv.weights.hf import HFText
-from edge_kv.weights.random_weights import random_rows
 from edge_kv.weights.source import Generation
 from edge_kv.weights.tokenizer import usable_tokenizer
 
@@ -116,33 +115,12 @@ class CheckpointSource:
             self.text = GGUFText(metadata, path.name, config.vocab, config.eos_ids)
 
 
-class RandomSource:
-    """Seeded random weights of any model: speed and memory are real, the text is not."""
-
-    def __init__(self, config: Model, seed: int):
-        self.config, self.seed, self.label = config, seed, f"random weights, seed {seed}"
-        self.text: HFText | GGUFText | None = None
-        self.files: list[Path] = []
-        self.rows = {row.name: row for row in models.weights(config)}
-        stacks = (r.shape[0] for r in self.rows.values() if r.kind in (EXPERT, EXPERT8))
-        self.experts = next(stacks, 1)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
-        row = self.rows[name]
-        stop = row.shape[0] if stop is None else stop
-        if row.kind == TABLE:  # distinct experts for each token
-            first = (np.arange(start, stop) * 7919)[:, None]
-            return ((first + np.arange(row.shape[1])) % self.experts).astype(np.float32)
-        if row.kind == FLOAT and len(row.shape) == 1:
-            centre, std = (0.0, 0.02) if "bias" in name else (1.0, 0.1)
-        else:
-            fan_in = row.shape[-1] if row.kind != FLOAT else prod(row.shape[1:])
-            centre, std = 0.0, fan_in**-0.5
-        return random_rows(self.seed, name, row.shape, start, stop, centre, std)
-
-
-def find_source(model: str | None, weights: str | None) -> Source | None:
+def find_source(
+    model: str | None, weights: str | None, formats: Mapping[str, str]
+) -> Source | None:
     """The source of a model that only the new core knows; None: the old seam serves the request.
+
+    `formats` are those of each kind of tensor: random weights are drawn in them.
 
     Raises:
         ConfigError, WeightsError: as `open_weights`.
@@ -152,7 +130,7 @@ def find_source(model: str | None, weights: str | None) -> Source | None:
         seed = weights.removeprefix("random").removeprefix(":") or "0"
         if row is None or not seed.isdecimal():
             return None
-        return RandomSource(row.config, int(seed))
+        return RandomSource(row.config, int(seed), formats)
     if weights is None:
         if row is None:
             return None
@@ -316,7 +294,8 @@ class _Job:
 
         run = gate.plan_run(self.plan, self.config.vocab, self._encoder(tokenizer))
         self.progress.stage("parity: float reference")
-        source_logits = self._oracle(run, stored=False)
+        drawn = isinstance(self.source, RandomSource)  # it is what is stored
+        source_logits = self._oracle(run, stored=drawn, exact_state=drawn)
         self.progress.stage("parity: stored weights")
         stored_logits = self._oracle(run, stored=True)
         kept = None

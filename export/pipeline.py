@@ -116,7 +116,7 @@ def export_model(
     formats = tensors.weight_formats(quant, tensors.parse_changes(store))
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
-    if (found := net_pipeline.find_source(model, weights)) is not None:
+    if (found := net_pipeline.find_source(model, weights, formats)) is not None:
         if backends != ("onnx",):
             raise ExportError(f"{found.label}: this model is exported with --backend onnx only.")
         state = models.plan(found.config, ctx=ctx, chunk=chunk, kv=kv)

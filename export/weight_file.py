@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -75,6 +75,15 @@ class StoredTensor:
 
     spec: Spec
     format: Format | None
+
+
+@runtime_checkable
+class PackedSource(Protocol):
+    """A source that may hold matrices as the file is to store them."""
+
+    def packed(self, name: str, fmt: Format, start: int, stop: int) -> np.ndarray[Any, Any] | None:
+        """Rows start … stop-1 of a tensor, from a whole group on, as `fmt` stores them; of a stack
+        these matrices. None: the source has them in another form, `read` them."""
 
 
 class WeightLayout:
@@ -207,6 +216,11 @@ def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, f
     region = layout.region(t)
     for start in range(0, t.spec.shape[0], rows):
         stop = min(start + rows, t.spec.shape[0])
+        if t.format and isinstance(source, PackedSource):
+            packed = source.packed(t.spec.name, t.format, start, stop)
+            if packed is not None:
+                _put(fd, region, start // GROUP if len(t.spec.shape) == 2 else start, packed)
+                continue
         values = torch.from_numpy(source.read(t.spec.name, start, stop))
         if t.format is None:
             whole = region.dtype == "i64"
