@@ -2,8 +2,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <utility>
 #include <vector>
 
+#include "expert_bank.h"
 #include "ops.h"
 #include "weights.h"
 
@@ -75,10 +78,9 @@ struct Stack {
   int64_t experts, rows, cols;
 
   int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
-  const char* of(int64_t expert) const {
-    const int64_t bytes = format ? weight_bytes(*format, rows, cols) : rows * cols * 4;
-    return data + expert * bytes;
-  }
+  // Of one matrix.
+  int64_t bytes() const { return format ? weight_bytes(*format, rows, cols) : rows * cols * 4; }
+  const char* of(int64_t expert) const { return data + expert * bytes(); }
 };
 
 Stack stack_of(const View& view, const char* name, std::string_view format, int64_t rows,
@@ -142,31 +144,64 @@ void prepare(const Call& call, const Stack& with, const float* x, char* row) {
   }
 }
 
-// out [pairs, stack.rows]: every chosen expert's matrix times the rows of its pairs. An expert is cut
-// into parts where there are fewer of them than threads.
-void multiply_chosen(const Call& call, const Stack& stack, const Chosen& chosen, const Rows& rows,
-                     float* out) {
-  const int64_t count = int64_t(chosen.experts.size());
+// Where some experts' matrices of a stack lie while they are used: in the bank, or mapped.
+class Matrices {
+ public:
+  Matrices(ExpertBank* bank, const Stack& stack, const Expert* first, const Expert* last)
+      : bank_(bank) {
+    for (const Expert* expert = first; expert < last; ++expert)
+      mapped_.push_back(stack.of(expert->number));
+    if (bank)
+      for (const char* matrix : mapped_) bank->want(matrix, size_t(stack.bytes()));
+  }
+  ~Matrices() {
+    if (bank_)
+      for (const char* matrix : mapped_) bank_->release(matrix);
+  }
+  Matrices(const Matrices&) = delete;
+  Matrices& operator=(const Matrices&) = delete;
+
+  int64_t size() const { return int64_t(mapped_.size()); }
+
+  // Of the experts in their order, read by now.
+  std::vector<const char*> take() const {
+    std::vector<const char*> held = mapped_;
+    if (bank_)
+      for (const char*& matrix : held) matrix = bank_->take(matrix);
+    return held;
+  }
+
+ private:
+  ExpertBank* bank_;
+  std::vector<const char*> mapped_;
+};
+
+// out [pairs, stride]: the experts' matrices times the rows of their pairs. An expert is cut into
+// parts where there are fewer of them than threads.
+void multiply_chosen(const Call& call, const Stack& stack, const Expert* experts,
+                     const std::vector<const char*>& matrices, const Rows& rows, float* out,
+                     int64_t stride) {
+  const int64_t count = int64_t(matrices.size());
   const int64_t parts = std::min((call.pool.threads + count - 1) / count, stack.groups());
   parallel(call.pool, count * parts, [&](int64_t task) {
-    const Expert& expert = chosen.experts[size_t(task / parts)];
+    const Expert& expert = experts[task / parts];
     const int64_t begin = stack.groups() * (task % parts) / parts;
     const int64_t end = stack.groups() * (task % parts + 1) / parts;
     const int64_t first = begin * kGroupRows, tokens = expert.end - expert.begin;
-    const char* matrix = stack.of(expert.number);
-    float* to = out + expert.begin * stack.rows;
+    const char* matrix = matrices[size_t(task / parts)];
+    float* to = out + expert.begin * stride;
     if (stack.format) {
       const int64_t bytes = group_bytes(*stack.format, stack.cols);
       call.kernels.multiply(*stack.format,
                             reinterpret_cast<const uint8_t*>(matrix) + begin * bytes, end - begin,
                             (stack.cols + kBlockValues - 1) / kBlockValues,
                             reinterpret_cast<const uint8_t*>(rows.row(expert.begin)), rows.stride,
-                            tokens, to + first, stack.rows, stack.rows - first);
+                            tokens, to + first, stride, stack.rows - first);
       return;
     }
     for (int64_t r = first; r < std::min(stack.rows, end * kGroupRows); ++r)
       for (int64_t t = 0; t < tokens; ++t)
-        to[t * stack.rows + r] =
+        to[t * stride + r] =
             call.kernels.dot(reinterpret_cast<const float*>(rows.row(expert.begin + t)),
                              reinterpret_cast<const float*>(matrix) + r * stack.cols,
                              int(stack.cols));
@@ -197,14 +232,15 @@ void experts_q(Call& call) {
            "; they must hold as many experts.");
   const View out = call.output_like(0, x);
 
-  // All tokens of one expert meet it together; its two matrices are read once.
+  // All tokens of one expert meet it together; its two matrices are read once. With a bank, experts
+  // come in parts: while one is multiplied the next is read.
   const Chosen chosen = choose(index, into.experts);
   const int64_t pairs = int64_t(chosen.pairs.size()), k = index.shape[1];
   std::fill_n(out.as<float>(), tokens * dim, 0.0f);
   if (pairs == 0) return;
   const Pool team{pairs * std::max(dim, width) < kMinValues ? 1 : call.pool.threads, call.pool.run};
   const auto token = [&](int64_t pair) { return chosen.pairs[size_t(pair)] / k; };
-  const int64_t floats = pairs * std::max(2 * width, dim);
+  const int64_t stride = std::max(2 * width, dim), floats = pairs * stride;
   const int64_t bytes = pairs * (row_bytes(into) + row_bytes(back));
   float* const products = scratch(size_t(floats + bytes / 4 + 1));
   const Rows given{reinterpret_cast<char*>(products + floats), row_bytes(into)};
@@ -212,14 +248,36 @@ void experts_q(Call& call) {
   parallel(team, pairs, [&](int64_t i) {
     prepare(call, into, x.as<const float>() + token(i) * dim, given.row(i));
   });
-  multiply_chosen(call, into, chosen, given, products);
+  const std::shared_ptr<ExpertBank> shared = expert_bank();
+  const int64_t room = shared ? shared->room(size_t(into.bytes() + back.bytes())) : 0;
+  ExpertBank* const bank = room ? shared.get() : nullptr;
+  const int64_t count = int64_t(chosen.experts.size());
+  const int64_t part = bank ? std::clamp<int64_t>(room / 2, 1, count) : count;
+  const Expert* const experts = chosen.experts.data();
+  struct Part {
+    Matrices into, back;
+  };
+  const auto begin = [&](int64_t first) {
+    const Expert* const from = experts + first;
+    const Expert* const to = experts + std::min(first + part, count);
+    return std::unique_ptr<Part>(new Part{{bank, into, from, to}, {bank, back, from, to}});
+  };
   const Activation activation = act == "silu" ? Activation::silu : Activation::gelu_tanh;
-  parallel(team, pairs, [&](int64_t i) {
-    float* gate = products + i * 2 * width;
-    call.kernels.gated(gate, gate + width, width, activation, limit, gate);
-    prepare(call, back, gate, hidden.row(i));
-  });
-  multiply_chosen(call, back, chosen, hidden, products);
+  std::unique_ptr<Part> now = begin(0), next;
+  for (int64_t first = 0; first < count; first += part) {
+    const Expert* const from = experts + first;
+    if (first + part < count && room > 1) next = begin(first + part);
+    multiply_chosen(call, into, from, now->into.take(), given, products, stride);
+    const int64_t start = from->begin;
+    parallel(team, from[now->into.size() - 1].end - start, [&](int64_t i) {
+      float* gate = products + (start + i) * stride;
+      call.kernels.gated(gate, gate + width, width, activation, limit, gate);
+      prepare(call, back, gate, hidden.row(start + i));
+    });
+    multiply_chosen(call, back, from, now->back.take(), hidden, products, stride);
+    now = std::move(next);
+    if (first + part < count && !now) now = begin(first + part);
+  }
   std::vector<int64_t> where(size_t(tokens * k), -1);  // of a token's choice, its pair
   for (int64_t i = 0; i < pairs; ++i) where[size_t(chosen.pairs[size_t(i)])] = i;
   parallel(team, tokens, [&](int64_t t) {
@@ -227,7 +285,7 @@ void experts_q(Call& call) {
     for (int64_t choice = t * k; choice < (t + 1) * k; ++choice) {
       if (where[size_t(choice)] < 0) continue;
       const float share = weight.as<const float>()[choice];
-      const float* from = products + where[size_t(choice)] * dim;
+      const float* from = products + where[size_t(choice)] * stride;
       for (int64_t d = 0; d < dim; ++d) to[d] += share * from[d];
     }
   });
