@@ -21,6 +21,7 @@ from edge_kv.artifact import Artifact, Backend
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import StateBuffer
 from edge_kv.ple import PleTable
+from edge_kv.runtime import experts
 from edge_kv.runtime.executorch_contract import METHODS, check_contract, state_name
 from edge_kv.runtime.native_library import load_library
 from edge_kv.runtime.session import STORAGE, Ids, Logits, Session
@@ -71,6 +72,7 @@ class ExecuTorchSession(Session):
             check_contract(artifact, path, self._describe().splitlines())
             self.state = {b.name: self._view(b) for b in self.plan.buffers}
             self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
+            self.stats.expert_bank_bytes = experts.keep_experts(self._native, artifact)
             on_error.pop_all()
         self.stats.load_seconds = time.perf_counter() - begin
 
@@ -146,6 +148,7 @@ class ExecuTorchSession(Session):
         if self._ple:
             self._ple.close()
         if self._handle:
+            experts.forget_experts(self._native, self.artifact)
             self._native.edge_kv_close(self._handle)
             self._handle = None
 

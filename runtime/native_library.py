@@ -48,7 +48,14 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp", "ops_weights.cpp")
-KERNELS = ("dispatch.cpp", "attention.cpp", "expert_bank.cpp", "fused.cpp", "weights.cpp", *OPERATORS)
+KERNELS = (
+    "dispatch.cpp",
+    "attention.cpp",
+    "expert_bank.cpp",
+    "fused.cpp",
+    "weights.cpp",
+    *OPERATORS,
+)
 ENGINE = (
     "executorch_adapter.cpp", "operators.cpp", "engine.cpp", "running.cpp", "weight_file.cpp",
 )  # fmt: skip

@@ -8,6 +8,7 @@ shapes come from `state_views(plan)`.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from edge_kv.kv_plan import state_views
 from edge_kv.manifest import live_axis, table_shape
 from edge_kv.plan import Plan
 from edge_kv.ple import PleTable
-from edge_kv.runtime import heap, mapped, native_library, packed
+from edge_kv.runtime import experts, heap, mapped, native_library, packed
 from edge_kv.runtime.ort import onnxruntime as ort
 from edge_kv.runtime.packed import PROGRAMS
 from edge_kv.runtime.session import Ids, Logits, Session
@@ -120,6 +121,9 @@ class OnnxSession(Session):
             self._create = self._load(cache, log_severity)
             for name in () if self._lean else PROGRAMS:
                 self._open(name)
+            if self.operators:
+                library = ctypes.CDLL(str(self.operators))
+                self.stats.expert_bank_bytes = experts.keep_experts(library, artifact)
             heap.trim()
         except BaseException:
             if self._ple:
@@ -202,6 +206,8 @@ class OnnxSession(Session):
     def _close_engine(self) -> None:
         if self._ple:
             self._ple.close()
+        if self.operators:
+            experts.forget_experts(ctypes.CDLL(str(self.operators)), self.artifact)
         self._bound.clear()
 
 

@@ -44,6 +44,7 @@ class Stats:
 
     load_seconds: float = 0.0
     kv_bytes: int = 0
+    expert_bank_bytes: int = 0  # 0: all experts stay where they are mapped
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from native_call import Operators
 
+from edge_kv.runtime import experts
+
 EXPERTS, DIM, WIDTH, START = 12, 96, 64, 40  # the stacks begin where no sector does
 SHAPES = ((EXPERTS, 2 * WIDTH, DIM), (EXPERTS, DIM, WIDTH))
 BOTH = sum(4 * a * b for _, a, b in SHAPES) + 4 * 4096  # what one expert takes of a bank
@@ -108,3 +110,13 @@ def test_two_callers_share_a_bank(operators, keep, stacks):
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"),
+    [(None, 0), (1000, 0), (999, 899), (150, 50), (100, 0), (10, 0)],
+)
+def test_the_bank_takes_what_is_left(available, expected):
+    if available is not None:
+        available += experts.RESERVE
+    assert experts.bank_bytes(900, 100, available) == expected

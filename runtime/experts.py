@@ -1,0 +1,49 @@
+"""Where a session's experts come from: their mapped file, or a bank when memory is too small.
+
+Mapped pages are best as long as all experts stay in memory. Where they do not, whole matrices in
+anonymous memory, read past the page cache, take a half to two thirds of the time
+(benchmarks/expert_reads.py). The bank is native: `runtime/native/expert_bank.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from edge_kv.artifact import Artifact
+from edge_kv.runtime.available import available_memory
+
+RESERVE = 64 << 20  # bytes left to the system: buffers of its reads, and what else it runs
+
+
+def bank_bytes(experts: int, others: int, available: int | None) -> int:
+    """Bytes for a bank of `experts` bytes of matrices beside `others` of everything else.
+
+    0 where all of them fit into `available`, where nothing is left for them, and where the system
+    does not say what there is (None).
+    """
+    if available is None:
+        return 0
+    left = available - others - RESERVE
+    return 0 if experts <= left else max(0, left)
+
+
+def keep_experts(library: Any, artifact: Artifact) -> int:
+    """Give the operators of `library` a bank if the experts of `artifact` need one; its bytes.
+
+    To be called when its programs are loaded: a bank of another artifact ends with it.
+    """
+    needs = getattr(artifact.manifest, "needs", None)
+    if needs is None or not needs.experts:
+        return 0
+    others = needs.dense + needs.anonymous + artifact.plan.bytes
+    size = bank_bytes(needs.experts, others, available_memory())
+    library.edge_kv_keep_experts(ctypes.c_int64(size))
+    return size
+
+
+def forget_experts(library: Any, artifact: Artifact) -> None:
+    """End the bank of `artifact`, before its weights are no longer mapped."""
+    needs = getattr(artifact.manifest, "needs", None)
+    if needs is not None and needs.experts:
+        library.edge_kv_keep_experts(ctypes.c_int64(0))
