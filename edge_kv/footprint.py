@@ -43,6 +43,7 @@ class Footprint:
     experts: int  # all routed experts: mapped pages of which a token reads a few
     read_weights: int  # a decoded token reads of the weights
     read_state: int  # … and of the state
+    read_experts: int  # what of the weights read are routed experts: a token's cycle
 
     @property
     def weight_file(self) -> int:
@@ -82,7 +83,7 @@ def footprint(
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
     formats = weight_formats(quant) if formats is None else formats
     kinds: dict[str, int] = {}
-    lookup = dense = experts = read = 0
+    lookup = dense = experts = read = cycle = 0
     for weight in models.weights(config):
         size = stored_bytes(weight, quant, formats)
         if weight.kind == PLE_TABLE:
@@ -92,6 +93,7 @@ def footprint(
         read += round(size * weight.share)
         if weight.kind in (EXPERT, EXPERT8):
             experts += size
+            cycle += round(size * weight.share)
         elif weight.share:
             dense += size
     rows = min(plan.chunk, depth or plan.chunk)
@@ -102,7 +104,36 @@ def footprint(
         quant=quant, depth=depth, weights=kinds, lookup_file=lookup, state=plan.bytes,
         touched=plan.touched(depth), anonymous=anonymous, dense=dense, experts=experts,
         read_weights=read, read_state=plan.read_traffic(depth),
+        read_experts=cycle,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What a memory limit costs a mixture whose experts do not all fit under it, in bytes."""
+
+    limit: int
+    bank: int  # of experts held in memory
+    storage: int  # read from storage for a token, experts chosen alike
+    cliff: int  # the least limit under which some of a token's experts are still held at the next
+
+    @property
+    def held(self) -> bool:
+        """Whether the bank holds more than one token's experts."""
+        return self.limit >= self.cliff
+
+
+def streaming(need: Footprint, limit: int) -> Streaming:
+    """What a token of `need` reads from storage under `limit` bytes of memory.
+
+    The bank holds what was used last. Where every expert of a layer is as likely as another, one
+    is found in it with the probability bank / experts, as long as the bank holds what one token
+    reads; below that, all of it is replaced before any is used again.
+    """
+    bank = min(max(0, limit - need.least), need.experts)
+    cliff = need.least + need.read_experts
+    found = bank / need.experts if need.experts and limit >= cliff else 0.0
+    return Streaming(limit, bank, round(need.read_experts * (1 - found)), cliff)
 
 
 def _widest(config: Model) -> int:

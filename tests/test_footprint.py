@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import OrderedDict
 
 import pytest
 from typer.testing import CliRunner
@@ -10,10 +12,19 @@ from typer.testing import CliRunner
 from edge_kv import models
 from edge_kv.cli import app
 from edge_kv.errors import ConfigError
-from edge_kv.footprint import DEVICES, FLASH, NO, RESIDENT, fits, footprint, stored_bytes
+from edge_kv.footprint import (
+    DEVICES,
+    FLASH,
+    NO,
+    RESIDENT,
+    fits,
+    footprint,
+    stored_bytes,
+    streaming,
+)
 from edge_kv.kv_plan import plan_kv
 from edge_kv.memory import predict_memory
-from edge_kv.models.model import Weight
+from edge_kv.models.model import EXPERT8, Weight
 from edge_kv.presets import PRESETS
 
 
@@ -86,3 +97,28 @@ def test_devices():
                 assert fit.need.least <= device.free < fit.need.resident
     assert found["zaya1-8b", "Pi 4/5, 4 GB"].verdict == FLASH
     assert found["zaya1-8b", "laptop, 16 GB"].verdict == RESIDENT
+
+
+def test_what_a_limit_costs_a_mixture():
+    """Against an LRU that is run: experts chosen alike, layer after layer, token after token."""
+    row = models.get_row("zaya1-8b")
+    need = footprint(row.config, models.plan(row.config, ctx=4096, kv="int8"))
+    layers = sum(w.kind == EXPERT8 for w in models.weights(row.config)) // 2
+    experts = need.experts // layers // row.config.experts  # bytes of one
+    rng = random.Random(1)
+    for held in (20, 39, 60, 160, 400):  # a token takes one of 40 layers each
+        limit = need.least + held * experts
+        lru, missed, tokens = OrderedDict(), 0, 3000
+        for token in range(tokens):
+            for layer in range(layers):
+                expert = layer, rng.randrange(row.config.experts)
+                missed += expert not in lru and token > tokens // 3
+                lru[expert] = lru.pop(expert, None)
+                if len(lru) > held:
+                    lru.popitem(last=False)
+        measured = missed / (tokens - tokens // 3) * experts
+        told = streaming(need, limit)
+        assert told.storage == pytest.approx(measured, rel=0.06)
+        assert told.held == (held >= layers)
+    assert streaming(need, need.resident).storage == 0
+    assert streaming(need, 0).bank == 0
