@@ -38,6 +38,7 @@ from edge_kv.export.weight_file import (
 )
 from edge_kv.kv_plan import KVPlan, plan_kv
 from edge_kv.model.oracle import oracle_logits
+from edge_kv.models import gemma
 from edge_kv.parity import divergence
 from edge_kv.ple import PleTable
 from edge_kv.presets import get_preset
@@ -183,10 +184,13 @@ def stored_logits(
     layout = WeightLayout(tensor_table(config), scheme, 32)
     path, journal = folder / f"{scheme}.bin", folder / f"{scheme}.jsonl"
     write_weights(source, layout, path, Journal(journal), Silent())
-    entry = ple_layout(config, scheme, f"{scheme}.ple")
+    rows_of = gemma.of(config).token_rows
+    entry = ple_layout(rows_of, config.vocab_size, scheme, f"{scheme}.ple")
     table = None
     if entry:
-        write_ple(source, entry, folder / entry.file, Journal(journal), Silent())
+        write_ple(
+            source, "ple_embed.weight", entry, folder / entry.file, Journal(journal), Silent()
+        )
         table = PleTable(folder / entry.file, entry)
 
     def rows(wanted: Tensor) -> Tensor:

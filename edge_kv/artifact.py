@@ -24,6 +24,7 @@ from edge_kv.files import write_text
 from edge_kv.kv_plan import KVPlan, plan_kv
 from edge_kv.manifest import PleEntry as PleEntry
 from edge_kv.manifest import SamplingEntry, TokensEntry
+from edge_kv.manifest import TensorReport as TensorReport
 
 CHECKED_BYTES = 64 << 20  # of a program whose digest is checked at every load
 SCHEMA_VERSION = 1
@@ -50,13 +51,6 @@ class PlanEntry(_Schema):
     chunk: int
     kv: str
     buffers: list[dict[str, Any]]
-
-
-class TensorReport(_Schema):
-    """How one tensor was stored: its weight format and ||w - q(w)|| / ||w||."""
-
-    format: str
-    error: float
 
 
 class QuantEntry(_Schema):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
-from edge_kv.export.backends import WEIGHTS
+from edge_kv.export.old_backends import WEIGHTS
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.formats import GROUP
 from edge_kv.model.binding import load_parameters

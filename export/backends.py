@@ -1,4 +1,4 @@
-"""The backends of an export: how each stores its weights and lowers the decoder over them.
+"""The backends of an export: how each stores its weights and lowers a net over them.
 
 A backend yields its programs twice: as they ship, and `exact`, with float arithmetic wherever the
 shipped ones round activations, so that the parity gate can tell the lowering from its kernels.
@@ -6,40 +6,30 @@ shipped ones round activations, so that the parity gate can tell the lowering fr
 
 from __future__ import annotations
 
-import gc
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from edge_kv.artifact import Backend, PleEntry
-from edge_kv.config import ModelConfig
-from edge_kv.errors import ConfigError, ExportError
-from edge_kv.export.apart import apart
-from edge_kv.export.unfinished import read_record, write_record
+from edge_kv import models
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
-from edge_kv.kv_plan import KVPlan
-from edge_kv.tensors import tensor_table
+from edge_kv.manifest import Backend, PleEntry
+from edge_kv.models.model import Model
+from edge_kv.plan import Plan
 
 WEIGHTS = "weights.bin"
-WORTH_A_PROCESS = 256 << 20  # bytes of weights whose lowering leaves much memory behind
 ATTENTIONS = ("native", "portable")
-INSTALL = "pip install --no-deps executorch==1.5.1"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every backend lowers: a model, its state, and the layout of its PLE file.
+    """What every backend lowers: a model, its state, and the layout of its per-layer rows.
 
     `attention` is what ExecuTorch programs attend with: operators of ours, or stock ones only.
     """
 
-    config: ModelConfig
-    plan: KVPlan
+    config: Model
+    plan: Plan
     ple: PleEntry | None
     attention: str = "native"
 
@@ -58,16 +48,14 @@ class Lowering(Protocol):
 
     gate: str  # the engine that judges its programs
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: Model) -> None:
         """Refuse what this backend cannot export, before any weight is read.
 
         Raises:
             ConfigError: a package is missing. ExportError: the model cannot be expressed.
         """
 
-    def layout(
-        self, config: ModelConfig, formats: Mapping[str, str], attention: str
-    ) -> WeightLayout:
+    def layout(self, config: Model, formats: Mapping[str, str], attention: str) -> WeightLayout:
         """How this backend's weights are stored; backends whose layouts agree share one file."""
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
@@ -83,19 +71,17 @@ class OnnxLowering:
 
     gate = "onnx-stock"  # without native operators: the exact variant is one of the programs
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: Model) -> None:
         pass
 
-    def layout(
-        self, config: ModelConfig, formats: Mapping[str, str], attention: str
-    ) -> WeightLayout:
-        return WeightLayout(tensor_table(config), formats)
+    def layout(self, config: Model, formats: Mapping[str, str], attention: str) -> WeightLayout:
+        return WeightLayout(models.weights(config), formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
-        from edge_kv.export.lower_onnx import DETAILS, lower_onnx
+        from edge_kv.export.lower_net import DETAILS, lower_net
         from edge_kv.export.onnx_graph import EXACT
 
-        programs = lower_onnx(request.config, request.plan, weights.layout, folder, WEIGHTS)
+        programs = lower_net(request.config, request.plan, weights.layout, folder, WEIGHTS)
 
         def backend(variant: str) -> Backend:
             named = {
@@ -109,109 +95,4 @@ class OnnxLowering:
         return Lowered(backend(""), backend(EXACT), scratch)
 
 
-class ExecuTorchLowering:
-    """One `.pte` with both methods. The weights of a native one stay in the weight file; a portable
-    one holds its own, as XNNPACK multiplies them, so their file does not ship."""
-
-    gate = "executorch"
-
-    def check(self, config: ModelConfig) -> None:
-        for package in ("executorch", "flatbuffers", "ruamel", "tabulate", "torchao"):
-            if find_spec(package) is None:
-                raise ConfigError(
-                    f"Exporting to ExecuTorch needs {package}, which is not installed; "
-                    f"run: {INSTALL} && pip install 'edge-kv[executorch]'."
-                )
-        if config.moe:
-            raise ExportError(
-                f"ExecuTorch programs of a mixture of {config.moe.n_experts} experts are not "
-                "supported yet; use --backend onnx."
-            )
-
-    def layout(
-        self, config: ModelConfig, formats: Mapping[str, str], attention: str
-    ) -> WeightLayout:
-        if attention == "native":
-            return WeightLayout(tensor_table(config), formats)
-        with quiet():
-            from edge_kv.export.executorch_weights import XnnpackLayout
-        return XnnpackLayout(tensor_table(config), formats)
-
-    def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
-        if request.attention == "native":
-            shipped = self._lower(request, weights, folder / "model.pte", delegate=False)
-            exact = shipped.model_copy(update={"details": {**shipped.details, "exact": True}})
-            return Lowered(shipped, exact, (folder / "model.json",))
-        paths = folder / "exact.pte", folder / "model.pte"
-        backends = []
-        for path, delegate in zip(paths, (False, True), strict=True):
-            backends.append(self._lower(request, weights, path, delegate=delegate))
-            gc.collect()  # graphs are cycles, and hold every weight
-        records = (path.with_suffix(".json") for path in paths)
-        return Lowered(
-            shipped=backends[1], exact=backends[0], scratch=(paths[0], weights.path, *records)
-        )
-
-    def _lower(
-        self, request: Request, weights: StoredWeights, path: Path, *, delegate: bool
-    ) -> Backend:
-        """One variant; a finished one of an interrupted export is taken as it is."""
-        with quiet():
-            from edge_kv.export.lower_executorch import lower_executorch, programs
-
-        record = path.with_suffix(".json")
-        done = read_record(record)
-        if not (path.is_file() and path.stat().st_size == done.get("bytes")):
-            run = apart if weights.layout.bytes > WORTH_A_PROCESS else _here
-            details = run(
-                lower_executorch, request.config, request.plan, weights, path,
-                facts=_facts(request, weights.layout), attention=request.attention,
-                delegate=delegate,
-            )  # fmt: skip
-            done = {"bytes": path.stat().st_size, "details": details}
-            write_record(record, done)
-        files = [f"{path.parent.name}/{path.name}"]
-        details = dict(done["details"])
-        if request.attention != "native":
-            details["exact"] = not delegate  # products that are left take float activations
-        else:
-            details["weights"] = f"{weights.path.parent.name}/{weights.path.name}"
-            files.append(details["weights"])
-        return Backend(
-            programs=programs(request.config, request.plan, files[0]), files=files, details=details
-        )
-
-
-def _here(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return work(*args, **kwargs)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Mute the warnings that ExecuTorch and what it imports give about their own internals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-def _facts(request: Request, layout: WeightLayout) -> dict[str, int]:
-    """What a runner needs that reads no model, and the size of the weight file."""
-    config, plan, ple = request.config, request.plan, request.ple
-    facts: dict[str, Any] = {
-        "vocab": config.vocab_size,
-        "ctx": plan.ctx,
-        "chunk": plan.chunk,
-        "layers": config.n_layers,
-        "own": config.n_own,
-        "weights": layout.bytes,
-    }
-    if ple:
-        facts |= {"ple_dim": ple.dim, "ple_bits": ple.bits, "ple_block": ple.block}
-    return {f"edge_kv_{name}": value for name, value in facts.items()}
-
-
-BACKENDS: dict[str, Lowering] = {"onnx": OnnxLowering(), "executorch": ExecuTorchLowering()}
+BACKENDS: dict[str, Lowering] = {"onnx": OnnxLowering()}

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from edge_kv.artifact import Program, TensorIO
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
-from edge_kv.export.backends import quiet
 from edge_kv.export.executorch_lean import lean
 from edge_kv.export.executorch_native import (
     decoder_place,
@@ -44,6 +43,7 @@ from edge_kv.export.executorch_state import (
     attribute,
 )
 from edge_kv.export.executorch_weights import for_xnnpack
+from edge_kv.export.old_backends import quiet
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.weight_file import StoredWeights
 from edge_kv.kv_plan import KVPlan

@@ -27,7 +27,7 @@ from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import WeightLayout
 from edge_kv.manifest import Program, TensorIO, live_axis, table_shape
-from edge_kv.models.model import Model
+from edge_kv.models.model import Model, TokenRows
 from edge_kv.nets import make_net, ops
 from edge_kv.nets.state import TORCH_DTYPES, Read
 from edge_kv.nets.weights import Decoder
@@ -121,10 +121,11 @@ def lower_net(
     programs = {}
     for name, build in PROGRAMS.items():
         try:
-            model = _trace_program(build(net, plan), plan, decode=name == "decode")
+            decode = name == "decode"
+            model = _trace_program(build(net, plan), plan, config.token_rows, decode=decode)
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
-        _name_io(model, plan, name)
+        _name_io(model, plan, name, has_rows=config.token_rows is not None)
         simplify(model)
         _place_weights(model, net, computed, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
@@ -138,7 +139,9 @@ def lower_net(
     return programs
 
 
-def _trace_program(module: nn.Module, plan: Plan, *, decode: bool) -> ir.Model:
+def _trace_program(
+    module: nn.Module, plan: Plan, rows: TokenRows | None, *, decode: bool
+) -> ir.Model:
     tokens = 1 if decode else 3  # any example length: the chunk is dynamic
     grows = None if decode or plan.chunk == 1 else {0: "chunk"}
     most = {"chunk": plan.chunk}
@@ -146,6 +149,8 @@ def _trace_program(module: nn.Module, plan: Plan, *, decode: bool) -> ir.Model:
         args: list[Tensor | None] = [
             torch.empty(tokens, dtype=torch.int64), torch.empty(1, dtype=torch.int64), None
         ]  # fmt: skip
+        if rows:
+            args[2] = torch.empty(tokens, rows.layers if decode else rows.prefill, rows.dim)
         axes = []
         for t in plan.tables:
             axis = live_axis(t)
@@ -154,7 +159,8 @@ def _trace_program(module: nn.Module, plan: Plan, *, decode: bool) -> ir.Model:
             axes.append({0: axis} if axis else None)
             if axis:
                 most[axis] = t.slots
-    model = to_onnx(module, tuple(args), (grows, None, None, tuple(axes)), most)
+    shapes = (grows, None, grows if rows else None, tuple(axes))
+    model = to_onnx(module, tuple(args), shapes, most)
     attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
     return model
 
@@ -187,9 +193,9 @@ def to_onnx(
     return program.model
 
 
-def _name_io(model: ir.Model, plan: Plan, name: str) -> None:
+def _name_io(model: ir.Model, plan: Plan, name: str, *, has_rows: bool) -> None:
     tables = [t.name for t in plan.tables]
-    inputs = ["ids", "pos", *tables]
+    inputs = ["ids", "pos", *(["ple"] if has_rows else []), *tables]
     outputs = [*(["logits"] if name == "decode" else []), *(f"{t}.out" for t in tables)]
     shapes: dict[str, tuple[int | str, ...]] = {}
     for t in plan.tables:
@@ -201,7 +207,10 @@ def _name_io(model: ir.Model, plan: Plan, name: str) -> None:
             raise ExportError(f"The {name} graph has {len(values)} values, {len(names)} expected.")
         for value, new in zip(values, names, strict=True):
             value.name = new
-            if new in shapes:
+            if new == "ple" and "ids" in shapes:
+                assert value.shape is not None
+                value.shape = ir.Shape((*shapes["ids"], *list(value.shape)[1:]))
+            elif new in shapes:
                 value.shape = ir.Shape(shapes[new])
 
 

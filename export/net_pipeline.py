@@ -1,43 +1,44 @@
 """export_net: any model of `edge_kv.models` -> artifact directory, in stages that can be taken up.
 
-The same stages as `pipeline` runs for models of the old seam, over weight rows, tables and nets:
-weights, tokenizer, programs, parity gate, manifest. Everything happens in a hidden directory beside
-the target, which is renamed to it at the end.
+Everything happens in a hidden directory beside the target, which is renamed to it at the end:
+weights, per-layer rows, tokenizer, programs, parity gate, manifest.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_kv import __version__, models
 from edge_kv.artifact import MANIFEST, sha256_file, write_manifest
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError
 from edge_kv.export import gate
+from edge_kv.export.backends import BACKENDS, WEIGHTS, Lowered, Request
 from edge_kv.export.calibrated_weights import (
     Calibration,
     calibrate_weights,
     calibrated,
     plain_encoder,
 )
-from edge_kv.export.lower_net import DETAILS, lower_net
-from edge_kv.export.onnx_graph import EXACT
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.random_source import RandomSource
-from edge_kv.export.unfinished import sole_exporter, unfinished
+from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
 from edge_kv.export.weight_file import (
     Journal,
     StoredWeights,
     WeightLayout,
+    ple_layout,
     weight_reports,
+    write_ple,
     write_weights,
 )
 from edge_kv.footprint import footprint
@@ -50,6 +51,7 @@ from edge_kv.manifest import (
     NeedsEntry,
     ParityEntry,
     PlanEntry,
+    PleEntry,
     QuantEntry,
     SamplingEntry,
     TensorReport,
@@ -61,10 +63,10 @@ from edge_kv.manifest import (
 from edge_kv.memory import TOKENIZER_BYTES
 from edge_kv.models.checkpoint import open_checkpoint
 from edge_kv.models.model import Model
-from edge_kv.nets import make_net
-from edge_kv.nets.state import StaticState
-from edge_kv.nets.weights import Holder, Weights, holders, load, replace
-from edge_kv.plan import Plan, Sizes
+from edge_kv.nets.oracle import TokenValues, oracle_logits, table_values
+from edge_kv.nets.weights import Read, Weights
+from edge_kv.plan import Plan
+from edge_kv.ple import PleTable
 from edge_kv.presets import PRESETS
 from edge_kv.progress import Progress
 from edge_kv.weights import known_before
@@ -75,8 +77,9 @@ from edge_kv.weights.hf import HFText
 from edge_kv.weights.source import Generation
 from edge_kv.weights.tokenizer import usable_tokenizer
 
-WEIGHTS = "weights.bin"
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
+# What a killed export leaves that the next one writes anew.
+_LEFT_OVER = ("*.part", MANIFEST, "verify*.npz")
 _READ = (".json", ".safetensors", ".jinja")  # files of a checkpoint directory
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -147,287 +150,355 @@ def find_source(
 
 
 def export_net(
-    source: Source, plan: Plan, scheme: str, layout: WeightLayout, calibration: str, device: str,
-    out: Path, open_session: gate.OpenSession, progress: Progress,
-) -> Path:  # fmt: skip
-    """Export `source` to the artifact directory `out` with ONNX programs; returns `out`.
+    source: Source,
+    plan: Plan,
+    scheme: str,
+    formats: Mapping[str, str],
+    *,
+    backends: Sequence[str] = ("onnx",),
+    attention: str = "native",
+    calibration: str,
+    device: str,
+    out: Path,
+    open_session: gate.OpenSession,
+    progress: Progress,
+) -> Path:
+    """Export `source` to the artifact directory `out`; returns `out`.
 
     Raises:
         WeightsError: a tensor cannot be read. ExportError: lowering or writing failed.
         ParityError: the programs are not the model.
     """
+    for backend in backends:
+        BACKENDS[backend].check(source.config)
+    layouts = {b: BACKENDS[b].layout(source.config, formats, attention) for b in backends}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ExportError(f"Cannot write beside {out} ({e.strerror}).") from e
-    job = _Job(source, plan, scheme, layout, calibration, device, out, open_session, progress)
-    try:
-        with sole_exporter(out):
-            if out.exists():
-                raise ExportError(f"{out} already exists; another export made it meanwhile.")
-            job.run()
-    except (ParityError, WeightsError):  # running it again would end the same way
-        shutil.rmtree(job.root)
-        raise
-    except OSError as e:
-        raise ExportError(
-            f"Writing {job.root} failed ({e.strerror}); free some disk space and run the same "
-            "command again: it continues where it stopped."
-        ) from e
+    job = _Job(
+        source, plan, scheme, layouts, attention, calibration, device, out, open_session, progress
+    )
+    with sole_exporter(out):
+        if out.exists():
+            raise ExportError(f"{out} already exists; another export made it meanwhile.")
+        job.run()
     return out
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What the programs stand on: error reports of the weights, per-layer rows, tokenizer."""
+
+    reports: dict[str, TensorReport]
+    ple: PleEntry | None
+    tokenizer: TokenizerEntry | None
 
 
 class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: Source, plan: Plan, scheme: str, layout: WeightLayout, calibration: str,
-        device: str, out: Path, open_session: gate.OpenSession, progress: Progress,
+        self, source: Source, plan: Plan, scheme: str, layouts: dict[str, WeightLayout],
+        attention: str, calibration: str, device: str, out: Path, open_session: gate.OpenSession,
+        progress: Progress,
     ):  # fmt: skip
-        self.source, self.plan, self.layout, self.out = source, plan, layout, out
-        self.scheme = scheme
+        self.source, self.plan, self.layouts, self.out = source, plan, layouts, out
+        self.scheme, self.attention, self.device = scheme, attention, device
+        self.layout = next(iter(layouts.values()))
         self.config: Model = source.config
         self.open_session, self.progress = open_session, progress
         self.root = unfinished(out)
-        self.stored = StoredWeights(layout, self.root / "onnx" / WEIGHTS)
-        self.device, self.calibration = device, None
-        if calibrated(layout):
-            encode = plain_encoder(source.text.tokenizer_json() if source.text else None)
-            start = [] if self.config.bos_id is None else [self.config.bos_id]
-            self.calibration = Calibration.of(calibration, encode, start, self.config.max_ctx)
+        self.identity = identity(source.files)
+        self.start = [] if self.config.bos_id is None else [self.config.bos_id]
+        text = source.text
+        content = text.tokenizer_json() if text else None
+        self.tokenizer_json = content and usable_tokenizer(content, self.config.vocab, source.label)
+        self.template = text.chat_template() if text else None
+        self.generation = text.generation() if text else Generation()
+        self.stop_ids = text.stop_ids() if text else []
+        wanted = any(calibrated(layout) for layout in layouts.values())
+        encode, longest = plain_encoder(self.tokenizer_json), self.config.max_ctx
+        self.calibration = (
+            Calibration.of(calibration, encode, self.start, longest) if wanted else None
+        )
         self.model = json.loads(json.dumps({"type": _type(self.config), **asdict(self.config)}))
 
     def run(self) -> None:
         self._begin()
-        self.progress.stage("weights")
-        journal = Journal(self.root / JOURNAL)
-        source: Any = self.source
-        path = self.stored.path
-        left = calibrated(self.layout) if self.calibration else frozenset()
-        reports = write_weights(source, self.layout, path, journal, self.progress, left)
-        if self.calibration:
-            self.progress.stage("calibration")
-            calibrate_weights(
-                self.config, source.read, self.layout, path, journal, self.calibration,
-                self.progress, device=self.device,
-            )  # fmt: skip
-            reports = weight_reports(self.layout, journal)
-        tokenizer = self._tokenizer()
-        self.progress.stage("programs: onnx")
-        programs = lower_net(self.config, self.plan, self.layout, self.stored.path.parent, WEIGHTS)
-        quant = QuantEntry(
-            scheme=self.scheme,
-            formats=self.layout.formats,
-            tensors={n: TensorReport(**r.model_dump()) for n, r in reports.items()},
-        )
+        try:
+            written = self._write()
+            lowered = {}
+            for name in self.layouts:
+                self.progress.stage(f"programs: {name}")
+                request = Request(self.config, self.plan, written.ple, self.attention)
+                lowered[name] = BACKENDS[name].lower(request, self._stored(name), self.root / name)
+            self._finish(written, lowered)
+        except (ParityError, WeightsError):  # running it again would end the same way
+            shutil.rmtree(self.root)
+            raise
+        except OSError as e:
+            raise ExportError(
+                f"Writing {self.root} failed ({e.strerror}); free some disk space and run the "
+                "same command again: it continues where it stopped."
+            ) from e
 
-        counted = footprint(
-            self.config, self.plan, self.scheme, formats=self.layout.formats, depth=0
-        )
-        needs = NeedsEntry(
-            weights=counted.weights,
-            dense=counted.dense,
-            experts=counted.experts,
-            read_weights=counted.read_weights,
-            anonymous=counted.anonymous - TOKENIZER_BYTES * self.config.vocab,
-        )
+    def _begin(self) -> None:
+        """Continue an interrupted export of the very same request, else start over.
 
-        def backend(variant: str) -> Backend:
-            named = {
-                name: p.model_copy(update={"file": p.file.replace(".onnx", f"{variant}.onnx")})
-                for name, p in programs.items()
-            }
-            files = [f"onnx/{WEIGHTS}", *(p.file for p in named.values())]
-            return Backend(programs=named, files=files, details=DETAILS)
+        The same request is one for the same content: what was written of another checkpoint under
+        the same name must not end up beside what is read now.
+        """
+        request = {
+            "edge_kv": __version__,
+            "torch": torch.__version__,
+            "source": self.source.label,
+            "files": self.identity,
+            "model": self.model,
+            "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
+            "quant": [self.scheme, self.layout.formats],
+            "backends": list(self.layouts),
+            "attention": self.attention,
+            "calibration": self.calibration and self.calibration.digest,
+        }
+        held = self.root / REQUEST
+        try:
+            if self.root.exists() and read_record(held) != request:
+                held.unlink(missing_ok=True)  # first: half a removal must not be taken up
+                shutil.rmtree(self.root)
+            for name in self.layouts:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            for path in [p for pattern in _LEFT_OVER for p in self.root.rglob(pattern)]:
+                path.unlink()
+            write_record(held, request)
+        except OSError as e:
+            raise ExportError(f"Cannot write beside {self.out} ({e.strerror}).") from e
 
-        def manifest(used: Backend, parity: dict[str, ParityEntry], digests: bool) -> Manifest:
-            files = _files(self.root, digests)
-            entry = PlanEntry.of(self.plan)
-            text = self.source.text
-            generation = text.generation() if text else Generation()
-            stops = text.stop_ids() if text else []
-            eos = dict.fromkeys([*self.config.eos_ids, *stops])
-            return Manifest(
-                schema_version=2,
-                edge_kv=__version__,
-                name=self.out.name,
-                tokens=TokensEntry(
-                    vocab=self.config.vocab,
-                    bos=self.config.bos_id,
-                    eos=list(eos),
-                    pad=self.config.pad_id,
-                    suppress=list(generation.suppress_tokens),
-                ),
-                sampling=SamplingEntry(
-                    temperature=generation.temperature,
-                    top_k=generation.top_k,
-                    top_p=generation.top_p,
-                    min_p=generation.min_p,
-                    repetition_penalty=generation.repetition_penalty,
-                ),
-                identity=IdentityEntry(
-                    model=model_digest(self.model, quant, files), plan=plan_digest(entry)
-                ),
-                plan=entry,
-                quant=quant,
-                ple=None,
-                backends={"onnx": used},
-                tokenizer=tokenizer,
-                parity=parity,
-                needs=needs,
-                files=files,
-                made={
-                    "source": self.source.label,
-                    "torch": torch.__version__,
-                    "model": self.model,
-                    **({"calibration": self.calibration.as_dict()} if self.calibration else {}),
-                },
+    def _write(self) -> _Written:
+        """Weights of every backend, per-layer rows, tokenizer."""
+        found = {}
+        for name, layout in self.layouts.items():
+            if self._owner(name) != name:
+                continue
+            self.progress.stage("weights")
+            journal = Journal(self.root / name / JOURNAL)
+            path = self._stored(name).path
+            left = calibrated(layout) if self.calibration else frozenset()
+            write_weights(self.source, layout, path, journal, self.progress, left)
+            if self.calibration and left:
+                self.progress.stage("calibration")
+                calibrate_weights(
+                    self.config, self.source.read, layout, path, journal, self.calibration,
+                    self.progress, device=self.device,
+                    token_rows=table_values(self.config, self.source.read),
+                )  # fmt: skip
+            found[name] = weight_reports(layout, journal)
+        reports = next(iter(found.values()))
+        rows = self.config.token_rows
+        ple = ple_layout(rows, self.config.vocab, self.scheme)
+        if rows and ple:
+            self.progress.stage("per-layer embeddings")
+            path, journal = self.root / ple.file, Journal(self.root / JOURNAL)
+            error = write_ple(self.source, rows.name, ple, path, journal, self.progress)
+            if ple.bits < 32:
+                reports[rows.name] = TensorReport(format=f"int{ple.bits}-f16", error=error)
+        self._unchanged()
+        return _Written(reports, ple, self._tokenizer())
+
+    def _unchanged(self) -> None:
+        """Refuse to go on when a source file is not what it was at the start."""
+        if identity(self.source.files) != self.identity:
+            raise WeightsError(
+                f"{self.source.label} was changed while it was exported, so nothing was written; "
+                "run the same command again when its files are complete."
             )
 
-        def logits_of(variant: str) -> Logits:
-            write_manifest(self.root, manifest(backend(variant), {}, False))
-            session = self.open_session(self.root, "onnx-stock")
+    def _owner(self, name: str) -> str:
+        """The backend in whose folder the weights of backend `name` lie: ONNX's programs find
+        theirs beside them, others share them where the layout is the same."""
+        layout = self.layouts[name]
+        sharing = [b for b, other in self.layouts.items() if type(other) is type(layout)]
+        return "onnx" if "onnx" in sharing else sharing[0]
+
+    def _stored(self, name: str) -> StoredWeights:
+        """The weight file of a backend."""
+        return StoredWeights(self.layouts[name], self.root / self._owner(name) / WEIGHTS)
+
+    def _tokenizer(self) -> TokenizerEntry | None:
+        if self.tokenizer_json is None:
+            return None
+        (self.root / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
+        if self.template is not None:
+            (self.root / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        return TokenizerEntry(
+            file="tokenizer.json",
+            chat_template="chat_template.jinja" if self.template is not None else None,
+            add_bos=self.config.bos_id is not None,
+        )
+
+    def _finish(self, written: _Written, lowered: dict[str, Lowered]) -> None:
+        """Judge the programs of every backend and write the manifest."""
+
+        def logits_of(name: str, backend: Backend) -> Logits:
+            write_manifest(self.root, self._manifest(written, {name: backend}, {}))
+            session = self.open_session(self.root, BACKENDS[name].gate)
             try:
                 return gate.replay(session, run)
             finally:
                 session.close()
 
-        run = gate.plan_run(self.plan, self.config.vocab, self._encoder(tokenizer))
-        self.progress.stage("parity: float reference")
+        run = gate.plan_run(self.plan, self.config.vocab, self._encoder())
         drawn = isinstance(self.source, RandomSource)  # it is what is stored
-        source_logits = self._oracle(run, stored=drawn, exact_state=drawn)
-        self.progress.stage("parity: stored weights")
-        stored_logits = self._oracle(run, stored=True)
-        kept = None
-        if self.scheme == "none":
-            kept = self._oracle(run, stored=True, exact_state=True)
-        self.progress.stage("parity: programs")
-        judged = gate.judge(
-            run,
-            self.plan,
-            exact=logits_of(EXACT),
-            shipped=logits_of(""),
-            stored=stored_logits,
-            source=source_logits,
-            scheme=self.scheme,
-            moved=lambda: self._oracle(run, stored=True, moved=True),
-            kept=kept,
-        )
-        gate.write_vectors(self.root / judged["vectors"], run, stored_logits)
-        for name in programs:
-            (self.stored.path.parent / f"{name}{EXACT}.onnx").unlink()
-        for path in (self.root / JOURNAL, self.root / REQUEST, self.root / MANIFEST):
-            path.unlink()
+        self.progress.stage("parity: float reference")
+        source_logits = None if drawn else self._oracle(run, written, None)
+        self._unchanged()
+        parity: dict[str, ParityEntry] = {}
+        references: dict[str, Tensor] = {}  # of each weight file
+        for name, programs in lowered.items():
+            owner, stored = self._owner(name), self._stored(name)
+            if owner not in references:
+                self.progress.stage(f"parity: stored weights of {owner}")
+                references[owner] = self._oracle(run, written, stored)
+            kept = None
+            if drawn or self.scheme == "none":
+                kept = self._oracle(run, written, stored, exact_state=True)
+            source = kept if drawn else source_logits
+            assert source is not None
+            self.progress.stage(f"parity: programs of {name}")
+            judged = gate.judge(
+                run,
+                self.plan,
+                exact=logits_of(name, programs.exact),
+                shipped=logits_of(name, programs.shipped),
+                stored=references[owner],
+                source=source,
+                scheme=self.scheme,
+                moved=partial(self._oracle, run, written, stored, moved=True),
+                kept=None if drawn else kept,
+                vectors=f"verify.{name}.npz" if parity else "verify.npz",
+            )
+            gate.write_vectors(self.root / judged["vectors"], run, references[owner])
+            parity[name] = ParityEntry.model_validate_json(json.dumps(judged))
+        for programs in lowered.values():
+            for path in programs.scratch:
+                path.unlink()
+        for path in self.root.rglob("*"):
+            if path.name in (JOURNAL, REQUEST, MANIFEST):
+                path.unlink()
         self.progress.stage("digests")
-        parity = {"onnx": ParityEntry.model_validate_json(json.dumps(judged))}
-        write_manifest(self.root, manifest(backend(""), parity, True))
+        backends = {name: programs.shipped for name, programs in lowered.items()}
+        write_manifest(self.root, self._manifest(written, backends, parity))
+        if self.out.exists():
+            raise ExportError(
+                f"{self.out} was made meanwhile; move it away and run the same command again."
+            )
         self.root.rename(self.out)
 
-    def _begin(self) -> None:
-        """Continue an interrupted export of the very same request, else start over."""
-        request = json.dumps(
-            {
-                "edge_kv": __version__,
-                "source": [self.source.label, identity(self.source.files)],
+    def _manifest(
+        self, written: _Written, backends: dict[str, Backend], parity: dict[str, ParityEntry]
+    ) -> Manifest:
+        """The manifest of what is there; with digests once the programs are judged."""
+        files = _files(self.root, digests=bool(parity))
+        config, formats = self.config, self.layout.formats
+        quant = QuantEntry(scheme=self.scheme, formats=formats, tensors=written.reports)
+        entry = PlanEntry.of(self.plan)
+        counted = footprint(config, self.plan, self.scheme, formats=formats, depth=0)
+        calibration = {"calibration": self.calibration.as_dict()} if self.calibration else {}
+        return Manifest(
+            schema_version=2,
+            edge_kv=__version__,
+            name=self.out.name,
+            tokens=TokensEntry(
+                vocab=config.vocab,
+                bos=config.bos_id,
+                eos=list(dict.fromkeys([*config.eos_ids, *self.stop_ids])),
+                pad=config.pad_id,
+                suppress=list(self.generation.suppress_tokens),
+            ),
+            sampling=SamplingEntry(
+                temperature=self.generation.temperature,
+                top_k=self.generation.top_k,
+                top_p=self.generation.top_p,
+                min_p=self.generation.min_p,
+                repetition_penalty=self.generation.repetition_penalty,
+            ),
+            identity=IdentityEntry(
+                model=model_digest(self.model, quant, files), plan=plan_digest(entry)
+            ),
+            plan=entry,
+            quant=quant,
+            ple=written.ple,
+            backends=backends,
+            tokenizer=written.tokenizer,
+            parity=parity,
+            needs=NeedsEntry(
+                weights=counted.weights,
+                dense=counted.dense,
+                experts=counted.experts,
+                read_weights=counted.read_weights,
+                anonymous=counted.anonymous - TOKENIZER_BYTES * config.vocab,
+            ),
+            files=files,
+            made={
+                "source": self.source.label,
+                "torch": torch.__version__,
                 "model": self.model,
-                "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
-                "quant": [self.scheme, self.layout.formats],
-                "calibration": self.calibration and self.calibration.digest,
+                **calibration,
             },
-            sort_keys=True,
-        )
-        held = self.root / REQUEST
-        if self.root.exists() and not (held.is_file() and held.read_text() == request):
-            shutil.rmtree(self.root)
-        try:
-            self.stored.path.parent.mkdir(parents=True, exist_ok=True)
-            held.write_text(request)
-        except OSError as e:
-            raise ExportError(f"Cannot write beside {self.out} ({e.strerror}).") from e
-
-    def _tokenizer(self) -> TokenizerEntry | None:
-        text = self.source.text
-        content = text.tokenizer_json() if text else None
-        template = text.chat_template() if text else None
-        if content is None:
-            return None
-        content = usable_tokenizer(content, self.config.vocab, self.source.label)
-        (self.root / "tokenizer.json").write_text(content, encoding="utf-8")
-        if template is not None:
-            (self.root / "chat_template.jinja").write_text(template, encoding="utf-8")
-        return TokenizerEntry(
-            file="tokenizer.json",
-            chat_template="chat_template.jinja" if template is not None else None,
-            add_bos=self.config.bos_id is not None,
         )
 
-    def _encoder(self, entry: TokenizerEntry | None) -> Callable[[str], list[int]] | None:
-        if entry is None:
-            return None
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.root / entry.file))
-        start = [] if self.config.bos_id is None else [self.config.bos_id]
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-            return [*start, *ids]
-
-        return encode
+    def _encoder(self) -> Callable[[str], list[int]] | None:
+        plain = plain_encoder(self.tokenizer_json)
+        return plain and (lambda text: [*self.start, *plain(text)])
 
     def _oracle(
-        self, run: gate.GateRun, *, stored: bool, exact_state: bool = False, moved: bool = False
-    ) -> Tensor:
-        """Logits of the decode steps: of the source's weights, or of the stored ones and state.
+        self, run: gate.GateRun, written: _Written, stored: StoredWeights | None, *,
+        exact_state: bool = False, moved: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Logits of the decode steps: of the source's weights, or of a backend's stored ones.
 
-        All tokens are one step, and a module is in memory while it runs: weights are read once.
-        `exact_state`: over float state all the same. `moved`: see `gate.perturbed`.
+        `exact_state`: stored weights over a state that is not rounded as the plan says.
+        `moved`: over weights moved by their last digit, see `gate.perturbed`.
         """
         rows = models.weights(self.config)
-        with torch.device("meta"):
-            net = make_net(
-                self.config, PackedWeights(rows, self.layout) if stored else Weights(rows)
-            )
-        assert isinstance(net, nn.Module)
 
-        def source_rows(name: str, start: int, stop: int) -> Tensor:
-            return torch.from_numpy(self.source.read(name, start, stop))
+        def ask(
+            weights: Weights, read: Read, values: TokenValues | None, kv: str = "f32"
+        ) -> Tensor:
+            return oracle_logits(
+                self.config, weights, read, torch.from_numpy(run.ids), start=run.prompt, kv=kv,
+                token_values=values,
+                on_module=lambda done, total: self.progress.advance("modules", done, total),
+            )  # fmt: skip
 
-        read = self.stored.read if stored else source_rows
-        _stream(net, gate.perturbed(read) if moved else read)
-        kv = self.plan.kv if stored and not exact_state else "f32"
-        sizes = Sizes(self.plan.ctx, len(run.ids), kv)
-        state = StaticState(
-            Plan.of(models.module_of(self.config).tables(self.config, sizes), sizes)
-        )
-        with torch.no_grad():
-            x = net(torch.from_numpy(run.ids), torch.tensor([0]), state)
-            logits: Tensor = net.logits(x[run.prompt :])
-        return logits
+        if stored is None:
 
+            def source_rows(name: str, start: int, stop: int) -> Tensor:
+                return torch.from_numpy(self.source.read(name, start, stop))
 
-def _stream(net: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
-    """Have every module read its weights when it is called and drop them when it is done."""
+            return ask(Weights(rows), source_rows, table_values(self.config, self.source.read))
+        table = PleTable(self.root / written.ple.file, written.ple) if written.ple else None
 
-    def fill(module: nn.Module, args: Any) -> None:
-        load(module, read)
+        def values(ids: Tensor) -> Tensor:
+            assert table and written.ple
+            return torch.from_numpy(table.rows(ids.numpy(), written.ple.n_layers))
 
-    def drop(module: nn.Module, args: Any, out: Any) -> None:
-        assert isinstance(module, Holder)
-        for name in module.held:
-            value: Tensor = getattr(module, name)
-            replace(module, name, torch.empty_like(value, device="meta"))
-
-    for holder in holders(net):
-        holder.register_forward_pre_hook(fill)
-        holder.register_forward_hook(drop)
+        read = gate.perturbed(stored.read) if moved else stored.read
+        try:
+            return ask(
+                PackedWeights(rows, stored.layout), read, values if table else None,
+                "f32" if exact_state else self.plan.kv,
+            )  # fmt: skip
+        finally:
+            if table:
+                table.close()
 
 
 def _type(config: Model) -> str:
     return type(config).__module__.rpartition(".")[2]
 
 
-def _files(root: Path, digests: bool) -> dict[str, FileEntry]:
+def _files(root: Path, *, digests: bool) -> dict[str, FileEntry]:
     """Every file of the artifact, with its digest (zeros while the gate runs)."""
     skip = {MANIFEST, JOURNAL, REQUEST}
     return {

@@ -54,6 +54,7 @@ class PackedEmbedding(_Packed):
     """Token rows of a packed table, which may be the LM head too."""
 
     packed: Tensor
+    group = GROUP
 
     def __init__(self, t: StoredTensor):
         super().__init__()

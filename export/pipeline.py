@@ -35,7 +35,7 @@ from edge_kv.artifact import (
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
 from edge_kv.export import gate, net_pipeline
-from edge_kv.export.backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
+from edge_kv.export.backends import BACKENDS as net_backends
 from edge_kv.export.calibrated_weights import (
     SHIPPED,
     Calibration,
@@ -43,6 +43,7 @@ from edge_kv.export.calibrated_weights import (
     calibrated,
     plain_encoder,
 )
+from edge_kv.export.old_backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
 from edge_kv.export.quant_format import QuantFormat
 from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
 from edge_kv.export.weight_file import (
@@ -117,13 +118,14 @@ def export_model(
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
     if (found := net_pipeline.find_source(model, weights, formats)) is not None:
-        if backends != ("onnx",):
-            raise ExportError(f"{found.label}: this model is exported with --backend onnx only.")
+        if missing := [b for b in backends if b not in net_backends]:
+            raise ExportError(f"{found.label} is not exported with --backend {missing[0]} yet.")
         state = models.plan(found.config, ctx=ctx, chunk=chunk, kv=kv)
-        rows = WeightLayout(models.weights(found.config), formats)
         return net_pipeline.export_net(
-            found, state, quant, rows, calibration, device, out, open_session, progress
-        )
+            found, state, quant, formats, backends=backends, attention=attention,
+            calibration=calibration, device=device, out=out, open_session=open_session,
+            progress=progress,
+        )  # fmt: skip
     preset = get_preset(model) if model else None
     if preset is None and weights is None:
         raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
@@ -252,11 +254,13 @@ class _Job:
                 self._calibrate(self.calibration, layout, path, journal)
             found[name] = weight_reports(layout, journal)
         reports = next(iter(found.values()))
-        ple = ple_layout(self.config, self.scheme)
+        ple = ple_layout(gemma.of(self.config).token_rows, self.config.vocab_size, self.scheme)
         if ple:
             self.progress.stage("per-layer embeddings")
             journal = Journal(self.root / JOURNAL)
-            error = write_ple(self.source, ple, self.root / ple.file, journal, self.progress)
+            error = write_ple(
+                self.source, "ple_embed.weight", ple, self.root / ple.file, journal, self.progress
+            )
             if ple.bits < 32:
                 reports["ple_embed.weight"] = TensorReport(format=f"int{ple.bits}-f16", error=error)
         self._unchanged()

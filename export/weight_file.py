@@ -13,23 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edge_kv.artifact import PleEntry, TensorReport
-from edge_kv.config import ModelConfig
 from edge_kv.errors import ExportError
 from edge_kv.export.rounding import Factor, round_rows
 from edge_kv.files import write_text
 from edge_kv.formats import FORMATS, GROUP, Format, Quantised, dequantise, pack
+from edge_kv.manifest import PleEntry, TensorReport
+from edge_kv.models.model import TokenRows
 from edge_kv.progress import Progress
 from edge_kv.tensors import PLE_BITS, PLE_BLOCK, PLE_TABLE, TABLE, stored_format, stored_shape
-
-if TYPE_CHECKING:
-    from edge_kv.weights import WeightSource
 
 PAGE = 4096
 ROW_BLOCK_BYTES = 64 << 20  # f32 bytes of rows held at a time
@@ -67,6 +64,13 @@ class Spec(Protocol):
     def kind(self) -> str: ...
     @property
     def elements(self) -> int: ...
+
+
+class Source(Protocol):
+    """Where the values of tensors come from."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
+        """Rows start … stop-1 of the tensor `name`, as a float32 array."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ class Journal:
 
 
 def write_weights(
-    source: WeightSource,
+    source: Source,
     layout: WeightLayout,
     path: Path,
     journal: Journal,
@@ -209,7 +213,7 @@ def weight_reports(layout: WeightLayout, journal: Journal) -> dict[str, TensorRe
     }
 
 
-def _write_tensor(source: WeightSource, t: StoredTensor, layout: WeightLayout, fd: int) -> float:
+def _write_tensor(source: Source, t: StoredTensor, layout: WeightLayout, fd: int) -> float:
     """Stream one tensor; returns ||w - q(w)|| / ||w||."""
     lost = size = 0.0
     rows = row_step(t.spec.shape[1:])
@@ -282,27 +286,29 @@ class sized_file:
         os.close(self.fd)
 
 
-def ple_layout(config: ModelConfig, scheme: str, file: str = "ple.bin") -> PleEntry | None:
+def ple_layout(
+    rows: TokenRows | None, vocab: int, scheme: str, file: str = "ple.bin"
+) -> PleEntry | None:
     """The PLE file's layout; None for a model without per-layer embeddings."""
-    if not config.ple_dim:
+    if rows is None:
         return None
-    bits = PLE_BITS[scheme] if config.ple_dim % PLE_BLOCK == 0 else 32
+    bits = PLE_BITS[scheme] if rows.dim % PLE_BLOCK == 0 else 32
     return PleEntry(
         file=file,
-        rows=config.vocab_size,
-        n_layers=config.n_layers,
-        dim=config.ple_dim,
+        rows=vocab,
+        n_layers=rows.layers,
+        dim=rows.dim,
         bits=bits,
         block=PLE_BLOCK if bits < 32 else 0,
     )
 
 
 def write_ple(
-    source: WeightSource, entry: PleEntry, path: Path, journal: Journal, progress: Progress
-) -> float:
-    """Stream the per-layer embedding table into its row file; returns the relative error."""
+    source: Source, name: str, entry: PleEntry, path: Path, journal: Journal,
+    progress: Progress,
+) -> float:  # fmt: skip
+    """Stream the per-layer table `name` into its row file; returns the relative error."""
     rows = max(1, ROW_BLOCK_BYTES // (4 * entry.values))
-    name = "ple_embed.weight"
     journal.belongs_to(path, entry.rows * entry.row_bytes, f"{name}[")
     with sized_file(path, entry.rows * entry.row_bytes) as fd:
         for start in range(0, entry.rows, rows):

@@ -18,7 +18,6 @@ from edge_kv.artifact import plan_entry, read_artifact, sha256_file
 from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
 from edge_kv.errors import ArtifactError, ConfigError, ExportError, RewindError, RuntimeFault
 from edge_kv.export import lower_executorch as lowering
-from edge_kv.export.backends import BACKENDS
 from edge_kv.export.executorch_portable import PortableEmbedding
 from edge_kv.export.executorch_state import NativeState, PrefillState, StateBuffers, attribute
 from edge_kv.export.executorch_weights import (
@@ -27,6 +26,7 @@ from edge_kv.export.executorch_weights import (
     XnnpackLinear,
     XnnpackNorm,
 )
+from edge_kv.export.old_backends import BACKENDS
 from edge_kv.export.rounding import round_rows
 from edge_kv.export.weight_file import Journal, StoredWeights, WeightLayout, write_weights
 from edge_kv.formats import FORMATS, pack
@@ -160,7 +160,7 @@ def test_experts_are_refused_before_anything_is_read():
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("edge_kv.export.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("edge_kv.export.old_backends.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"executorch, which is not installed.*edge-kv\[execu"):
         BACKENDS["executorch"].check(CONFIG)
 

@@ -187,7 +187,7 @@ def test_snapshots_belong_to_one_model_and_one_plan(rounded, made, tmp_path):
 
 
 def test_random_weights_of_a_named_model_and_what_cannot_be_exported(tmp_path):
-    with pytest.raises(ExportError, match="--backend onnx only"):
+    with pytest.raises(ExportError, match="not exported with --backend executorch"):
         export_model(
             model="llama3.2-1b", weights="random", ctx=64, out=tmp_path / "x",
             backends=("executorch",), open_session=runtime.load,

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_kv import models
 from edge_kv.export.onnx_attention import int8_mix, int8_scores, mix_bits
 from edge_kv.export.rounding import round_rows
 from edge_kv.export.weight_file import encode_ple, ple_layout
@@ -15,7 +16,6 @@ from edge_kv.formats import FORMATS, dequantise, pack
 from edge_kv.model.ops import embed_q, linear_q
 from edge_kv.model.state import quantize_rows
 from edge_kv.ple import PleTable
-from edge_kv.presets import get_preset
 
 
 def test_ops_are_plain_products_of_the_dequantised_weights():
@@ -34,9 +34,8 @@ def test_ops_are_plain_products_of_the_dequantised_weights():
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "none"])
 def test_ple_rows_read_back(tmp_path, scheme):
-    entry = ple_layout(get_preset("tiny").config, scheme)
+    entry = ple_layout(models.get_row("tiny").config.token_rows, 6, scheme)
     assert entry is not None
-    entry = entry.model_copy(update={"rows": 6})
     values = torch.randn(6, entry.values, generator=torch.Generator().manual_seed(1))
     data, lost = encode_ple(values, entry)
     path = tmp_path / "ple.bin"

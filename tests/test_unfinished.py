@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from edge_kv.errors import ExportError, WeightsError
-from edge_kv.export import backends, export_model
+from edge_kv.export import export_model
+from edge_kv.export import old_backends as backends
 from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
 from edge_kv.kv_plan import plan_kv
 from edge_kv.presets import get_preset

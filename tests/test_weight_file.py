@@ -20,6 +20,7 @@ from edge_kv.export.weight_file import (
     write_weights,
 )
 from edge_kv.formats import GROUP, dequantise, unpack
+from edge_kv.models import gemma
 from edge_kv.presets import get_preset
 from edge_kv.progress import Silent
 from edge_kv.tensors import FLOAT, PLE_TABLE, tensor_table, weight_formats
@@ -49,8 +50,8 @@ def layout_of(scheme):
 def write(source, folder, scheme="int4"):
     layout, journal = layout_of(scheme), Journal(folder / "journal")
     reports = write_weights(source, layout, folder / "weights.bin", journal, Silent())
-    entry = ple_layout(CONFIG, scheme)
-    error = write_ple(source, entry, folder / "ple.bin", journal, Silent())
+    entry = ple_layout(gemma.of(CONFIG).token_rows, CONFIG.vocab_size, scheme)
+    error = write_ple(source, "ple_embed.weight", entry, folder / "ple.bin", journal, Silent())
     return layout, reports, error
 
 

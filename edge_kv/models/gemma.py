@@ -17,6 +17,7 @@ from edge_kv.models.model import (
     Model,
     Rope,
     Row,
+    TokenRows,
     Weight,
 )  # fmt: skip
 from edge_kv.plan import Sizes, Table
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from edge_kv.weights.gguf_file import GGUFFile
 
 SLIDING, FULL = "S", "F"
+_PLE_TABLE = "ple.embed"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class Config(Model):
     def owners(self) -> int:
         """Layers 0 … owners-1 own keys and values."""
         return self.layers - self.shared
+
+    @property
+    def token_rows(self) -> TokenRows | None:
+        if not self.ple_dim:
+            return None
+        return TokenRows(_PLE_TABLE, self.layers, self.owners, self.ple_dim)
 
     def attention(self, layer: int) -> Attention:
         return self.full if self.pattern[layer] == FULL else self.sliding
@@ -191,7 +199,7 @@ def weights(c: Config) -> Iterator[Weight]:
     if c.ple_dim:
         width = c.layers * c.ple_dim
         yield Weight(
-            "ple.embed", (c.vocab, width), PLE_TABLE,
+            _PLE_TABLE, (c.vocab, width), PLE_TABLE,
             "embed_tokens_per_layer.weight", "per_layer_token_embd.weight", share=0, prefill=0,
         )  # fmt: skip
         yield Weight(

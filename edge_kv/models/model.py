@@ -21,6 +21,20 @@ FLOAT = "float"  # norms, scalars, routers, small convolutions: kept in f32
 TABLE = "table"  # whole numbers looked up by token id
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """A per-layer embedding: a token's row holds `dim` values for each of `layers` layers.
+
+    It is read outside the programs. A chunk of a prompt takes the values of the first `prefill`
+    layers only.
+    """
+
+    name: str  # of its weight row
+    layers: int
+    prefill: int
+    dim: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """What every config says; a model adds its own fields."""
@@ -37,6 +51,11 @@ class Model:
     def __post_init__(self) -> None:
         if faults := list(self.faults()):
             raise ConfigError("Inconsistent model config: " + "; ".join(faults) + ".")
+
+    @property
+    def token_rows(self) -> TokenRows | None:
+        """The per-layer embedding of a model that has one: its weight row is of kind PLE_TABLE."""
+        return None
 
     def faults(self) -> Iterator[str]:
         """What no model can be; a config adds its own."""

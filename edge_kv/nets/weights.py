@@ -52,6 +52,8 @@ class Holder(nn.Module):
         held: parameter or buffer of this module -> the stored rows in it.
     """
 
+    group = 0  # token ids of one stored row, in modules that look rows up by token id
+
     def __init__(self, **held: Rows):
         super().__init__()
         self.held = held
@@ -83,6 +85,7 @@ class Embedding(Holder):
     """Rows of a table: ids [T] -> [T, dim]."""
 
     weight: Tensor
+    group = 1
 
     def __init__(self, row: Weight):
         super().__init__()

@@ -1,0 +1,99 @@
+"""The slow truth: a whole text in one step, over a net that never has more than a matrix in memory.
+
+A module reads its weights when it is called and drops them when it is done, so that the float
+reference of a full-size model needs no more memory than its largest matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_kv import models
+from edge_kv.models.model import Model
+from edge_kv.nets import make_net
+from edge_kv.nets.state import StaticState
+from edge_kv.nets.weights import Holder, Read, Weights, holders, load, replace
+
+TokenValues = Callable[[Tensor], Tensor]  # ids [T] -> f32 [T, layers, dim] of a per-layer table
+
+
+@torch.no_grad()
+def oracle_logits(
+    config: Model,
+    weights: Weights,
+    read: Read,
+    ids: Tensor,
+    *,
+    start: int = 0,
+    kv: str = "f32",
+    token_values: TokenValues | None = None,
+    on_module: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Logits [T - start, vocab] of positions start … T-1 of `ids` [T].
+
+    Args:
+        weights: makes the net's modules, float or packed; `read` yields what they hold.
+        kv: storage that keys and values pass through, as in the tables of a plan.
+        token_values: rows of the per-layer embedding, for models that have one.
+        on_module: is told how many modules of how many have run.
+    """
+    with torch.device("meta"):
+        net = make_net(config, weights)
+    assert isinstance(net, nn.Module)
+    _stream(net, read, on_module)
+    plan = models.plan(config, ctx=len(ids), chunk=len(ids), kv=kv)
+    rows = token_values(ids) if token_values else None
+    x = net(ids, torch.tensor([0]), StaticState(plan), rows)
+    logits: Tensor = net.logits(x[start:])
+    return logits
+
+
+def table_values(config: Model, read: Callable[[str, int, int], Any]) -> TokenValues | None:
+    """The rows of a checkpoint's per-layer table, one token's at a time; None without one."""
+    rows = config.token_rows
+    if rows is None:
+        return None
+
+    def values(ids: Tensor) -> Tensor:
+        parts = [torch.from_numpy(read(rows.name, int(i), int(i) + 1)) for i in ids]
+        return torch.cat(parts).view(len(ids), rows.layers, rows.dim)
+
+    return values
+
+
+def _stream(net: nn.Module, read: Read, on_module: Callable[[int, int], None]) -> None:
+    """Have every module read its weights when it is called and drop them when it is done.
+
+    Of a token table, which may be larger than everything else, it reads the rows of its tokens.
+    """
+    found = holders(net)
+    done = 0
+
+    def fill(module: nn.Module, args: Any) -> Any:
+        assert isinstance(module, Holder)
+        if not module.group:
+            load(module, read)
+            return None
+        (ids,) = args
+        [(name, rows)] = module.held.items()
+        unique, rank = (ids // module.group).unique(return_inverse=True)
+        parts = [read(rows.name, int(i), int(i) + 1) for i in unique]
+        replace(module, name, torch.cat(parts))
+        return (rank * module.group + ids % module.group,)
+
+    def drop(module: nn.Module, args: Any, out: Any) -> None:
+        nonlocal done
+        assert isinstance(module, Holder)
+        for name in module.held:
+            value: Tensor = getattr(module, name)
+            replace(module, name, torch.empty_like(value, device="meta"))
+        done += 1
+        on_module(done, len(found))
+
+    for holder in found:
+        holder.register_forward_pre_hook(fill)
+        holder.register_forward_hook(drop)
