@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edge_kv.runtime.chat import Chat
     from edge_kv.runtime.constraints import Grammar
     from edge_kv.runtime.generation import Slide
+    from edge_kv.runtime.messages import Tool
     from edge_kv.runtime.replies import Piece
     from edge_kv.runtime.session import Session
 
@@ -286,6 +287,9 @@ def run(
     grammar: Annotated[
         Path | None, typer.Option("--grammar", help="Replies are of this Lark grammar.")
     ] = None,
+    tools: Annotated[
+        Path | None, typer.Option("--tools", help="JSON list of tools that replies may call.")
+    ] = None,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="With --json: log-probabilities, of N ids.")
     ] = None,
@@ -311,6 +315,7 @@ def run(
     from edge_kv.runtime.text import clean_text
 
     limits = _grammar(json_schema, regex, grammar)
+    offered = _tools(tools) if tools else ()
     if think not in THINK:
         raise ConfigError(f"Unknown --think {think!r}.{did_you_mean(think, THINK)}")
     text = _prompt(prompt, file)
@@ -339,6 +344,7 @@ def run(
             template=Template(RAW_TEMPLATE) if raw else None,
             options=options,
             system=system,
+            tools=offered,
             on_slide=_say_slide,
         )
         if restore:
@@ -698,10 +704,12 @@ def serve(
         typer.Option("--origin", help="Web site whose pages may ask, or *; repeat for more."),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option("--state", help="Folder that keeps conversations over restarts.")
+        Path | None,
+        typer.Option("--state", help="Folder that keeps conversations over restarts."),
     ] = None,
     conversations: Annotated[
-        int, typer.Option("--conversations", help="Conversations kept ready to go on.", min=0)
+        int,
+        typer.Option("--conversations", help="Conversations kept aside.", min=0),
     ] = 4,
     queue: Annotated[int, typer.Option("--queue", help="Requests that may wait.", min=0)] = 16,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one request.")] = 600.0,
@@ -723,6 +731,7 @@ def serve(
     try:
         from edge_kv.serve.app import Settings
         from edge_kv.serve.command import run_server
+        from edge_kv.serve.states import kept_bytes
     except ModuleNotFoundError as e:
         raise ConfigError(
             f"Serving needs {e.name}, which is not installed; in the checkout, run: "
@@ -731,14 +740,19 @@ def serve(
     opened = open_artifact(artifact)
     if ram_limit:
         _check_ram(opened, ram_limit, engine, cache=not no_cache)
+    limit = parse_bytes(ram_limit) if ram_limit else 0
+    memory = _planned(opened, engine, cache=not no_cache)
+    kept = 0 if state else kept_bytes(memory, conversations)
+    if limit:
+        kept = min(kept, limit - memory.conversation)
     settings = Settings(
         api_key=api_key,
         origins=tuple(origin or ()),
         waiting=queue,
         timeout=timeout,
         max_tokens=max_new_tokens,
-        planned=_planned(opened, engine, cache=not no_cache).peak,
-        limit=parse_bytes(ram_limit) if ram_limit else 0,
+        planned=memory.conversation + kept,
+        limit=limit,
     )
     with load(opened, engine, threads, cache=not no_cache) as session:
         run_server(
@@ -749,8 +763,17 @@ def serve(
             no_auth=no_auth,
             state=state,
             conversations=conversations,
-            ready=lambda url: typer.echo(f"Listening on {url} (API at {url}/v1); Ctrl-C ends it."),
+            kept_ram=kept,
+            ready=lambda url: _listening(url, settings.planned, kept),
         )
+
+
+def _listening(url: str, planned: int, kept: int) -> None:
+    from edge_kv.amounts import size
+
+    typer.echo(f"Listening on {url} (API at {url}/v1); Ctrl-C ends it.")
+    aside = f", {size(kept)} of it for conversations kept aside" if kept else ""
+    _say(f"Planned peak: {size(planned)} of RAM{aside}.")
 
 
 def _config(model: str | None, weights: str | None) -> tuple[ModelConfig, str]:
@@ -865,6 +888,20 @@ def _grammar(schema: Path | None, regex: str | None, lark: Path | None) -> Gramm
     return Grammar.regex(regex) if regex is not None else None
 
 
+def _tools(path: Path) -> tuple[Tool, ...]:
+    """The tools that a file lists, in OpenAI's shape."""
+    from edge_kv.runtime.messages import Tool
+
+    try:
+        listed = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        why = e.strerror if isinstance(e, OSError) else f"it is not JSON: {e}"
+        raise ConfigError(f"Cannot read the tools in {path} ({why}).") from e
+    if not isinstance(listed, list):
+        raise ConfigError(f"{path} must hold a JSON list of tools, not {type(listed).__name__}.")
+    return tuple(Tool.of(tool, f"{path}[{i}]") for i, tool in enumerate(listed))
+
+
 def _write_json(path: Path, text: str) -> None:
     from edge_kv.files import write_text
 
@@ -948,6 +985,7 @@ def _summary(chat: Chat) -> dict[str, Any]:
         "ids": list(reply.ids) if reply else [],
         "prompt_tokens": reply.prompt_tokens if reply else 0,
         "reused_tokens": reply.reused_tokens if reply else 0,
+        "calls": [asdict(c) for c in reply.calls] if reply else [],
         "logprobs": [asdict(p) for p in reply.logprobs] if reply else [],
         "first_token_seconds": reply.first_token_seconds if reply else 0.0,
         "load_seconds": stats.load_seconds,

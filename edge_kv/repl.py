@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_kv.errors import EdgeKVError, did_you_mean
 from edge_kv.runtime.chat import CANCELLED, FULL, LENGTH, Chat
-from edge_kv.runtime.messages import Message
+from edge_kv.runtime.messages import Message, ToolCall
 from edge_kv.runtime.replies import Piece
 from edge_kv.runtime.text import clean_text
 
@@ -23,6 +23,7 @@ _HELP = {
     "/system": "[TEXT]: another system prompt (none without TEXT), and a new conversation",
     "/regen": "answer the last question again",
     "/think": "on, off or auto: whether the model thinks before it answers",
+    "/result": "TEXT: what the tool that a reply called gave back",
     "/save": "FILE: keep the conversation and what was read of it",
     "/load": "FILE: take up a saved conversation",
     "/context": "how much of the context is used",
@@ -107,9 +108,37 @@ def figures(chat: Chat) -> str:
 
 def _answer(chat: Chat, terminal: Terminal, pieces: Iterator[Piece]) -> None:
     terminal.show(pieces)
-    for line in (ended(chat), figures(chat)):
+    for line in (ended(chat), _wanted(chat), figures(chat)):
         if line:
             terminal.say(line)
+
+
+def _open_calls(chat: Chat) -> list[ToolCall]:
+    """The calls at the end of a conversation that have no result yet."""
+    for given, message in enumerate(reversed(chat.history)):
+        if message.role != "tool":
+            return list(message.calls[given:])
+    return []
+
+
+def _wanted(chat: Chat) -> str:
+    calls = _open_calls(chat)
+    return f"(give the result of {calls[0].name} with /result TEXT)" if calls else ""
+
+
+def _result(chat: Chat, terminal: Terminal, text: str) -> None:
+    """Answer the oldest open call; after the last one the model goes on."""
+    calls = _open_calls(chat)
+    if not calls or not text:
+        terminal.say("/result takes what a tool gave back; no call waits." if not calls else
+                     "/result needs the text that the tool gave back.")  # fmt: skip
+        return
+    answer = Message("tool", text, name=calls[0].name, call_id=calls[0].id)
+    if len(calls) > 1:
+        chat.history.append(answer)
+        terminal.say(_wanted(chat))
+    else:
+        _answer(chat, terminal, chat.ask(answer))
 
 
 def _command(chat: Chat, terminal: Terminal, line: str) -> None:
@@ -128,6 +157,8 @@ def _command(chat: Chat, terminal: Terminal, line: str) -> None:
         say("New conversation with this system prompt." if rest else "No system prompt.")
     elif name == "/regen":
         _answer(chat, terminal, chat.again())
+    elif name == "/result":
+        _result(chat, terminal, rest)
     elif name == "/think":
         if rest in THINK:
             chat.options = dataclasses.replace(chat.options, think=THINK[rest])

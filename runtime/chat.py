@@ -179,11 +179,13 @@ class Generator:
         options: Options | None = None,
         grammar: Grammar | None = None,
         tool_choice: str = "auto",
+        cancelled: Callable[[], bool] | None = None,
     ) -> Turn:
         """Answer a conversation. The prompt is made here; work starts with the first `next`.
 
         `grammar` is what the answer must be. Calls of `tools` have the arguments the tools ask for;
         `tool_choice` is "auto", "none", "required" or the name of the tool that must be called.
+        `cancelled` is asked before every step, while a long prompt is read too: True ends the turn.
 
         Raises:
             PromptError: the template refuses the conversation.
@@ -222,6 +224,7 @@ class Generator:
             constraint=constraint,
             logprobs=options.logprobs,
             checkpoints=prompt.checkpoints,
+            cancelled=cancelled,
             trace=trace,
         )
         said = _Said(
@@ -252,7 +255,7 @@ class Generator:
                         yield from said.keep(shown)
                     if held := stops.flush():
                         yield from said.keep([Piece(CONTENT, held)])
-                finished = True
+                finished = trace.finish != CANCELLED
             finally:
                 if finished or said.ids:  # a question that failed before its reply was not asked
                     seconds = time.perf_counter() - begin

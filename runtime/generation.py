@@ -28,7 +28,7 @@ class Trace:
     """What a generation did, filled while it runs."""
 
     reused: int = 0  # tokens of the prompt that the session still held
-    finish: str = ""  # "stop" (a stop id), "length" or "full"; "" until it ends by itself
+    finish: str = ""  # "stop" (a stop id), "length", "full" or "cancelled"; "" until it ends
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a yielded id, if asked for
 
 
@@ -62,6 +62,7 @@ def generate(
     constraint: Constraint | None = None,
     logprobs: int | None = None,
     checkpoints: Collection[int] = (),
+    cancelled: Callable[[], bool] | None = None,
     trace: Trace | None = None,
 ) -> Iterator[int]:
     """Continue `ids` by up to `max_new_tokens` sampled ids; a stop id ends them and is not yielded.
@@ -77,7 +78,9 @@ def generate(
 
     `constraint` limits what may be drawn. `logprobs` asks for the log-probabilities of every id and
     of that many likeliest ones, in `trace`. `checkpoints` are lengths of the prompt at which the
-    session keeps its rings, for prompts that go on differently from there.
+    session keeps its rings, for prompts that go on differently from there. `cancelled` is asked
+    before every step, chunks of the prompt included: True ends the ids, and the session stays as
+    the last step left it.
 
     Raises:
         PromptError: `ids` is empty or holds something that is not a token id.
@@ -114,7 +117,7 @@ def generate(
         )
     run = _Run(
         session, sampler, max_new_tokens, frozenset(stop), on_full, keep_first, on_slide,
-        constraint, logprobs, frozenset(checkpoints), trace or Trace(),
+        constraint, logprobs, frozenset(checkpoints), cancelled or _never, trace or Trace(),
     )  # fmt: skip
     return run.ids(prompt)
 
@@ -131,6 +134,7 @@ class _Run:
     constraint: Constraint | None
     logprobs: int | None
     checkpoints: frozenset[int]
+    cancelled: Callable[[], bool]
     trace: Trace
 
     def ids(self, history: list[int]) -> Iterator[int]:
@@ -154,10 +158,13 @@ class _Run:
                 if self.on_slide:
                     self.on_slide(slide)
             if not held:
-                reused = feed(self.session, history[:-1], self.checkpoints)
+                reused = feed(self.session, history[:-1], self.checkpoints, self.cancelled)
                 if not made:
                     self.trace.reused = reused
                 held = True
+            if self.cancelled():
+                self.trace.finish = "cancelled"
+                return
             left = self.max_new_tokens - made
             if self.on_full != "slide":
                 left = min(left, ctx + 1 - len(history))
@@ -180,23 +187,34 @@ class _Run:
         return token
 
 
-def feed(session: Session, ids: Sequence[int], checkpoints: Collection[int] = ()) -> int:
+def _never() -> bool:
+    return False
+
+
+def feed(
+    session: Session,
+    ids: Sequence[int],
+    checkpoints: Collection[int] = (),
+    cancelled: Callable[[], bool] = _never,
+) -> int:
     """Make `session.tokens` equal `ids`, reusing what the session holds of them; how much that was.
 
-    At every length in `checkpoints` the session keeps its rings.
+    At every length in `checkpoints` the session keeps its rings. Once `cancelled()` is true no
+    further chunk is read: `session.tokens` is then a beginning of `ids`.
 
     Raises:
         PromptError: something in `ids` is not a token id of the model.
         ContextFullError: `ids` is longer than the context.
     """
     reused = session.resume(ids)
-    for at in sorted(c for c in checkpoints if 0 < c <= len(ids)):
-        if at > session.pos:  # read whole chunks: the rings still hold the rows of `at`
-            end = session.pos + -(-(at - session.pos) // session.plan.chunk) * session.plan.chunk
-            session.prefill(ids[session.pos : min(end, len(ids))])
-        session.checkpoint(at)
-    session.prefill(ids[session.pos :])
-    return reused
+    chunk = session.plan.chunk
+    left = sorted(c for c in checkpoints if 0 < c <= len(ids))
+    while True:
+        while left and left[0] <= session.pos:  # whole chunks: the rings still hold its rows
+            session.checkpoint(left.pop(0))
+        if session.pos == len(ids) or cancelled():
+            return reused
+        session.prefill(ids[session.pos : session.pos + chunk])
 
 
 def _slide(history: list[int], ctx: int, keep_first: int) -> tuple[list[int], Slide]:

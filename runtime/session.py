@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ContextFullError, PromptError, RewindError, RuntimeFault, SnapshotError
-from edge_kv.kv_plan import StateBuffer
+from edge_kv.kv_plan import KVPlan, StateBuffer
 from edge_kv.memory import CHECKPOINTS
 from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
@@ -73,6 +73,26 @@ class Checkpoint:
     tokens: tuple[int, ...]
     written: int
     rows: tuple[bytes, ...]
+
+    def begins(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` begin with its tokens."""
+        return common_prefix(self.tokens, ids) == len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """All live rows of a session as they were after `tokens`, and the checkpoints before."""
+
+    tokens: tuple[int, ...]
+    written: int
+    rows: tuple[bytes, ...]
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        rings = sum(len(row) for point in self.checkpoints for row in point.rows)
+        return sum(map(len, self.rows)) + rings
 
 
 class Session(ABC):
@@ -211,14 +231,9 @@ class Session(ABC):
         checkpoint before it, else nothing.
         """
         self._check_open()
-        common = common_prefix(self._tokens, ids)
-        if not self.plan.can_rewind(common, self._written):
-            common = 0
-        best: Checkpoint | None = None
-        for point in self._checkpoints:
-            if len(point.tokens) > common and common_prefix(point.tokens, ids) == len(point.tokens):
-                common, best = len(point.tokens), point
+        common, best = self._held(ids)
         if best:
+            self.reset()  # so that an interrupt leaves nothing half put back
             rows = snapshots.ring_rows(self.plan, self.state, common, best.written)
             for piece, kept in zip(rows, best.rows, strict=True):
                 piece[:] = kept
@@ -226,6 +241,31 @@ class Session(ABC):
         else:
             self.rewind(self.pos - common)
         return common
+
+    def reusable(self, ids: Sequence[int]) -> int:
+        """How many of `ids` would be held after `resume(ids)`."""
+        self._check_open()
+        return self._held(ids)[0]
+
+    def _held(self, ids: Sequence[int]) -> tuple[int, Checkpoint | None]:
+        """The longest beginning of `ids` that is held, and the checkpoint that has it, if one."""
+        return held_of(self.plan, self._tokens, self._written, self._checkpoints, ids)
+
+    def copy(self) -> Copy:
+        """All live rows, for `put_back`."""
+        self._check_open()
+        rows = snapshots.live_rows(self.plan, self.state, self.pos, self._written)
+        points = tuple(p for p in self._checkpoints if p.begins(self._tokens))
+        return Copy(self.tokens, self._written, tuple(map(bytes, rows)), points)
+
+    def put_back(self, kept: Copy) -> None:
+        """Continue from a `copy` of this session, as if nothing had been fed since."""
+        self.reset()  # so that an interrupt leaves nothing half put back
+        rows = snapshots.live_rows(self.plan, self.state, len(kept.tokens), kept.written)
+        for piece, data in zip(rows, kept.rows, strict=True):
+            piece[:] = data
+        self._checkpoints = list(kept.checkpoints)
+        self._tokens, self._written = list(kept.tokens), kept.written
 
     def reset(self) -> None:
         """Forget everything but checkpoints; buffers stay allocated."""
@@ -351,6 +391,24 @@ class Session(ABC):
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeFault("This session is closed; load the artifact again.")
+
+
+def held_of(
+    plan: Plan | KVPlan,
+    tokens: Sequence[int],
+    written: int,
+    checkpoints: Iterable[Checkpoint],
+    ids: Sequence[int],
+) -> tuple[int, Checkpoint | None]:
+    """How many of `ids` a state of `tokens` still has, and which checkpoint has them, if one."""
+    common = common_prefix(tokens, ids)
+    if not plan.can_rewind(common, written):
+        common = 0
+    best: Checkpoint | None = None
+    for point in checkpoints:
+        if len(point.tokens) > common and point.begins(ids):
+            common, best = len(point.tokens), point
+    return common, best
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

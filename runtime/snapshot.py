@@ -82,7 +82,7 @@ def write(
             put(_PREFIX.pack(MAGIC, VERSIONS[type(plan)], len(text)))
             put(text)
             put(np.asarray(tokens, "<i4").tobytes())
-            for rows in _held(plan, state, pos, written):
+            for rows in live_rows(plan, state, pos, written):
                 put(rows)
             f.write(digest.digest())
     except OSError as e:
@@ -108,7 +108,7 @@ class Held:
 
     def load(self, state: State) -> None:
         """Read the rows into the buffers of a session."""
-        for rows in _held(self._plan, state, len(self.tokens), self.written):
+        for rows in live_rows(self._plan, state, len(self.tokens), self.written):
             if self._file.readinto(rows) != rows.nbytes:  # type: ignore[attr-defined]
                 raise OSError(0, "the file shrank while it was read")
 
@@ -213,13 +213,13 @@ def _held_rows(table: Table | StateBuffer, pos: int, written: int) -> range:
 
 def ring_rows(plan: AnyPlan, state: State, pos: int, written: int) -> Iterator[memoryview]:
     """The rows below `pos` that the rings hold, as contiguous pieces of their tables."""
-    return _held(plan, state, pos, written, only_rings=True)
+    return live_rows(plan, state, pos, written, only_rings=True)
 
 
-def _held(
+def live_rows(
     plan: AnyPlan, state: State, pos: int, written: int, only_rings: bool = False
 ) -> Iterator[memoryview]:
-    """The live rows as contiguous pieces of the tables, in file order."""
+    """The live rows below `pos` as contiguous pieces of the tables, in file order."""
     for t in _tables(plan):
         ring = t.keep > 0 if isinstance(t, Table) else t.kind == RING
         if only_rings and not ring:

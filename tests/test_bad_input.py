@@ -275,6 +275,14 @@ CASES = [
     ),
     Case("flags", "a regular expression that is none", f"{RUN} --regex 'a('", artifact()),
     Case("flags", "two grammars", f"{RUN} --regex a --grammar DIR/lark", artifact()),
+    Case(
+        "flags", "tools that are no list", f"{RUN} --tools DIR/tools",
+        lambda d: (artifact()(d), file("tools", b'{"name": "weather"}')(d)),
+    ),
+    Case(
+        "flags", "a tool without a name", f"{RUN} --tools DIR/tools",
+        lambda d: (artifact()(d), file("tools", b'[{"function": {}}]')(d)),
+    ),
     Case("flags", "more log-probabilities than are kept", f"{RUN} --logprobs 999", artifact()),
     Case("flags", "less RAM than planned", f"{RUN} --ram-limit 1m", artifact()),
     Case("flags", "an amount of RAM that is none", f"{RUN} --ram-limit lots", artifact()),

@@ -7,7 +7,7 @@ from fake_artifact import VOCAB, NumpySession, oracle, write_artifact
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ConfigError, ContextFullError, PromptError
 from edge_kv.runtime import generate, load
-from edge_kv.runtime.generation import feed
+from edge_kv.runtime.generation import Trace, feed
 from edge_kv.runtime.session import CHECKPOINTS
 
 
@@ -227,3 +227,44 @@ def test_checkpoints_are_few_and_keep_the_first(session):
     rings = [b for b in session.plan.buffers if b.kind == "ring"]
     for c in session._checkpoints:
         assert sum(map(len, c.rows)) <= sum(b.bytes for b in rings)
+
+
+def test_a_cancelled_prompt_stops_between_chunks_and_keeps_what_it_read(session):
+    prompt = [2, *range(10, 60)]
+    asked = []
+
+    def cancelled():
+        asked.append(session.pos)
+        return len(asked) > 3
+
+    trace = Trace()
+    assert list(generate(session, prompt, max_new_tokens=5, cancelled=cancelled, trace=trace)) == []
+    chunk = session.plan.chunk
+    assert trace.finish == "cancelled" and list(session.tokens) == prompt[: 3 * chunk]
+    before = session.stats.prefill_tokens
+    assert list(generate(session, prompt, max_new_tokens=5)) == naive(session, prompt, 5)
+    assert session.stats.prefill_tokens - before == len(prompt) - 1 - 3 * chunk
+
+
+def test_a_cancelled_reply_ends_after_its_token(session):
+    trace, out = Trace(), []
+    for token in generate(
+        session, [2, 9], max_new_tokens=50, cancelled=lambda: len(out) == 4, trace=trace
+    ):
+        out.append(token)
+    assert len(out) == 4 and trace.finish == "cancelled"
+
+
+def test_a_copy_brings_back_rows_and_checkpoints(session):
+    first, other = [2, *range(10, 40)], [2, *range(90, 140)]
+    feed(session, first, [20])
+    kept = session.copy()
+    assert kept.size > 0
+    feed(session, other)
+    session.put_back(kept)
+    assert list(session.tokens) == first
+    assert list(generate(session, first, max_new_tokens=5)) == naive(session, first, 5)
+    session.put_back(kept)
+    branch = [*first[:20], 5, 6, 7]
+    assert session.reusable(branch) == 20  # far behind what the rings rewind
+    assert list(generate(session, branch, max_new_tokens=5)) == naive(session, branch, 5)

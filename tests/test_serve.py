@@ -4,18 +4,21 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 from fake_artifact import NumpySession, write_artifact
 from starlette.testclient import TestClient
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ConfigError
-from edge_kv.runtime.chat import Generator
+from edge_kv.memory import predict_artifact
+from edge_kv.runtime.chat import Generator, Message, Reply
+from edge_kv.runtime.generation import feed
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.serve.app import Server, Settings, make_app
 from edge_kv.serve.command import run_server
-from edge_kv.serve.states import WORTH_KEEPING, States
-from edge_kv.serve.worker import Job, QueueFull, Worker
+from edge_kv.serve.states import WORTH_KEEPING, States, kept_bytes
+from edge_kv.serve.worker import Job, QueueFull, TimeIsUp, Worker
 
 ASK = {"model": "any", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 CHAT = "/v1/chat/completions"
@@ -26,10 +29,10 @@ def artifact(tmp_path_factory):
     return read_artifact(write_artifact(tmp_path_factory.mktemp("served") / "a", ctx=512))
 
 
-def serving(artifact, folder, settings=None, most=4):
+def serving(artifact, folder, settings=None, most=4, ram=None):
     session = NumpySession(artifact)
     generator = Generator(session)
-    states = States(generator, folder, most)
+    states = States(generator, folder, most, ram)
     raw = Generator(session, generator.tokenizer, Template(RAW_TEMPLATE))
     generator.on_prompt = raw.on_prompt = states.enter
     return Server(generator, raw, states, settings or Settings())
@@ -268,7 +271,7 @@ def test_clients_take_turns_and_the_queue_is_bounded():
 
     def job(client, name):
         turn = SlowTurn(release)
-        return Job(client, lambda: turn, lambda e: order.append(name), time.monotonic() + 60)
+        return Job(client, lambda _: turn, lambda e: order.append(name), time.monotonic() + 60)
 
     worker.submit(job("first", "running"))
     while not worker.busy:
@@ -289,14 +292,14 @@ def test_clients_take_turns_and_the_queue_is_bounded():
 
 def test_a_cancelled_request_makes_room_and_is_not_answered():
     worker, release, heard = Worker(1), threading.Event(), []
-    first = Job("a", lambda: SlowTurn(release), heard.append, time.monotonic() + 60)
+    first = Job("a", lambda _: SlowTurn(release), heard.append, time.monotonic() + 60)
     worker.submit(first)
     while not worker.busy:
         time.sleep(0.01)
-    gone = Job("b", lambda: pytest.fail("not wanted"), heard.append, time.monotonic() + 60)
+    gone = Job("b", lambda _: pytest.fail("not wanted"), heard.append, time.monotonic() + 60)
     worker.submit(gone)
     gone.cancelled.set()
-    late = Job("c", lambda: SlowTurn(release), heard.append, time.monotonic() + 60)
+    late = Job("c", lambda _: SlowTurn(release), heard.append, time.monotonic() + 60)
     worker.submit(late)
     release.set()
     until = time.monotonic() + 10
@@ -313,27 +316,102 @@ def tokens(seed, count):
     return [(seed + 7 * i) % 250 + 2 for i in range(count)]
 
 
-def test_coming_back_to_a_conversation_reads_nothing_again(artifact, tmp_path):
-    server = serving(artifact, tmp_path)
+def hold(server, talk, checkpoints=()):
+    """Have the session read `talk` as a reply to it would; how many tokens it had."""
+    server.states.enter(talk)
+    return feed(server.generator.session, talk, checkpoints)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_coming_back_to_a_conversation_reads_nothing_again(artifact, tmp_path, where):
+    server = serving(artifact, tmp_path if where == "files" else None)
     session, states = server.generator.session, server.states
     talks = [tokens(seed, WORTH_KEEPING + 50) for seed in range(4)]
     for talk in talks:
-        states.enter(talk)
-        session.resume(talk)
-        session.prefill(talk[session.pos :])
-    for talk in talks:
+        hold(server, talk)
+    for talk in talks * 2:
         states.enter(talk)
         assert list(session.tokens) == talk
-    assert states.restored == 4 and states.count <= 4
+    assert states.restored == 8 and states.count <= 4
+    assert states.ram == (states.bytes if where == "memory" else 0) and states.bytes > 0
+    session.reset()
+    fresh = NumpySession(artifact)
+    fresh.prefill([*talks[0], 7])
+    hold(server, talks[0])
+    session.prefill([7])
+    np.testing.assert_array_equal(session.decode(9), fresh.decode(9))
+
+
+def test_coming_back_to_a_turn_that_history_shortens_reads_that_turn_alone(artifact):
+    server = serving(artifact, None)
+    turn, other = tokens(1, 200), tokens(2, 200)
+    hold(server, [*turn, *tokens(3, 80)], [len(turn)])  # a thought that history leaves out
+    hold(server, other)
+    assert hold(server, [*turn, 9, 8, 7]) == len(turn)
+
+
+def test_an_answer_made_again_keeps_no_copy_of_the_first(artifact):
+    server = serving(artifact, None)
+    question = tokens(1, 100)
+    for _ in range(3):
+        hold(server, question)
+        server.generator.session.prefill(tokens(5, 100))  # the reply
+    assert server.states.count == 0
+
+
+def test_kept_conversations_are_bounded_in_ram(artifact):
+    server = serving(artifact, None)
+    for seed in range(3):
+        hold(server, tokens(seed, 100))
+    assert server.states.count == 2
+    one = server.states.bytes // 2
+    server = serving(artifact, None, ram=one * 3 // 2)
+    for seed in range(3):
+        hold(server, tokens(seed, 100))
+    assert server.states.count == 1 and 0 < server.states.ram <= one * 3 // 2
+    assert hold(server, tokens(1, 100)) == 100  # the newest one is the one kept
+    memory = predict_artifact(artifact)
+    assert one < kept_bytes(memory, 1) and kept_bytes(memory, 4) == 4 * kept_bytes(memory, 1)
+
+
+def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(artifact, tmp_path):
+    server = serving(artifact, tmp_path)
+    session, heard = server.generator.session, []
+    question = [Message("user", "word " * 80)]
+
+    def begin(cancelled):
+        return server.generator.reply(question, cancelled=cancelled)
+
+    def run(stop_after):
+        job = Job("a", begin, heard.append, time.monotonic() + 60)
+        steps, write = [], session._write
+
+        def counting(ids, pos):
+            steps.append(len(ids))
+            if len(steps) == stop_after:
+                job.cancelled.set()
+            write(ids, pos)
+
+        session._write = counting
+        server.worker.submit(job)
+        until = time.monotonic() + 10
+        while not (heard and not server.worker.busy) and time.monotonic() < until:
+            time.sleep(0.01)
+        session._write = write
+        return sum(steps)
+
+    read = run(stop_after=3)
+    assert isinstance(heard.pop(), TimeIsUp) and list(session.tokens) and session.pos == read
+    assert 3 * session.plan.chunk == read
+    run(stop_after=None)  # asked again: it goes on from there
+    assert isinstance(heard[-1], Reply) and heard[-1].reused_tokens == read
+    server.worker.stop(5)
 
 
 def test_kept_conversations_outlive_the_process_and_are_bounded(artifact, tmp_path):
     server = serving(artifact, tmp_path, most=2)
     for seed in range(4):
-        talk = tokens(seed, WORTH_KEEPING + 20)
-        server.states.enter(talk)
-        server.generator.session.resume(talk)
-        server.generator.session.prefill(talk[server.generator.session.pos :])
+        hold(server, tokens(seed, WORTH_KEEPING + 20))
     server.stop()
     assert len(list(tmp_path.glob("*.kv"))) == 2
     (tmp_path / "conversation-99.kv").write_bytes(b"damaged")

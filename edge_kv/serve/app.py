@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_kv import __version__
 from edge_kv.errors import ContextFullError, EdgeKVError, MemoryLimitError, RuntimeFault
+from edge_kv.plan import Plan
 from edge_kv.runtime.chat import Generator, Piece, Reply, Turn
 from edge_kv.runtime.constraints import Grammar
 from edge_kv.runtime.messages import Message
@@ -41,7 +42,7 @@ from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.replies import THINKING
 from edge_kv.serve import schema
 from edge_kv.serve.states import States
-from edge_kv.serve.worker import Job, QueueFull, Worker
+from edge_kv.serve.worker import Begin, Job, QueueFull, TimeIsUp, Worker
 
 STATIC = {
     "/": ("index.html", "text/html"),
@@ -144,10 +145,12 @@ class Server:
         m.seconds.observe(reply.seconds)
 
     def memory(self) -> dict[str, int]:
-        """Resident bytes: rows of state that hold something, other heap, mapped files."""
+        """Resident bytes: rows of state, kept conversations included, other heap, mapped files."""
         session, held = self.generator.session, read_memory()
         anon = held.anon or 0
-        state = min(anon, session.plan.touched_bytes(session.written))
+        plan = session.plan
+        rows = plan.touched if isinstance(plan, Plan) else plan.touched_bytes
+        state = min(anon, rows(session.written) + self.states.ram)
         return {"state": state, "heap": anon - state, "mapped": (held.file or 0)}
 
     def status(self) -> dict[str, Any]:
@@ -207,9 +210,14 @@ def make_app(server: Server) -> Starlette:
         grammar = None if wanted is None else Grammar.json_schema(wanted)
         choice = "required" if asked.must_call else "auto"
 
-        def begin() -> Turn:
+        def begin(cancelled: Callable[[], bool]) -> Turn:
             return server.generator.reply(
-                messages, tools=tools, options=options, grammar=grammar, tool_choice=choice
+                messages,
+                tools=tools,
+                options=options,
+                grammar=grammar,
+                tool_choice=choice,
+                cancelled=cancelled,
             )
 
         answer = schema.Answer.new(
@@ -222,8 +230,8 @@ def make_app(server: Server) -> Starlette:
         text = asked.text(server.raw.tokenizer)
         options = asked.options(server.settings.max_tokens)
 
-        def begin() -> Turn:
-            return server.raw.reply([Message("user", text)], options=options)
+        def begin(cancelled: Callable[[], bool]) -> Turn:
+            return server.raw.reply([Message("user", text)], options=options, cancelled=cancelled)
 
         answer = schema.Answer.new(server.number(), server.model, server.raw.tokenizer, chat=False)
         return await _answer(request, server, answer, begin, asked)
@@ -360,7 +368,7 @@ class _TooLarge(RuntimeFault):
 class _Waiting:
     """The events of one job, as they reach the event loop."""
 
-    def __init__(self, request: Request, server: Server, begin: Callable[[], Turn]) -> None:
+    def __init__(self, request: Request, server: Server, begin: Begin) -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Piece | Reply | Exception] = asyncio.Queue()
         self._request, self._server = request, server
@@ -403,19 +411,19 @@ class _Waiting:
 
 
 async def _answer(
-    request: Request, server: Server, answer: schema.Answer, begin: Callable[[], Turn], asked: Any
+    request: Request, server: Server, answer: schema.Answer, begin: Begin, asked: Any
 ) -> Response:
     waiting = _Waiting(request, server, begin)
     events = waiting.events()
-    if not asked.stream:
-        try:
-            async for event in events:
-                if isinstance(event, Reply):
-                    return JSONResponse(answer.whole(event))
-        except ClientDisconnect:
-            server.metrics.requests.labels("disconnected").inc()
-            return Response(status_code=499)
-    first = await anext(events)  # what is wrong with a request is told before the stream begins
+    try:
+        first = await anext(events)  # what is wrong with a request is told before a stream begins
+        while not asked.stream:
+            if isinstance(first, Reply):
+                return JSONResponse(answer.whole(first))
+            first = await anext(events)
+    except ClientDisconnect:
+        server.metrics.requests.labels("disconnected").inc()
+        return Response(status_code=499)
 
     async def lines() -> AsyncIterator[bytes]:
         if answer.chat:
@@ -456,7 +464,7 @@ def _event(document: dict[str, Any]) -> bytes:
 def _document(e: Exception) -> dict[str, Any]:
     if isinstance(e, ContextFullError):
         return schema.error(str(e), code="context_length_exceeded")
-    kind = "server_error" if isinstance(e, (QueueFull, MemoryLimitError)) else None
+    kind = "server_error" if isinstance(e, (QueueFull, MemoryLimitError, TimeIsUp)) else None
     return schema.error(str(e), kind or "invalid_request_error")
 
 
@@ -466,6 +474,7 @@ def _failure(e: Exception) -> Response:
         (_TooLarge, 413),
         (QueueFull, 429),
         (MemoryLimitError, 503),
+        (TimeIsUp, 504),
     ]
     status = next((s for kind, s in statuses if isinstance(e, kind)), 400)
     return JSONResponse(_document(e), status, {"Retry-After": "5"} if status == 429 else None)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +23,13 @@ def run_server(
     no_auth: bool = False,
     state: Path | None = None,
     conversations: int = 4,
+    kept_ram: int | None = None,
     ready: Callable[[str], None],
 ) -> None:
     """Serve `session` until a signal ends it.
 
-    `state` is a folder that keeps conversations over restarts; without one they lie in a temporary
-    folder. A base model, without a chat template, continues text as it stands.
+    `state` is a folder that keeps conversations over restarts; without one they are kept in RAM,
+    in at most `kept_ram` bytes. A base model, without a chat template, continues text as it stands.
 
     Raises:
         ConfigError: other machines could come in without a key, or `state` cannot be made.
@@ -43,15 +42,14 @@ def run_server(
                 "say --no-auth to let everybody in."
             )
         settings = replace(settings, hosts=frozenset())
-    with ExitStack() as stack:
-        folder = state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-kv-")))
+    if state:
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as e:
-            raise ConfigError(f"Cannot make the folder {folder} ({e.strerror}).") from e
-        raw = Template(RAW_TEMPLATE)
-        generator = Generator(session, template=Template.of(session.artifact) or raw)
-        states = States(generator, folder, conversations)
-        server = Server(generator, Generator(session, generator.tokenizer, raw), states, settings)
-        generator.on_prompt = server.raw.on_prompt = states.enter
-        serve(server, host, port, ready=ready)
+            raise ConfigError(f"Cannot make the folder {state} ({e.strerror}).") from e
+    raw = Template(RAW_TEMPLATE)
+    generator = Generator(session, template=Template.of(session.artifact) or raw)
+    states = States(generator, state, conversations, kept_ram)
+    server = Server(generator, Generator(session, generator.tokenizer, raw), states, settings)
+    generator.on_prompt = server.raw.on_prompt = states.enter
+    serve(server, host, port, ready=ready)

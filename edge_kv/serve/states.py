@@ -1,9 +1,10 @@
 """Conversations kept beside the one a session holds, so that coming back reads nothing again.
 
 A session holds the state of one text. When a prompt arrives that another conversation was about,
-the session's state is written to a snapshot and the other one restored: a copy of rows at the speed
-of memory or disk instead of a prefill. A bounded number is kept, the least recently used one goes.
-With a folder of the user's they outlive the process; otherwise they lie in a temporary one.
+the session's live rows are copied aside and those of the other one put back: a copy at the speed of
+memory instead of a prefill. The least recently used conversations go when there are too many, or
+when their rows no longer fit the RAM allowed for them. With a folder of the user's they lie there
+instead, cost no RAM and outlive the process.
 """
 
 from __future__ import annotations
@@ -15,44 +16,67 @@ from pathlib import Path
 from typing import Any
 
 from edge_kv.errors import EdgeKVError, SnapshotError
+from edge_kv.memory import TOKEN_BYTES, MemoryPlan
 from edge_kv.runtime import snapshot
 from edge_kv.runtime.chat import Generator
-from edge_kv.runtime.session import common_prefix
+from edge_kv.runtime.session import Copy, common_prefix, held_of
 
-WORTH_KEEPING = 64  # tokens below which reading again is cheaper than a snapshot
+WORTH_KEEPING = 64  # tokens below which reading again is cheaper than keeping
 SUFFIX = ".kv"
 log = logging.getLogger(__name__)
 
 
+def kept_bytes(memory: MemoryPlan, conversations: int) -> int:
+    """The most bytes of RAM that so many kept conversations take, each of the planned depth."""
+    rows = memory.touched + memory.checkpoints + TOKEN_BYTES * memory.depth
+    return conversations * rows
+
+
 @dataclass
 class Kept:
-    """One conversation on disk."""
+    """One conversation: its rows in memory, or the file they are in."""
 
-    path: Path
-    tokens: list[int]
+    tokens: Sequence[int]
     written: int
-    bytes: int
+    size: int  # bytes
+    rows: Copy | None = None
+    path: Path | None = None
 
 
 class States:
     """The kept conversations of one session."""
 
-    def __init__(self, generator: Generator, folder: Path, most: int) -> None:
-        """Take up what `folder` holds of this artifact; at most `most` are kept."""
+    def __init__(
+        self,
+        generator: Generator,
+        folder: Path | None = None,
+        most: int = 4,
+        ram: int | None = None,
+    ) -> None:
+        """Keep at most `most` conversations, in `ram` bytes (None: in as many as they take).
+
+        With a `folder` they are files there, and what it holds of this artifact is taken up.
+        """
         self._generator = generator
         self._session = generator.session
         self._folder = folder
         self._most = most
+        self._ram = ram
         self._kept: list[Kept] = []  # the most recently used one last
-        self._made = 0
         self.restored = 0  # times a conversation was taken up from here
-        for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
-            self._take_up(path)
+        if folder:
+            for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
+                self._take_up(path)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all kept conversations."""
-        return sum(k.bytes for k in self._kept)
+        """Bytes of all kept conversations, in memory or on disk."""
+        return sum(k.size for k in self._kept)
+
+    @property
+    def ram(self) -> int:
+        """Bytes of RAM they take now."""
+        return 0 if self._folder else self.bytes
 
     @property
     def count(self) -> int:
@@ -61,58 +85,82 @@ class States:
     def enter(self, ids: Sequence[int]) -> None:
         """Make the session hold the longest known beginning of `ids`."""
         held = self._session.tokens
-        here = common_prefix(held, ids)
+        here = self._session.reusable(ids)
         best = max(self._kept, key=lambda k: self._usable(k, ids), default=None)
-        there = self._usable(best, ids) if best else 0
-        if here < len(held) and max(there, len(held) - here) >= WORTH_KEEPING:
-            self.keep()  # what the session holds is about to be overwritten
-        if best and there >= here + WORTH_KEEPING:
-            try:
-                self._session.restore(best.path)
-            except SnapshotError as e:
-                log.warning("A kept conversation is lost: %s", e)
-                self._drop(best)
-                return
-            self.restored += 1
+        if best and self._usable(best, ids) < here + WORTH_KEEPING:
+            best = None
+        if best:
             self._kept.remove(best)
-            self._kept.append(best)
+        again = common_prefix(held, ids) == len(ids)  # the same question: its answer is replaced
+        if best or (len(held) - here >= WORTH_KEEPING and not again):
+            self.keep()  # it is about to be overwritten
+        if best:
+            self._put_back(best)
 
     def keep(self) -> None:
-        """Write down the conversation that the session holds."""
-        tokens = list(self._session.tokens)
+        """Keep the conversation that the session holds."""
+        tokens = self._session.tokens
         if len(tokens) < WORTH_KEEPING or self._most == 0:
             return
-        older = [k for k in self._kept if tokens[: len(k.tokens)] == k.tokens]
-        if any(k.tokens == tokens for k in older):
+        older = [k for k in self._kept if tokens[: len(k.tokens)] == tuple(k.tokens)]
+        if any(len(k.tokens) == len(tokens) for k in older):
             return
-        self._made += 1
-        path = older[-1].path if older else self._free_name()
-        text, ids, gap = self._generator.newest
-        known = ids[: len(tokens)] == tokens
-        note: dict[str, Any] = {"text": text, "ids": ids, "gap": list(gap)} if known else {}
-        try:
-            self._session.snapshot(path, note)
-        except EdgeKVError as e:
-            log.warning("A conversation is not kept: %s", e)
+        made = self._written_down(tokens, older) if self._folder else self._copied()
+        if made is None:
             return
         for k in older:
             self._kept.remove(k)
-            if k.path != path:
+            if k.path and k.path != made.path:
                 k.path.unlink(missing_ok=True)
-        self._kept.append(Kept(path, tokens, self._session.written, path.stat().st_size))
-        while len(self._kept) > self._most:
+        self._kept.append(made)
+        self._trim()
+
+    def _trim(self) -> None:
+        while len(self._kept) > self._most or (self._ram is not None and self.ram > self._ram):
             self._drop(self._kept[0])
 
+    def _copied(self) -> Kept:
+        rows = self._session.copy()
+        return Kept(rows.tokens, rows.written, rows.size + TOKEN_BYTES * len(rows.tokens), rows)
+
+    def _written_down(self, tokens: tuple[int, ...], older: list[Kept]) -> Kept | None:
+        path = older[-1].path if older else None
+        path = path or self._free_name()
+        text, ids, gap = self._generator.newest
+        known = tuple(ids[: len(tokens)]) == tokens
+        note: dict[str, Any] = {"text": text, "ids": ids, "gap": list(gap)} if known else {}
+        try:
+            self._session.snapshot(path, note)
+            size = path.stat().st_size
+        except (EdgeKVError, OSError) as e:
+            log.warning("A conversation is not kept: %s", e)
+            return None
+        return Kept(tokens, self._session.written, size, path=path)
+
+    def _put_back(self, kept: Kept) -> None:
+        if kept.rows:
+            self._session.put_back(kept.rows)  # and the copy goes: the session has the rows now
+        elif kept.path:
+            try:
+                self._session.restore(kept.path)
+            except SnapshotError as e:
+                log.warning("A kept conversation is lost: %s", e)
+                kept.path.unlink(missing_ok=True)
+                return
+            self._kept.append(kept)  # the file stays: the process may end at any time
+            self._trim()
+        self.restored += 1
+
     def _usable(self, kept: Kept, ids: Sequence[int]) -> int:
-        """How many of `ids` the session would hold after restoring `kept`."""
-        common = common_prefix(kept.tokens, ids)
-        return common if self._session.plan.can_rewind(common, kept.written) else 0
+        """How many of `ids` the session would hold after putting `kept` back."""
+        points = kept.rows.checkpoints if kept.rows else ()
+        return held_of(self._session.plan, kept.tokens, kept.written, points, ids)[0]
 
     def _take_up(self, path: Path) -> None:
         session = self._session
         try:
             with snapshot.verified(path, session.identity, session.plan) as held:
-                kept = Kept(path, list(held.tokens), held.written, path.stat().st_size)
+                kept = Kept(list(held.tokens), held.written, path.stat().st_size, path=path)
                 note = held.note
         except (EdgeKVError, OSError) as e:
             log.warning("%s is left alone: %s", path, e)
@@ -123,10 +171,12 @@ class States:
             self._generator.know(text, [int(i) for i in ids], (int(gap[0]), int(gap[1])))
 
     def _free_name(self) -> Path:
+        assert self._folder
         taken = {k.path for k in self._kept}
         names = (self._folder / f"conversation-{i}{SUFFIX}" for i in range(1_000_000))
         return next(p for p in names if p not in taken and not p.exists())
 
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)
-        kept.path.unlink(missing_ok=True)
+        if kept.path:
+            kept.path.unlink(missing_ok=True)

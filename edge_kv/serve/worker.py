@@ -15,6 +15,12 @@ from dataclasses import dataclass, field
 from edge_kv.errors import EdgeKVError, RuntimeFault
 from edge_kv.runtime.chat import Piece, Reply, Turn
 
+Begin = Callable[[Callable[[], bool]], Turn]
+
+
+class TimeIsUp(RuntimeFault):
+    """The time limit of a request ran out before its reply began."""
+
 
 class QueueFull(RuntimeFault):
     """As many requests wait as the queue takes."""
@@ -24,17 +30,18 @@ class QueueFull(RuntimeFault):
 class Job:
     """One request: `begin` makes its reply on the decoder's thread, `told` hears what comes of it.
 
-    `told` gets pieces, then the reply or the error that ended it; it must not block.
+    `begin` is given what tells, before every step, whether to stop. `told` gets pieces, then the
+    reply or the error that ended it; it must not block.
     """
 
     client: str
-    begin: Callable[[], Turn]
+    begin: Begin
     told: Callable[[Piece | Reply | Exception], None]
     deadline: float  # time.monotonic() after which the reply is cut off
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    @property
     def over(self) -> bool:
+        """Whether nobody waits for it any more, or its time has run out."""
         return self.cancelled.is_set() or time.monotonic() > self.deadline
 
 
@@ -93,8 +100,8 @@ class Worker:
 
     def _run(self) -> None:
         for job in self._jobs():
-            if job.over:
-                job.told(RuntimeFault("The request waited longer than its time limit."))
+            if job.over():
+                job.told(TimeIsUp("The request waited longer than its time limit."))
                 continue
             try:
                 self._answer(job)
@@ -127,14 +134,17 @@ class Worker:
             yield job
 
     def _answer(self, job: Job) -> None:
-        turn = job.begin()
+        turn = job.begin(job.over)
         try:
             for piece in turn:
                 job.told(piece)
-                if job.over:
+                if job.over():
                     break
         finally:
             turn.close()
         if turn.reply is None:
-            raise RuntimeFault("The reply was cut off before it began.")
+            raise TimeIsUp(
+                "The time limit of the request ran out while its prompt was read; what was read is "
+                "kept, so that asking again goes on from there."
+            )
         job.told(turn.reply)
