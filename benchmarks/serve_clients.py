@@ -29,6 +29,7 @@ from common import say, write_result
 KEY = "a-key-for-the-benchmark"
 QUESTION = {"role": "user", "content": "And it came to pass in those days, that"}
 CLIENTS = 8
+SAMPLE = 5.0  # seconds between two looks at the server's memory
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
@@ -175,6 +176,11 @@ def many(base: str, model: str, seconds: float, server: int) -> dict[str, Any]:
     lost: list[str] = []
     memory = [resident(server)]
 
+    def watch() -> None:
+        while time.monotonic() < until:
+            time.sleep(min(SAMPLE, seconds / 20))
+            memory.append(resident(server))
+
     def talk(number: int) -> None:
         turns: list[dict[str, str]] = []
         with httpx.Client(timeout=300, headers=key()) as client:
@@ -188,24 +194,30 @@ def many(base: str, model: str, seconds: float, server: int) -> dict[str, Any]:
                         lost.append(f"status {answer.status_code}")
                         turns = []
                         continue
+                    ended = False
                     for line in answer.iter_lines():
                         if not line.startswith("data: {"):
                             continue
-                        delta = json.loads(line[6:])["choices"][0].get("delta", {})
+                        choice = json.loads(line[6:])["choices"][0]
+                        delta = choice.get("delta", {})
                         if delta.get("content") and not text:
                             first_token.append(time.monotonic() - begin)
                         text += delta.get("content") or ""
+                        ended = ended or bool(choice["finish_reason"])
+                if not ended:
+                    lost.append("a stream without an end")
                 turns.append({"role": "assistant", "content": text})
                 if len(turns) > 8:
                     turns = []
 
     threads = [threading.Thread(target=talk, args=(n,)) for n in range(CLIENTS)]
+    threads.append(threading.Thread(target=watch))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    memory.append(resident(server))
     say(f"{len(first_token)} replies, {len(lost)} lost")
+    half = len(memory) // 2
     return {
         "clients": CLIENTS,
         "seconds": seconds,
@@ -214,7 +226,8 @@ def many(base: str, model: str, seconds: float, server: int) -> dict[str, Any]:
         "first_token_p50": statistics.median(first_token),
         "first_token_p95": statistics.quantiles(first_token, n=20)[18],
         "rss_before": memory[0],
-        "rss_after": memory[1],
+        "rss_peak_of_first_half": max(memory[:half]),
+        "rss_peak_of_second_half": max(memory[half:]),
     }
 
 
@@ -227,7 +240,8 @@ def malformed(base: str, count: int) -> dict[str, Any]:
         "logit_bias", "response_format", "stream_options", "seed", "top_logprobs", "prompt",
     ]  # fmt: skip
     statuses: dict[str, int] = {}
-    with httpx.Client(timeout=60, headers=key()) as client:
+    longest = 0.0
+    with httpx.Client(timeout=300, headers=key()) as client:
         for _ in range(count):
             body: dict[str, Any] = {"messages": [QUESTION], "max_tokens": 1}
             for name in draw.sample(fields, draw.randint(1, 3)):
@@ -237,12 +251,14 @@ def malformed(base: str, count: int) -> dict[str, Any]:
                 content = content[: draw.randrange(len(content))]
             kind = draw.choice(["application/json"] * 5 + ["text/plain", ""])
             path = draw.choice(["/v1/chat/completions"] * 5 + ["/v1/completions", "/v1/nothing"])
+            begin = time.monotonic()
             answer = client.post(f"{base}{path}", content=content, headers={"Content-Type": kind})
+            longest = max(longest, time.monotonic() - begin)
             answer.json()  # an error is a document too
             name = str(answer.status_code)
             statuses[name] = statuses.get(name, 0) + 1
     say(f"malformed requests by status: {statuses}")
-    return {"requests": count, "statuses": statuses}
+    return {"requests": count, "statuses": statuses, "longest_seconds": longest}
 
 
 def resident(process: int) -> int:

@@ -731,7 +731,7 @@ def serve(
     try:
         from edge_kv.serve.app import Settings
         from edge_kv.serve.command import run_server
-        from edge_kv.serve.states import kept_bytes
+        from edge_kv.serve.states import SERVER_BYTES, kept_bytes
     except ModuleNotFoundError as e:
         raise ConfigError(
             f"Serving needs {e.name}, which is not installed; in the checkout, run: "
@@ -744,14 +744,14 @@ def serve(
     memory = _planned(opened, engine, cache=not no_cache)
     kept = 0 if state else kept_bytes(memory, conversations)
     if limit:
-        kept = min(kept, limit - memory.conversation)
+        kept = max(0, min(kept, limit - memory.conversation - SERVER_BYTES))
     settings = Settings(
         api_key=api_key,
         origins=tuple(origin or ()),
         waiting=queue,
         timeout=timeout,
         max_tokens=max_new_tokens,
-        planned=memory.conversation + kept,
+        planned=memory.conversation + SERVER_BYTES + kept,
         limit=limit,
     )
     with load(opened, engine, threads, cache=not no_cache) as session:

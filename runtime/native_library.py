@@ -1,9 +1,10 @@
-"""Builds and loads the native libraries, from source, when they are first needed.
+"""Builds and loads the native libraries when they are first needed.
 
 Two share the kernels: the ExecuTorch engine, on the libraries inside the executorch wheel, none of
 which needs torch, and the operators of the ONNX engine, which need nothing. Each is compiled once
 for this machine's compiler, wheel and sources into the user's cache directory; finding the wheel
-does not import it.
+does not import it. Wheels made by `make wheel` bring the operators compiled for the machines of
+SHIPPED_FOR; they are taken where they were made of the sources that lie beside this file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -31,6 +34,10 @@ log = logging.getLogger(__name__)
 EXECUTORCH = "1.5.1"  # its C++ interface is not stable between versions
 INSTALL = f"pip install --no-deps executorch=={EXECUTORCH}"
 SOURCES = Path(__file__).parent / "native"
+SHIPPED = Path(__file__).parent / "shipped"  # compiled libraries of a wheel; none in a checkout
+SHIPPED_FOR = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}  # and what compiles for them
+# What a shipped library brings along; of glibc it needs 2.34, as manylinux_2_34 wheels do.
+PORTABLE = ("-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
 AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c")
 # Instruction sets of kernels.cpp: it is compiled once for each, the CPU chooses at run time.
@@ -47,6 +54,8 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
         "dotprod": ("-march=armv8.2-a+dotprod",),
     },
 }
+OPERATORS_LIBRARY = "edge_kv_onnx"
+OPERATORS_LINK = ("-shared", "-pthread")
 OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp", "ops_weights.cpp")
 KERNELS = (
     "dispatch.cpp",
@@ -60,6 +69,8 @@ ENGINE = (
     "executorch_adapter.cpp", "operators.cpp", "engine.cpp", "running.cpp", "weight_file.cpp",
 )  # fmt: skip
 RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
+Unit = tuple[str, str, tuple[str, ...]]  # source, name of its object, flags
+_SILENCE = 10.0  # seconds after which a compilation says how far it is
 LIBRARIES = (
     "executorch",
     "executorch_kernels_optimized",
@@ -181,14 +192,61 @@ def build_kernels(*extra: str) -> Path:
 def build_onnx_operators(machine: str | None = None) -> Path:
     """The operators that stand in for the functions of an ONNX program, on any `machine` of ISAS.
 
+    For this machine, the library that was shipped with the package, if one fits.
+
     Raises:
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
     """
-    sources: dict[str, tuple[str, ...]] = dict.fromkeys(
-        (*KERNELS, "onnx_adapter.cpp", "onnx_operators.cpp"), ()
-    )
-    link = ("-shared", "-pthread")
-    return build("edge_kv_onnx", sources, link, suffix=".so", machine=machine)
+    shipped = None if machine else _shipped(platform.machine())
+    return shipped or build(OPERATORS_LIBRARY, _operators(), OPERATORS_LINK, suffix=".so",
+                            machine=machine)  # fmt: skip
+
+
+def _operators() -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys((*KERNELS, "onnx_adapter.cpp", "onnx_operators.cpp"), ())
+
+
+def ship(folder: Path) -> list[Path]:
+    """Compile the ONNX operators for all machines of SHIPPED_FOR into `folder`, for a wheel.
+
+    Raises:
+        RuntimeFault: a compiler is missing or refuses.
+    """
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob(f"{OPERATORS_LIBRARY}-*"):
+        old.unlink()
+    made = []
+    for machine, compiler in SHIPPED_FOR.items():
+        link = (*OPERATORS_LINK, *PORTABLE)
+        library = build(
+            OPERATORS_LIBRARY, _operators(), link, suffix=".so", machine=machine, compiler=compiler
+        )
+        copy = Path(shutil.copy(library, folder / _shipped_name(machine)))
+        write_text(_record(copy), sha256_file(copy))
+        made.append(copy)
+    return made
+
+
+def _shipped_name(machine: str) -> str:
+    """The file name of shipped operators, which says of what they were made."""
+    digest = _digest("", _units(_operators(), machine), (*OPERATORS_LINK, *PORTABLE))
+    return f"{OPERATORS_LIBRARY}-{machine}-{digest}.so"
+
+
+@cache
+def _shipped(machine: str) -> Path | None:
+    """The shipped operators, if they are of these sources and this system can load them."""
+    if machine not in SHIPPED_FOR or sys.platform != "linux":
+        return None
+    library = SHIPPED / _shipped_name(machine)
+    if not _whole(library):
+        return None
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as e:
+        log.info("The operators of this package cannot be loaded here (%s).", e)
+        return None
+    return library
 
 
 def build(
@@ -198,25 +256,23 @@ def build(
     kernel_flags: tuple[str, ...] = (),
     suffix: str = "",
     machine: str | None = None,
+    compiler: str = "",
 ) -> Path:
     """Compile `sources` and kernels.cpp for every instruction set, and link them.
 
-    The file name carries a digest of everything it is made of, so a change builds anew.
+    The file name carries a digest of everything it is made of, so a change builds anew. `compiler`
+    is $CXX or the first that is found, unless it is named.
 
     Raises:
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
     """
-    compiler, machine = _compiler(), machine or platform.machine()
+    compiler, machine = _compiler(compiler), machine or platform.machine()
     if machine not in ISAS:
         raise RuntimeFault(
             f"There are no native kernels for {machine} (only for {', '.join(ISAS)}); "
             "use --engine onnx-stock."
         )
-    units = [(source, name_of(source), flags) for source, flags in sources.items()]
-    units += [
-        ("kernels.cpp", f"kernels_{isa}", (f"-DEDGE_KV_ISA={isa}", *flags, *kernel_flags))
-        for isa, flags in ISAS[machine].items()
-    ]
+    units = _units(sources, machine, kernel_flags)
     folder = cache_folder("native")
     target = folder / f"{name}-{_digest(compiler, units, link)}{suffix}"
     if not _whole(target):
@@ -231,6 +287,17 @@ def build(
             ) from e
     require_own(target)
     return target
+
+
+def _units(
+    sources: dict[str, tuple[str, ...]], machine: str, kernel_flags: tuple[str, ...] = ()
+) -> list[Unit]:
+    """What is compiled: the kernels for every instruction set, which take longest, come first."""
+    kernels = [
+        ("kernels.cpp", f"kernels_{isa}", (f"-DEDGE_KV_ISA={isa}", *flags, *kernel_flags))
+        for isa, flags in ISAS[machine].items()
+    ]
+    return kernels + [(source, name_of(source), flags) for source, flags in sources.items()]
 
 
 def _whole(target: Path) -> bool:
@@ -249,12 +316,7 @@ def name_of(source: str) -> str:
     return source.removesuffix(".cpp")
 
 
-def _compile(
-    compiler: str,
-    units: list[tuple[str, str, tuple[str, ...]]],
-    link: tuple[str, ...],
-    target: Path,
-) -> None:
+def _compile(compiler: str, units: list[Unit], link: tuple[str, ...], target: Path) -> None:
     work = target.with_name(f"{target.name}.build")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -264,12 +326,21 @@ def _compile(
             [compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(work / f"{unit}.o")]
             for source, unit, flags in units
         ]
-        running = [_start(command) for command in commands]
-        for process in running:
-            _finish(process)
+        said = time.monotonic()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            running = [pool.submit(_run, command) for command in commands]
+            try:
+                for done, task in enumerate(as_completed(running), 1):
+                    task.result()
+                    if time.monotonic() - said > _SILENCE:
+                        said = time.monotonic()
+                        log.info("… %d of %d files are compiled.", done, len(running))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         objects = [str(work / f"{unit}.o") for _, unit, _ in units]
         made = work / target.name
-        _finish(_start([compiler, "-o", str(made), *objects, *link]))
+        _run([compiler, "-o", str(made), *objects, *link])
         made.chmod(0o755)
         write_text(_record(target), sha256_file(made))
         made.replace(target)
@@ -277,16 +348,13 @@ def _compile(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-
-
-def _finish(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate()
-    if process.returncode:
-        lines = output.splitlines()
+def _run(command: list[str]) -> None:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stdout.splitlines()
         told = [x for x in lines if any(w in x for w in ("error:", "undefined", "cannot find"))]
         why = (told or lines or ["killed"])[0]
         raise RuntimeFault(
@@ -295,20 +363,20 @@ def _finish(process: subprocess.Popen[str]) -> None:
         )
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+def _compiler(named: str = "") -> str:
+    for name in [named] if named else [os.environ.get("CXX"), "g++", "clang++", "c++"]:
         found = shutil.which(name) if name else None
         if found:
             return found
+    if named:
+        raise RuntimeFault(f"There is no {named}; on Debian and Ubuntu: apt install {named}.")
     raise RuntimeFault(
         "There is no C++ compiler, and native code is compiled when it is first used; install one "
         "(Debian and Ubuntu: apt install g++) or use --engine onnx-stock."
     )
 
 
-def _digest(
-    compiler: str, units: list[tuple[str, str, tuple[str, ...]]], link: tuple[str, ...]
-) -> str:
+def _digest(compiler: str, units: list[Unit], link: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for part in (compiler, sys.platform, FLAGS, units, link):
         digest.update(repr(part).encode())
@@ -319,13 +387,19 @@ def _digest(
 
 
 def main() -> None:
-    """Build edge-kv-run into a directory."""
+    """Build edge-kv-run into a directory, or the libraries that wheels bring."""
     parser = argparse.ArgumentParser(prog="python -m edge_kv.runtime.native_library")
     parser.add_argument("folder", type=Path, help="where to put edge-kv-run")
+    parser.add_argument(
+        "--ship", action="store_true", help="put ONNX operators for every machine there instead"
+    )
     parser.add_argument("--machine", choices=sorted(ISAS), help="cross-compile with $CXX")
     parser.add_argument("--wheel", type=Path, help="the executorch folder of that machine's wheel")
     given = parser.parse_args()
     try:
+        if given.ship:
+            print(*ship(given.folder), sep="\n")
+            return
         made = build_runner(given.wheel and given.wheel.resolve(), given.machine)
         print(shutil.copy(made, given.folder / "edge-kv-run"))
     except RuntimeFault as e:

@@ -1,57 +1,82 @@
-"""Damaged checkpoints through the real commands: an input is served or refused in one sentence.
+"""Damaged files through the real command line: each is served or refused in one sentence.
 
-    python tests/fuzz_inputs.py --cases 2000 [--seed 7]
+    python tests/fuzz_inputs.py --cases 2000 [--seed 7] [--artifact DIR] [--case 123]
 
-Every case is a checkpoint with one to three seeded mutations (config.json, generation_config.json,
-tokenizer.json, the shard index, the headers of safetensors and GGUF files, cut and flipped bytes),
-given to `edge-kv plan` or to `edge-kv export`, which is stopped when the weights are written. A
-traceback, an unknown exit status, a message of several lines, a signal or more than LIMIT seconds
-is a failure; the case can be made again from its seed and number.
+Cases are seeded and of every kind of file that users bring: checkpoints (config.json,
+generation_config.json, tokenizer.json, shard index, safetensors, GGUF) through `plan` and `export`,
+which is stopped before it lowers programs; artifacts (manifest, tokenizer, template, ONNX and .pte
+programs, with and without digests that fit) through `run`, `verify` and `inspect`; snapshots and
+the packed weights of the cache through `run`. Every case is a forked copy of one process that has
+imported everything. A traceback, a signal, another exit status, a message of several lines, more
+than LIMIT seconds of processor time or WALL seconds are failures; `--case` runs one again.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, NoReturn
 
 import gguf
 import numpy as np
-from typer.testing import CliRunner
+import onnx
+import onnxruntime  # noqa: F401, so that the copies have it
+import torch
+from fake_artifact import write_artifact
 from weights_gguf import write_gguf
 from weights_models import tiny_hf
 
-from edge_kv.cli import app
+import edge_kv.export
+import edge_kv.runtime.onnx_session  # noqa: F401
+from edge_kv.cli import main
 from edge_kv.errors import ExportError
+from edge_kv.terminal import Bar
 
-LIMIT = 30  # seconds that one case may take
-BATCH = 50  # cases of one process
+LIMIT = 30  # seconds of processor time that one case may take
+WALL = 180  # seconds that it may take on a busy machine
+MOST_MEMORY = 24 << 30  # bytes of address space
+KINDS = (
+    "checkpoint", "checkpoint", "checkpoint", "manifest", "tokenizer", "template", "program .onnx",
+    "program .pte", "snapshot", "cache",
+)  # fmt: skip
+STAGE = Bar.stage
+Env = dict[str, str]
+Change = Callable[[Path, random.Random], None]
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, 0.0, -0.5, 1e-300, 1e300, float("nan"),
     float("inf"), "", "x", "\ud800", "1", [], [1], [[]], {}, {"a": 1}, [None] * 3,
     ["full_attention"], 10**400,
 ]  # fmt: skip
-
-
-class Hang(BaseException):
-    """A case that takes too long."""
+JINJA = (
+    "{{ 1 / 0 }}", "{{ messages[99] }}", "{{ none.x.y }}", "{{ 'x' * 10 ** 10 }}",
+    "{% for i in range(10 ** 9) %}x{% endfor %}", "{{ ''.__class__ }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ cycler.__init__.__globals__ }}",
+    "{% include '/etc/passwd' %}", "{{ raise_exception('no') }}", "{% if %}", "{{", "{% break %}",
+    "{% set x = namespace() %}{{ x.y.z }}", "{{ messages | tojson(indent='x') }}",
+    "{% generation %}a{% endgeneration %}", "{{ bos_token * -1 }}", "{{ strftime_now('%') }}",
+    "{{ messages | map('length') | list }}", "\x00{{ messages | tojson }}",
+)  # fmt: skip
 
 
 # --- what is damaged -----------------------------------------------------------------------------
 
 
-def make_bases(root: Path) -> list[Path]:
+def make_checkpoints(root: Path) -> list[Path]:
     """Whole checkpoints: directories of three families, one sharded, and two GGUF files."""
     bases = []
     for name, options in (("e2b", {}), ("26b", {"max_shard_size": "150KB"}), ("gemma3", {})):
@@ -202,26 +227,165 @@ def safetensors_entry(path: Path, rng: random.Random) -> None:
     return None
 
 
-# --- how it is run -------------------------------------------------------------------------------
+# --- artifacts, snapshots and what is kept for the device ----------------------------------------
 
 
-def attempt(number: int, seed: int, bases: list[Path], root: Path) -> tuple[str, str]:
-    """(kind, outcome) of one case; the outcome is "served", "refused" or what went wrong."""
-    rng = random.Random(f"{seed}/{number}")
-    base = rng.choice(bases)
-    place = Path(tempfile.mkdtemp(dir=root))
-    path = place / base.name
-    (shutil.copytree if base.is_dir() else shutil.copy)(base, path)
-    kind = damage(path, rng)
-    for _ in range(rng.choice((0, 0, 1, 2))):
-        damage_again(path, rng)
-    command = ["plan", "--weights", str(path), "--ctx", "64"]
-    if rng.random() < 0.5:
-        command = ["export", "--weights", str(path), "--ctx", "64", "--out", str(place / "out")]
-    try:
-        return kind, outcome(command)
-    finally:
-        shutil.rmtree(place)
+def agree(root: Path) -> None:
+    """Give the manifest the sizes and digests of the files as they are now: a forger would."""
+    path = root / "manifest.json"
+    held = json.loads(path.read_bytes())
+    for name, entry in held["files"].items():
+        data = (root / name).read_bytes()
+        entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    path.write_text(json.dumps(held))
+
+
+def template(path: Path, rng: random.Random) -> None:
+    """Jinja in odd places, or lines lost."""
+    text = path.read_text(encoding="utf-8")
+    at = rng.randrange(len(text) + 1)
+    if rng.random() < 0.2:
+        text = text[at:] if rng.random() < 0.5 else text[:at]
+    else:
+        text = text[:at] + rng.choice(JINJA) + text[at:]
+    path.write_text(text, encoding="utf-8")
+
+
+def graph(path: Path, rng: random.Random) -> None:
+    """One fact of an ONNX program: an attribute, a name, a type, a shape, a constant, a node."""
+    model = onnx.load(path, load_external_data=False)
+    holder = rng.choice([model.graph, *model.functions]) if rng.random() < 0.3 else model.graph
+    nodes = holder.node
+    node = rng.choice(nodes)
+    what = rng.randrange(7)
+    if what == 0 and node.attribute:
+        attribute = rng.choice(node.attribute)
+        if attribute.type == onnx.AttributeProto.INT:
+            attribute.i = rng.choice((0, 1, -1, 7, 2**31, -(2**63)))
+        elif attribute.type == onnx.AttributeProto.FLOAT:
+            attribute.f = rng.choice((0.0, -1.0, float("nan"), float("inf")))
+        else:
+            node.attribute.remove(attribute)
+    elif what == 1 and node.input:
+        node.input[rng.randrange(len(node.input))] = rng.choice(nodes).output[0]
+    elif what == 2:
+        node.op_type = rng.choice([n.op_type for n in nodes] + ["Nothing"])
+    elif what == 3:
+        nodes.remove(node)
+    elif what == 4:
+        value = rng.choice([*model.graph.input, *model.graph.output])
+        shape = value.type.tensor_type.shape.dim
+        if shape:
+            rng.choice(shape).dim_value = rng.choice((0, 1, 3, 2**31, -1))
+    elif what == 5:
+        value = rng.choice([*model.graph.input, *model.graph.output])
+        value.type.tensor_type.elem_type = rng.choice((1, 2, 3, 7, 10, 99))
+    elif model.graph.initializer:
+        constant = rng.choice(model.graph.initializer)
+        if constant.external_data:
+            rng.choice(constant.external_data).value = rng.choice(
+                ("0", "-1", "7", str(2**62), "../../etc/passwd", "x")
+            )
+        elif constant.raw_data:
+            raw = bytearray(constant.raw_data)
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+            constant.raw_data = bytes(raw)
+    path.write_bytes(model.SerializeToString())
+
+
+def snapshot_header(path: Path, rng: random.Random) -> None:
+    """Another header, or other rows, with a digest that fits."""
+    raw = path.read_bytes()
+    magic, version, length = struct.unpack("<8sII", raw[:16])
+    header, rows = json.loads(raw[16 : 16 + length]), bytearray(raw[16 + length : -32])
+    if rng.random() < 0.8:
+        header = replaced(header, rng)
+    else:
+        rows[rng.randrange(len(rows))] ^= 255
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    body = struct.pack("<8sII", magic, version, len(text)) + text + bytes(rows)
+    path.write_bytes(body + hashlib.sha256(body).digest())
+
+
+class Bases:
+    """The whole inputs that cases are copied from."""
+
+    def __init__(self, root: Path, artifact: Path | None) -> None:
+        """Make them in `root`; without an `artifact` a toy is written, which has no .pte."""
+        self.checkpoints = make_checkpoints(root / "checkpoints")
+        self.artifact = artifact or write_artifact(root / "toy")
+        self.snapshot = root / "talk.kv"
+        self.cache = root / "cache"
+        run = ["run", str(self.artifact), "hi", "--max-new-tokens", "2", "--threads", "1"]
+        made = child([*run, "--snapshot", str(self.snapshot)], root, {})
+        packed = child([*run, "--engine", "onnx-stock"], root, {"EDGE_KV_CACHE": str(self.cache)})
+        assert (made, packed) == ("served", "served"), (made, packed)
+        lacking = [".pte"] * (not self._programs(".pte")) + ["cache"] * (not self.cache.exists())
+        self.kinds = [kind for kind in KINDS if kind.split()[-1] not in lacking]
+
+    def _programs(self, ending: str) -> list[Path]:
+        return sorted(self.artifact.rglob(f"*{ending}"))
+
+    def case(self, kind: str, rng: random.Random, place: Path) -> tuple[str, list[str], Env]:
+        """(what was damaged, arguments, environment) of one case of `kind`, made in `place`."""
+        if kind == "checkpoint":
+            return self._checkpoint(rng, place)
+        root = place / self.artifact.name
+        shutil.copytree(self.artifact, root)
+        run = ["run", str(root), "hi", "--max-new-tokens", "2", "--threads", "1"]
+        if kind == "snapshot":
+            path = Path(shutil.copy(self.snapshot, place))
+            name = self._change(path, rng, [snapshot_header] * 3 + [flip_header, cut])
+            return name, [*run, "--restore", str(path)], {}
+        if kind == "cache":
+            cache = place / "cache"
+            shutil.copytree(self.cache, cache)
+            files = sorted(p for p in cache.rglob("*") if p.is_file() and p.stat().st_size)
+            path = rng.choice(files)
+            name = self._change(path, rng, [flip_header, cut, json_or_bytes])
+            return name, [*run, "--engine", "onnx-stock"], {"EDGE_KV_CACHE": str(cache)}
+        changes: list[Change]
+        if kind == "manifest":
+            file, changes = root / "manifest.json", [json_value] * 5 + [flip_header, cut]
+        elif kind == "tokenizer":
+            file, changes = root / "tokenizer.json", [json_value] * 5 + [flip_header, cut]
+        elif kind == "template":
+            file, changes = root / "chat_template.jinja", [template] * 5 + [flip_header, cut]
+        else:
+            ending = kind.split()[-1]
+            file = rng.choice(self._programs(ending))
+            file = root / file.relative_to(self.artifact)
+            changes = [graph] * 4 if ending == ".onnx" else []
+            changes += [flip_header, cut]
+        name = self._change(file, rng, changes)
+        if kind != "manifest" and rng.random() < (0.3 if kind == "program .pte" else 0.7):
+            agree(root)
+        if kind == "program .pte":
+            return name, [*run, "--engine", "executorch"], {}
+        others = [["inspect", str(root)], ["verify", str(root), "--threads", "1"]]
+        return name, rng.choice([run, run, run, *others]), {}
+
+    def _change(self, path: Path, rng: random.Random, changes: list[Change]) -> str:
+        change = rng.choice(changes)
+        change(path, rng)
+        return f"{path.suffix or path.name} {change.__name__}"
+
+    def _checkpoint(self, rng: random.Random, place: Path) -> tuple[str, list[str], Env]:
+        base = rng.choice(self.checkpoints)
+        path = place / base.name
+        (shutil.copytree if base.is_dir() else shutil.copy)(base, path)
+        name = damage(path, rng)
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            damage_again(path, rng)
+        command = ["plan", "--weights", str(path), "--ctx", "64"]
+        if rng.random() < 0.5:
+            out = ["--out", str(place / "out"), "--calibration", "none"]
+            command = ["export", "--weights", str(path), "--ctx", "64", *out]
+        return name, command, {}
+
+
+def json_or_bytes(path: Path, rng: random.Random) -> None:
+    (json_value if path.suffix == ".json" else flip_header)(path, rng)
 
 
 def damage_again(path: Path, rng: random.Random) -> None:
@@ -231,96 +395,134 @@ def damage_again(path: Path, rng: random.Random) -> None:
         flip_header(path, rng)
 
 
-def outcome(command: list[str]) -> str:
-    def out_of_time(*_: object) -> None:
-        raise Hang
+# --- how it is run -------------------------------------------------------------------------------
 
-    before = signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(LIMIT)
-    try:
-        with mock.patch("edge_kv.export.pipeline._Job.run", weights_alone):
-            result = CliRunner().invoke(app, command)
-    except Hang:
-        return f"hang: more than {LIMIT} s"
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    if result.exit_code == 0:
+
+def child(arguments: list[str], place: Path, environment: Env) -> str:
+    """What the command line makes of `arguments`, in a forked copy of this process."""
+    process = os.fork()
+    if not process:
+        _be_command(arguments, place, environment)
+    until = time.monotonic() + WALL
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > until:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return f"hang: more than {WALL} s"
+        time.sleep(0.002)
+    said = (place / "stderr").read_text(errors="replace")
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number == signal.SIGXCPU:
+            return f"hang: more than {LIMIT} s of processor time"
+        return f"signal: {signal.Signals(number).name}, {said[-200:]!r}"
+    code = os.WEXITSTATUS(status)
+    if "Traceback" in said:
+        return f"traceback: {said[-300:]!r}"
+    if code == 0:
         return "served"
-    if result.exception and not isinstance(result.exception, SystemExit):
-        return f"traceback: {type(result.exception).__name__}: {str(result.exception)[:200]}"
-    lines = result.stderr.strip().splitlines()
-    if result.exit_code != 1 or len(lines) != 1 or not lines[0].startswith("Error: "):
-        return f"no sentence: status {result.exit_code}, {result.stderr[:200]!r}"
-    return "refused"
+    errors = [line for line in said.splitlines() if line.startswith("Error: ")]
+    if code == 1 and len(errors) == 1 and said.rstrip().endswith(errors[0]):
+        return "refused"
+    return f"no sentence: status {code}, {said[-300:]!r}"
 
 
-def weights_alone(job: Any) -> None:
-    """Stands for an export's work up to its programs."""
-    job._begin()
+def _be_command(arguments: list[str], place: Path, environment: Env) -> NoReturn:
+    """Run the command line as a process of its own would, and end."""
+    code = 70
     try:
-        job._weights()
-        job._tokenizer()
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for number, name, flags in (
+            (0, os.devnull, os.O_RDONLY), (1, str(place / "stdout"), os.O_WRONLY | os.O_CREAT),
+            (2, str(place / "stderr"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):  # fmt: skip
+            os.dup2(os.open(name, flags, 0o600), number)
+        sys.stdin, sys.stdout, sys.stderr = (
+            os.fdopen(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+        )
+        os.environ.update(environment)
+        Bar.stage = up_to_programs  # type: ignore[method-assign]
+        sys.argv = ["edge-kv", *arguments]
+        main()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        shutil.rmtree(job.root)
-    raise ExportError("Stopped after the weights.")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def batch(numbers: range, seed: int, root: Path) -> Iterator[tuple[int, str, str]]:
-    """(number, kind, outcome) of every case, run in this process."""
-    bases = make_bases(root / "bases")
-    for number in numbers:
-        yield number, *attempt(number, seed, bases, root)
+def up_to_programs(self: Bar, name: str) -> None:
+    """Stands for `Bar.stage`: an export ends where its programs would be lowered."""
+    if name.startswith("programs"):
+        raise ExportError("Stopped before the programs.")
+    STAGE(self, name)
 
 
-def apart(numbers: range, seed: int) -> list[tuple[int, str, str]]:
-    """The cases of `batch` in processes of their own; one that dies is the outcome of its case."""
-    found: list[tuple[int, str, str]] = []
-    while len(found) < len(numbers):
-        left = numbers[len(found) :][:BATCH]
-        command = [sys.executable, __file__, "--batch", f"{left[0]}:{left[-1] + 1}"]
-        done = subprocess.run(
-            [*command, "--seed", str(seed)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            check=False,
-        )  # fmt: skip
-        answers = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == b"["]
-        if len(answers) < len(left):
-            number = left[len(answers)]
-            answers.append([number, "process", f"signal: ended with status {done.returncode}"])
-        for number, kind, result in answers:
-            if result not in ("served", "refused"):
-                print(f"case {number} ({kind}): {result}", flush=True)
-            found.append((number, kind, result))
-    return found
+def attempt(number: int, seed: int, bases: Bases, root: Path) -> tuple[int, str, str]:
+    """(number, kind, outcome) of a case; the outcome is "served", "refused" or what went wrong."""
+    rng = random.Random(f"{seed}/{number}")
+    kind = bases.kinds[number % len(bases.kinds)]
+    place = Path(tempfile.mkdtemp(dir=root))
+    try:
+        name, arguments, environment = bases.case(kind, rng, place)
+        return number, f"{kind}: {name}", child(arguments, place, environment)
+    finally:
+        shutil.rmtree(place)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def fuzz(numbers: range, seed: int, artifact: Path | None) -> Iterator[tuple[int, str, str]]:
+    """Every case, made and run."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="edge-kv-fuzz-") as folder:
+        bases = Bases(Path(folder), artifact)
+        gc.freeze()  # pages of what is imported stay shared with the children
+        for number in numbers:
+            yield attempt(number, seed, bases, Path(folder))
+
+
+def command_line() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--case", type=int, help="run this one alone")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the counts and failures here")
-    parser.add_argument("--batch", help="run FROM:TO here and print a line for each case")
+    parser.add_argument("--artifact", type=Path, help="exported for both engines; else a toy")
+    parser.add_argument("--write", action="store_true", help="keep it as a result")
     args = parser.parse_args()
-    if args.batch:
-        first, last = map(int, args.batch.split(":"))
-        with tempfile.TemporaryDirectory() as folder:
-            for answer in batch(range(first, last), args.seed, Path(folder)):
-                print(json.dumps(answer), flush=True)
-        return 0
-    found = apart(range(args.cases), args.seed)
-    kinds = Counter(f"{kind}: {result.partition(':')[0]}" for _, kind, result in found)
-    failures = [f for f in found if f[2] not in ("served", "refused")]
+    numbers = range(args.cases) if args.case is None else range(args.case, args.case + 1)
+    begin, found = time.monotonic(), []
+    for number, kind, result in fuzz(numbers, args.seed, args.artifact):
+        found.append((kind.partition(":")[0], result.partition(":")[0]))
+        if result not in ("served", "refused"):
+            print(f"case {number} ({kind}): {result}", file=sys.stderr, flush=True)
+    outcomes: dict[str, dict[str, int]] = {}
+    for (kind, result), count in sorted(Counter(found).items()):
+        outcomes.setdefault(kind, {})[result] = count
     summary = {
+        "benchmark": "fuzz_inputs",
         "cases": len(found),
         "seed": args.seed,
-        "outcomes": dict(sorted(kinds.items())),
-        "failures": failures,
+        "artifact": args.artifact.name if args.artifact else "toy",
+        "seconds": round(time.monotonic() - begin),
+        "outcomes": outcomes,
+        "failures": sum(result not in ("served", "refused") for _, result in found),
     }
     print(json.dumps(summary, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(summary, indent=1) + "\n")
-    return 1 if failures else 0
+    if args.write:
+        from common import write_result
+
+        write_result("fuzz_inputs", summary)
+    return int(summary["failures"] > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line())

@@ -1,16 +1,23 @@
-"""A seeded part of `fuzz_inputs`: damaged checkpoints are served or refused in one sentence."""
+"""A seeded part of `fuzz_inputs`: damaged files are served or refused in one sentence."""
 
 from __future__ import annotations
 
-from collections import Counter
-
-from fuzz_inputs import batch
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 CASES, SEED = 150, 11
 
 
-def test_damaged_checkpoints_end_in_one_sentence(tmp_path):
-    found = list(batch(range(CASES), SEED, tmp_path))
-    counts = Counter(result for _, _, result in found)
-    assert [f for f in found if f[2] not in ("served", "refused")] == []
-    assert counts["refused"] > CASES // 2 and counts["served"] > 0
+def test_damaged_files_end_in_one_sentence():
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_inputs.py"))]
+    done = subprocess.run(
+        [*command, "--cases", str(CASES), "--seed", str(SEED)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    counts = {kind: sum(outcomes.values()) for kind, outcomes in found["outcomes"].items()}
+    assert found["failures"] == 0 and sum(counts.values()) == CASES and len(counts) == 6
+    refused = sum(outcomes.get("refused", 0) for outcomes in found["outcomes"].values())
+    assert CASES // 2 < refused < CASES

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
+
 import numpy as np
 import onnx
 import pytest
@@ -94,6 +98,58 @@ def test_without_a_compiler_the_functions_run(tiny_artifact, monkeypatch):
         assert session.operators is None
     got, _ = logits(tiny_artifact, "onnx")
     np.testing.assert_array_equal(got, want)
+
+
+def put(content, library):
+    """A library as `ship` leaves it: its digest lies beside it."""
+    library.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    library.with_name(f"{library.name}.sha256").write_text(digest)
+    native_library._shipped.cache_clear()
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """The folder of a wheel's libraries, and no compiler to fall back on."""
+    monkeypatch.setattr(native_library, "SHIPPED", tmp_path)
+    native_library._shipped.cache_clear()
+    yield tmp_path
+    native_library._shipped.cache_clear()
+
+
+def test_a_shipped_library_is_taken_and_nothing_compiled(shipped, monkeypatch, tiny_artifact):
+    built = native_library.build_onnx_operators()
+    name = native_library._shipped_name(platform.machine())
+    put(built.read_bytes(), shipped / name)
+    monkeypatch.setattr(native_library.shutil, "which", lambda name: None)
+    monkeypatch.setenv("EDGE_KV_CACHE", str(shipped / "cache"))
+    assert native_library.build_onnx_operators() == shipped / name
+    with OnnxSession(read_artifact(tiny_artifact), threads=1) as session:
+        assert session.operators == shipped / name
+
+
+@pytest.mark.parametrize(
+    "fault", ["of other sources", "cut off", "of another machine", "for another system"]
+)
+def test_a_shipped_library_that_does_not_fit_is_left_alone(shipped, fault, caplog):
+    built = native_library.build_onnx_operators()
+    name = native_library._shipped_name(platform.machine())
+    other = next(m for m in native_library.SHIPPED_FOR if m != platform.machine())
+    names = {
+        "of other sources": f"edge_kv_onnx-{platform.machine()}-0123456789abcdef.so",
+        "cut off": name,
+        "for another system": name,
+        "of another machine": native_library._shipped_name(other),
+    }
+    put(built.read_bytes(), shipped / names[fault])
+    if fault == "cut off":
+        os.truncate(shipped / name, 1000)
+    if fault == "for another system":
+        put(b"\x7fELF of something else", shipped / name)
+    native_library._shipped.cache_clear()
+    caplog.set_level("INFO")
+    assert native_library.build_onnx_operators() == built
+    assert ("cannot be loaded here" in caplog.text) == (fault == "for another system")
 
 
 def call(name, arrays, outputs, **attributes):

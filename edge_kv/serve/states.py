@@ -23,6 +23,7 @@ from edge_kv.runtime.session import Copy, common_prefix, held_of
 
 WORTH_KEEPING = 64  # tokens below which reading again is cheaper than keeping
 SUFFIX = ".kv"
+SERVER_BYTES = 34_000_000  # RAM of the HTTP server and of grammars, beside a session (measured)
 log = logging.getLogger(__name__)
 
 

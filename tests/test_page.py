@@ -1,0 +1,173 @@
+"""The page of `edge-kv serve` in a real browser: what a person does with it, and how it looks."""
+
+import threading
+import time
+
+import browser as browsers
+import pytest
+from fake_artifact import NumpySession, write_artifact
+
+from edge_kv.artifact import read_artifact
+from edge_kv.runtime.chat import Generator
+from edge_kv.runtime.template import RAW_TEMPLATE, Template
+from edge_kv.serve.app import Server, Settings, make_app
+from edge_kv.serve.states import States
+
+pytestmark = pytest.mark.skipif(
+    browsers.PROGRAM is None, reason="no browser; on Debian and Ubuntu: apt install chromium"
+)
+LAST = "document.querySelector('#log article:last-child"
+DONE = "document.querySelector('#stop').hidden"
+CONTRAST = """(() => {
+  const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map(Number).map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => { for (; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor;
+    if (!/, 0\\)$|transparent/.test(c)) return c; } return "rgb(255, 255, 255)"; };
+  return ["#model", "#log article .text", "#log .figures", "#context-text", "#send", "#m-total"]
+    .map((s) => document.querySelector(s)).map((e) => {
+      const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
+      return (a + 0.05) / (b + 0.05); });
+})()"""
+
+
+class Slow(NumpySession):
+    """A session whose tokens take a moment, so that there is something to stop."""
+
+    def _run_decode(self, token, pos):
+        time.sleep(0.01)
+        return super()._run_decode(token, pos)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(address, server) of a server over a toy model."""
+    import uvicorn
+
+    root = write_artifact(tmp_path_factory.mktemp("page") / "toy", ctx=2048, programs=False)
+    session = Slow(read_artifact(root))
+    generator = Generator(session)
+    raw = Generator(session, generator.tokenizer, Template(RAW_TEMPLATE))
+    server = Server(generator, raw, States(generator), Settings(planned=90 << 20))
+    config = uvicorn.Config(make_app(server), port=0, log_level="error")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + browsers.SECONDS
+    while not running.started:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}", server
+    running.should_exit = True
+    thread.join(browsers.SECONDS)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    made = browsers.Browser()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    """The page, newly opened; it has to stay free of errors and of requests to other hosts."""
+    browser.size(1100, 720)
+    browser.requests.clear()
+    browser.faults.clear()
+    browser.open(f"{served[0]}/")
+    browser.run("localStorage.clear()")
+    browser.wait("document.querySelector('#summary').textContent.includes('context')")
+    yield browser
+    assert browser.faults == []
+    assert [u for u in browser.requests if not u.startswith((served[0], "data:"))] == []
+
+
+def ask(page, text, tokens):
+    """Send a message as a person would, for a reply of at most so many tokens."""
+    page.run(f"document.querySelector('#max_tokens').value = {tokens}")
+    page.run("document.querySelector('#input').focus()")
+    page.type(text)
+    page.key("Enter", "\r")
+    page.wait("document.querySelectorAll('#log article').length % 2 == 0")
+
+
+def test_a_conversation_with_its_figures(page, served):
+    for turn, question in enumerate(("Hello", "And then?"), 1):
+        ask(page, question, 12)
+        page.wait(DONE)
+        assert page.run("document.querySelectorAll('#log article').length") == 2 * turn
+    texts = page.run("[...document.querySelectorAll('#log article .text')].map(e => e.textContent)")
+    assert texts[0] == "Hello" and texts[2] == "And then?"
+    assert "12 tokens" in page.run(f"{LAST} .figures').textContent")
+    page.wait("document.querySelector('#context').value > 0")
+    held = served[1].generator.session.pos
+    page.wait(f"document.querySelector('#context-text').textContent.startsWith('{held} of')")
+    assert page.run("document.querySelector('#area-state').getAttribute('d').length") > 10
+    assert "94.4 MB" in page.run("document.querySelector('#m-planned').textContent")
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+def test_stop_ends_the_reply_here_and_on_the_device(page, served, how):
+    ask(page, "Tell me all", 1500)
+    page.wait(f"{LAST} .text').textContent.length > 20")
+    if how == "button":
+        page.click("#stop")
+    else:
+        page.key("Escape")
+    page.wait(DONE)
+    assert "stopped" in page.run(f"{LAST} .figures').textContent")
+    until = time.monotonic() + browsers.SECONDS
+    while served[1].worker.busy:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    ask(page, "Go on", 4)
+    page.wait(DONE)
+    assert page.run("document.querySelectorAll('#log article.failed').length") == 0
+
+
+def test_regenerate_answers_once_more_and_edit_takes_back(page):
+    page.run("document.querySelector('#temperature').value = 3")
+    ask(page, "Hello", 24)
+    page.wait(DONE)
+    first = page.run(f"{LAST} .text').textContent")
+    page.run(f"[...{LAST}').querySelectorAll('button')]"
+             ".find(b => b.textContent == 'Regenerate').click()")  # fmt: skip
+    page.wait(f"{DONE} && {LAST} .figures').textContent.includes('24 tokens')")
+    assert page.run("document.querySelectorAll('#log article').length") == 2
+    assert page.run(f"{LAST} .text').textContent") != first
+    page.run("document.querySelector('#log article.user button').click()")
+    assert page.run("document.querySelectorAll('#log article').length") == 0
+    assert page.run("document.querySelector('#input').value") == "Hello"
+
+
+def test_a_failure_is_told_in_the_conversation(page):
+    ask(page, "long " * 3000, 4)
+    page.wait(DONE)
+    assert "context" in page.run(f"{LAST} .text').textContent")
+    assert page.run("document.querySelectorAll('#log article.failed').length") == 1
+    page.faults.clear()  # the browser logs the status 400
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1100])
+def test_every_text_can_be_read_and_nothing_is_cut_off(page, tmp_path, dark, width):
+    page.size(width, 720, dark=dark)
+    ask(page, "A question with a wordthatislongerthanthescreenis" + "x" * 80, 24)
+    page.wait(DONE)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert min(page.run(CONTRAST)) >= 4.5  # WCAG AA
+    color = "getComputedStyle(document.body).backgroundColor"
+    brightness = page.run(f"{color}.match(/\\d+/g).map(Number)")
+    assert (sum(brightness) < 200) == dark
+    page.click("#toggle-settings")
+    assert page.run("document.activeElement.id") == "system"
+    page.key("Escape")
+    assert page.run("document.activeElement.id") == "toggle-settings"
+    box = page.run("(r => [r.left, r.right, r.bottom])"
+                   "(document.querySelector('#send').getBoundingClientRect())")  # fmt: skip
+    assert (0 <= box[0] < box[1] <= width and box[2] <= 720) or width < 600
+    page.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 5000
