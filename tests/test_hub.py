@@ -111,7 +111,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-# A hub that lists a repository has it; and of files, the client itself waits when they are too many.
+# A hub that lists a repository has it, and the client waits where files are asked for too often.
 LATER = [c for c in REFUSED if c not in ("too many", "not there", "a private name")]
 
 
