@@ -6,18 +6,26 @@ shipped ones round activations, so that the parity gate can tell the lowering fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from edge_kv import models
+from edge_kv.errors import ConfigError, ExportError
+from edge_kv.export.apart import apart
+from edge_kv.export.quiet import quiet
+from edge_kv.export.unfinished import read_record, write_record
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.manifest import Backend, PleEntry
 from edge_kv.models.model import Model
 from edge_kv.plan import Plan
 
 WEIGHTS = "weights.bin"
+WORTH_A_PROCESS = 256 << 20  # bytes of weights whose lowering leaves much memory behind
+INSTALL = "pip install --no-deps executorch==1.5.1"
 ATTENTIONS = ("native", "portable")
 
 
@@ -48,7 +56,7 @@ class Lowering(Protocol):
 
     gate: str  # the engine that judges its programs
 
-    def check(self, config: Model) -> None:
+    def check(self, config: Model, attention: str) -> None:
         """Refuse what this backend cannot export, before any weight is read.
 
         Raises:
@@ -71,7 +79,7 @@ class OnnxLowering:
 
     gate = "onnx-stock"  # without native operators: the exact variant is one of the programs
 
-    def check(self, config: Model) -> None:
+    def check(self, config: Model, attention: str) -> None:
         pass
 
     def layout(self, config: Model, formats: Mapping[str, str], attention: str) -> WeightLayout:
@@ -95,4 +103,91 @@ class OnnxLowering:
         return Lowered(backend(""), backend(EXACT), scratch)
 
 
-BACKENDS: dict[str, Lowering] = {"onnx": OnnxLowering()}
+class ExecuTorchLowering:
+    """One `.pte` with both methods. The weights of a native one stay in the weight file; a portable
+    one holds its own, as XNNPACK multiplies them, so their file does not ship."""
+
+    gate = "executorch"
+
+    def check(self, config: Model, attention: str) -> None:
+        for package in ("executorch", "flatbuffers", "ruamel", "tabulate", "torchao"):
+            if find_spec(package) is None:
+                raise ConfigError(
+                    f"Exporting to ExecuTorch needs {package}, which is not installed; "
+                    f"run: {INSTALL} && pip install 'edge-kv[executorch]'."
+                )
+        if attention == "native":
+            return
+        from edge_kv.export.executorch_portable import missing_operators
+
+        if lacks := missing_operators(config):
+            raise ExportError(
+                f"The stock ExecuTorch runtime has no operators for {' or '.join(lacks)}, which "
+                "this model computes with; use --attention native."
+            )
+
+    def layout(self, config: Model, formats: Mapping[str, str], attention: str) -> WeightLayout:
+        if attention == "native":
+            return WeightLayout(models.weights(config), formats)
+        with quiet():
+            from edge_kv.export.executorch_xnnpack import XnnpackLayout
+        return XnnpackLayout(models.weights(config), formats)
+
+    def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
+        if request.attention == "native":
+            shipped = self._lower(request, weights, folder / "model.pte", delegate=False)
+            exact = shipped.model_copy(update={"details": {**shipped.details, "exact": True}})
+            return Lowered(shipped, exact, (folder / "model.json",))
+        paths = folder / "exact.pte", folder / "model.pte"
+        backends = []
+        for path, delegate in zip(paths, (False, True), strict=True):
+            backends.append(self._lower(request, weights, path, delegate=delegate))
+            gc.collect()  # graphs are cycles, and hold every weight
+        records = (path.with_suffix(".json") for path in paths)
+        return Lowered(
+            shipped=backends[1], exact=backends[0], scratch=(paths[0], weights.path, *records)
+        )
+
+    def _lower(
+        self, request: Request, weights: StoredWeights, path: Path, *, delegate: bool
+    ) -> Backend:
+        """One variant; a finished one of an interrupted export is taken as it is."""
+        with quiet():
+            from edge_kv.export.lower_executorch import lower_executorch, programs
+
+        record = path.with_suffix(".json")
+        done = read_record(record)
+        if not (path.is_file() and path.stat().st_size == done.get("bytes")):
+            run = apart if weights.layout.bytes > WORTH_A_PROCESS else _here
+            details = run(
+                lower_executorch, request.config, request.plan, weights, path,
+                facts=_facts(request, weights.layout), attention=request.attention,
+                delegate=delegate,
+            )  # fmt: skip
+            done = {"bytes": path.stat().st_size, "details": details}
+            write_record(record, done)
+        files = [f"{path.parent.name}/{path.name}"]
+        details = dict(done["details"])
+        if request.attention != "native":
+            details["exact"] = not delegate  # products that are left take float activations
+        else:
+            details["weights"] = f"{weights.path.parent.name}/{weights.path.name}"
+            files.append(details["weights"])
+        return Backend(
+            programs=programs(request.config, request.plan, files[0]), files=files, details=details
+        )
+
+
+def _here(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return work(*args, **kwargs)
+
+
+def _facts(request: Request, layout: WeightLayout) -> dict[str, int]:
+    """What a runner needs that reads no manifest and that no method's tensors say."""
+    facts = {"ctx": request.plan.ctx, "weights": layout.bytes}
+    if ple := request.ple:
+        facts |= {"ple_bits": ple.bits, "ple_block": ple.block}
+    return {f"edge_kv_{name}": value for name, value in facts.items()}
+
+
+BACKENDS: dict[str, Lowering] = {"onnx": OnnxLowering(), "executorch": ExecuTorchLowering()}

@@ -7,7 +7,7 @@ fakes, and lowering holds no weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -132,16 +132,32 @@ def decoder_place(config: ModelConfig) -> Place:
 
 @contextmanager
 def weights_outside() -> Iterator[None]:
-    """Emit a constant that was given a tag as one outside of the program, named by that tag."""
+    """Emit a constant that was given a tag as one outside of the program, named by that tag.
+
+    A view of one is a constant too, of the same values in another shape.
+    """
     emit = _Emitter._tensor_spec_to_evalue
 
     def emit_outside(self: Any, spec: TensorSpec, constant_tag: str | None = None) -> EValue:
-        if constant_tag is None:
+        of = spec.extra_tensor_info  # a view has that of the constant it is of
+        if constant_tag is not None:
+            key = constant_tag
+        elif of is not None and of.location == TensorDataLocation.EXTERNAL:
+            key = _reshaped(of.fully_qualified_name, spec.shape)
+        else:
             return emit(self, spec, None)
-        spec.extra_tensor_info = ExtraTensorInfo(
-            fully_qualified_name=constant_tag, location=TensorDataLocation.EXTERNAL
-        )
-        return EValue(make_tensor_value(0, None, spec))
+        info = ExtraTensorInfo(fully_qualified_name=key, location=TensorDataLocation.EXTERNAL)
+        if constant_tag is not None:
+            spec.extra_tensor_info = info
+        value = make_tensor_value(0, None, spec)
+        value.extra_tensor_info = info
+        return EValue(value)
 
     with patch.object(_Emitter, "_tensor_spec_to_evalue", emit_outside):
         yield
+
+
+def _reshaped(key: str, shape: Sequence[int]) -> str:
+    """The key of the same weight in another shape."""
+    start, _, rest = key.partition("[")
+    return f"{start}[{','.join(map(str, shape))}{rest[rest.index(']') :]}"

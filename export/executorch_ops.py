@@ -25,6 +25,7 @@ from edge_kv.model.state import (
     softmax_attention,
     visible,
 )
+from edge_kv.nets import ops as net_ops
 
 _BUFFERS = (
     "Tensor{a} keys, Tensor{b}? key_scales, Tensor{c} values, Tensor{d}? value_scales, Tensor pos"
@@ -145,13 +146,19 @@ _define(
     "linear",
     "Tensor x, Tensor weight",
     lambda x, weight: F.linear(x, weight),
-    lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
+    lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 _define(
     "rms_norm",
-    "Tensor x, Tensor weight, float eps",
-    lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
+    "Tensor x, Tensor? weight, float eps",
+    lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], weight, eps),
     lambda x, *rest: x.new_empty(x.shape),
+)
+_define(
+    "gated",
+    "Tensor gate, Tensor up, str act, float limit",
+    net_ops.gated,
+    lambda gate, *rest: gate.new_empty(gate.shape),
 )
 _define(
     "gelu_mul",
@@ -188,5 +195,6 @@ store_own: Any = torch.ops.edge_kv.store_own
 linear: Any = torch.ops.edge_kv.linear
 rms_norm: Any = torch.ops.edge_kv.rms_norm
 gelu_mul: Any = torch.ops.edge_kv.gelu_mul
+gated: Any = torch.ops.edge_kv.gated
 softcap: Any = torch.ops.edge_kv.softcap
 put_in_place: Any = torch.ops.edge_kv.put_in_place

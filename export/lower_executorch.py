@@ -1,8 +1,8 @@
-"""Lowers the decoder to ExecuTorch: one `.pte` with the methods `prefill` and `decode`.
+"""Lowers any net to ExecuTorch: one `.pte` with the methods `prefill` and `decode`.
 
-Both methods mutate one set of buffers, which memory planning puts into an arena of its own, of just
-the bytes that the KV plan counts. A native program is of operators of ours over weights that stay
-in the weight file. A portable one holds its weights: linears and elementwise chains become XNNPACK
+Both methods mutate one set of tables, which memory planning puts into an arena of its own, of just
+the bytes that the plan counts. A native program is of operators of ours over weights that stay in
+the weight file. A portable one holds its weights: linears and elementwise chains become XNNPACK
 delegates, what lies between two of them (attention, token look-up, rotary angles) stays in the
 graph.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,51 +22,40 @@ from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch import Tensor, nn
 
-from edge_kv.artifact import Program, TensorIO
-from edge_kv.config import ModelConfig
+from edge_kv import models
 from edge_kv.errors import ExportError
+from edge_kv.export.executorch_fuse import fuse
 from edge_kv.export.executorch_lean import lean
-from edge_kv.export.executorch_native import (
-    decoder_place,
-    fakes,
-    for_engine,
-    weight_keys,
-    weights_outside,
-)
-from edge_kv.export.executorch_portable import PortableState, for_any_runtime
-from edge_kv.export.executorch_state import (
-    NativeState,
-    PrefillState,
-    StateBuffers,
-    StoringState,
-    attribute,
-)
-from edge_kv.export.executorch_weights import for_xnnpack
-from edge_kv.export.old_backends import quiet
-from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.executorch_native import fakes, weight_keys, weights_outside
+from edge_kv.export.executorch_portable import TRACED, PortableState, replace_embeddings
+from edge_kv.export.executorch_tables import NativeState, Tables, attribute
+from edge_kv.export.executorch_xnnpack import for_xnnpack, sigmoids
+from edge_kv.export.packed_weights import PackedWeights
+from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import StoredWeights
-from edge_kv.kv_plan import KVPlan
-from edge_kv.model.binding import load_parameters
-from edge_kv.model.decoder import Attention, Decoder
+from edge_kv.manifest import Program, TensorIO
+from edge_kv.models.model import Model
+from edge_kv.nets import make_net
+from edge_kv.nets.state import State
+from edge_kv.nets.weights import Decoder, Rows, holders, load, replace
+from edge_kv.plan import Plan
 
-ATTENTION = f"{Attention.__module__}.{Attention.__qualname__}"
 INPLACE_WRITE = "aten.index_put_.default"
 STATE_ALIGNMENT = 16  # ExecuTorch aligns every planned tensor to this many bytes
 
 
 @dataclass(frozen=True)
-class AttentionLowering:
-    """A lowering of attention: its state over (buffers, most tokens of a step), what else it
-    replaces in a decoder, and whether the weights stay outside of the program."""
+class Attention:
+    """How programs attend: their state over (tables, most tokens of a step), and whether their
+    weights stay outside."""
 
-    state: Callable[[StateBuffers, int], StoringState]
-    replace: Callable[[nn.Module], None]
+    state: Callable[[Tables, int], State]
     outside: bool
 
 
 ATTENTIONS = {
-    "native": AttentionLowering(lambda buffers, tokens: NativeState(buffers), for_engine, True),
-    "portable": AttentionLowering(PortableState, for_any_runtime, False),
+    "native": Attention(lambda tables, tokens: NativeState(tables), outside=True),
+    "portable": Attention(PortableState, outside=False),
 }
 
 
@@ -80,9 +68,9 @@ class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
 
 
 def _of_state(node: Any) -> bool:
-    """Whether a node was traced in an attention but in none of its projections."""
+    """Whether a node was traced in an attention, which every net calls so, but in no part of it."""
     modules = list(node.meta.get("nn_module_stack", {}).values())
-    return bool(modules) and modules[-1][1] == ATTENTION
+    return bool(modules) and str(modules[-1][1]).endswith(".Attention")
 
 
 class StatePlanning(MemoryPlanningPass):  # type: ignore[misc]
@@ -100,52 +88,50 @@ class StatePlanning(MemoryPlanningPass):  # type: ignore[misc]
         return super().run(graph_module, graph_signature)
 
 
-class DecodeMethod(nn.Module):
-    """ids [1], pos [1], ple [1, n_layers, dim] -> logits [vocab]."""
+class _Decode(nn.Module):
+    """ids [1], pos [1], ple [1, layers, dim] -> logits [vocab]."""
 
-    def __init__(self, decoder: Decoder, state: StateBuffers, attention: AttentionLowering):
+    def __init__(self, net: Decoder, tables: Tables, attention: Attention):
         super().__init__()
-        self.decoder, self.state, self.attention = decoder, state, attention
+        self.net, self.state, self.attention = net, tables, attention
 
     def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
-        return self.decoder.decode(ids, pos, ple, self.attention.state(self.state, 1))
+        state = self.attention.state(self.state, 1)
+        return self.net.logits(self.net(ids, pos, state, ple))[0]
 
 
-class PrefillMethod(nn.Module):
-    """ids [chunk], pos [1], ple [chunk, n_own, dim] -> the position after them, [1]."""
+class _Prefill(nn.Module):
+    """ids [chunk], pos [1], ple [chunk, layers, dim] -> the position after them, [1]."""
 
-    def __init__(self, decoder: Decoder, state: StateBuffers, attention: AttentionLowering):
+    def __init__(self, net: Decoder, tables: Tables, attention: Attention):
         super().__init__()
-        self.decoder, self.state, self.attention = decoder, state, attention
+        self.net, self.state, self.attention = net, tables, attention
 
     def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
-        inner = self.attention.state(self.state, self.state.chunk)
-        state = PrefillState(inner, self.decoder.config.n_own - 1)
-        self.decoder.prefill(ids, pos, ple, state)
-        assert state.end is not None
-        return state.end
+        state = self.attention.state(self.state, self.state.plan.chunk)
+        self.net.prefill(ids, pos, state, ple)
+        return pos + ids.shape[0]
+
+
+METHODS: dict[str, Any] = {"prefill": _Prefill, "decode": _Decode}
 
 
 def lower_executorch(
-    config: ModelConfig, plan: KVPlan, weights: StoredWeights, path: Path, *, facts: dict[str, int],
+    config: Model, plan: Plan, weights: StoredWeights, path: Path, *, facts: dict[str, int],
     attention: str, delegate: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the `.pte` at `path`; returns the backend's manifest details.
 
     `attention` is a key of ATTENTIONS. With `delegate`, which is for portable programs, XNNPACK
     takes what it can; else their linears multiply float activations, and what is left against
-    PyTorch is the lowering. `facts` are integers for a runner that reads no model.
+    PyTorch is the lowering. `facts` are integers for a runner that reads no manifest.
 
     Raises:
-        ExportError: ExecuTorch cannot lower this model, or it plans state that is not the plan's.
+        ExportError: ExecuTorch cannot lower this net, or it plans state that is not the plan's.
     """
-    lowering = ATTENTIONS[attention]
     try:
-        with quiet(), lean():
-            exported = _export(config, plan, weights, lowering, delegate=delegate)
-            keys = {}
-            if lowering.outside:
-                keys = weight_keys(exported, decoder_place(config), weights.layout)
+        with quiet_trace(), lean():
+            exported, keys = _export(config, plan, weights, ATTENTIONS[attention], delegate)
             # XNNPACK knows a linear as what it is; else it becomes a product by a transpose.
             kept = [torch.ops.aten.linear.default] if delegate else []
             edge = to_edge(
@@ -155,7 +141,7 @@ def lower_executorch(
             )
             if delegate:
                 edge = edge.to_backend({name: Partitioner() for name in exported})
-            delegates = {name: _delegates(edge.exported_program(name)) for name in exported}
+            delegates = {name: count_delegates(edge.exported_program(name)) for name in exported}
             planning = StatePlanning(alloc_graph_input=False, share_mutable_buffers=True)
             with weights_outside():
                 program = edge.to_executorch(
@@ -172,80 +158,91 @@ def lower_executorch(
         raise
     except Exception as e:
         raise ExportError(f"Lowering to ExecuTorch failed: {e}") from e
-    check_state({b.name: b.bytes for b in plan.buffers}, planning)
+    check_state({t.name: t.bytes for t in plan.tables}, planning)
     return {"attention": attention, "delegates": delegates}
 
 
-def _export(
-    config: ModelConfig, plan: KVPlan, weights: StoredWeights, lowering: AttentionLowering,
-    *, delegate: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Both methods over a decoder of stored weights, or of fakes where they stay outside."""
-    ropes = Decoder.rope_tables(config)
-    with fakes() if lowering.outside else nullcontext():
-        with nullcontext() if lowering.outside else torch.device("meta"):
-            decoder = Decoder(config, plan, QuantFormat(weights.layout)).eval()
-        decoder.rope = ropes
-        if not lowering.outside:
-            load_parameters(decoder, config, weights.read)
-        if delegate:
-            for_xnnpack(decoder)
-        lowering.replace(decoder)
-        return _trace(decoder, plan, config, lowering)
-
-
-def programs(config: ModelConfig, plan: KVPlan, file: str) -> dict[str, Program]:
+def programs(config: Model, plan: Plan, file: str) -> dict[str, Program]:
     """The manifest's description of both methods; state is inside and has no inputs."""
+    fed = config.token_rows
 
     def inputs(tokens: int | str, layers: int) -> list[TensorIO]:
         listed = [
             TensorIO(name="ids", dtype="int64", shape=[tokens]),
             TensorIO(name="pos", dtype="int64", shape=[1]),
         ]
-        if config.ple_dim:
-            shape = [tokens, layers, config.ple_dim]
-            listed.append(TensorIO(name="ple", dtype="float", shape=shape))
+        if fed is not None:
+            listed.append(TensorIO(name="ple", dtype="float", shape=[tokens, layers, fed.dim]))
         return listed
 
     return {
         "prefill": Program(
             file=file,
-            inputs=inputs("chunk" if plan.chunk > 1 else 1, config.n_own),
+            inputs=inputs("chunk" if plan.chunk > 1 else 1, fed.prefill if fed else 0),
             outputs=[TensorIO(name="end", dtype="int64", shape=[1])],
         ),
         "decode": Program(
             file=file,
-            inputs=inputs(1, config.n_layers),
-            outputs=[TensorIO(name="logits", dtype="float", shape=[config.vocab_size])],
+            inputs=inputs(1, fed.layers if fed else 0),
+            outputs=[TensorIO(name="logits", dtype="float", shape=[config.vocab])],
         ),
     }
 
 
-def _trace(
-    decoder: Decoder, plan: KVPlan, config: ModelConfig, attention: AttentionLowering
-) -> dict[str, Any]:
-    state = StateBuffers(plan)
+def _export(
+    config: Model, plan: Plan, weights: StoredWeights, attention: Attention, delegate: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Both methods traced, and the keys of weights that stay outside."""
+    with torch.device("meta"):
+        net: Any = make_net(config, PackedWeights(models.weights(config), weights.layout))
+    held: dict[str, Rows] = {
+        f"net.{name}.{leaf}": rows
+        for name, module in net.named_modules()
+        for leaf, rows in getattr(module, "held", {}).items()
+    }
+    if not attention.outside:
+        load(net, weights.read)
+        replace_embeddings(net)
+        if delegate:
+            for_xnnpack(net)
+        return _trace(config, plan, net, attention), {}
+    with fakes():
+        for holder in holders(net):
+            for leaf in holder.held:
+                old: Tensor = getattr(holder, leaf)
+                replace(holder, leaf, torch.empty(old.shape, dtype=old.dtype))
+        exported = _trace(config, plan, net, attention)
+        return exported, weight_keys(exported, held.get, weights.layout)
+
+
+def _trace(config: Model, plan: Plan, net: Decoder, attention: Attention) -> dict[str, Any]:
+    tables, fed = Tables(plan), config.token_rows
     chunk = torch.export.Dim("chunk", min=1, max=plan.chunk)
     exported = {}
-    for name, method, tokens, layers in (
-        ("prefill", PrefillMethod, min(3, plan.chunk), config.n_own),
-        ("decode", DecodeMethod, 1, config.n_layers),
-    ):
-        args = [torch.zeros(tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)]
+    for name, method in METHODS.items():
+        tokens = 1 if name == "decode" else min(3, plan.chunk)
         grows = {0: chunk} if tokens > 1 else None
+        args = [torch.zeros(tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)]
         shapes: dict[str, Any] = {"ids": grows, "pos": None}
-        if config.ple_dim:
-            args.append(torch.zeros(tokens, layers, config.ple_dim))
+        if fed is not None:
+            layers = fed.layers if name == "decode" else fed.prefill
+            args.append(torch.zeros(tokens, layers, fed.dim))
             shapes["ple"] = grows
         with torch.no_grad():
-            exported[name] = torch.export.export(
-                method(decoder, state, attention).eval(), tuple(args), dynamic_shapes=shapes,
+            program = torch.export.export(
+                method(net, tables, attention).eval(), tuple(args), dynamic_shapes=shapes,
                 strict=False,
             )  # fmt: skip
+        if attention.outside:
+            fuse(program)
+        else:
+            sigmoids(program)
+            program = program.run_decompositions(TRACED)
+        exported[name] = program
     return exported
 
 
-def _delegates(program: Any) -> int:
+def count_delegates(program: Any) -> int:
     """Delegate calls of a method: export time and scheduling overhead grow with them."""
     return sum(
         n.op == "call_function" and getattr(n.target, "__name__", "") == "executorch_call_delegate"
@@ -254,10 +251,10 @@ def _delegates(program: Any) -> int:
 
 
 def check_state(planned: dict[str, int], planning: Any) -> None:
-    """Refuse any byte of state that is not the plan's: bytes by buffer.
+    """Refuse any byte of state that is not the plan's: bytes by table.
 
     Raises:
-        ExportError: ExecuTorch planned another size, or a buffer that the plan lacks.
+        ExportError: ExecuTorch planned another size, or a table that the plan lacks.
     """
     specs = {name: next(iter(found)) for name, found in planning.state.mutable_buffers.items()}
     for name, size in planned.items():
@@ -268,7 +265,7 @@ def check_state(planned: dict[str, int], planning: Any) -> None:
                 f"{name}, the plan has {size}; please report this config."
             )
     if specs:
-        raise ExportError(f"ExecuTorch planned state that the KV plan lacks: {sorted(specs)[0]}.")
+        raise ExportError(f"ExecuTorch planned state that the plan lacks: {sorted(specs)[0]}.")
 
 
 def write_program(program: Any, path: Path) -> None:

@@ -45,7 +45,7 @@ class TableState:
 
     def put(self, table: str, rows: Tensor, start: Tensor) -> None:
         names = [table, *([table + SCALE] if table + SCALE in self.values else [])]
-        written = ops.put(self.values[table], self.values.get(table + SCALE), rows, start)
+        written = ops.put(*self.stored(table), rows, start)
         self.values.update(zip(names, written, strict=True))
 
     def take(self, table: str, at: Tensor) -> Tensor:
@@ -54,25 +54,19 @@ class TableState:
         return torch.where((at >= 0)[..., None, None], rows, 0.0)
 
     def select(self, table: str, q: Tensor, weight: Tensor, pos: Tensor, k: int) -> Tensor:
-        stored = self.values[table], self.values.get(table + SCALE)
-        picked: Tensor = ops.select(q, weight, pos, *stored, k, self.plan[table].stride)
+        stride = self.plan[table].stride
+        picked: Tensor = ops.select(q, weight, pos, *self.stored(table), k, stride)
         return picked
 
     def attend(
         self, q: Tensor, reads: Sequence[Read], pos: Tensor, scale: float,
         sink: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        operands: list[Tensor | None] = []
-        for read in reads:
-            for name in (read.keys, read.values):
-                operands += [self.values[name], self.values.get(name + SCALE)]
-            operands.append(read.picked)
-        operands += [None] * (10 - len(operands))  # the operator takes two reads
-        tables = [self.plan[read.keys] for read in reads]
-        out: Tensor = ops.attend(
-            q, pos, sink, *operands, scale, [t.stride for t in tables], [t.keep for t in tables]
-        )
-        return out
+        return ops.attend_reads(q, pos, sink, reads, self.stored, self.plan, scale)
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A table's values and its scales."""
+        return self.values[name], self.values.get(name + SCALE)
 
 
 class _DecodeProgram(nn.Module):

@@ -7,10 +7,7 @@ shipped ones round activations, so that the parity gate can tell the lowering fr
 from __future__ import annotations
 
 import gc
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +17,7 @@ from edge_kv.artifact import Backend, PleEntry
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, ExportError
 from edge_kv.export.apart import apart
+from edge_kv.export.quiet import quiet
 from edge_kv.export.unfinished import read_record, write_record
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.kv_plan import KVPlan
@@ -134,7 +132,7 @@ class ExecuTorchLowering:
         if attention == "native":
             return WeightLayout(tensor_table(config), formats)
         with quiet():
-            from edge_kv.export.executorch_weights import XnnpackLayout
+            from edge_kv.export.executorch_xnnpack import XnnpackLayout
         return XnnpackLayout(tensor_table(config), formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
@@ -157,7 +155,7 @@ class ExecuTorchLowering:
     ) -> Backend:
         """One variant; a finished one of an interrupted export is taken as it is."""
         with quiet():
-            from edge_kv.export.lower_executorch import lower_executorch, programs
+            from edge_kv.export.old_lower_executorch import lower_executorch, programs
 
         record = path.with_suffix(".json")
         done = read_record(record)
@@ -184,18 +182,6 @@ class ExecuTorchLowering:
 
 def _here(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return work(*args, **kwargs)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Mute the warnings that ExecuTorch and what it imports give about their own internals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
 
 
 def _facts(request: Request, layout: WeightLayout) -> dict[str, int]:

@@ -41,7 +41,7 @@ class PackedLinear(_Packed):
     def __init__(self, t: StoredTensor, bias: bool, start: int, stop: int):
         super().__init__()
         self.format, self.rows = self.pack("packed", t, start, stop), stop - start
-        self.has_bias = bias
+        self.cols, self.has_bias = t.spec.shape[-1], bias
         if bias:
             self.hold("bias", (stop - start,), Rows(f"{t.spec.name}.bias", start))
 

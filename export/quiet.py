@@ -1,4 +1,4 @@
-"""Tracing without the noise of torch's exporter, and without pauses for garbage collection."""
+"""Lowering without the noise that torch and ExecuTorch make about their own internals."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from contextlib import contextmanager
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Mute warnings, and the log below errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+@contextmanager
 def quiet_trace() -> Iterator[None]:
-    """No warnings about torchvision and pytree internals, and no garbage collection.
+    """`quiet`, and no garbage collection.
 
     Tracing makes millions of objects that all stay alive; walking them took a quarter of the time.
     """
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
     collects = gc.isenabled()
     gc.disable()
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
-        logger.setLevel(level)
         if collects:
             gc.enable()

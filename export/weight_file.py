@@ -97,7 +97,7 @@ class WeightLayout:
     the weight format of each kind of tensor.
     """
 
-    calibrates = True  # whether rows may be rounded by what their inputs are
+    calibrates = True  # whether others may round rows: calibration, a source that has them packed
 
     def __init__(self, specs: Iterable[Spec], formats: Mapping[str, str]):
         self.formats = dict(formats)
@@ -221,7 +221,9 @@ def _write_tensor(source: Source, t: StoredTensor, layout: WeightLayout, fd: int
     for start in range(0, t.spec.shape[0], rows):
         stop = min(start + rows, t.spec.shape[0])
         if t.format and isinstance(source, PackedSource):
-            packed = source.packed(t.spec.name, t.format, start, stop)
+            packed = None
+            if layout.calibrates:
+                packed = source.packed(t.spec.name, t.format, start, stop)
             if packed is not None:
                 _put(fd, region, start // GROUP if len(t.spec.shape) == 2 else start, packed)
                 continue

@@ -11,15 +11,46 @@ from pathlib import Path
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
+from edge_kv.kv_plan import StateBuffer
+from edge_kv.plan import Plan, Table
 
 METHODS = ("prefill", "decode")
 STATE = "state"
 _STORAGE = {"f32": "float", "f16": "float16", "int8": "int8"}
 
 
-def state_name(buffer: str) -> str:
-    """What a state buffer is called in a program."""
-    return f"state.{buffer.replace('.', '_')}"
+def state_name(table: str) -> str:
+    """What a table is called in a program."""
+    return f"state.{table.replace('.', '_')}"
+
+
+def tables(artifact: Artifact) -> list[Table] | list[StateBuffer]:
+    """The tables that the programs of `artifact` hold."""
+    plan = artifact.plan
+    return list(plan.tables if isinstance(plan, Plan) else plan.buffers)
+
+
+def fed_layers(artifact: Artifact, method: str) -> int:
+    """How many layers' per-layer rows a method takes; 0: none.
+
+    Raises:
+        ArtifactError: they are not those of the artifact's file of per-layer rows.
+    """
+    entry = artifact.ple()
+    program = artifact.backend("executorch").programs[method]
+    shapes = [t.shape for t in program.inputs if t.name == "ple"]
+    layers = shapes[0][1] if shapes and len(shapes[0]) == 3 else 0
+    width = shapes[0][2] if layers else 0
+    if (
+        not isinstance(layers, int)
+        or bool(shapes) != bool(entry)
+        or (entry and (not 0 < layers <= entry.n_layers or width != entry.dim))
+    ):
+        raise ArtifactError(
+            f"{artifact.root}: its {method} program takes other per-layer rows than its manifest "
+            "has; it was edited; copy or export the artifact again."
+        )
+    return layers
 
 
 def check_contract(artifact: Artifact, path: Path, lines: Iterable[str]) -> None:
@@ -54,5 +85,5 @@ def _expected(artifact: Artifact) -> Iterator[str]:
 
 
 def _state(artifact: Artifact) -> Iterator[tuple[str, ...]]:
-    for b in artifact.plan.buffers:
-        yield (STATE, state_name(b.name), _STORAGE[b.dtype], *map(str, b.shape))
+    for t in tables(artifact):
+        yield (STATE, state_name(t.name), _STORAGE[t.dtype], *map(str, t.shape))

@@ -23,8 +23,15 @@ import numpy.typing as npt
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, RuntimeFault
 from edge_kv.kv_plan import StateBuffer
+from edge_kv.plan import Table
 from edge_kv.ple import PleTable
-from edge_kv.runtime.executorch_contract import check_contract, state_name
+from edge_kv.runtime.executorch_contract import (
+    METHODS,
+    check_contract,
+    fed_layers,
+    state_name,
+    tables,
+)
 from edge_kv.runtime.session import STORAGE, Ids, Logits, Session
 from edge_kv.runtime.threads import return_threads, share_threads, thread_count
 
@@ -59,8 +66,9 @@ class ExecuTorchPythonSession(Session):
                 f"{artifact.root} attends with operators that only edge-kv's own engine has; use "
                 "--engine executorch, or export with --attention portable."
             )
-        if not {"prefill", "decode"} <= set(backend.programs):
+        if not set(METHODS) <= set(backend.programs):
             raise ArtifactError(f"{artifact.root} has no decode program; export again.")
+        self._layers = {name: fed_layers(artifact, name) for name in METHODS}
         super().__init__(artifact)
         self._torch, self._runtime = _import()
         self.threads = thread_count(threads)
@@ -89,7 +97,7 @@ class ExecuTorchPythonSession(Session):
                 self._prefill: Any = self._program.load_method("prefill")
                 self._decode: Any = self._program.load_method("decode")
                 check_contract(self.artifact, path, self._lines())
-                self.state = {b.name: self._view(b) for b in self.plan.buffers}
+                self.state = {t.name: self._view(t) for t in tables(self.artifact)}
             except (RuntimeError, ValueError) as e:
                 reason = str(e).splitlines()[0]
                 raise ArtifactError(f"ExecuTorch cannot load {path}: {log() or reason}.") from e
@@ -110,28 +118,28 @@ class ExecuTorchPythonSession(Session):
     def backend(self) -> str:
         return "executorch"
 
-    def _view(self, buffer: StateBuffer) -> npt.NDArray[Any]:
-        """A state buffer as an array over the runtime's memory."""
-        name = state_name(buffer.name)
+    def _view(self, table: Table | StateBuffer) -> npt.NDArray[Any]:
+        """A table as an array over the runtime's memory."""
+        name = state_name(table.name)
         rows: npt.NDArray[Any] = self._decode.get_attribute(name).numpy()
-        if rows.shape != buffer.shape or rows.dtype != STORAGE[buffer.dtype]:
-            raise ValueError(f"its state buffer {buffer.name} is {rows.dtype} {rows.shape}")
+        if rows.shape != table.shape or rows.dtype != STORAGE[table.dtype]:
+            raise ValueError(f"its table {table.name} is {rows.dtype} {rows.shape}")
         return rows
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
-        self._run(self._prefill, "prefill", ids, pos, self.config.n_own)
+        self._run(self._prefill, "prefill", ids, pos)
 
     def _run_decode(self, token: int, pos: int) -> Logits:
         ids = np.array([token], np.int64)
-        output = self._run(self._decode, "decode", ids, pos, self.config.n_layers)
+        output = self._run(self._decode, "decode", ids, pos)
         logits: Logits = output.numpy().copy()
         return logits
 
-    def _run(self, method: Any, name: str, ids: Ids, pos: int, layers: int) -> Any:
+    def _run(self, method: Any, name: str, ids: Ids, pos: int) -> Any:
         """Run a method; its output is the runtime's memory until the next run."""
         given: list[Any] = [np.ascontiguousarray(ids), np.array([pos], np.int64)]
         if self._ple:
-            given.append(self._ple.rows(ids, layers))
+            given.append(self._ple.rows(ids, self._layers[name]))
         try:
             (output,) = method([self._torch.from_numpy(x) for x in given], clone_outputs=False)
         except RuntimeError as e:

@@ -20,9 +20,16 @@ import numpy.typing as npt
 from edge_kv.artifact import Artifact, Backend
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.kv_plan import StateBuffer
+from edge_kv.plan import Table
 from edge_kv.ple import PleTable
 from edge_kv.runtime import experts
-from edge_kv.runtime.executorch_contract import METHODS, check_contract, state_name
+from edge_kv.runtime.executorch_contract import (
+    METHODS,
+    check_contract,
+    fed_layers,
+    state_name,
+    tables,
+)
 from edge_kv.runtime.native_library import load_library
 from edge_kv.runtime.session import STORAGE, Ids, Logits, Session
 from edge_kv.runtime.threads import return_threads, share_threads, thread_count
@@ -64,13 +71,14 @@ class ExecuTorchSession(Session):
                 raise ArtifactError(f"{artifact.root} has no {name} program; export again.")
         path = artifact.program(backend.programs["decode"].file)
         entry = artifact.ple()
+        self._layers = {name: fed_layers(artifact, name) for name in METHODS}
         with ExitStack() as on_error:
             on_error.callback(self._close_engine)
             if backend.details.get("attention") == "portable":
                 share_threads(self, self.threads)
             self._handle = self._open(path, backend)
             check_contract(artifact, path, self._describe().splitlines())
-            self.state = {b.name: self._view(b) for b in self.plan.buffers}
+            self.state = {t.name: self._view(t) for t in tables(artifact)}
             self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
             self.stats.expert_bank_bytes = experts.keep_experts(self._native, artifact)
             on_error.pop_all()
@@ -103,23 +111,23 @@ class ExecuTorchSession(Session):
         self._native.edge_kv_describe(self._handle, text, size)
         return text.raw.decode(errors="replace")
 
-    def _view(self, buffer: StateBuffer) -> npt.NDArray[Any]:
-        """A state buffer as an array over the program's memory."""
+    def _view(self, table: Table | StateBuffer) -> npt.NDArray[Any]:
+        """A table as an array over the program's memory."""
         size = ctypes.c_int64()
-        name = state_name(buffer.name).encode()
+        name = state_name(table.name).encode()
         address = self._native.edge_kv_buffer(self._handle, name, ctypes.byref(size))
-        if not address or size.value != buffer.bytes:
+        if not address or size.value != table.bytes:
             raise ArtifactError(
-                f"{self.artifact.root}: the program does not hold the state buffer {buffer.name} "
-                "its KV plan asks for; export again."
+                f"{self.artifact.root}: the program does not hold the table {table.name} its plan "
+                "asks for; export again."
             )
-        memory = (ctypes.c_uint8 * buffer.bytes).from_address(address)
-        rows: npt.NDArray[Any] = np.ctypeslib.as_array(memory).view(STORAGE[buffer.dtype])
-        return rows.reshape(buffer.shape)
+        memory = (ctypes.c_uint8 * table.bytes).from_address(address)
+        rows: npt.NDArray[Any] = np.ctypeslib.as_array(memory).view(STORAGE[table.dtype])
+        return rows.reshape(table.shape)
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
         tokens = np.ascontiguousarray(ids)
-        rows = self._ple.rows(tokens, self.config.n_own) if self._ple else None
+        rows = self._ple.rows(tokens, self._layers["prefill"]) if self._ple else None
         status = self._native.edge_kv_prefill(
             self._handle, tokens.ctypes.data, len(tokens), pos, _address(rows),
             self._error, _ERROR_BYTES,
@@ -127,9 +135,9 @@ class ExecuTorchSession(Session):
         self._check(status, "prefill", pos)
 
     def _run_decode(self, token: int, pos: int) -> Logits:
-        logits = np.empty(self.config.vocab_size, np.float32)
+        logits = np.empty(self.artifact.tokens.vocab, np.float32)
         ids = np.array([token], np.int64)
-        rows = self._ple.rows(ids, self.config.n_layers) if self._ple else None
+        rows = self._ple.rows(ids, self._layers["decode"]) if self._ple else None
         status = self._native.edge_kv_decode(
             self._handle, token, pos, _address(rows), logits.ctypes.data, len(logits),
             self._error, _ERROR_BYTES,

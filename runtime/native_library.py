@@ -68,7 +68,7 @@ KERNELS = (
 ENGINE = (
     "executorch_adapter.cpp", "operators.cpp", "engine.cpp", "running.cpp", "weight_file.cpp",
 )  # fmt: skip
-RUNNER = ("run_main.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
+RUNNER = ("run_main.cpp", "manifest.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 Unit = tuple[str, str, tuple[str, ...]]  # source, name of its object, flags
 _SILENCE = 10.0  # seconds after which a compilation says how far it is
 LIBRARIES = (

@@ -293,13 +293,14 @@ class Session(ABC):
         )
 
     def restore(self, path: str | Path) -> dict[str, Any]:
-        """Continue from a snapshot: the next logits are bit for bit those of the session it is of.
+        """Continue from a snapshot: the next logits are those of the session it is of, bit for bit
+        if that was on the same engine.
 
         Returns the note it was taken with.
 
         Raises:
-            SnapshotError: missing, cut off, changed, or of another model, plan or engine; the
-                session is then as it was (empty if the file failed after it had been verified).
+            SnapshotError: missing, cut off, changed, or of another model or plan; the session is
+                then as it was (empty if the file failed after it had been verified).
         """
         self._check_open()
         with snapshots.verified(Path(path), self.identity, self.plan) as held:

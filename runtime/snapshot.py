@@ -2,11 +2,12 @@
 
     magic "EDGEKVSN" | u32 version | u32 header bytes | header (JSON) | sections | SHA-256 of it all
 
-Integers are little-endian. The header names engine, the manifest's identity of model and plan, pos,
-written, the caller's note and the sections with their bytes. The first section is the ids (int32),
-then one follows for every table in plan order: the rows that `Table.held` names, oldest first. Rows
-stream between file and tables: there is never a second copy of the state in memory. A file is
-verified before it is used. Version 1 is of plans of the old seam, whose buffers put heads first.
+Integers are little-endian. The header names the engine that took it (any other goes on from it,
+with logits that differ as the engines do), the manifest's identity of model and plan, pos, written,
+the caller's note and the sections with their bytes. The first section is the ids (int32), then one
+follows for every table in plan order: the rows that `Table.held` names, oldest first. Rows stream
+between file and tables: there is never a second copy of the state in memory. A file is verified
+before it is used. Version 1 is of plans of the old seam, whose buffers put heads first.
 """
 
 from __future__ import annotations
@@ -41,11 +42,15 @@ AnyPlan = Plan | KVPlan
 
 @dataclass(frozen=True)
 class Identity:
-    """What a snapshot belongs to: it is refused anywhere else."""
+    """What a snapshot belongs to, and the engine that takes it."""
 
     engine: str
     model: str
     plan: str
+
+    def owner(self) -> dict[str, str]:
+        """It is refused where one of these differs."""
+        return {"model": self.model, "plan": self.plan}
 
 
 def write(
@@ -118,7 +123,7 @@ def verified(path: Path, identity: Identity, plan: AnyPlan) -> Iterator[Held]:
     """Open a snapshot after checking all of it: digest, owner, and that its rows fit `plan`.
 
     Raises:
-        SnapshotError: missing, cut off, changed, or of another version, model, plan or engine.
+        SnapshotError: missing, cut off, changed, or of another version, model or plan.
     """
     try:
         file = path.open("rb")
@@ -168,7 +173,7 @@ def _verify(file: BinaryIO, path: Path, expected: int) -> tuple[dict[str, Any], 
 
 
 def _check_owner(path: Path, header: dict[str, Any], identity: Identity) -> None:
-    for key, mine in asdict(identity).items():
+    for key, mine in identity.owner().items():
         theirs = header.get(key)
         if theirs != mine:
             raise SnapshotError(

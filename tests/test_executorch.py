@@ -14,88 +14,55 @@ import pytest
 import torch
 from filelock import FileLock
 
-from edge_kv.artifact import plan_entry, read_artifact, sha256_file
-from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
+from edge_kv import models
+from edge_kv.artifact import read_artifact, sha256_file
 from edge_kv.errors import ArtifactError, ConfigError, ExportError, RewindError, RuntimeFault
 from edge_kv.export import lower_executorch as lowering
+from edge_kv.export.backends import BACKENDS
 from edge_kv.export.executorch_portable import PortableEmbedding
-from edge_kv.export.executorch_state import NativeState, PrefillState, StateBuffers, attribute
-from edge_kv.export.executorch_weights import (
-    XnnpackGate,
-    XnnpackLayout,
-    XnnpackLinear,
-    XnnpackNorm,
-)
-from edge_kv.export.old_backends import BACKENDS
+from edge_kv.export.executorch_xnnpack import XnnpackLayout, XnnpackLinear, XnnpackNorm, sigmoids
+from edge_kv.export.net_pipeline import RandomSource, export_net
+from edge_kv.export.packed_weights import PackedEmbedding, PackedLinear
 from edge_kv.export.rounding import round_rows
-from edge_kv.export.weight_file import Journal, StoredWeights, WeightLayout, write_weights
+from edge_kv.export.weight_file import (
+    Journal,
+    StoredTensor,
+    StoredWeights,
+    WeightLayout,
+    write_weights,
+)
 from edge_kv.formats import FORMATS, pack
-from edge_kv.kv_plan import plan_kv
-from edge_kv.model.decoder import Decoder, GeluGate, QuantEmbedding, QuantLinear, RMSNorm
-from edge_kv.model.state import StaticState
+from edge_kv.manifest import PlanEntry
+from edge_kv.models.gemma import Attention, Config
+from edge_kv.models.model import EMBED, FLOAT, LINEAR, Rope, Weight
+from edge_kv.nets.weights import Norm
 from edge_kv.parity import divergence
-from edge_kv.presets import PRESETS
 from edge_kv.progress import Silent
 from edge_kv.runtime import load, native_library
 from edge_kv.runtime.verify import verify
-from edge_kv.tensors import tensor_table, weight_formats
-from edge_kv.weights import open_weights
+from edge_kv.tensors import weight_formats
 
 CTX, CHUNK = 192, 16
 
-CONFIG = ModelConfig(
-    family="gemma4",
-    vocab_size=512,
+CONFIG = Config(
+    vocab=512,
     hidden=64,
+    layers=3,
+    max_ctx=1024,
     pattern="SFF",
-    sliding_window=24,
-    sliding=AttentionSpec(4, 2, 16, 1e4, 8),
-    full=AttentionSpec(4, 1, 32, 1e6, 4),
+    window=24,
+    sliding=Attention(4, 2, 16, Rope(1e4, 16, 8)),
+    full=Attention(4, 1, 32, Rope(1e6, 32, 4)),
     mlp_width=96,
     shared_mlp_width=128,
-    n_kv_shared=1,
+    shared=1,
     ple_dim=32,
-    max_ctx=1024,
-    final_softcap=30.0,
+    softcap=30.0,
 )
 
 
-def decoder_of(config, plan, seed=0):
-    torch.manual_seed(seed)
-    decoder = Decoder(config, plan).eval()
-    for p in decoder.parameters():
-        p.data = torch.rand_like(p) + 0.5 if p.dim() == 1 else torch.randn_like(p) * 0.1
-    return decoder
-
-
-@pytest.mark.parametrize("kv", ["f32", "f16", "int8"])
-@pytest.mark.parametrize("k_eq_v", [False, True])
-@torch.no_grad()
-def test_ops_compute_what_the_static_state_computes(kv, k_eq_v):
-    config = replace(CONFIG, full=replace(CONFIG.full, k_eq_v=k_eq_v), v_norm=not k_eq_v)
-    plan = plan_kv(config, ctx=CTX, chunk=CHUNK, kv=kv)
-    decoder = decoder_of(config, plan)
-    buffers, static = StateBuffers(plan), StaticState(plan)
-    at = 0
-    for n in (16, 1, 7, 16, 16, 3, 16, 16):  # past two wraps of the rings
-        ids = torch.arange(at, at + n + 1) * 37 % config.vocab_size
-        ple = torch.randn(n + 1, config.n_layers, config.ple_dim)
-        pos = torch.tensor([at])
-        prefill = PrefillState(NativeState(buffers), config.n_own - 1)
-        decoder.prefill(ids[:n], pos, ple[:n, : config.n_own], prefill)
-        decoder.prefill(ids[:n], pos, ple[:n, : config.n_own], static)
-        assert prefill.end == at + n
-        one = (ids[n:], pos + n, ple[n:])
-        got = decoder.decode(*one, NativeState(buffers))
-        want = decoder.decode(*one, static)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-        at += n
-    for name, rows in static.buffers.items():
-        assert torch.equal(getattr(buffers, attribute(name)), rows)
-
-
 def test_layout_is_what_xnnpack_takes():
-    layout = XnnpackLayout(tensor_table(CONFIG), weight_formats("int4"))
+    layout = XnnpackLayout(models.weights(CONFIG), weight_formats("int4"))
     rows = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
     rows[3] = 0
     for name in ("int4-f16", "int8-row"):
@@ -111,14 +78,22 @@ def test_layout_is_what_xnnpack_takes():
     assert used == {"int4-f16", "int8-row"}
 
 
+def packed_module(name, rows, cols, embed=False):
+    """A packed linear or token table of random rows that XNNPACK could multiply by."""
+    spec = Weight("w", (rows, cols), EMBED if embed else LINEAR)
+    layout = XnnpackLayout([spec], {spec.kind: name})
+    t = StoredTensor(spec, FORMATS[name])
+    module = PackedEmbedding(t) if embed else PackedLinear(t, False, 0, rows)
+    q, _ = layout.quantise(torch.randn(rows, cols), FORMATS[name])
+    module.packed = torch.from_numpy(pack(FORMATS[name], q))
+    return module
+
+
 @pytest.mark.parametrize("name", ["int4-f16", "int8-row"])
 @torch.no_grad()
 def test_xnnpack_linear_is_the_packed_linear_up_to_8_bit_activations(name):
     torch.manual_seed(1)
-    plain = QuantLinear(128, 96, FORMATS[name])
-    layout = XnnpackLayout(tensor_table(CONFIG), weight_formats("int4"))
-    q, _ = layout.quantise(torch.randn(96, 128), FORMATS[name])
-    plain.packed = torch.from_numpy(pack(FORMATS[name], q))
+    plain = packed_module(name, 96, 128)
     x = torch.randn(5, 128)
     error = XnnpackLinear(plain)(x) - plain(x)
     assert error.square().mean().sqrt() < 0.01 * plain(x).std()
@@ -128,57 +103,76 @@ def test_xnnpack_linear_is_the_packed_linear_up_to_8_bit_activations(name):
 
 
 @torch.no_grad()
-def test_xnnpack_gelu_is_the_tanh_form():
+def test_activations_become_the_sigmoids_that_they_are():
+    class Gates(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.gelu(x, approximate="tanh"), torch.nn.functional.silu(x)
+
     x = torch.linspace(-30, 30, 4001)
-    up = torch.ones_like(x)
-    torch.testing.assert_close(XnnpackGate()(x, up), GeluGate()(x, up), rtol=1e-6, atol=1e-6)
+    program = torch.export.export(Gates(), (x,))
+    sigmoids(program)
+    used = {str(node.target) for node in program.graph.nodes}
+    assert "aten.sigmoid.default" in used and not used & {"aten.gelu.default", "aten.silu.default"}
+    for got, want in zip(program.module()(x), Gates()(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["int4-f16", "int8-row"])
 @torch.no_grad()
 def test_portable_embedding_is_the_packed_embedding(name):
     torch.manual_seed(2)
-    source = QuantEmbedding(96, 64, FORMATS[name])
-    q, _ = round_rows(torch.randn(96, 64), FORMATS[name])
-    source.packed = torch.from_numpy(pack(FORMATS[name], q))
+    source = packed_module(name, 96, 64, embed=True)
     ids = torch.tensor([5, 0, 95, 5])
     assert torch.equal(PortableEmbedding(source)(ids), source(ids))
 
 
 @torch.no_grad()
 def test_xnnpack_norm_is_the_norm():
-    norm = RMSNorm(64, 1e-6)
+    norm = Norm(Weight("w", (64,), FLOAT), 1e-6)
     norm.weight.data = torch.rand(64) + 0.5
     x = torch.randn(3, 7, 64) * 100
     torch.testing.assert_close(XnnpackNorm(norm)(x), norm(x), rtol=1e-5, atol=1e-6)
 
 
-def test_experts_are_refused_before_anything_is_read():
-    config = replace(CONFIG, moe=MoESpec(8, 2, 32), ple_dim=0)
-    with pytest.raises(ExportError, match=r"8 experts .* --backend onnx"):
-        BACKENDS["executorch"].check(config)
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [("laguna-xs2", "a mixture of experts"), ("zaya1-8b", "a mixture of experts"),
+     ("deepseek-v4-flash", "a mixture of experts or a choice of blocks or mixed residual streams "
+      "or attention with sinks or to two tables at once")],
+)  # fmt: skip
+def test_portable_programs_name_what_they_lack(name, lacks):
+    """At full size, before anything is read; native programs have it all."""
+    config = models.get_row(name).config
+    BACKENDS["executorch"].check(config, "native")
+    with pytest.raises(ExportError, match=f"no operators for {lacks}, which.*--attention native"):
+        BACKENDS["executorch"].check(config, "portable")
+
+
+def test_portable_programs_take_dense_models():
+    for name in ("e2b", "llama3.2-1b", "qwen3-0.6b", "smollm2-135m"):
+        BACKENDS["executorch"].check(models.get_row(name).config, "portable")
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("edge_kv.export.old_backends.find_spec", lambda name: None)
+    monkeypatch.setattr("edge_kv.export.backends.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"executorch, which is not installed.*edge-kv\[execu"):
-        BACKENDS["executorch"].check(CONFIG)
+        BACKENDS["executorch"].check(CONFIG, "native")
 
 
 def exported(tmp_path_factory, attention, backends=("executorch",)):
     """A small random model, exported through the whole pipeline once for all workers of a run."""
-    from edge_kv.export import export_model
-
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # a pytest-xdist worker
     root = shared / "-".join((*backends, attention))
+    formats = weight_formats("int4")
     with FileLock(f"{root}.lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "small", replace(PRESETS["tiny"], config=CONFIG))
-        patch.setattr("edge_kv.export.executorch_portable.BLOCK", 64)  # three to a buffer
+        patch.setattr("edge_kv.export.executorch_portable.BLOCK", 64)  # three to a table
         if not root.exists():
-            export_model(
-                model="small", weights="random:1", ctx=CTX, chunk=CHUNK, attention=attention,
-                backends=backends, out=root, open_session=load,
+            export_net(
+                RandomSource(CONFIG, 1, formats),
+                models.plan(CONFIG, ctx=CTX, chunk=CHUNK, kv="int8"), "int4", formats,
+                backends=backends, attention=attention, calibration="none", device="cpu",
+                out=root, open_session=load, progress=Silent(),
             )  # fmt: skip
     return root
 
@@ -209,7 +203,7 @@ def case(request, tmp_path_factory):
 
 
 def ids_for(n, seed=3):
-    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, n)
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab, n)
 
 
 def logits_of(session, ids, chunks):
@@ -228,9 +222,9 @@ def test_native_artifact_keeps_its_weights_outside_of_the_program(root):
         "manifest.json", "model.pte", "weights.bin", "ple.bin", "verify.npz",
     }  # fmt: skip
     assert (root / "executorch/model.pte").stat().st_size < 64 << 10
-    layout = WeightLayout(tensor_table(CONFIG), weight_formats("int4"))
+    layout = WeightLayout(models.weights(CONFIG), weight_formats("int4"))
     assert (root / "executorch/weights.bin").stat().st_size == layout.bytes
-    assert manifest.parity["lowering"]["max_kl"] < 1e-6
+    assert manifest.parity["executorch"].lowering["max_kl"] < 1e-6
 
 
 def test_portable_artifact_holds_one_program_and_no_other_weights(portable):
@@ -240,7 +234,7 @@ def test_portable_artifact_holds_one_program_and_no_other_weights(portable):
         "manifest.json", "model.pte", "ple.bin", "verify.npz",
     }  # fmt: skip
     # The weights once, the rows of the token table beside the head, and room for the graphs.
-    layout = XnnpackLayout(tensor_table(CONFIG), weight_formats("int4"))
+    layout = XnnpackLayout(models.weights(CONFIG), weight_formats("int4"))
     assert (portable / "executorch/model.pte").stat().st_size < 1.2 * layout.bytes + (150 << 10)
 
 
@@ -267,8 +261,8 @@ def test_delegates_stay_few(root, portable):
     """
     details = read_artifact(portable).manifest.backends["executorch"].details
     assert details["attention"] == "portable"
-    assert 0 < details["delegates"]["decode"] <= CONFIG.n_layers + 3
-    assert 0 < details["delegates"]["prefill"] <= CONFIG.n_own + 3
+    assert 0 < details["delegates"]["decode"] <= CONFIG.layers + 3
+    assert 0 < details["delegates"]["prefill"] <= CONFIG.owners + 3
     details = read_artifact(root).manifest.backends["executorch"].details
     assert details["attention"] == "native" and not any(details["delegates"].values())
 
@@ -276,11 +270,12 @@ def test_delegates_stay_few(root, portable):
 @pytest.mark.parametrize("attention", ["native", "portable"])
 def test_what_lean_lowering_leaves_out_leaves_no_trace(attention, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_kv.export.executorch_portable.BLOCK", 16)  # a loop, not one block
-    config = replace(CONFIG, pattern="F", n_kv_shared=0, vocab_size=64)
-    plan = plan_kv(config, ctx=64, chunk=8)
-    layout = BACKENDS["executorch"].layout(config, weight_formats("int4"), attention)
+    config = replace(CONFIG, layers=1, pattern="F", shared=0, vocab=64)
+    plan = models.plan(config, ctx=64, chunk=8, kv="int8")
+    formats = weight_formats("int4")
+    layout = BACKENDS["executorch"].layout(config, formats, attention)
     weights = StoredWeights(layout, tmp_path / "weights.bin")
-    source = open_weights("random", config)
+    source = RandomSource(config, 1, formats)
     write_weights(source, layout, weights.path, Journal(tmp_path / "journal"), Silent())
     programs = []
     for around in (lowering.lean, nullcontext):
@@ -308,7 +303,7 @@ def test_portable_program_needs_stock_operators_only(portable):
         assert used <= stock and {d.id for d in method.delegates} == {"XnnpackBackend"}
         assert "aten::index_put_" in used and "aten::index_put.out" not in used
         arenas.append(method.non_const_buffer_sizes[1:])
-    state = sum(-(-b.bytes // 16) * 16 for b in artifact.plan.buffers)
+    state = sum(-(-b.bytes // 16) * 16 for b in artifact.plan.tables)
     assert [state_bytes for _, state_bytes in arenas] == [state, state]
 
 
@@ -339,12 +334,12 @@ def test_state_is_the_plans_and_lives_in_the_program(case):
     artifact = read_artifact(root)
     with load(artifact, engine, threads=1) as session:
         assert {n: a.shape for n, a in session.state.items()} == {
-            b.name: b.shape for b in artifact.plan.buffers
+            t.name: t.shape for t in artifact.plan.tables
         }
         assert not any(a.any() for a in session.state.values())
         session.prefill(ids_for(5))
-        scales = session.state["k1.scale"]
-        assert (scales[:, :5] > 0).all() and not scales[:, 5:].any()
+        scales = session.state["l1.k.scale"]
+        assert (scales[:5] > 0).all() and not scales[5:].any()
         end = max(a.ctypes.data + a.nbytes for a in session.state.values())
         begin = min(a.ctypes.data for a in session.state.values())
         assert end - begin == artifact.plan.bytes
@@ -381,6 +376,31 @@ def test_snapshot_restores_bit_equal_logits_in_another_session(case, tmp_path):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("name", "engines"),
+    [
+        ("both", ("onnx", "executorch")),
+        ("both", ("executorch", "onnx-stock")),
+        ("portable", ("executorch", "executorch-python")),
+        ("portable", ("executorch-python", "executorch")),
+    ],
+)
+def test_another_engine_goes_on_from_a_snapshot(name, engines, request, tmp_path):
+    """Past two wraps of the rings, behind a rewind; the same rows, other sums."""
+    root, ids = request.getfixturevalue(name), ids_for(100)
+    taken, other = engines
+    with load(root, taken, threads=1) as session:
+        session.prefill(ids[:95])
+        session.rewind(3)
+        session.snapshot(tmp_path / "s", note={"of": taken})
+        want = logits_of(session, ids[92:], [2])
+    with load(root, other, threads=1) as session:
+        assert session.restore(tmp_path / "s") == {"of": taken}
+        assert session.tokens == tuple(ids[:92])
+        got = logits_of(session, ids[92:], [2])
+    assert divergence(want, got).max_kl < 1e-3
+
+
 def changed(root, to, change=lambda manifest: None, **files):
     """A copy of an artifact with other files and an edited manifest whose digests are right."""
     copy = shutil.copytree(root, to)
@@ -397,8 +417,8 @@ def changed(root, to, change=lambda manifest: None, **files):
 
 def test_sessions_of_one_process_read_their_own_weights(root, tmp_path):
     data = bytearray((root / "executorch/weights.bin").read_bytes())
-    layout = WeightLayout(tensor_table(CONFIG), weight_formats("int4"))
-    at = layout.regions["layers.0.attn.q_proj.packed"].offset
+    layout = WeightLayout(models.weights(CONFIG), weight_formats("int4"))
+    at = layout.regions["layers.0.attn.q.packed"].offset
     data[at : at + 256] = bytes(256)
     other = changed(root, tmp_path / "other", weights_bin=bytes(data))
     ids = ids_for(40)
@@ -484,7 +504,7 @@ import sys
 from edge_kv.runtime import load
 with load({str(root)!r}, "executorch") as session:
     session.prefill(range(20))
-    assert len(session.decode(3)) == {CONFIG.vocab_size}
+    assert len(session.decode(3)) == {CONFIG.vocab}
 assert not {{"torch", "executorch", "onnxruntime"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -508,8 +528,8 @@ def test_damaged_program_is_one_sentence(case, tmp_path):
 def set_plan(**asked):
     def change(manifest):
         ctx, chunk, kv = (manifest["plan"][k] for k in ("ctx", "chunk", "kv"))
-        plan = plan_kv(CONFIG, **{"ctx": ctx, "chunk": chunk, "kv": kv, **asked})
-        manifest["plan"] = json.loads(plan_entry(plan).model_dump_json())
+        plan = models.plan(CONFIG, **{"ctx": ctx, "chunk": chunk, "kv": kv, **asked})
+        manifest["plan"] = json.loads(PlanEntry.of(plan).model_dump_json())
 
     return change
 
@@ -525,13 +545,13 @@ def set_input(which, shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_plan(ctx=128), "the manifest disagree about|its state buffer k1 is int8"),
-        (set_plan(kv="f32"), "the manifest disagree about|its state buffer k1 is int8"),
+        (set_plan(ctx=128), "the manifest disagree about|its table l1.k is int8"),
+        (set_plan(kv="f32"), "the manifest disagree about|its table l1.k is int8"),
         (set_plan(chunk=8), "the manifest disagree about"),
         (set_input(2, [1, 2, 32]), "disagree about 'decode input float 1"),
         (lambda m: m["ple"].update(dim=0), "ple.dim"),
-        (lambda m: m["ple"].update(n_layers=2), "per-layer rows of"),
-        (lambda m: m.update(ple=None), "per-layer rows of None"),
+        (lambda m: m["ple"].update(n_layers=2), "per-layer rows"),
+        (lambda m: m.update(ple=None), "per-layer rows"),
     ],
 )  # fmt: skip
 def test_a_manifest_of_another_program_is_refused(case, tmp_path, change, message):

@@ -9,39 +9,40 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny
+from test_models import BOUND, CHUNK, CTX, LENGTH, RESTLESS, ROUNDED
+from tiny_models import NAMES, tiny
 
 from edge_kv import models
-from edge_kv.export.executorch_net import PLE, lower_net_executorch
-from edge_kv.export.weight_file import WeightLayout
+from edge_kv.export.lower_executorch import lower_executorch
+from edge_kv.export.packed_weights import PackedWeights
+from edge_kv.export.weight_file import Journal, StoredWeights, WeightLayout, write_weights
 from edge_kv.models.checkpoint import open_checkpoint
+from edge_kv.nets import make_net
+from edge_kv.nets.state import StaticState
+from edge_kv.nets.weights import load
+from edge_kv.progress import Silent
 from edge_kv.runtime.native_library import load_library
 from edge_kv.tensors import weight_formats
-
-LENGTH, CTX, CHUNK, BOUND = 70, 78, 8, 2e-4
-NAMES = ["e2b", "gemma3", "llama", "llama-bias", "qwen3"]
 
 
 class Engine:
     """A program on the native engine, without a manifest."""
 
-    def __init__(self, program, weights, checkpoint):
+    def __init__(self, program, weights, checkpoint, exact=False):
         self.native, self.checkpoint = load_library(), checkpoint
         error = ctypes.create_string_buffer(512)
         paths = str(program).encode(), str(weights).encode()
-        self.handle = self.native.edge_kv_open(*paths, 2, 0, error, 512)
+        self.handle = self.native.edge_kv_open(*paths, 2, exact, error, 512)
         assert self.handle, error.value.decode()
         self.error = error
 
     def rows(self, ids, layers):
-        if PLE not in self.checkpoint.rows:
-            return None
-        table = self.checkpoint.read(PLE)[ids].reshape(len(ids), self.checkpoint.config.layers, -1)
-        return np.ascontiguousarray(table[:, :layers], np.float32)
+        return token_rows(self.checkpoint, ids, layers)
 
     def prefill(self, ids, pos):
         ids = np.ascontiguousarray(ids, np.int64)
-        rows = self.rows(ids, getattr(self.checkpoint.config, "owners", None))
+        fed = self.checkpoint.config.token_rows
+        rows = self.rows(ids, fed.prefill if fed else 0)
         address = None if rows is None else rows.ctypes.data
         status = self.native.edge_kv_prefill(
             self.handle, ids.ctypes.data, len(ids), pos, address, self.error, 512
@@ -62,42 +63,39 @@ class Engine:
         self.native.edge_kv_close(self.handle)
 
 
-def lowered(checkpoint, folder, kv):
+def token_rows(checkpoint, ids, layers):
+    """Token rows of the per-layer embedding, of models that have one."""
+    fed = checkpoint.config.token_rows
+    if fed is None:
+        return None
+    table = checkpoint.read(fed.name)[ids].reshape(len(ids), checkpoint.config.layers, -1)
+    return np.ascontiguousarray(table[:, :layers], np.float32)
+
+
+def lowered(checkpoint, folder, kv, quant="none"):
     """The `.pte` and the weight file of a checkpoint."""
     config = checkpoint.config
     plan = models.plan(config, ctx=CTX, chunk=CHUNK, kv=kv)
-    layout = WeightLayout(models.weights(config), weight_formats("none"))
-    weights = folder / "weights.bin"
-    with weights.open("wb") as file:
-        file.truncate(layout.bytes)
-        for region in layout.regions.values():
-            file.seek(region.offset)
-            dtype = np.int64 if region.dtype == "i64" else np.float32
-            file.write(np.ascontiguousarray(checkpoint.read(region.name), dtype).tobytes())
-    facts = {"edge_kv_weights": layout.bytes, "edge_kv_layers": config.layers}
-    if PLE in checkpoint.rows:
-        width = checkpoint.rows[PLE].shape[1] // config.layers
-        facts |= {"edge_kv_ple_dim": width, "edge_kv_own": config.owners}
-    lower_net_executorch(config, plan, layout, folder / "model.pte", facts=facts)
-    return Engine(folder / "model.pte", weights, checkpoint)
+    layout = WeightLayout(models.weights(config), weight_formats(quant))
+    stored = StoredWeights(layout, folder / f"{quant}.bin")
+    if not stored.path.exists():
+        write_weights(checkpoint, layout, stored.path, Journal(folder / quant), Silent())
+    program = folder / f"{kv}-{quant}.pte"
+    facts = {"edge_kv_weights": layout.bytes}
+    lower_executorch(config, plan, stored, program, facts=facts, attention="native", delegate=False)
+    return program, stored
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_transformers(name, tmp_path):
-    model = tiny(name)
-    model.save_pretrained(tmp_path)
-    ids = torch.from_numpy(np.random.default_rng(1).integers(3, 90, LENGTH))
-    with torch.no_grad():
-        expected = model(ids[None], use_cache=False).logits[0].numpy()
-    checkpoint, ids = open_checkpoint(tmp_path), ids.numpy()
-    engine = lowered(checkpoint, tmp_path, "f32")
-    worst = pos = 0
+def errors(engine, ids, expected):
+    """The largest error of each position's logits, over the steps of `test_models`."""
+    found, pos = {}, 0
     steps = [8, 8, 5, "1", "1", 3, "1", -3, 7, "1", "1", "wrong", 3, *["1"] * 21, -5, 8]
     for step in [*steps, *["1"] * LENGTH]:
         if step == "wrong":
             engine.prefill((ids[pos : pos + 7] + 7) % 90, pos)
         elif step == "1" and pos < LENGTH:
-            worst = max(worst, np.abs(engine.decode(ids[pos], pos) - expected[pos]).max())
+            error = np.abs(engine.decode(ids[pos], pos) - expected[pos]).max()
+            found[pos] = max(found.get(pos, 0.0), float(error))
             pos += 1
         elif step != "1" and step < 0:
             pos += step
@@ -105,4 +103,58 @@ def test_logits_are_those_of_transformers(name, tmp_path):
             engine.prefill(ids[pos : pos + step], pos)
             pos += step
     engine.close()
-    assert pos == LENGTH and worst <= BOUND
+    assert pos == LENGTH
+    return np.array(list(found.values()))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request, tmp_path_factory):
+    """A saved tiny model, ids, and transformers' logits of them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny(request.param)
+    model.save_pretrained(folder)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(3, 90, LENGTH))
+    with torch.no_grad():
+        expected = model(ids[None], use_cache=False).logits[0].numpy()
+    return request.param, open_checkpoint(folder), ids.numpy(), expected
+
+
+def test_logits_are_those_of_transformers(case, tmp_path):
+    _, checkpoint, ids, expected = case
+    program, stored = lowered(checkpoint, tmp_path, "f32")
+    assert errors(Engine(program, stored.path, checkpoint), ids, expected).max() <= BOUND
+
+
+def test_rounded_state_stays_near(case, tmp_path):
+    name, checkpoint, ids, expected = case
+    for kv in ("int8", "f16") if name in ("e2b", "deepseek_v4") else ("int8",):
+        program, stored = lowered(checkpoint, tmp_path, kv)
+        found = errors(Engine(program, stored.path, checkpoint), ids, expected)
+        assert np.median(found) <= RESTLESS.get(name, ROUNDED[kv])
+
+
+def test_packed_weights_multiply_exactly_when_asked(case, tmp_path):
+    """Float activations: the logits of the stored weights; rounded ones are another path."""
+    name, checkpoint, ids, _ = case
+    for quant in ("int4", "int8") if name in ("e2b", "laguna") else ("int4",):
+        program, stored = lowered(checkpoint, tmp_path, "f32", quant)
+        expected = stored_logits(checkpoint, stored, ids)
+        found = errors(Engine(program, stored.path, checkpoint, exact=True), ids, expected)
+        assert found.max() <= BOUND
+        rounded = errors(Engine(program, stored.path, checkpoint), ids, expected)
+        assert BOUND < np.median(rounded) < 1.0
+
+
+@torch.no_grad()
+def stored_logits(checkpoint, stored, ids):
+    """The net over stored weights and float tables, in one step."""
+    plan = models.plan(checkpoint.config, ctx=CTX, chunk=LENGTH, kv="f32")
+    with torch.device("meta"):
+        net = make_net(
+            checkpoint.config, PackedWeights(models.weights(checkpoint.config), stored.layout)
+        )
+    load(net, stored.read)
+    rows = token_rows(checkpoint, ids, None)
+    rows = None if rows is None else torch.from_numpy(rows)
+    x = net(torch.from_numpy(ids), torch.tensor([0]), StaticState(plan), rows)
+    return net.logits(x).numpy()

@@ -52,10 +52,6 @@ def test_experts(operators):
     rows.test_experts_q(operators, "avx512vnni", None, "silu", 0.8)
 
 
-# operators.cpp has linear_q, with an exact form.
-BAD = [case for case in rows.BAD if case[0] != "linear_q"]
-
-
-@pytest.mark.parametrize(("name", "inputs", "attributes", "says"), BAD)
+@pytest.mark.parametrize(("name", "inputs", "attributes", "says"), rows.BAD)
 def test_what_does_not_fit_is_logged(operators, name, inputs, attributes, says):
     rows.test_what_does_not_fit_is_one_sentence(operators, name, inputs, attributes, says)

@@ -29,7 +29,7 @@ class Stop(Silent):
     def __init__(self, stage: str, before=lambda: None):
         self._stage, self._before = stage, before
 
-    def stage(self, name: str, unit: str = "") -> None:
+    def stage(self, name: str) -> None:
         if name.startswith(self._stage):
             self._before()
             raise KeyboardInterrupt
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_changes_under_the_export_is_refused(tmp_path):
     model, out = checkpoint(tmp_path / "model"), tmp_path / "out"
 
     class Touch(Silent):
-        def stage(self, name: str, unit: str = "") -> None:
+        def stage(self, name: str) -> None:
             if name == "per-layer embeddings":
                 os.utime(model / "model.safetensors")
 
@@ -196,7 +196,7 @@ def test_a_program_without_a_whole_record_is_made_again(tmp_path, monkeypatch):
         path.write_bytes(b"program")
         return {"made": len(made)}
 
-    monkeypatch.setattr("edge_kv.export.lower_executorch.lower_executorch", lower)
+    monkeypatch.setattr("edge_kv.export.old_lower_executorch.lower_executorch", lower)
     config = get_preset("tiny").config
     request = backends.Request(config, plan_kv(config, ctx=64, chunk=16), None)
     weights = SimpleNamespace(layout=SimpleNamespace(bytes=0), path=tmp_path / "weights.bin")

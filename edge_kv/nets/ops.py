@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.library import custom_op, infer_schema
 
 from edge_kv.model import ops as quantised
-from edge_kv.nets.state import MASKED, held_rows, quantize_rows, visible
+from edge_kv.nets.state import MASKED, Read, held_rows, quantize_rows, visible
+from edge_kv.plan import Plan
 
 NAMESPACE = "edge_kv"
 HALVES, PAIRS_LAST = "halves", "pairs_last"  # styles of rotation
@@ -177,6 +178,23 @@ def attend(
     if tokens == 1:
         return mixed.reshape(1, heads, dim)
     return mixed.unflatten(1, (tokens, group)).transpose(0, 1).reshape(tokens, heads, dim)
+
+
+Tables = Callable[[str], tuple[Tensor, Tensor | None]]  # a table's values and its scales by name
+
+
+def attend_reads(
+    q: Tensor, pos: Tensor, sink: Tensor | None, reads: Sequence[Read], tables: Tables,
+    plan: Plan, scale: float,
+) -> Tensor:  # fmt: skip
+    """`attend` over `reads` of the tables of a `plan`, at most two."""
+    operands: list[Tensor | None] = []
+    for read in reads:
+        operands += [*tables(read.keys), *tables(read.values), read.picked]
+    operands += [None] * (10 - len(operands))
+    strides, keeps = zip(*((t.stride, t.keep) for t in (plan[r.keys] for r in reads)), strict=True)
+    out: Tensor = attend(q, pos, sink, *operands, scale, list(strides), list(keeps))
+    return out
 
 
 def _by_head(q: Tensor, kv_heads: int, group: int) -> Tensor:

@@ -30,7 +30,10 @@ EDGE_KV_API int64_t edge_kv_describe(edge_kv_engine*, char* text, int64_t bytes)
 // written; null if there is none.
 EDGE_KV_API void* edge_kv_buffer(edge_kv_engine*, const char* name, int64_t* bytes);
 
-// An integer that the exporter stored beside the methods ("vocab", "chunk", …), or `otherwise`.
+// An integer that the exporter stored beside the methods, or `otherwise`: "edge_kv_weights", the
+// bytes of the weight file; "edge_kv_ctx", the most positions; "edge_kv_ple_bits" and
+// "edge_kv_ple_block" of the file of per-layer rows (edge_kv/manifest.py). All else is in the text
+// of `edge_kv_describe`.
 EDGE_KV_API int64_t edge_kv_fact(edge_kv_engine*, const char* name, int64_t otherwise);
 
 // Write the state of `count` tokens from position `pos`; ple is [count, layers, dim] or null.

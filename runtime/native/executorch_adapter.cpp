@@ -5,7 +5,6 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/operator_registry.h>
 
-#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -54,7 +53,9 @@ class ExecuTorchCall : public Call {
  public:
   ExecuTorchCall(const Pool& on, const View* inputs, const Attribute* values,
                  ExecuTorchTensor& result)
-      : Call(best_kernels(), on, inputs, values), result_(result) {}
+      : Call(best_kernels(), on, inputs, values), result_(result) {
+    exact = running().exact;
+  }
 
   View output(int, Type type, std::initializer_list<int64_t> shape) override {
     return make(type, shape.begin(), int(shape.size()));
@@ -137,7 +138,6 @@ bool add_all(std::index_sequence<at...>) {
   names.reserve(kOperatorCount);
   std::vector<executorch::runtime::Kernel> kernels;
   const auto add = [&](const Operator& op, executorch::runtime::OpFunction function) {
-    if (!strcmp(op.name, "linear_q")) return;  // operators.cpp has it, with an exact form
     const char* const suffix = op.result == Type::none ? "_in_place.out" : ".out";
     names.push_back(std::string("edge_kv::") + op.name + suffix);
     kernels.emplace_back(names.back().c_str(), function);

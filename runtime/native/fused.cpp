@@ -27,10 +27,10 @@ void norm_rows(const Kernels& kernels, const Pool& pool, const float* x, int64_t
   });
 }
 
-void gelu_times(const Kernels& kernels, const Pool& pool, const float* gate, const float* up,
-                int64_t count, float* out) {
+void gated_values(const Kernels& kernels, const Pool& pool, const float* gate, const float* up,
+                  int64_t count, Activation activation, float limit, float* out) {
   in_shares(pool, count, kShare, [&](int64_t begin, int64_t n) {
-    kernels.gated(gate + begin, up + begin, n, Activation::gelu_tanh, 0.0f, out + begin);
+    kernels.gated(gate + begin, up + begin, n, activation, limit, out + begin);
   });
 }
 

@@ -8,13 +8,13 @@
 
 namespace edge_kv {
 
-// out [rows, dim] = x * rsqrt(mean(x^2) + eps) * weight [dim], row by row.
+// out [rows, dim] = x * rsqrt(mean(x^2) + eps) * weight [dim] (null: 1), row by row.
 void norm_rows(const Kernels&, const Pool&, const float* x, int64_t rows, int64_t dim,
                const float* weight, float eps, float* out);
 
-// out = gelu(gate) * up, the tanh form of gelu.
-void gelu_times(const Kernels&, const Pool&, const float* gate, const float* up, int64_t count,
-                float* out);
+// out = activation(gate) * up; a limit above 0 first bounds gate from above and up on both sides.
+void gated_values(const Kernels&, const Pool&, const float* gate, const float* up, int64_t count,
+                  Activation, float limit, float* out);
 
 // out = tanh(x / cap) * cap
 void softcap(const Kernels&, const Pool&, const float* x, int64_t count, float cap, float* out);

@@ -3,12 +3,10 @@
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <numeric>
 
 namespace edge_kv {
 namespace {
@@ -100,38 +98,6 @@ class Parser {
   const char *at_, *end_;
 };
 
-// Python's repr of a float: the fewest digits that give it back.
-std::string python_number(const std::string& text) {
-  if (text.find_first_of(".eE") == std::string::npos) return text;
-  const double value = strtod(text.c_str(), nullptr);
-  char out[64];
-  int digits = 0;
-  do snprintf(out, sizeof out, "%.*e", digits, value);
-  while (strtod(out, nullptr) != value && ++digits < 17);
-  const int exponent = atoi(strchr(out, 'e') + 1);
-  if (exponent >= -4 && exponent < 16)
-    snprintf(out, sizeof out, "%.*f", std::max(digits - exponent, 1), value);
-  return out;
-}
-
-std::string write(const Json& value, bool python) {
-  if (value.kind == '"') return '"' + value.text + '"';
-  if (value.kind == '0') return python ? python_number(value.text) : value.text;
-  if (value.kind == 'n') return value.text;
-  std::vector<size_t> order(value.items.size());
-  std::iota(order.begin(), order.end(), size_t(0));
-  if (python && value.kind == '{')
-    std::sort(order.begin(), order.end(),
-              [&](size_t a, size_t b) { return value.keys[a] < value.keys[b]; });
-  std::string out(1, value.kind);
-  for (const size_t i : order) {
-    if (out.size() > 1) out += python ? ", " : ",";
-    if (value.kind == '{') out += '"' + value.keys[i] + (python ? "\": " : "\":");
-    out += write(value.items[i], python);
-  }
-  return out + (value.kind == '{' ? '}' : ']');
-}
-
 }  // namespace
 
 const Json* Json::find(const std::string& key) const {
@@ -157,9 +123,6 @@ int64_t Json::integer() const {
   if (!end || *end || errno) refuse("a whole number is something else");
   return value;
 }
-
-std::string Json::compact() const { return write(*this, false); }
-std::string Json::python() const { return write(*this, true); }
 
 Json parse_json(const std::string& text) { return Parser(text).whole(); }
 

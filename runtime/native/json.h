@@ -1,4 +1,4 @@
-// JSON as the runner needs it: a manifest and the header of a snapshot.
+// JSON as the runner reads it: a manifest and the header of a snapshot.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +23,6 @@ struct Json {
   const Json* find(const std::string& key) const;  // null if there is none
   const std::string& string() const;
   int64_t integer() const;
-
-  // Back to text as pydantic writes it: compact, keys in their order.
-  std::string compact() const;
-  // Back to text as json.dumps(…, sort_keys=True) of Python: spaces, its way to write floats.
-  std::string python() const;
 };
 
 Json parse_json(const std::string& text);

@@ -169,7 +169,8 @@ EDGE_KV_API int edge_kv_gelu_times(const char* isa, int threads, const float* ga
   const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
   if (!kernels) return 1;
   wanted_threads = threads;
-  edge_kv::gelu_times(*kernels, {threads, run_on_threads}, gate, up, count, out);
+  edge_kv::gated_values(*kernels, {threads, run_on_threads}, gate, up, count,
+                        edge_kv::Activation::gelu_tanh, 0.0f, out);
   return 0;
 }
 

@@ -3,13 +3,11 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 
 #include <optional>
-#include <string>
 #include <string_view>
 
 #include "attention.h"
 #include "fused.h"
 #include "running.h"
-#include "weights.h"
 
 namespace edge_kv {
 namespace {
@@ -136,73 +134,59 @@ Tensor& store_own(KernelRuntimeContext& context, const Tensor& k, const Tensor& 
   return out;
 }
 
-// In the adapter's form, except that a gate may ask for float activations.
-Tensor& linear_q(KernelRuntimeContext& context, const Tensor& x, const Tensor& packed, int64_t rows,
-                 std::string_view name, double step, Tensor& out) {
-  const Format* format = find_format(std::string(name).c_str());
-  ET_KERNEL_CHECK(context,
-                  format && x.dim() == 2 && floats(x) && x.size(1) > 0 &&
-                      packed.scalar_type() == ScalarType::Byte && rows > 0 &&
-                      rows < (int64_t(1) << 31) && step >= 0 &&
-                      packed.numel() == weight_bytes(*format, rows, x.size(1)),
-                  InvalidArgument, out);
-  const SizesType sizes[] = {SizesType(x.size(0)), SizesType(rows)};
-  ET_KERNEL_CHECK(context,
-                  executorch::runtime::resize_tensor(out, {sizes, 2}) ==
-                      executorch::runtime::Error::Ok,
-                  InvalidArgument, out);
-  const Weights w{format, packed.const_data_ptr<uint8_t>(), rows, x.size(1)};
-  if (running().exact && step == 0)
-    linear_exact(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0), w,
-                 out.mutable_data_ptr<float>());
-  else
-    linear_q(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0), w, float(step),
-             out.mutable_data_ptr<float>());
-  return out;
+bool resized(Tensor& out, const Tensor& like, int64_t width) {
+  SizesType sizes[executorch::runtime::kTensorDimensionLimit];
+  for (int i = 0; i < int(like.dim()); ++i) sizes[i] = SizesType(like.size(i));
+  sizes[like.dim() - 1] = SizesType(width);
+  return executorch::runtime::resize_tensor(out, {sizes, size_t(like.dim())}) ==
+         executorch::runtime::Error::Ok;
 }
+
+int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
 Tensor& linear(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight, Tensor& out) {
   ET_KERNEL_CHECK(context,
-                  x.dim() == 2 && floats(x) && weight.dim() == 2 && floats(weight) &&
-                      x.size(1) == weight.size(1),
+                  x.dim() > 0 && floats(x) && weight.dim() == 2 && floats(weight) &&
+                      weight.size(1) > 0 && width_of(x) == weight.size(1),
                   InvalidArgument, out);
-  const SizesType sizes[] = {SizesType(x.size(0)), SizesType(weight.size(0))};
+  ET_KERNEL_CHECK(context, resized(out, x, weight.size(0)), InvalidArgument, out);
+  linear_float(best_kernels(), running_pool(), x.const_data_ptr<float>(),
+               x.numel() / weight.size(1), weight.const_data_ptr<float>(), weight.size(0),
+               weight.size(1), out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& rms_norm(KernelRuntimeContext& context, const Tensor& x, const OptionalTensor& weight,
+                 double eps, Tensor& out) {
+  ET_KERNEL_CHECK(context, x.dim() > 0 && floats(x) && width_of(x) > 0, InvalidArgument, out);
   ET_KERNEL_CHECK(context,
-                  executorch::runtime::resize_tensor(out, {sizes, 2}) ==
-                      executorch::runtime::Error::Ok,
+                  !weight.has_value() || (weight->dim() == 1 && floats(*weight) &&
+                                          weight->numel() == width_of(x)),
                   InvalidArgument, out);
-  linear_float(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.size(0),
-               weight.const_data_ptr<float>(), weight.size(0), x.size(1),
+  ET_KERNEL_CHECK(context, resized(out, x, width_of(x)), InvalidArgument, out);
+  norm_rows(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.numel() / width_of(x),
+            width_of(x), weight.has_value() ? weight->const_data_ptr<float>() : nullptr,
+            float(eps), out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor& gated(KernelRuntimeContext& context, const Tensor& gate, const Tensor& up,
+              std::string_view act, double limit, Tensor& out) {
+  const bool silu = act == "silu";
+  ET_KERNEL_CHECK(context,
+                  gate.dim() > 0 && floats(gate) && floats(up) && same_shape(gate, up) &&
+                      (silu || act == "gelu_tanh") && limit >= 0,
+                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context, resized(out, gate, width_of(gate)), InvalidArgument, out);
+  gated_values(best_kernels(), running_pool(), gate.const_data_ptr<float>(),
+               up.const_data_ptr<float>(), gate.numel(),
+               silu ? Activation::silu : Activation::gelu_tanh, float(limit),
                out.mutable_data_ptr<float>());
   return out;
 }
 
-Tensor& rms_norm(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight, double eps,
-                 Tensor& out) {
-  ET_KERNEL_CHECK(context,
-                  x.dim() > 0 && floats(x) && weight.dim() == 1 && floats(weight) &&
-                      weight.numel() > 0 && x.size(x.dim() - 1) == weight.numel(),
-                  InvalidArgument, out);
-  ET_KERNEL_CHECK(context,
-                  executorch::runtime::resize_tensor(out, x.sizes()) ==
-                      executorch::runtime::Error::Ok,
-                  InvalidArgument, out);
-  norm_rows(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.numel() / weight.numel(),
-            weight.numel(), weight.const_data_ptr<float>(), float(eps),
-            out.mutable_data_ptr<float>());
-  return out;
-}
-
 Tensor& gelu_mul(KernelRuntimeContext& context, const Tensor& gate, const Tensor& up, Tensor& out) {
-  ET_KERNEL_CHECK(context, floats(gate) && floats(up) && same_shape(gate, up), InvalidArgument,
-                  out);
-  ET_KERNEL_CHECK(context,
-                  executorch::runtime::resize_tensor(out, gate.sizes()) ==
-                      executorch::runtime::Error::Ok,
-                  InvalidArgument, out);
-  gelu_times(best_kernels(), running_pool(), gate.const_data_ptr<float>(),
-             up.const_data_ptr<float>(), gate.numel(), out.mutable_data_ptr<float>());
-  return out;
+  return gated(context, gate, up, "gelu_tanh", 0.0, out);
 }
 
 Tensor& softcap_all(KernelRuntimeContext& context, const Tensor& x, double cap, Tensor& out) {
@@ -219,9 +203,9 @@ Tensor& softcap_all(KernelRuntimeContext& context, const Tensor& x, double cap, 
 EXECUTORCH_LIBRARY(edge_kv, "attend_own.out", attend_own);
 EXECUTORCH_LIBRARY(edge_kv, "attend_shared.out", attend_shared);
 EXECUTORCH_LIBRARY(edge_kv, "store_own.out", store_own);
-EXECUTORCH_LIBRARY(edge_kv, "linear_q.out", linear_q);
 EXECUTORCH_LIBRARY(edge_kv, "linear.out", linear);
 EXECUTORCH_LIBRARY(edge_kv, "rms_norm.out", rms_norm);
+EXECUTORCH_LIBRARY(edge_kv, "gated.out", gated);
 EXECUTORCH_LIBRARY(edge_kv, "gelu_mul.out", gelu_mul);
 EXECUTORCH_LIBRARY(edge_kv, "softcap.out", softcap_all);
 

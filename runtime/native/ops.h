@@ -53,6 +53,7 @@ class Call {
   const Pool& pool;
   const View* in;
   const Attribute* attributes;
+  bool exact = false;  // products of activations as they are, which a parity gate asks for
 
   Call(const Kernels& of, const Pool& on, const View* inputs, const Attribute* values)
       : kernels(of), pool(on), in(inputs), attributes(values) {}

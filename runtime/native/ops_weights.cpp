@@ -47,8 +47,12 @@ void linear_q(Call& call) {
   if (!(step >= 0 && step < 1e30f)) refuse("step is ", double(step), "; it must be 0 or more.");
   const Weights weights = weights_of(packed, packed.shape, "packed", format, rows, x.shape[1]);
   const View out = call.output(0, Type::f32, {x.shape[0], rows});
-  linear_q(call.kernels, call.pool, x.as<const float>(), x.shape[0], weights, step,
-           out.as<float>());
+  if (call.exact && step == 0)
+    linear_exact(call.kernels, call.pool, x.as<const float>(), x.shape[0], weights,
+                 out.as<float>());
+  else
+    linear_q(call.kernels, call.pool, x.as<const float>(), x.shape[0], weights, step,
+             out.as<float>());
 }
 
 void embed_q(Call& call) {
@@ -132,12 +136,14 @@ struct Rows {
   char* row(int64_t i) const { return first + i * stride; }
 };
 
-int64_t row_bytes(const Stack& with) {
-  return with.format ? rounded_stride(with.cols) : with.cols * 4;
+bool rounds(const Call& call, const Stack& with) { return with.format && !call.exact; }
+
+int64_t row_bytes(const Call& call, const Stack& with) {
+  return rounds(call, with) ? rounded_stride(with.cols) : with.cols * 4;
 }
 
 void prepare(const Call& call, const Stack& with, const float* x, char* row) {
-  if (with.format) {
+  if (rounds(call, with)) {
     call.kernels.round_row(x, with.cols, 0.0f, reinterpret_cast<uint8_t*>(row));
   } else {
     memcpy(row, x, size_t(with.cols) * 4);
@@ -190,7 +196,7 @@ void multiply_chosen(const Call& call, const Stack& stack, const Expert* experts
     const int64_t first = begin * kGroupRows, tokens = expert.end - expert.begin;
     const char* matrix = matrices[size_t(task / parts)];
     float* to = out + expert.begin * stride;
-    if (stack.format) {
+    if (rounds(call, stack)) {
       const int64_t bytes = group_bytes(*stack.format, stack.cols);
       call.kernels.multiply(*stack.format,
                             reinterpret_cast<const uint8_t*>(matrix) + begin * bytes, end - begin,
@@ -199,12 +205,19 @@ void multiply_chosen(const Call& call, const Stack& stack, const Expert* experts
                             tokens, to + first, stride, stack.rows - first);
       return;
     }
-    for (int64_t r = first; r < std::min(stack.rows, end * kGroupRows); ++r)
+    std::vector<float> values(size_t(stack.format ? stack.cols : 0));
+    for (int64_t r = first; r < std::min(stack.rows, end * kGroupRows); ++r) {
+      const float* row = reinterpret_cast<const float*>(matrix) + r * stack.cols;
+      if (stack.format) {
+        const auto* packed = reinterpret_cast<const uint8_t*>(matrix);
+        embed_row({stack.format, packed, stack.rows, stack.cols}, r, values.data());
+        row = values.data();
+      }
       for (int64_t t = 0; t < tokens; ++t)
         to[t * stride + r] =
-            call.kernels.dot(reinterpret_cast<const float*>(rows.row(expert.begin + t)),
-                             reinterpret_cast<const float*>(matrix) + r * stack.cols,
+            call.kernels.dot(reinterpret_cast<const float*>(rows.row(expert.begin + t)), row,
                              int(stack.cols));
+    }
   });
 }
 
@@ -241,10 +254,10 @@ void experts_q(Call& call) {
   const Pool team{pairs * std::max(dim, width) < kMinValues ? 1 : call.pool.threads, call.pool.run};
   const auto token = [&](int64_t pair) { return chosen.pairs[size_t(pair)] / k; };
   const int64_t stride = std::max(2 * width, dim), floats = pairs * stride;
-  const int64_t bytes = pairs * (row_bytes(into) + row_bytes(back));
+  const int64_t bytes = pairs * (row_bytes(call, into) + row_bytes(call, back));
   float* const products = scratch(size_t(floats + bytes / 4 + 1));
-  const Rows given{reinterpret_cast<char*>(products + floats), row_bytes(into)};
-  const Rows hidden{given.row(pairs), row_bytes(back)};
+  const Rows given{reinterpret_cast<char*>(products + floats), row_bytes(call, into)};
+  const Rows hidden{given.row(pairs), row_bytes(call, back)};
   parallel(team, pairs, [&](int64_t i) {
     prepare(call, into, x.as<const float>() + token(i) * dim, given.row(i));
   });

@@ -3,9 +3,8 @@
 //   edge-kv-run ARTIFACT --ids 2,651,9029 [--max-new-tokens 64] [--threads N]
 //               [--restore SNAPSHOT] [--logits FILE]
 //
-// Decodes greedily and streams each id as it is chosen; times and memory go to stderr. Everything
-// it needs to know about the model is in the .pte; the manifest says where its weights lie and
-// places a snapshot, the per-layer rows are read from ple.bin.
+// Decodes greedily and streams each id as it is chosen; times and memory go to stderr. What it needs
+// to know about the model is in the manifest, which is compared with the program.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -16,25 +15,23 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iterator>
+#include <set>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "engine.h"
-#include "json.h"
 #include "kernels.h"
-#include "sha256.h"
+#include "manifest.h"
 #include "snapshot.h"
 
 namespace {
 
-using edge_kv::Json;
-using edge_kv::parse_json;
-using edge_kv::text_of;
+using edge_kv::Manifest;
 
 constexpr int kErrorBytes = 512;
-constexpr int64_t kCheckedBytes = 64 << 20;  // of a program whose digest is checked at every start
-constexpr char kProgram[] = "executorch/model.pte";
 constexpr char kHelp[] =
     "Usage: edge-kv-run ARTIFACT --ids 2,651,9029 [options]\n"
     "Feeds token ids to an artifact and prints those it chooses, each the likeliest.\n"
@@ -53,19 +50,15 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// The per-layer embedding file; its format is described in edge_kv/artifact.py (PleEntry).
+// The per-layer embedding file; its format is described in edge_kv/manifest.py (PleEntry).
 class PleRows {
  public:
-  PleRows(const std::string& path, edge_kv_engine* engine, int64_t layers)
-      : dim_(edge_kv_fact(engine, "edge_kv_ple_dim", 0)),
-        bits_(edge_kv_fact(engine, "edge_kv_ple_bits", 32)),
-        block_(edge_kv_fact(engine, "edge_kv_ple_block", 0)),
-        values_(layers * dim_) {
-    if (dim_ == 0) return;
-    data_bytes_ = values_ * bits_ / 8;
-    row_.resize(size_t(data_bytes_ + (bits_ == 32 ? 0 : values_ / block_ * 2)));
-    file_ = open(path.c_str(), O_RDONLY);
-    if (file_ < 0) stop("Cannot open " + path + ".");
+  PleRows(const std::string& root, const Manifest& manifest)
+      : has_(manifest.token_rows), entry_(manifest.ple), path_(root + "/" + entry_.file) {
+    if (!has_) return;
+    row_.resize(size_t(entry_.row_bytes()));
+    file_ = open(path_.c_str(), O_RDONLY);
+    if (file_ < 0) stop("Cannot open " + path_ + ".");
     posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);
   }
   ~PleRows() {
@@ -76,13 +69,13 @@ class PleRows {
 
   // Rows of `count` ids for the first `layers` layers, null for a model without them.
   const float* read(const int64_t* ids, int64_t count, int64_t layers) {
-    if (dim_ == 0) return nullptr;
-    const int64_t width = layers * dim_;
+    if (!has_) return nullptr;
+    const int64_t width = layers * entry_.dim;
     out_.resize(size_t(count * width));
     for (int64_t t = 0; t < count; ++t) {
       const ssize_t bytes = ssize_t(row_.size());
       if (pread(file_, row_.data(), row_.size(), off_t(ids[t]) * bytes) != bytes)
-        stop("ple.bin ends inside the row of token " + std::to_string(ids[t]) + "; it is cut off.");
+        stop(path_ + " ends inside the row of token " + std::to_string(ids[t]) + "; it is cut off.");
       unpack(width, out_.data() + t * width);
     }
     return out_.data();
@@ -90,21 +83,23 @@ class PleRows {
 
  private:
   void unpack(int64_t width, float* out) const {
-    if (bits_ == 32) {
+    if (entry_.bits == 32) {
       memcpy(out, row_.data(), size_t(width) * 4);
       return;
     }
     const uint8_t* data = row_.data();
     for (int64_t i = 0; i < width; ++i) {
       uint16_t half;
-      memcpy(&half, data + data_bytes_ + i / block_ * 2, 2);
-      const int value = bits_ == 4 ? int(i % 2 ? data[i / 2] >> 4 : data[i / 2] & 15) - 8
-                                   : int(int8_t(data[i]));
+      memcpy(&half, data + entry_.data_bytes() + i / entry_.block * 2, 2);
+      const int value = entry_.bits == 4 ? int(i % 2 ? data[i / 2] >> 4 : data[i / 2] & 15) - 8
+                                         : int(int8_t(data[i]));
       out[i] = float(value) * edge_kv::half_to_float(half);
     }
   }
 
-  int64_t dim_, bits_, block_, values_, data_bytes_ = 0;
+  const bool has_;
+  const edge_kv::TokenRows entry_;
+  const std::string path_;
   int file_ = -1;
   std::vector<uint8_t> row_;
   std::vector<float> out_;
@@ -124,40 +119,55 @@ std::vector<int64_t> parse_ids(const char* text, int64_t vocab) {
   return ids;
 }
 
-int64_t taken_up(edge_kv_engine* engine, const std::string& path, const std::string& root) {
-  const auto find = [engine](const std::string& name, int64_t bytes) -> uint8_t* {
+int64_t taken_up(edge_kv_engine* engine, const std::string& path, const Manifest& manifest) {
+  const auto find = [engine](const edge_kv::Table& table) {
     int64_t held = 0;
-    void* rows = edge_kv_buffer(engine, name.c_str(), &held);
-    return held == bytes ? static_cast<uint8_t*>(rows) : nullptr;
+    return static_cast<uint8_t*>(edge_kv_buffer(engine, table.attribute().c_str(), &held));
   };
   try {
-    return edge_kv::restore(path, root, find);
+    return edge_kv::restore(path, manifest, find);
   } catch (const std::exception& e) {
     stop(std::string(e.what()) + ".");
   }
 }
 
-// The program's weight file, "" where they are inside of it; the manifest names it and the digest
-// that the program must have.
-std::string checked_weights(const std::string& root, const std::string& program) {
-  const std::string path = root + "/manifest.json";
+Manifest manifest_of(const std::string& root) {
   try {
-    const Json manifest = parse_json(text_of(path));
-    const Json& entry = manifest.at("files").at(program);
-    if (entry.at("size").integer() <= kCheckedBytes &&
-        entry.at("sha256").string() != edge_kv::sha256_hex(text_of(root + "/" + program)))
-      stop(root + "/" + program + " is not the file that was exported (its digest differs); copy "
-           "the artifact again.");
-    const Json& details = manifest.at("backends").at("executorch").at("details");
-    const Json* weights = details.find("weights");
-    if (!weights) return "";
-    const std::string& name = weights->string();
-    if (name.empty() || name[0] == '/' || name.find("..") != std::string::npos)
-      stop(path + " names " + name + ", a path outside the artifact; refused.");
-    return root + "/" + name;
+    return edge_kv::read_manifest(root);
   } catch (const edge_kv::JsonError& e) {
-    stop(path + " cannot be read (" + e.what() + "); copy the artifact again.");
+    stop(root + "/manifest.json cannot be read (" + e.what() + "); copy the artifact again.");
+  } catch (const std::exception& e) {
+    stop(std::string(e.what()) + ".");
   }
+}
+
+// Compare what the loaded program takes, gives and holds with what the manifest says.
+void check_contract(edge_kv_engine* engine, const std::string& program, const Manifest& manifest) {
+  std::string text(size_t(edge_kv_describe(engine, nullptr, 0)), ' ');
+  edge_kv_describe(engine, &text[0], int64_t(text.size()));
+  std::istringstream lines(text);
+  std::vector<std::string> real;
+  std::set<std::string> held;
+  for (std::string line; std::getline(lines, line);) {
+    const size_t what = line.find(' ') + 1;
+    if (line.compare(what, 6, "state ") == 0) held.insert(line.substr(what));
+    else real.push_back(line);
+  }
+  const std::set<std::string> planned(manifest.state.begin(), manifest.state.end());
+  std::vector<std::string> odd;
+  const auto by_name = [](std::vector<std::string> of) {
+    std::sort(of.begin(), of.end());
+    return of;
+  };
+  if (real != manifest.contract) {
+    const auto a = by_name(real), b = by_name(manifest.contract);
+    std::set_symmetric_difference(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(odd));
+    if (odd.empty()) odd = real;
+  }
+  std::set_symmetric_difference(held.begin(), held.end(), planned.begin(), planned.end(),
+                                std::back_inserter(odd));
+  if (!odd.empty())
+    stop(program + " and the manifest disagree about '" + odd[0] + "'; copy the artifact again.");
 }
 
 void report_memory() {
@@ -202,18 +212,16 @@ int main(int argc, char** argv) {
   if (threads > cpus)
     fprintf(stderr, "Warning: --threads %d is more than the %d CPUs; %d are used.\n", threads, cpus,
             cpus);
-  const std::string program = root + "/" + kProgram, weights = checked_weights(root, kProgram);
+  const Manifest manifest = manifest_of(root);
+  const std::string program = root + "/" + manifest.program;
+  const std::string weights = manifest.weights.empty() ? "" : root + "/" + manifest.weights;
+  const int64_t vocab = manifest.vocab, ctx = manifest.ctx, chunk = manifest.chunk;
   edge_kv_engine* engine = edge_kv_open(program.c_str(), weights.c_str(), std::min(threads, cpus), 0,
                                         error, kErrorBytes);
   if (!engine) stop("Cannot load " + program + ": " + error + ".");
-  const int64_t vocab = edge_kv_fact(engine, "edge_kv_vocab", 0);
-  const int64_t ctx = edge_kv_fact(engine, "edge_kv_ctx", 0);
-  const int64_t chunk = edge_kv_fact(engine, "edge_kv_chunk", 1);
-  const int64_t layers = edge_kv_fact(engine, "edge_kv_layers", 0);
-  const int64_t own = edge_kv_fact(engine, "edge_kv_own", 0);
-  if (vocab <= 0 || ctx <= 0) stop(program + " says nothing about its model; export it again.");
+  check_contract(engine, program, manifest);
   const std::vector<int64_t> ids = parse_ids(ids_text, vocab);
-  const int64_t restored = snapshot.empty() ? 0 : taken_up(engine, snapshot, root);
+  const int64_t restored = snapshot.empty() ? 0 : taken_up(engine, snapshot, manifest);
   if (int64_t(ids.size()) > ctx - restored)
     stop(std::to_string(ids.size()) + " ids do not fit a context of " + std::to_string(ctx) +
          " at position " + std::to_string(restored) + ".");
@@ -222,13 +230,13 @@ int main(int argc, char** argv) {
     kept.open(logits_path, std::ios::binary);
     if (!kept) stop("Cannot write " + logits_path + ".");
   }
-  PleRows ple(root + "/ple.bin", engine, layers);
+  PleRows ple(root, manifest);
 
   const double loaded = now();
   const int64_t prompt = int64_t(ids.size()) - 1;
   for (int64_t at = 0; at < prompt; at += chunk) {
     const int64_t count = std::min(chunk, prompt - at);
-    const float* rows = ple.read(&ids[size_t(at)], count, own);
+    const float* rows = ple.read(&ids[size_t(at)], count, manifest.prefill_layers);
     if (edge_kv_prefill(engine, &ids[size_t(at)], count, restored + at, rows, error, kErrorBytes))
       stop(std::string("Prefill failed: ") + error + ".");
   }
@@ -236,7 +244,7 @@ int main(int argc, char** argv) {
   std::vector<float> logits(static_cast<size_t>(vocab));
   int64_t id = ids.back(), pos = restored + prompt, made = 0;
   for (; made < wanted && pos < ctx; ++made, ++pos) {
-    const float* rows = ple.read(&id, 1, layers);
+    const float* rows = ple.read(&id, 1, manifest.decode_layers);
     if (edge_kv_decode(engine, id, pos, rows, logits.data(), vocab, error, kErrorBytes))
       stop(std::string("Decoding failed: ") + error + ".");
     if (kept.is_open())

@@ -5,15 +5,17 @@
 #include <functional>
 #include <string>
 
+#include "manifest.h"
+
 namespace edge_kv {
 
-// A state buffer of an engine by its name in the program: null unless it has just these bytes.
-using FindBuffer = std::function<uint8_t*(const std::string& name, int64_t bytes)>;
+// The memory of a table in an engine.
+using FindTable = std::function<uint8_t*(const Table&)>;
 
 // Fill an engine's state with the rows of the snapshot at `path`; returns the position to go on at.
 // The file is verified before anything is written, and refused where Python refuses it: cut off,
-// changed, or of another engine, model or plan than the artifact at `root`.
+// changed, or of another model or plan than `manifest`.
 // Throws std::runtime_error with one sentence.
-int64_t restore(const std::string& path, const std::string& root, const FindBuffer& find);
+int64_t restore(const std::string& path, const Manifest& manifest, const FindTable& find);
 
 }  // namespace edge_kv

@@ -1,5 +1,4 @@
-"""Weights of portable programs: as XNNPACK computes with them, and modules that say so to its
-partitioner.
+"""What XNNPACK multiplies by, and modules that say so to its partitioner.
 
 XNNPACK multiplies 8-bit activations (quantised per token as they come) by 4-bit weights in blocks
 with positive bfloat16 scales, or by 8-bit weights with one positive scale per row.
@@ -16,14 +15,18 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+from edge_kv.export.executorch_fuse import call
+from edge_kv.export.packed_weights import PackedLinear
 from edge_kv.export.rounding import Factor
 from edge_kv.export.weight_file import Spec, StoredTensor, WeightLayout
 from edge_kv.formats import BLOCK, FORMATS, Format, Quantised, dequantise, unpack
-from edge_kv.model.decoder import Attention, GeluGate, QuantLinear, RMSNorm
+from edge_kv.nets.weights import Norm
 
 REACHES = (7.0, 7.4, 7.8, 8.2, 6.6, 8.6)  # levels that a block's largest magnitude may lie at
 _QD: Any = torch.ops.quantized_decomposed
+_aten: Any = torch.ops.aten
 
 
 class XnnpackLayout(WeightLayout):
@@ -67,16 +70,17 @@ class XnnpackLayout(WeightLayout):
 
 
 class XnnpackLinear(nn.Module):
-    """`QuantLinear` as the pattern of stock quantisation ops that XNNPACK's partitioner takes."""
+    """`PackedLinear` as the pattern of stock quantisation ops that XNNPACK's partitioner takes."""
 
-    def __init__(self, source: QuantLinear):
+    def __init__(self, source: PackedLinear):
         super().__init__()
         self.bits = source.format.bits
-        q = unpack(source.format, source.packed.numpy(), source.n_out, source.n_in)
+        q = unpack(source.format, source.packed.numpy(), source.rows, source.cols)
         scales = q.row_scales if q.block_scales is None else q.block_scales.astype(np.float32)
         self.weight = _fixed(torch.from_numpy(q.codes.copy()))
         self.scales = _fixed(torch.from_numpy(np.array(scales)))
         self.zeros = _fixed(torch.zeros_like(self.scales, dtype=torch.int8))
+        self.bias = source.bias if source.has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -92,15 +96,15 @@ class XnnpackLinear(nn.Module):
             weight = _QD.dequantize_per_channel(
                 self.weight, self.scales, self.zeros, 0, low, high, torch.int8
             )
-        return F.linear(x, weight)
+        return F.linear(x, weight, self.bias)
 
 
 class XnnpackNorm(nn.Module):
-    """`RMSNorm` whose mean is a one-row linear: XNNPACK takes no mean over the last dimension."""
+    """`Norm` whose mean is a one-row linear: XNNPACK takes no mean over the last dimension."""
 
-    def __init__(self, source: RMSNorm):
+    def __init__(self, source: Norm):
         super().__init__()
-        self.weight, self.eps = source.weight, source.eps
+        self.weight = source.weight
         dim = source.weight.shape[0]
         self.mean = _fixed(torch.full((1, dim), 1.0 / dim))
         self.floor = _fixed(torch.full((1,), source.eps))
@@ -109,30 +113,43 @@ class XnnpackNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.mean, self.floor)) * self.weight
 
 
-class XnnpackGate(nn.Module):
-    """`GeluGate` as the sigmoid that it is: XNNPACK's own gelu is the erf form, 5e-4 off."""
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        slope = 2 * (2 / math.pi) ** 0.5
-        return gate * torch.sigmoid(gate * (gate * gate * (slope * 0.044715) + slope)) * up
-
-
 def _fixed(values: Tensor) -> nn.Parameter:
     """A parameter: ExecuTorch drops those that a method does not use, but keeps every buffer."""
     return nn.Parameter(values, requires_grad=False)
 
 
 def for_xnnpack(module: nn.Module) -> None:
-    """Replace linears, norms and gates by their XNNPACK forms; weights are held once.
-
-    The norms of an attention's heads are left: the state computes with their weights.
-    """
+    """Replace linears and norms by their XNNPACK forms; weights are held once."""
     for name, child in list(module.named_children()):
-        if isinstance(child, QuantLinear):
+        if isinstance(child, PackedLinear):
             setattr(module, name, XnnpackLinear(child))
-        elif isinstance(child, RMSNorm) and not isinstance(module, Attention):
+        elif isinstance(child, Norm):
             setattr(module, name, XnnpackNorm(child))
-        elif isinstance(child, GeluGate):
-            setattr(module, name, XnnpackGate())
         else:
             for_xnnpack(child)
+
+
+def sigmoids(program: ExportedProgram) -> None:
+    """Put every gelu of the tanh form as the sigmoid that it is, and silu too, in place.
+
+    XNNPACK's own gelu is the erf form, 5e-4 off.
+    """
+    graph = program.graph_module.graph
+    slope = 2 * (2 / math.pi) ** 0.5
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is _aten.gelu.default and node.kwargs.get("approximate") == "tanh":
+            (x,) = node.args
+            square = call(graph, node, _aten.mul.Tensor, x, x)
+            rise = call(graph, node, _aten.mul.Tensor, square, slope * 0.044715)
+            inner = call(graph, node, _aten.add.Tensor, rise, slope)
+            inner = call(graph, node, _aten.mul.Tensor, x, inner)
+        elif node.target is _aten.silu.default:
+            inner = x = node.args[0]
+        else:
+            continue
+        share = call(graph, node, _aten.sigmoid.default, inner)
+        node.replace_all_uses_with(call(graph, node, _aten.mul.Tensor, x, share))
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
