@@ -35,7 +35,7 @@ from edge_kv.amounts import parse_bytes, parse_size
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.bundle import LOADER, RUNNER, write_runner
 from edge_kv.errors import ConfigError, RuntimeFault
-from edge_kv.memory import predict_memory
+from edge_kv.memory import predict_artifact
 from edge_kv.parity import divergence
 from edge_kv.runtime import load
 from edge_kv.runtime.bench import FILLS, Job, fill_depths, prompt_ids, snapshot_path
@@ -150,9 +150,7 @@ def main() -> None:
             )
     (cache / "work" / "data.img").unlink()
     plan, quant = artifact.plan, artifact.manifest.quant
-    planned = predict_memory(
-        artifact.config, plan, quant.scheme, quant.formats, args.ctx, engine=engine.planned
-    ).phases["decode"]
+    planned = predict_artifact(artifact, args.ctx, engine=engine.planned).phases["decode"]
     write_result(
         args.result or {"onnx": "arm64_e2b", "executorch": "arm64_e2b_executorch"}[args.engine],
         {

@@ -47,11 +47,11 @@ def entry(fit: Fit) -> dict[str, object]:
         "ctx": fit.ctx,
         "at": need.depth,
         "anonymous": need.anonymous,
-        "file_pages": need.dense + need.experts,
+        "file_pages": need.needs.dense + need.experts,
         "experts": need.experts,
         "weight_file": need.weight_file,
-        "lookup_file": need.lookup_file,
-        "read_weights": need.read_weights,
+        "lookup_file": need.needs.lookup_file,
+        "read_weights": need.needs.read_weights,
         "read_state": need.read_state,
     }
 

@@ -30,8 +30,8 @@ from typing import Any
 from common import run_main, say, show, write_result
 from memory_limits import forget, memory_group
 
+from edge_kv.amounts import parse_bytes
 from edge_kv.errors import RuntimeFault
-from edge_kv.memory import parse_bytes
 
 WAYS = ("map", "willneed", "ahead", "bank", "direct")
 BANK_SHARE = 0.8

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edge_kv import models
 from edge_kv.amounts import size
-from edge_kv.kv_plan import plan_kv, state_elements
-from edge_kv.memory import predict_memory
-from edge_kv.presets import PRESETS
-from edge_kv.report import F16_BYTES
+from edge_kv.footprint import footprint
+from edge_kv.models import gemma
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -208,19 +207,19 @@ def load(name: str) -> dict[str, Any]:
 def memory() -> str:
     """What `edge-kv plan` says about every preset with the default storages."""
     rows = []
-    for name, preset in PRESETS.items():
-        config, cells = preset.config, [f"`{name}`"]
+    for name, row in gemma.ROWS.items():
+        config, cells = row.config, [f"`{name}`"]
         for ctx in CONTEXTS.values():
             if ctx > config.max_ctx:
                 cells += ["–", "–"]
                 continue
-            plan = plan_kv(config, ctx=ctx)
-            naive = F16_BYTES * state_elements(config, ctx, sharing=False, rings=False)
+            plan = models.plan(config, ctx=ctx)
+            naive = models.plan(config, ctx=ctx, chunk=1, kv="f16").full_length()
             cells += [size(naive), f"{size(plan.bytes)} ({plan.bytes / naive:.0%})"]
-        plan = plan_kv(config, ctx=min(config.max_ctx, CONTEXTS["32k"]))
-        cost = predict_memory(config, plan)
-        cells += [size(cost.weight_file), size(cost.ple_file) if cost.ple_file else "–"]
-        decode = cost.phases["decode"]
+        need = footprint(config, models.plan(config, ctx=min(config.max_ctx, CONTEXTS["32k"])))
+        rows_file = need.needs.lookup_file
+        cells += [size(need.weight_file), size(rows_file) if rows_file else "–"]
+        decode = need.memory.phases["decode"]
         cells += [size(decode.anon), size(decode.file)]
         rows.append(cells)
     head = ["model"]
@@ -235,13 +234,13 @@ def boards() -> str:
     """Which model and context a board holds: anonymous memory has to fit, weights should."""
     rows = []
     for name in BOARD_MODELS:
-        config = PRESETS[name].config
+        config = models.get_row(name).config
         for ctx in (8192, *CONTEXTS.values()):
             if ctx > config.max_ctx:
                 continue
-            plan = plan_kv(config, ctx=ctx)
-            cost = predict_memory(config, plan)
-            anon, weights = cost.phases["decode"].anon, cost.weight_file
+            plan = models.plan(config, ctx=ctx)
+            need = footprint(config, plan)
+            anon, weights = need.anonymous, need.weight_file
             verdicts = []
             for ram in BOARDS.values():
                 left = ram - SYSTEM_BYTES - anon

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
 import stat
 import sys
@@ -22,23 +23,29 @@ from typer.core import TyperGroup
 
 from edge_kv import __version__
 from edge_kv.errors import (
+    Cancelled,
     ConfigError,
     EdgeKVError,
     MemoryLimitError,
     ParityError,
     PromptError,
+    RuntimeFault,
     did_you_mean,
 )
 
 if TYPE_CHECKING:
-    from edge_kv.config import ModelConfig
-    from edge_kv.models.model import Model as NetConfig
+    from edge_kv.artifact import Artifact
+    from edge_kv.memory import Base, MemoryPlan
     from edge_kv.runtime.chat import Chat
     from edge_kv.runtime.constraints import Grammar
     from edge_kv.runtime.generation import Slide
     from edge_kv.runtime.messages import Tool
     from edge_kv.runtime.replies import Piece
     from edge_kv.runtime.session import Session
+
+
+_USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of whichever click typer carries
+_INTERRUPTED = 130  # what a shell makes of SIGINT
 
 
 class _Commands(TyperGroup):
@@ -57,12 +64,41 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except _USAGE as e:
+            typer.echo(f"Error: {_usage(e)}", err=True)
+            raise typer.Exit(2) from e
+        except Cancelled as e:
+            typer.echo(str(e), err=True)
+            raise typer.Exit(_INTERRUPTED) from e
         except EdgeKVError as e:
             typer.echo(f"Error: {e}", err=True)
             raise typer.Exit(1) from e
         except KeyboardInterrupt as e:
             typer.echo("Interrupted.", err=True)
-            raise typer.Exit(130) from e
+            raise typer.Exit(_INTERRUPTED) from e
+
+
+def _usage(error: Any) -> str:
+    """What to say of a command line that the parser does not understand."""
+    from edge_kv.guidance import usage_advice
+
+    found = error.ctx
+    command = found.command.name if found and found.parent else ""
+    options = (
+        [o for p in found.command.params for o in p.opts if o.startswith("-")] if found else []
+    )
+    words = re.search(r"extra arguments?(?:\(s\))? \((.*)\)", error.format_message())
+    parameter = getattr(error, "param", None)
+    kind = type(error).__name__
+    return usage_advice(
+        command,
+        options,
+        error.format_message(),
+        unknown=error.option_name if kind == "NoSuchOption" else "",
+        lacks=parameter.name if parameter and kind == "MissingParameter" else "",
+        extra=words[1].split() if words else (),
+        given=str(found.params.get("artifact") or "ARTIFACT") if found else "ARTIFACT",
+    )
 
 
 class _Notices(logging.Handler):
@@ -109,6 +145,9 @@ Weights = Annotated[
     str | None,
     typer.Option("--weights", help="HF directory, .gguf file, hub id, or random[:SEED]."),
 ]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit.")
+]
 Ctx = Annotated[str, typer.Option("--ctx", help="Context in tokens: 32768 or 32k.")]
 Chunk = Annotated[str, typer.Option("--chunk", help="Tokens a prefill step takes.")]
 Kv = Annotated[str, typer.Option("--kv", help="State storage: f32, f16 or int8 (rings stay f32).")]
@@ -131,41 +170,63 @@ ArtifactDir = Annotated[Path, typer.Argument(help="The directory `edge-kv export
 
 @app.command()
 def plan(
-    ctx: Ctx,
+    ctx: Annotated[str, typer.Option("--ctx", help="Context in tokens: 32768 or 32k.")] = "",
     model: Model = None,
     weights: Weights = None,
+    revision: Revision = None,
     chunk: Chunk = "128",
-    kv: Kv = "int8",
-    quant: Quant = "int4",
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="State storage: f32, f16 or int8 (the default).")
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", help="Weight storage: int4 (the default), int8, none.")
+    ] = None,
     store: Store = None,
+    fits: Annotated[
+        str | None, typer.Option("--fits", help="Find what fits this much RAM: 2g.")
+    ] = None,
+    buffers: Annotated[
+        bool, typer.Option("--buffers", help="Also list every table of the state.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """What will it cost? State, weights and peak RAM, before anything is built."""
-    from edge_kv.amounts import parse_size
-    from edge_kv.kv_plan import plan_kv
-    from edge_kv.memory import predict_memory
-    from edge_kv.report import net_plan_data, plan_data, print_net_plan, print_plan
-    from edge_kv.tensors import parse_changes, weight_formats
+    """Will it fit, and where are the bytes? Before anything is downloaded or built."""
+    from edge_kv.amounts import parse_bytes, parse_size
+    from edge_kv.memory import COSTS
+    from edge_kv.plan import STORAGES
+    from edge_kv.plan_report import fit_choices, fits_data, plan_data, print_fits, print_plan
+    from edge_kv.request import find_subject
+    from edge_kv.runtime.available import available_memory
+    from edge_kv.runtime.base import machine_base
+    from edge_kv.tensors import SCHEMES, parse_changes, weight_formats
     from edge_kv.terminal import output
 
-    formats = weight_formats(quant, parse_changes(store or ()))
-    name = _name(model, weights)
-    if (described := _described(model, weights)) is not None:
-        sizes = parse_size(ctx), parse_size(chunk)
-        data = net_plan_data(described, name, *sizes, kv, quant, formats)
+    if not ctx and not fits:
+        raise ConfigError("Say how much context (--ctx 32768), or how much RAM (--fits 2g).")
+    formats = weight_formats(quant or "int4", parse_changes(store or ()))
+    step = parse_size(chunk)
+    length, limit = parse_size(ctx) if ctx else 0, parse_bytes(fits) if fits else 0
+    subject = find_subject(model, weights, revision)
+    if limit:
+        kvs = (kv,) if kv else STORAGES
+        quants = (quant,) if quant else tuple(SCHEMES)
+        base = machine_base("onnx")
+        choices = fit_choices(subject.config, limit, step, base, kvs, quants)
+        answer = fits_data(subject.name, limit, choices)
         if as_json:
-            _print_json(data)
+            _print_json(answer)
         else:
-            print_net_plan(data, output())
+            named = f"--model {model}" if weights is None else f"--weights {weights}"
+            print_fits(answer, choices, output(), named)
         return
-    config, name = _config(model, weights)
-    layout = plan_kv(config, ctx=parse_size(ctx), chunk=parse_size(chunk), kv=kv)
-    memory = predict_memory(config, layout, quant, formats)
-    data = plan_data(config, layout, memory, name)
+    data = plan_data(
+        subject.config, subject.name, length, step, kv or "int8", quant or "int4", formats,
+        {engine: machine_base(engine) for engine in COSTS}, available_memory(),
+    )  # fmt: skip
     if as_json:
         _print_json(data)
     else:
-        print_plan(data, output())
+        print_plan(data, output(), buffers)
 
 
 @app.command()
@@ -173,6 +234,7 @@ def export(
     ctx: Ctx,
     model: Model = None,
     weights: Weights = None,
+    revision: Revision = None,
     chunk: Chunk = "128",
     kv: Kv = "int8",
     quant: Quant = "int4",
@@ -201,46 +263,33 @@ def export(
 ) -> None:
     """Checkpoint -> artifact directory, parity proven. Prints the directory."""
     from edge_kv.amounts import parse_size
+    from edge_kv.export_screen import Order, carry_out, print_summary
+    from edge_kv.tensors import parse_changes
 
-    length, step = parse_size(ctx), parse_size(chunk)
-    name = _name(model, weights)
-    try:
-        from edge_kv.export import export_model
-    except ModuleNotFoundError as e:
-        raise ConfigError(
-            f"Exporting needs {e.name}, which is not installed; run: pip install 'edge-kv[export]'."
-        ) from e
-    from edge_kv.runtime import load
-    from edge_kv.terminal import Bar
-
-    with Bar() as bar:
-        root = export_model(
-            model=model,
-            weights=weights,
-            ctx=length,
-            chunk=step,
-            kv=kv,
-            quant=quant,
-            store=tuple(store or ()),
-            backends=("onnx", "executorch") if backend == "both" else (backend,),
-            attention=attention,
-            calibration=calibration,
-            device=device,
-            out=out or Path(f"{name}-{length}"),
-            open_session=load,
-            progress=bar,
-        )
-    from edge_kv.guidance import open_artifact
-    from edge_kv.report import artifact_data, parity_line
-
-    made = open_artifact(root)
+    order = Order(
+        model=model,
+        weights=weights,
+        revision=revision,
+        ctx=parse_size(ctx),
+        chunk=parse_size(chunk),
+        kv=kv,
+        quant=quant,
+        store=tuple(store or ()),
+        changes=parse_changes(store or ()),
+        backend=backend,
+        attention=attention,
+        calibration=calibration,
+        device=device,
+        out=out,
+    )
+    made, seconds = carry_out(order)
     if as_json:
-        _print_json({"artifact": str(root), **artifact_data(made)})
+        from edge_kv.report import artifact_data
+
+        _print_json({"artifact": str(made.root), "seconds": seconds, **artifact_data(made)})
     else:
-        first = next(iter(made.manifest.backends), "")
-        if line := parity_line(made.parity(first)):
-            typer.echo(line, err=True)
-        typer.echo(root)
+        print_summary(made, seconds, _say)
+        typer.echo(made.root)
 
 
 @app.command()
@@ -323,8 +372,9 @@ def run(
     if text is None and as_json:
         raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
     opened = open_artifact(artifact)
+    base = _base(engine)
     if ram_limit:
-        _check_ram(opened, ram_limit, engine, cache=not no_cache)
+        _check_ram(opened, ram_limit, engine, base)
     options = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -350,7 +400,7 @@ def run(
         if restore:
             chat.load(restore)
         if text is None:
-            converse(chat, Terminal(lambda p: _show(chat, p), _say, lambda: _stats(chat)))
+            converse(chat, Terminal(lambda p: _show(chat, p), _say, lambda: _stats(chat, base)))
         else:
             pieces = chat.ask(Message("user", text), grammar=limits)
             if as_json:
@@ -360,7 +410,7 @@ def run(
                 _show(chat, pieces)
         if snapshot:
             chat.save(snapshot)
-        summary = _summary(chat)
+        summary = _summary(chat, base)
     if as_json:
         _print_json(summary)
     elif summary["decode_tokens"]:
@@ -405,8 +455,12 @@ def bench(
 
     if compare not in (None, "torch"):
         raise ConfigError(f"Unknown --compare {compare!r}; it can be torch.")
-    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"Cannot draw {plot}; name a .png, .svg or .pdf.")
+    for target in (json_file, plot):
+        _check_target(target)
+    if plot:
+        from edge_kv.plots import check_plot
+
+        check_plot(plot)
     opened = open_artifact(artifact)
     engines = [name.strip() for name in engine.split(",")]
     with Bar() as bar:
@@ -434,6 +488,11 @@ def bench(
         from edge_kv.plots import plot_bench
 
         plot_bench(document, plot)
+    if document["failures"]:
+        raise RuntimeFault(
+            f"{len(document['failures'])} measurement(s) failed, the first with: "
+            f"{document['failures'][0]['error']}"
+        )
 
 
 @app.command()
@@ -462,6 +521,8 @@ def list_artifacts(
     from edge_kv.shelf import artifacts
     from edge_kv.terminal import output
 
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a directory; name one that holds artifacts.")
     data = listed_data(artifacts(folder))
     if as_json:
         _print_json({"artifacts": data})
@@ -521,7 +582,7 @@ def verify(
         for name, count in opened.check_digests():
             done += count
             bar.advance(name, done, total)
-        bar.stage("parity")
+        bar.stage("parity", "steps")
         with load(opened, engine, threads, cache=not no_cache) as session:
             parity = compare(session, lambda step, steps: bar.advance("steps", step, steps))
     data = {
@@ -584,13 +645,13 @@ def evaluate(
         except ModuleNotFoundError as e:
             raise ConfigError(
                 f"--against needs {e.name}, which is not installed; "
-                "run: pip install 'edge-kv[export]'."
+                "in the checkout, run: pip install '.[export]'"
             ) from e
         reference = float_reference(against, opened)
     ids = tokenizer.encode(content or "", start=False)[:tokens]
     start = tokenizer.encode("")
     with Bar() as bar, load(opened, engine, threads, cache=not no_cache) as session:
-        bar.stage("tokens")
+        bar.stage("tokens", "tokens")
         found = measure(
             session,
             ids,
@@ -653,8 +714,7 @@ def deploy(
     from edge_kv.terminal import Bar, output
 
     opened = open_artifact(artifact)
-    if json_file and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"Cannot write {json_file}: its directory does not exist.")
+    _check_target(json_file)
     with Bar() as bar:
         if adb:
             document = deploy_to_phone(opened, target, tokens=tokens, progress=bar)
@@ -726,6 +786,7 @@ def serve(
     """Behind OpenAI's HTTP API, with a page to chat in and figures for monitoring."""
     from edge_kv.amounts import parse_bytes
     from edge_kv.guidance import open_artifact
+    from edge_kv.memory import with_margin
     from edge_kv.runtime import load
 
     try:
@@ -738,20 +799,21 @@ def serve(
             "pip install '.[serve]'"
         ) from e
     opened = open_artifact(artifact)
+    base = _base(engine)
     if ram_limit:
-        _check_ram(opened, ram_limit, engine, cache=not no_cache)
+        _check_ram(opened, ram_limit, engine, base)
     limit = parse_bytes(ram_limit) if ram_limit else 0
-    memory = _planned(opened, engine, cache=not no_cache)
-    kept = 0 if state else kept_bytes(memory, conversations)
-    if limit:
-        kept = max(0, min(kept, limit - memory.conversation - SERVER_BYTES))
+    memory = _planned(opened, engine, base)
+    kept = kept_bytes(memory, conversations) if memory and not state else 0
+    if limit and memory:
+        kept = max(0, min(kept, limit - with_margin(memory.conversation) - SERVER_BYTES))
     settings = Settings(
         api_key=api_key,
         origins=tuple(origin or ()),
         waiting=queue,
         timeout=timeout,
         max_tokens=max_new_tokens,
-        planned=memory.conversation + SERVER_BYTES + kept,
+        planned=memory.conversation + SERVER_BYTES + kept if memory else 0,
         limit=limit,
     )
     with load(opened, engine, threads, cache=not no_cache) as session:
@@ -763,7 +825,7 @@ def serve(
             no_auth=no_auth,
             state=state,
             conversations=conversations,
-            kept_ram=kept,
+            kept_ram=kept if memory else None,
             ready=lambda url: _listening(url, settings.planned, kept),
         )
 
@@ -773,50 +835,8 @@ def _listening(url: str, planned: int, kept: int) -> None:
 
     typer.echo(f"Listening on {url} (API at {url}/v1); Ctrl-C ends it.")
     aside = f", {size(kept)} of it for conversations kept aside" if kept else ""
-    _say(f"Planned peak: {size(planned)} of RAM{aside}.")
-
-
-def _config(model: str | None, weights: str | None) -> tuple[ModelConfig, str]:
-    """The config `--model` or `--weights` describes, and its name; weights are not read."""
-    from edge_kv.presets import get_preset
-
-    name = _name(model, weights)
-    preset = get_preset(model).config if model else None
-    if weights is None:
-        assert preset is not None
-        return preset, name
-    from edge_kv.weights import open_weights
-
-    return open_weights(weights, preset).config, name
-
-
-def _described(model: str | None, weights: str | None) -> NetConfig | None:
-    """The config that `--model` or `--weights` names of the models with tables of state.
-
-    None: a model that is planned by layers, or weights that say nothing by themselves.
-    """
-    from edge_kv import models
-    from edge_kv.models.checkpoint import read_config
-    from edge_kv.presets import PRESETS
-
-    if weights is None or weights.startswith("random"):
-        return None if model is None or model in PRESETS else models.get_row(model).config
-    path = Path(weights).expanduser()
-    if not path.exists():
-        return None
-    config = read_config(path)
-    return None if config is None or models.planned_by_layers(config) else config
-
-
-def _name(model: str | None, weights: str | None) -> str:
-    from edge_kv.guidance import check_model
-
-    check_model(model, weights)
-    if model:
-        return model
-    if not weights:
-        raise ConfigError("Name a model: --model e2b (a preset) or --weights DIR.")
-    return Path(weights).name.removesuffix(".gguf") or weights
+    if planned:
+        _say(f"Planned peak: {size(planned)} of RAM{aside}.")
 
 
 _PIPE_SECONDS = 3.0  # how long a pipe beside a prompt may stay silent
@@ -848,11 +868,23 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     return text
 
 
-def _planned(artifact: Any, engine: str, cache: bool) -> Any:
-    """The memory plan of an artifact whose whole context is used."""
+def _planned(
+    artifact: Artifact, engine: str, base: Base | None, depth: int | None = None
+) -> MemoryPlan | None:
+    """The memory plan of `artifact` over what this process held before it (`_base`)."""
     from edge_kv.memory import predict_artifact
 
-    return predict_artifact(artifact, cache=cache, engine=engine)
+    if base is None:
+        return None
+    return predict_artifact(artifact, depth, engine=engine, base=base)
+
+
+def _base(engine: str) -> Base | None:
+    """What this process holds before a session is opened; None for an engine without a plan."""
+    from edge_kv.memory import COSTS
+    from edge_kv.runtime.base import own_base
+
+    return own_base(engine) if engine in COSTS else None
 
 
 def _piped() -> bytes:
@@ -866,7 +898,8 @@ def _piped() -> bytes:
         return sys.stdin.buffer.read()
     if not stat.S_ISFIFO(mode):
         return b""
-    if not select.select([sys.stdin], [], [], _PIPE_SECONDS)[0]:
+    waits = os.name == "posix"  # elsewhere a pipe cannot be waited for
+    if waits and not select.select([sys.stdin], [], [], _PIPE_SECONDS)[0]:
         _say("Nothing came through the pipe on stdin; answering the prompt alone.")
         return b""
     return sys.stdin.buffer.read()
@@ -902,6 +935,23 @@ def _tools(path: Path) -> tuple[Tool, ...]:
     return tuple(Tool.of(tool, f"{path}[{i}]") for i, tool in enumerate(listed))
 
 
+def _check_target(path: Path | None) -> None:
+    """Refuse a file that cannot be written, before work whose result it is to hold.
+
+    Raises:
+        ConfigError: its directory is missing or read-only, or it is a directory.
+    """
+    if path is None or str(path) == "-":
+        return
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise ConfigError(f"Cannot write {path}: it is a directory.")
+    if not parent.is_dir():
+        raise ConfigError(f"Cannot write {path}: its directory does not exist.")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise ConfigError(f"Cannot write {path}: permission denied.")
+
+
 def _write_json(path: Path, text: str) -> None:
     from edge_kv.files import write_text
 
@@ -911,13 +961,26 @@ def _write_json(path: Path, text: str) -> None:
         raise ConfigError(f"Cannot write {path}: {e.strerror}.") from e
 
 
-def _check_ram(artifact: Any, limit: str, engine: str, cache: bool) -> None:
-    from edge_kv.amounts import parse_bytes, size
+def _check_ram(artifact: Artifact, limit: str, engine: str, base: Base | None) -> None:
+    """Refuse a run that is planned to need more than `limit`, or might.
 
-    allowed, planned = parse_bytes(limit), _planned(artifact, engine, cache).conversation
-    if planned > allowed:
+    Raises:
+        ConfigError: no amount of memory, or an engine without a plan.
+        MemoryLimitError: it could need more.
+    """
+    from edge_kv.amounts import parse_bytes, size
+    from edge_kv.memory import COSTS, with_margin
+
+    allowed, planned = parse_bytes(limit), _planned(artifact, engine, base)
+    if planned is None:
+        raise ConfigError(
+            f"--ram-limit needs a memory plan, and there is none for {engine}; use "
+            f"--engine {' or '.join(COSTS)}."
+        )
+    needed = with_margin(planned.conversation)
+    if needed > allowed:
         raise MemoryLimitError(
-            f"{artifact.root} is planned to need {size(planned)} of RAM, the limit is "
+            f"{artifact.root} is planned to need up to {size(needed)} of RAM, the limit is "
             f"{size(allowed)}; export with a smaller --ctx, --quant int4 or --kv int8."
         )
 
@@ -939,8 +1002,8 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _stats(chat: Chat) -> str:
-    return _summary_line(_summary(chat))
+def _stats(chat: Chat, base: Base | None) -> str:
+    return _summary_line(_summary(chat, base))
 
 
 def _status(session: Session) -> str:
@@ -967,17 +1030,15 @@ def _say_slide(slide: Slide) -> None:
     )
 
 
-def _summary(chat: Chat) -> dict[str, Any]:
+def _summary(chat: Chat, base: Base | None) -> dict[str, Any]:
     """What the run was and cost; seconds, bytes, tokens a second."""
     from dataclasses import asdict
 
-    from edge_kv.memory import predict_artifact
     from edge_kv.runtime.meter import read_memory
 
     session, reply = chat.session, chat.last
     stats = session.stats
-    depth = max(1, session.written)
-    planned = predict_artifact(session.artifact, depth, engine=session.engine)
+    planned = _planned(session.artifact, session.engine, base, max(1, session.written))
     return {
         "text": reply.text if reply else "",
         "thinking": reply.thinking if reply else "",
@@ -999,22 +1060,22 @@ def _summary(chat: Chat) -> dict[str, Any]:
         "ctx": session.plan.ctx,
         "kv_bytes": stats.kv_bytes,
         "peak_bytes": read_memory().peak,
-        "planned_peak_bytes": planned.conversation,
+        "planned_peak_bytes": planned.conversation if planned else None,
     }
 
 
 def _summary_line(summary: dict[str, Any]) -> str:
     from edge_kv.amounts import size
 
-    peak = summary["peak_bytes"]
+    peak, planned = summary["peak_bytes"], summary["planned_peak_bytes"]
     return (
         f"first token {summary['first_token_seconds']:.2f} s · "
         f"prefill {summary['prefill_rate']:.1f} tokens/s · "
         f"decode {summary['decode_rate']:.1f} tokens/s "
         f"(p50 {1e3 * summary['latency_p50']:.1f} ms, p95 {1e3 * summary['latency_p95']:.1f} ms) · "
         f"{summary['ctx_used']:,}/{summary['ctx']:,} tokens · "
-        f"peak RSS {size(peak) if peak else 'unknown'}, "
-        f"planned {size(summary['planned_peak_bytes'])}"
+        f"peak RSS {size(peak) if peak else 'unknown'}"
+        + (f", planned {size(planned)}" if planned else "")
     )
 
 

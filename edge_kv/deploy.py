@@ -86,7 +86,7 @@ def deploy_to_board(
         command = _q(f"{root}/venv/bin/edge-kv")
         verified = {}
         for engine in engines:
-            progress.stage(f"verify {engine}")
+            progress.stage(f"verify {engine}", "steps")
             script = f"{command} verify {home} --engine {_q(engine)} --json"
             verified[engine] = _verify(device, script, artifact)
         measured = None
@@ -143,7 +143,7 @@ def deploy_to_phone(
             _copy(device, runner, progress)
         programs = " ".join(_q(f"{root}/runner/{name}") for name in (LOADER, RUNNER))
         checked(device, f"chmod 755 {programs}", "making the runner executable")
-        progress.stage("verify executorch")
+        progress.stage("verify executorch", "steps")
         run = _Runner(device, root, artifact)
         verified = _verify_runner(run, artifact, progress)
         progress.stage("bench")

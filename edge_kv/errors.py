@@ -8,6 +8,7 @@ EdgeKVError                what the CLI catches: one sentence, exit status 1
 │   └── ParityError        the exported programs do not compute what the model computes
 ├── ArtifactError          an artifact directory that is missing, changed or of another version
 ├── SnapshotError          a KV snapshot that belongs to another model or plan, or is cut off
+├── Cancelled              Ctrl-C in work that can be taken up again
 ├── DeployError            a device that cannot be reached, filled, installed on or measured
 └── RuntimeFault           the runtime cannot go on
     ├── PromptError        a prompt that is empty, too long or holds unknown token ids
@@ -54,6 +55,10 @@ class ArtifactError(EdgeKVError):
 
 class SnapshotError(EdgeKVError):
     """A KV snapshot belongs to another model or plan, or is cut off."""
+
+
+class Cancelled(EdgeKVError):
+    """The user ended work that the same command takes up again; the message says how."""
 
 
 class DeployError(EdgeKVError):

@@ -1,111 +1,81 @@
-"""What any model needs, from its plan and its weight rows alone: files, memory, bytes a token.
+"""Which model fits where: what it needs, devices of several sizes, and the longest context of each.
 
 The engine is onnxruntime with native operators, which maps the weight file: anonymous memory holds
-graphs, state that was written, workspace and the tokenizer; file pages hold the weights. Constants
-are those of `edge_kv.memory`, fitted to Gemma.
+programs, state that was written, workspace and the tokenizer; file pages hold the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from edge_kv import models
-from edge_kv.memory import (
-    BASE_ANON,
-    BASE_FILE,
-    OPERATORS_ACTIVATIONS,
-    OPERATORS_GRAPH,
-    OPERATORS_LOGITS,
-    TOKEN_BYTES,
-    TOKENIZER_BYTES,
-)
-from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, PLE_TABLE, TABLE, Model, Row, Weight
+from edge_kv.memory import Base, MemoryPlan, predict
+from edge_kv.models.model import Model, Row
+from edge_kv.needs import Needs, count_needs
 from edge_kv.plan import Plan
-from edge_kv.tensors import PLE_BITS, PLE_BLOCK, stored_format, stored_shape, weight_formats
-
-PROGRAMS = 2  # prefill and decode
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one model at `depth` tokens of context."""
+    """Bytes of one model at one depth of context."""
 
     quant: str
-    depth: int
-    weights: dict[str, int]  # in the weight file, by kind
-    lookup_file: int  # per-layer token rows: a file of its own, read row by row
-    state: int  # allocated
-    touched: int  # of it, holding rows at `depth`
-    anonymous: int  # peak of a session that has read its tokenizer
-    dense: int  # weights that every token reads: mapped pages to keep
-    experts: int  # all routed experts: mapped pages of which a token reads a few
-    read_weights: int  # a decoded token reads of the weights
-    read_state: int  # … and of the state
-    read_experts: int  # what of the weights read are routed experts: a token's cycle
+    needs: Needs
+    memory: MemoryPlan
+    read_state: int  # a decoded token reads of the state
+
+    @property
+    def depth(self) -> int:
+        return self.memory.depth
 
     @property
     def weight_file(self) -> int:
-        return sum(self.weights.values())
+        return self.needs.weight_file
+
+    @property
+    def anonymous(self) -> int:
+        """Heap and state while tokens are decoded."""
+        return self.memory.phases["decode"].anon
+
+    @property
+    def experts(self) -> int:
+        """All routed experts: mapped pages of which a token reads a few."""
+        return self.needs.experts
+
+    @property
+    def read_experts(self) -> int:
+        """A decoded token reads of them."""
+        return self.needs.read_experts
 
     @property
     def resident(self) -> int:
         """Memory with which no token waits for storage."""
-        return self.anonymous + BASE_FILE + self.dense + self.experts
+        return self.memory.conversation
 
     @property
     def least(self) -> int:
         """Memory with which only experts come from storage."""
-        return self.anonymous + BASE_FILE + self.dense
-
-
-def stored_bytes(weight: Weight, quant: str, formats: Mapping[str, str] | None = None) -> int:
-    """Bytes of one weight in its file; `formats` are those of the scheme when left out."""
-    if weight.kind == TABLE:
-        return 8 * weight.elements
-    if weight.kind == PLE_TABLE and PLE_BITS[quant] < 32 and weight.shape[-1] % PLE_BLOCK == 0:
-        return weight.elements * PLE_BITS[quant] // 8 + 2 * (weight.elements // PLE_BLOCK)
-    formats = weight_formats(quant) if formats is None else formats
-    fmt = stored_format(weight.kind, weight.shape, formats)
-    return prod(stored_shape(fmt, weight.shape)) if fmt else 4 * weight.elements
+        return self.resident - self.needs.experts
 
 
 def footprint(
     config: Model, plan: Plan, quant: str = "int4", *, formats: Mapping[str, str] | None = None,
-    depth: int | None = None,
+    depth: int | None = None, base: Base | None = None,
 ) -> Footprint:  # fmt: skip
-    """What `config` needs under `plan`, with weights stored as `quant`; `formats` as above.
+    """What `config` needs under `plan`, with weights stored as `quant`.
+
+    Args:
+        formats: weight formats by kind of tensor; those of the scheme when left out.
+        depth: tokens of context in use; the whole context when left out.
+        base: what a process holds before it opens a model; typical figures when left out.
 
     Raises:
         ConfigError: an unknown quantisation.
     """
-    depth = plan.ctx if depth is None else min(depth, plan.ctx)
-    formats = weight_formats(quant) if formats is None else formats
-    kinds: dict[str, int] = {}
-    lookup = dense = experts = read = cycle = 0
-    for weight in models.weights(config):
-        size = stored_bytes(weight, quant, formats)
-        if weight.kind == PLE_TABLE:
-            lookup = size
-            continue
-        kinds[weight.kind] = kinds.get(weight.kind, 0) + size
-        read += round(size * weight.share)
-        if weight.kind in (EXPERT, EXPERT8):
-            experts += size
-            cycle += round(size * weight.share)
-        elif weight.share:
-            dense += size
-    rows = min(plan.chunk, depth or plan.chunk)
-    work = OPERATORS_ACTIVATIONS * rows * _widest(config) + OPERATORS_LOGITS * config.vocab
-    anonymous = BASE_ANON + PROGRAMS * OPERATORS_GRAPH * config.layers + int(4 * work)
-    anonymous += TOKENIZER_BYTES * config.vocab + TOKEN_BYTES * depth + plan.touched(depth)
-    return Footprint(
-        quant=quant, depth=depth, weights=kinds, lookup_file=lookup, state=plan.bytes,
-        touched=plan.touched(depth), anonymous=anonymous, dense=dense, experts=experts,
-        read_weights=read, read_state=plan.read_traffic(depth),
-        read_experts=cycle,
-    )  # fmt: skip
+    needs = count_needs(config, quant, formats)
+    memory = predict(needs, plan, config.vocab, depth, base=base)
+    return Footprint(quant, needs, memory, plan.read_traffic(memory.depth))
 
 
 @dataclass(frozen=True)
@@ -134,15 +104,6 @@ def streaming(need: Footprint, limit: int) -> Streaming:
     cliff = need.least + need.read_experts
     found = bank / need.experts if need.experts and limit >= cliff else 0.0
     return Streaming(limit, bank, round(need.read_experts * (1 - found)), cliff)
-
-
-def _widest(config: Model) -> int:
-    """Widest row of activations in a chunk of a prompt."""
-    return max(
-        w.shape[-2]
-        for w in models.weights(config)
-        if len(w.shape) > 1 and w.prefill and w.kind not in (FLOAT, TABLE)
-    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ for: each is answered with the command that does what was meant.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edge_kv.artifact import MANIFEST, Artifact, read_artifact
@@ -18,6 +19,10 @@ OTHER_WORDS = {
     "convert": "export",
     "download": "export",
     "generate": "run",
+    "help": "--help",
+    "install": "export",
+    "models": "list",
+    "version": "--version",
     "info": "inspect",
     "ls": "list",
     "perplexity": "eval",
@@ -38,10 +43,136 @@ OTHER_WORDS = {
 def command_for(word: str, commands: list[str]) -> str:
     """The command that `word` means, or the most similar one; empty when there is none."""
     meant = OTHER_WORDS.get(word.lower(), "")
-    if meant in commands:
+    if meant in commands or meant.startswith("--"):
         return meant
     close = difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.6)
     return close[0] if close else ""
+
+
+OTHER_OPTIONS = {
+    "-c": "--ctx", "--ctx-size": "--ctx", "--context": "--ctx", "--n-ctx": "--ctx",
+    "--context-length": "--ctx", "--num-ctx": "--ctx", "--max-model-len": "--ctx",
+    "-n": "--max-new-tokens", "--n-predict": "--max-new-tokens",
+    "--num-predict": "--max-new-tokens", "--max-tokens": "--max-new-tokens",
+    "-t": "--threads", "--num-threads": "--threads", "--temp": "--temperature",
+    "-f": "--file", "--prompt-file": "--file", "--system-prompt": "--system",
+    "-o": "--out", "--output": "--out", "--output-dir": "--out", "--outfile": "--out",
+    "-q": "--quant", "--quantize": "--quant", "--quantization": "--quant", "--outtype": "--quant",
+    "--dtype": "--quant", "--precision": "--quant", "--cache-type-k": "--kv",
+    "--kv-cache-dtype": "--kv", "-m": "--model", "--model-id": "--weights",
+    "--checkpoint": "--weights", "--gguf": "--weights", "--memory": "--ram-limit",
+    "--repeat-penalty": "--repetition-penalty",
+    "-p": "--prompt", "--backends": "--backend", "--runtime": "--engine",
+}  # fmt: skip
+"""Options of other tools, and the one here that does it."""
+_PARSER_SAYS = {  # what the parser says -> in words
+    "Input should be a valid integer, unable to parse string as an integer":
+    "it takes a whole number",
+    "Input should be a valid number, unable to parse string as a number": "it takes a number",
+}  # fmt: skip
+_ASKS = {  # what a command lacks -> what to say
+    "artifact": "Name an artifact, the directory that `edge-kv export` made; `edge-kv list` shows "
+    "those that are here.",
+    "ctx": "Say how much context to prepare for: --ctx 32768 (or 4k, 32k).",
+    "text": "Name a text to predict: --text FILE.",
+}
+_NEITHER = {  # options that no command here has -> why
+    "--n-gpu-layers": "everything runs on the CPU",
+    "--gpu-layers": "everything runs on the CPU",
+    "-i": "without a prompt, `run` converses",
+    "--interactive": "without a prompt, `run` converses",
+    "-y": "nothing here asks",
+    "-v": "`bench` and `run --json` tell more",
+    "--verbose": "`bench` and `run --json` tell more",
+}
+
+
+def usage_advice(
+    command: str, options: Sequence[str], message: str, *, unknown: str = "", lacks: str = "",
+    extra: Sequence[str] = (), given: str = "",
+) -> str:  # fmt: skip
+    """One sentence for a command line that cannot be understood.
+
+    Args:
+        command: `run`, or "" before any command.
+        options: those of the command.
+        message: what the parser says; used where nothing better is known.
+        unknown: an option the command does not have.
+        lacks: the name of an argument or option that is missing.
+        extra: words beyond the arguments the command takes.
+        given: the artifact that was named.
+    """
+    if unknown:
+        return _instead_of(command, options, unknown)
+    if lacks in _ASKS:
+        return _ASKS[lacks]
+    if extra and command == "run":
+        words = " ".join(extra)
+        return (
+            f"The prompt is more than one word ({words!r} is left over); put it in quotes: "
+            f"edge-kv run {given} 'a prompt of several words'"
+        )
+    if extra and command in ("plan", "export"):
+        option = "--weights" if _is_checkpoint(extra[0]) else "--model"
+        return f"A model is named with {option}: edge-kv {command} {option} {extra[0]} --ctx 4096"
+    if extra:
+        return f"{' '.join(extra)!r} is too much; `edge-kv {command} --help` shows what it takes."
+    for technical, plain in _PARSER_SAYS.items():
+        message = message.replace(technical, plain)
+    help_line = " ".join(["edge-kv", *([command] if command else []), "--help"])
+    return f"{message.rstrip('.')}; `{help_line}` shows how."
+
+
+def _instead_of(command: str, options: Sequence[str], unknown: str) -> str:
+    where = f"`edge-kv {command}`" if command else "`edge-kv` itself"
+    meant = OTHER_OPTIONS.get(unknown, "")
+    if unknown in _NEITHER:
+        return f"There is no option {unknown}: {_NEITHER[unknown]}."
+    if command == "run" and unknown in ("-p", "--prompt"):
+        return f"There is no option {unknown}: the prompt follows the artifact, in quotes."
+    if meant == "--model" and "--model" not in options and command:
+        return (
+            f"There is no option {unknown}: {where} takes the directory that `edge-kv export` made "
+            "as its first argument."
+        )
+    if meant == "--ctx" and "--ctx" not in options and command:
+        return (
+            f"There is no option {unknown} of {where}: how much context there is was chosen when "
+            "the artifact was exported (--ctx)."
+        )
+    if meant not in options:
+        close = difflib.get_close_matches(unknown, options, n=1, cutoff=0.7)
+        meant = close[0] if close else ""
+    if meant:
+        return f"There is no option {unknown} of {where}. Did you mean {meant}?"
+    help_line = " ".join(["edge-kv", *([command] if command else []), "--help"])
+    return f"There is no option {unknown} of {where}; `{help_line}` lists them."
+
+
+def model_meant(name: str, hub_ids: Mapping[str, str]) -> str:
+    """The row that `name` means: another spelling of it, or of its repository; "" if none.
+
+    `hub_ids` are the rows with their repositories.
+    """
+    wanted = _letters(name)
+    for row, hub_id in hub_ids.items():
+        if wanted in (_letters(row), _letters(hub_id), _letters(hub_id.rpartition("/")[2])):
+            return row
+    inside = [row for row in hub_ids if len(row) > 2 and _letters(row) in wanted]
+    return max(inside, key=len, default="")
+
+
+def _letters(name: str) -> str:
+    """`name` without case, marks between its parts, and what marks a tuned model."""
+    plain = name.lower()
+    for ending in ("-it", "-instruct", "-chat"):
+        plain = plain.removesuffix(ending)
+    return "".join(c for c in plain if c.isalnum())
+
+
+def _is_checkpoint(word: str) -> bool:
+    path = Path(word)
+    return "/" in word or path.suffix.lower() == ".gguf" or path.exists()
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -63,7 +194,7 @@ def check_model(model: str | None, weights: str | None) -> None:
     Raises:
         ConfigError: naming the option that takes it.
     """
-    if model and ("/" in model or model.lower().endswith(".gguf") or Path(model).is_dir()):
+    if model and _is_checkpoint(model):
         raise ConfigError(
             f"--model takes the name of a preset, and {model!r} is a checkpoint: give it as "
             f"--weights {model}"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_kv.errors import ArtifactError, PlanError
+from edge_kv.needs import Needs
 from edge_kv.plan import Plan, Table
 
 SCHEMA_VERSION = 2
@@ -217,13 +218,19 @@ class ParityEntry(Entry):
 
 
 class NeedsEntry(Entry):
-    """Bytes the programs need, as the exporter counted them from the model's weight rows."""
+    """What the weights take, as the exporter counted it: see `needs.Needs`."""
 
-    weights: dict[Name, Size]  # in the weight file, by kind
-    dense: Size  # weights that every token reads
-    experts: Size  # all routed experts, of which a token reads a few
-    read_weights: Size  # a decoded token reads of them
-    anonymous: Size  # heap of the loaded programs and of their largest step
+    weights: dict[Name, Size]
+    dense: Size
+    experts: Size
+    read_weights: Size
+    read_experts: Size
+    prefill: Size
+    row: Number
+
+    @classmethod
+    def of(cls, needs: Needs) -> NeedsEntry:
+        return cls(**{name: getattr(needs, name) for name in cls.model_fields})
 
 
 class Manifest(Entry):

@@ -58,7 +58,7 @@ class PleTable:
         unique, where = np.unique(ids, return_inverse=True)
         raw = np.empty((len(unique), entry.row_bytes), np.uint8)
         for row, token in zip(raw, unique.tolist(), strict=True):
-            data = os.pread(self._file, entry.row_bytes, token * entry.row_bytes)
+            data = _read_at(self._file, entry.row_bytes, token * entry.row_bytes)
             if len(data) != entry.row_bytes:
                 raise ArtifactError(
                     f"{self._path} ends inside the row of token {token}; it is cut off; "
@@ -73,6 +73,14 @@ class PleTable:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def _read_at(file: int, count: int, at: int) -> bytes:
+    """Up to `count` bytes from offset `at` of an open file."""
+    if hasattr(os, "pread"):
+        return os.pread(file, count, at)
+    os.lseek(file, at, os.SEEK_SET)  # Windows: one session reads at a time
+    return os.read(file, count)
 
 
 def _dequantise(raw: npt.NDArray[np.uint8], entry: PleEntry, count: int) -> npt.NDArray[np.float32]:

@@ -1,7 +1,12 @@
-"""Pictures of a benchmark: peak RAM against context, and decode speed against depth."""
+"""Pictures of a benchmark: peak RAM against context, and decode speed against depth.
+
+Made for a page that is read on a phone: one panel below the other, and every label in a legend
+beside the lines, never on them.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +14,45 @@ from edge_kv.errors import ConfigError
 from edge_kv.files import replacing
 
 NAIVE = {  # baseline -> (label, colour)
-    "every_layer_full": ("every layer keeps all keys", "#b0b0b0"),
-    "rings_only": ("rings, nothing shared", "#d0d0d0"),
+    "every_layer_full": ("if every layer kept every position", "#9a9a9a"),
+    "rings_only": ("with rings, nothing shared", "#c8c8c8"),
 }
-MEASURED, PLANNED = "#0b6e4f", "#0b6e4f"
-FAR = 4  # a speed limit this many times the measured speed is not drawn
 COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8d6a9f")
+FAR = 4  # a speed limit this many times the measured speed is not drawn
+WIDE = 8  # largest over smallest value from which on an axis is logarithmic
+
+
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn; matplotlib is not imported.
+
+    Raises:
+        ConfigError: matplotlib is missing, or `path` has no ending it can draw.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"Cannot draw {path}; name a .png, .svg or .pdf.")
+    if find_spec("matplotlib") is None:
+        raise ConfigError(
+            "Drawing needs matplotlib, which is not installed; in the checkout, run: "
+            "pip install '.[plot]'"
+        )
 
 
 def plot_bench(document: dict[str, Any], path: Path) -> None:
     """Draw the document `runtime.bench.bench` returned into `path` (.png, .svg, .pdf).
 
-    Left: the first engine's anonymous peak, measured and planned, beside what the same weights
-    would need with the state of naive layouts in f16. Right: decode speed of every engine, and
-    the speed that the memory bandwidth allows the first.
+    Above: peak memory of every engine, total and anonymous, measured and planned, beside what the
+    first engine would need with the state of naive layouts in f16. Below: decode speed, and the
+    speed that the memory's bandwidth allows the first engine.
 
     Raises:
         ConfigError: matplotlib is missing, or `path` has no ending it can draw.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as e:
-        raise ConfigError(
-            "Drawing needs matplotlib, which is not installed; run: pip install 'edge-kv[plot]'."
-        ) from e
+    check_plot(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -42,19 +62,20 @@ def plot_bench(document: dict[str, Any], path: Path) -> None:
         "axes.grid": True,
         "grid.color": "#e8e8e8",
         "axes.axisbelow": True,
-        "font.size": 10,
-        "axes.titlesize": 11,
+        "font.size": 12,
+        "axes.titlesize": 14,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
+        "legend.fontsize": 11,
     }
     with plt.rc_context(style):
-        figure, (memory, speed) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+        figure, (memory, speed) = plt.subplots(2, 1, figsize=(7, 10), constrained_layout=True)
         _memory(memory, document)
         _speed(speed, document)
-        figure.suptitle(_title(document), x=0.01, ha="left", fontsize=10, color="#555555")
+        figure.suptitle(_title(document), x=0.01, ha="left", fontsize=11, color="#555555")
         try:
             with replacing(path) as file:
-                figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
+                figure.savefig(file, format=path.suffix.lower().removeprefix("."), dpi=150)
         except (ValueError, OSError) as e:
             raise ConfigError(f"Cannot draw {path} ({e}); name a .png, .svg or .pdf.") from e
         finally:
@@ -62,63 +83,80 @@ def plot_bench(document: dict[str, Any], path: Path) -> None:
 
 
 def _memory(axes: Any, document: dict[str, Any]) -> None:
-    engine = _engines(document)[0]
-    runs = _of(document, engine)
-    plan = sorted((p for p in document["plan"] if p["engine"] == engine), key=lambda p: p["ctx"])
-    contexts = [p["ctx"] for p in plan]
-    planned = [_planned_peak(p) for p in plan]
-    fixed = [total - p["state"] for total, p in zip(planned, plan, strict=True)]
+    drawn: list[float] = []
+
+    def line(x: list[int], y: list[float], **looks: Any) -> None:
+        if any(y):
+            axes.plot(x, [v / 1e6 for v in y], **looks)
+            drawn.extend(v / 1e6 for v in y)
+
+    engines = _engines(document)
+    for engine, colour in zip(engines, COLOURS, strict=False):
+        runs, plans = _of(document["runs"], engine), _of(document["plan"], engine)
+        contexts = [r["ctx"] for r in runs]
+        for kind, key, looks in (
+            ("total", "rss_peak", {"lw": 2.2, "marker": "s", "ms": 5}),
+            ("anonymous", "anon_peak", {"lw": 2.2, "marker": "o", "ms": 6, "alpha": 0.65}),
+        ):
+            peaks = [[m[key] for m in r["memory"].values()] for r in runs]
+            if all(all(p) for p in peaks):
+                line(contexts, [max(p) for p in peaks], color=colour,
+                     label=f"{engine}: {kind}", **looks)  # fmt: skip
+        if plans:
+            depths = [p["ctx"] for p in plans]
+            for files, label in (
+                (True, None if engine != engines[0] else "planned"),
+                (False, None),
+            ):
+                planned = [
+                    max(f["anon"] + files * f["file"] for f in p["phases"].values()) for p in plans
+                ]
+                line(depths, planned, color="black", lw=1.1, ls=(0, (4, 3)), label=label)
+    first = _of(document["plan"], engines[0])
     for name, (label, colour) in NAIVE.items():
-        naive = [f + p["baselines_f16"][name] for f, p in zip(fixed, plan, strict=True)]
-        axes.plot(contexts, _mb(naive), color=colour, lw=2, marker="o", ms=3)
-        axes.annotate(
-            label, (contexts[-1], naive[-1] / 1e6), xytext=(0, 6), textcoords="offset points",
-            ha="right", va="bottom", color="#888888", fontsize=9,
-        )  # fmt: skip
-    axes.plot(contexts, _mb(planned), color=PLANNED, lw=1.5, ls="--", label="planned")
-    measured = [
-        (r["ctx"], max(m["anon_peak"] for m in r["memory"].values()))
-        for r in runs
-        if all(m["anon_peak"] for m in r["memory"].values())
-    ]
-    if measured:
-        x, y = zip(*measured, strict=True)
-        axes.plot(x, _mb(y), "o", color=MEASURED, ms=6, label="measured")
-        for ctx, value in measured:
-            axes.annotate(
-                f"{value / 1e6:.0f}", (ctx, value / 1e6), xytext=(0, -13),
-                textcoords="offset points", ha="center", fontsize=9, color=MEASURED,
-            )  # fmt: skip
-    axes.set_title("Peak anonymous memory, MB")
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=0.7 * min(v / 1e6 for v in (*planned, *(y for _, y in measured))))
-    _contexts(axes, contexts, "context")
-    axes.legend(frameon=False, loc="upper left")
-    _plain_numbers(axes)
+        naive = [
+            max(f["anon"] + f["file"] for f in p["phases"].values())
+            - p["state"] + p["baselines_f16"][name]
+            for p in first
+        ]  # fmt: skip
+        line([p["ctx"] for p in first], naive, color=colour, lw=1.6, label=label)
+    axes.set_title("Peak memory, MB")
+    if drawn and max(drawn) > WIDE * min(drawn):
+        axes.set_yscale("log")
+        _plain_numbers(axes)
+    else:
+        axes.set_ylim(bottom=0)
+    _contexts(axes, [r["ctx"] for r in document["runs"]], "context")
+    _legend(axes)
 
 
 def _speed(axes: Any, document: dict[str, Any]) -> None:
     ceiling = 0.0
     for engine, colour in zip(_engines(document), COLOURS, strict=False):
-        runs = _of(document, engine)
+        runs = _of(document["runs"], engine)
         x = [r["ctx"] for r in runs]
         y = [1 / r["decode"]["seconds"]["p50"] for r in runs]
         low = [1 / r["decode"]["seconds"]["p95"] for r in runs]
-        axes.plot(x, y, color=colour, lw=2, marker="o", ms=5, label=engine)
+        axes.plot(x, y, color=colour, lw=2.2, marker="o", ms=6, label=engine)
         axes.fill_between(x, low, y, color=colour, alpha=0.15, lw=0)
         ceiling = max(ceiling, *y)
-    first = _of(document, _engines(document)[0])
+    first = _of(document["runs"], _engines(document)[0])
     limits = [1 / r["roofline"]["seconds"] for r in first]
     if max(limits) < FAR * ceiling:  # far above, the caches and not the memory set the pace
         axes.plot(
-            [r["ctx"] for r in first], limits, color="#555555", lw=1.2, ls=":",
-            label="limit of memory bandwidth",
+            [r["ctx"] for r in first], limits, color="#555555", lw=1.4, ls=":",
+            label="as fast as memory can be read",
         )  # fmt: skip
         ceiling = max(ceiling, *limits)
-    axes.set_title("Decode speed, tokens/s (median; shade to p95)")
+    axes.set_title("Decode speed, tokens/s (shade: to the slowest 5 %)")
     axes.set_ylim(0, 1.12 * ceiling)
-    _contexts(axes, [r["ctx"] for r in first], "depth")
-    axes.legend(frameon=False)
+    _contexts(axes, [r["ctx"] for r in document["runs"]], "depth")
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """All labels below the panel, where no line runs."""
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
 
 
 def _contexts(axes: Any, contexts: list[int], name: str) -> None:
@@ -143,17 +181,8 @@ def _engines(document: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(r["engine"] for r in document["runs"]))
 
 
-def _of(document: dict[str, Any], engine: str) -> list[dict[str, Any]]:
-    return sorted((r for r in document["runs"] if r["engine"] == engine), key=lambda r: r["ctx"])
-
-
-def _planned_peak(entry: dict[str, Any]) -> int:
-    peak: int = max(entry["phases"][name]["anon"] for name in ("load", "prefill", "decode"))
-    return peak - int(entry["tokenizer"])
-
-
-def _mb(values: Any) -> list[float]:
-    return [v / 1e6 for v in values]
+def _of(entries: list[dict[str, Any]], engine: str) -> list[dict[str, Any]]:
+    return sorted((e for e in entries if e["engine"] == engine), key=lambda e: e["ctx"])
 
 
 def _title(document: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -10,216 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from edge_kv import models
 from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
-from edge_kv.config import ModelConfig
-from edge_kv.footprint import footprint
-from edge_kv.kv_plan import KVPlan, state_elements
-from edge_kv.memory import MemoryPlan, predict_artifact
-from edge_kv.models.model import Model
+from edge_kv.memory import COSTS, predict_artifact
 from edge_kv.plan import Plan
 from edge_kv.runtime.sampling import Sampling
 from edge_kv.shelf import Listed
-from edge_kv.tensors import SCHEMES
 from edge_kv.terminal import layers
-
-F16_BYTES = 2  # baselines are counted in the 16-bit storage that other runtimes use
-BASELINES = {
-    "every_layer_full": "every layer full length",
-    "sharing_only": "sharing only",
-    "rings_only": "rings only",
-    "sharing_and_rings": "sharing and rings",
-}
-
-
-def plan_data(config: ModelConfig, plan: KVPlan, memory: MemoryPlan, name: str) -> dict[str, Any]:
-    """Everything `plan` prints, as JSON data; bytes throughout."""
-    return {
-        "model": name,
-        "ctx": plan.ctx,
-        "chunk": plan.chunk,
-        "kv": plan.kv,
-        "quant": memory.quant,
-        "buffers": [
-            {
-                "name": b.name,
-                "kind": b.kind,
-                "shape": list(b.shape),
-                "dtype": b.dtype,
-                "bytes": b.bytes,
-                "writer": b.writer,
-                "readers": list(b.readers),
-            }
-            for b in plan.buffers
-        ],
-        "totals": {
-            "bytes": plan.bytes,
-            "baselines_f16": {
-                key: F16_BYTES * state_elements(config, plan.ctx, sharing=s, rings=r)
-                for key, s, r in zip(
-                    BASELINES, (False, True, False, True), (False, False, True, True), strict=True
-                )
-            },
-            "read_traffic_per_token": plan.read_traffic(memory.depth),
-        },
-        "memory": memory.as_dict(),
-    }
-
-
-def net_plan_data(
-    config: Model,
-    name: str,
-    ctx: int,
-    chunk: int,
-    kv: str,
-    quant: str,
-    formats: Mapping[str, str],
-) -> dict[str, Any]:
-    """Everything `plan` prints of a model with tables of state, as JSON data; bytes throughout.
-
-    Raises:
-        PlanError, ConfigError: a context, chunk, storage or quantisation that cannot be.
-    """
-    plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv)
-    need = footprint(config, plan, quant, formats=formats)
-    others = models.plan(config, ctx=ctx, chunk=1, kv="f16")
-    files = {q: footprint(config, plan, q).weight_file for q in SCHEMES}
-    return {
-        "model": name,
-        "ctx": plan.ctx,
-        "chunk": plan.chunk,
-        "kv": plan.kv,
-        "quant": quant,
-        "buffers": [
-            {
-                "name": t.name,
-                "shape": list(t.shape),
-                "dtype": t.dtype,
-                "bytes": t.bytes,
-                "stride": t.stride,
-                "keep": t.keep,
-                "writer": t.writer,
-                "readers": list(t.readers),
-            }
-            for t in plan.tables
-        ],
-        "totals": {
-            "bytes": plan.bytes,
-            "baselines_f16": {
-                key: others.full_length(sharing=s, rings=r)
-                for key, s, r in zip(
-                    BASELINES, (False, True, False, True), (False, False, True, True), strict=True
-                )
-            },
-            "read_traffic_per_token": need.read_state,
-        },
-        "memory": {
-            "quant": quant,
-            "formats": dict(formats),
-            "depth": need.depth,
-            "weight_file": need.weight_file,
-            "weights": need.weights,
-            "weight_files": files,
-            "ple_file": need.lookup_file,
-            "state": need.state,
-            "state_touched": need.touched,
-            "anonymous": need.anonymous,
-            "mapped": {"dense": need.dense, "experts": need.experts},
-            "read_per_token": {"weights": need.read_weights, "state": need.read_state},
-        },
-    }
-
-
-def print_net_plan(data: dict[str, Any], console: Console) -> None:
-    """`net_plan_data` as tables; layers whose tables have equal shapes share a row."""
-    console.print(
-        f"[bold]{data['model']}[/]  ctx {data['ctx']:,}  chunk {data['chunk']}  "
-        f"kv {data['kv']}  quant {data['quant']}"
-    )
-    console.print(_tables_by_shape(data["buffers"]))
-    totals, memory = data["totals"], data["memory"]
-    naive = totals["baselines_f16"]["every_layer_full"]
-    state = Table("state", box=None, pad_edge=False)
-    state.add_column("bytes", justify="right")
-    state.add_column("share", justify="right")
-    state.add_row("this plan", size(totals["bytes"]), f"{totals['bytes'] / naive:.1%}")
-    shown: set[int] = set()
-    for key, label in BASELINES.items():
-        value = totals["baselines_f16"][key]
-        if value not in shown:  # what a model has nothing of makes no difference
-            state.add_row(f"f16, {label}", size(value), f"{value / naive:.1%}")
-        shown.add(value)
-    console.print(state)
-    files = ", ".join(f"{quant} {size(n)}" for quant, n in memory["weight_files"].items())
-    console.print(f"Weights: {files}.")
-    read, mapped = memory["read_per_token"], memory["mapped"]
-    console.print(
-        f"One token at {memory['depth']:,} tokens reads {size(read['weights'])} of weights and "
-        f"{size(read['state'])} of state."
-    )
-    experts = f", of routed experts {size(mapped['experts'])}" if mapped["experts"] else ""
-    console.print(
-        f"Memory at that depth: {size(memory['anonymous'])} anonymous, "
-        f"{size(mapped['dense'] + mapped['experts'])} of mapped weights{experts}."
-    )
-
-
-def _tables_by_shape(buffers: list[dict[str, Any]]) -> Table:
-    """One row for each kind of table: the layers that have it, and all their bytes."""
-    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for b in buffers:
-        suffix = b["name"].partition(".")[2]
-        key = (suffix, tuple(b["shape"]), b["dtype"], b["stride"], b["keep"])
-        kinds.setdefault(key, []).append(b)
-    table = Table(box=None, pad_edge=False)
-    for name in ("table", "rows × heads × dim", "dtype"):
-        table.add_column(name)
-    for name in ("positions a row", "looks back", "bytes each", "of all"):
-        table.add_column(name, justify="right")
-    table.add_column("layers")
-    for (suffix, shape, dtype, stride, keep), same in kinds.items():
-        each = same[0]["bytes"]
-        table.add_row(
-            suffix, " × ".join(f"{n:,}" for n in shape), dtype, str(stride),
-            f"{keep:,}" if keep else "all", size(each), size(each * len(same)),
-            layers([b["writer"] for b in same]),
-        )  # fmt: skip
-    return table
-
-
-def print_plan(data: dict[str, Any], console: Console) -> None:
-    """`plan_data` as tables."""
-    console.print(
-        f"[bold]{data['model']}[/]  ctx {data['ctx']:,}  chunk {data['chunk']}  "
-        f"kv {data['kv']}  quant {data['quant']}"
-    )
-    console.print(buffer_table(data["buffers"]))
-    totals, memory = data["totals"], data["memory"]
-    state = Table("state", box=None, pad_edge=False)
-    state.add_column("bytes", justify="right")
-    state.add_column("share", justify="right")
-    naive = totals["baselines_f16"]["every_layer_full"]
-    state.add_row("this plan", size(totals["bytes"]), f"{totals['bytes'] / naive:.1%}")
-    for key, label in BASELINES.items():
-        value = totals["baselines_f16"][key]
-        state.add_row(f"f16, {label}", size(value), f"{value / naive:.1%}")
-    console.print(state)
-    console.print(
-        f"Read traffic of one token at {memory['depth']:,} tokens: "
-        f"{size(totals['read_traffic_per_token'])} of state."
-    )
-    parts = ", ".join(f"{kind} {size(n)}" for kind, n in memory["weights"].items())
-    console.print(f"Weights: {size(memory['weight_file'])} ({parts}).")
-    if memory["ple_file"]:
-        console.print(f"PLE rows: {size(memory['ple_file'])} on disk, read row by row.")
-    console.print(f"Tokenizer: {size(memory['tokenizer'])} of heap while there is text to read.")
-    if memory["checkpoints"]:
-        console.print(
-            f"Conversations: up to {size(memory['checkpoints'])} more, to go back to turns whose "
-            "rows the rings have lost."
-        )
-    console.print(phase_table(memory))
 
 
 def print_evaluation(data: dict[str, Any], console: Console) -> None:
@@ -323,12 +120,12 @@ def buffer_table(buffers: list[dict[str, Any]]) -> Table:
     return table
 
 
-def phase_table(memory: dict[str, Any]) -> Table:
-    """Predicted peak RAM of each phase."""
-    table = Table("predicted peak", box=None, pad_edge=False)
-    for name in ("anonymous", "file-backed", "total"):
+def phase_table(engine: str, phases: dict[str, Any]) -> Table:
+    """Predicted peak RAM of each phase on an engine."""
+    table = Table(f"planned peak, {engine}", box=None, pad_edge=False)
+    for name in ("heap", "mapped files", "total"):
         table.add_column(name, justify="right")
-    for name, phase in memory["phases"].items():
+    for name, phase in phases.items():
         table.add_row(name, size(phase["anon"]), size(phase["file"]), size(phase["total"]))
     return table
 
@@ -338,16 +135,17 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
     artifact, machine = document["artifact"], document["machine"]
     conditions, bandwidth = document["conditions"], document["bandwidth"]
     console.print(
-        f"[bold]{artifact['name']}[/]  quant {artifact['quant']}, kv {artifact['kv']}  ·  "
-        f"{machine['cpu']}, "
-        f"{conditions['threads']} threads, reads {size(bandwidth['best'])}/s"
+        f"[bold]{artifact['name']}[/]: weights {artifact['quant']}, state {artifact['kv']}; "
+        f"{conditions['threads']} threads of {machine['cpu']}, which read "
+        f"{size(bandwidth['best'])}/s"
     )
+    console.print()
     speed = Table("engine", box=None, pad_edge=False)
-    for name in (
-        "context", "load s", "first token s", "prefill tok/s", "decode tok/s", "p50 ms", "p95 ms",
-        "p99 ms", "of the roofline",
-    ):  # fmt: skip
+    for name in ("context", "load", "first", "prefill", "decode", "p50", "p95", "p99", "limit"):
         speed.add_column(name, justify="right")
+    speed.add_row(
+        "", "tokens", "s", "token s", "tok/s", "tok/s", "ms", "ms", "ms", "%", style="dim"
+    )
     for r in document["runs"]:
         times = r["decode"]["seconds"]
         speed.add_row(
@@ -355,28 +153,29 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
             f"{r['ctx']:,}",
             f"{r['load']['seconds']:.2f}",
             f"{r['first_token']:.2f}",
-            f"{r['prefill']['rate']:.1f}",
+            f"{r['prefill']['rate']:.0f}",
             f"{r['decode']['rate']:.1f}",
             *(f"{1e3 * times[p]:.1f}" for p in ("p50", "p95", "p99")),
             f"{r['roofline']['fraction']:.0%}",
         )
     console.print(speed)
+    console.print("[dim]limit: how much of the speed that this memory allows is reached[/]")
+    console.print()
     memory = Table("engine", box=None, pad_edge=False)
-    for name in ("context", "phase", "anonymous", "planned", "error", "file", "PSS", "peak RSS"):
-        memory.add_column(name, justify="left" if name == "phase" else "right")
+    for name in ("context", "peak of", "heap", "planned", "error", "total", "planned", "error"):
+        memory.add_column(name, justify="left" if name == "peak of" else "right")
     for r in document["runs"]:
         for phase, m in r["memory"].items():
-            error = m.get("anon_error")
-            memory.add_row(
-                r["engine"],
-                f"{r['ctx']:,}",
-                phase,
-                *("–" if m.get(k) is None else size(m[k]) for k in ("anon_peak", "anon_planned")),
-                "–" if error is None else f"{error:+.1%}",
-                *("–" if m.get(k) is None else size(m[k]) for k in ("file", "pss")),
-                size(m["rss_peak"] or m["rss_peak_so_far"] or 0),
-            )
+            cells = [r["engine"], f"{r['ctx']:,}", phase]
+            for peak, kind in ((m["anon_peak"], "anon"), (m["rss_peak"], "total")):
+                planned, error = m.get(f"{kind}_planned"), m.get(f"{kind}_error")
+                cells += ["–" if n is None else size(n) for n in (peak, planned)]
+                cells.append("–" if error is None else f"{error:+.1%}")
+            memory.add_row(*cells)
     console.print(memory)
+    for failure in document.get("failures", ()):
+        at = f" at {failure['ctx']:,} tokens" if failure["ctx"] else ""
+        console.print(f"[red]{failure['engine']}{at}:[/] {escape(failure['error'])}")
 
 
 def print_deploy(document: dict[str, Any], console: Console) -> None:
@@ -437,7 +236,11 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
             if config is None
             else manifest.parity
         ),
-        "memory": predict_artifact(artifact).as_dict() if config is None else manifest.memory,
+        "memory": {
+            name: predict_artifact(artifact, engine=name).as_dict()
+            for name, costs in COSTS.items()
+            if costs.backend in manifest.backends
+        },
     }
 
 
@@ -512,17 +315,29 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     listing.add_row("total", size(sum(data["files"].values())))
     console.print(listing)
     if data["parity"]:
-        console.print("Parity: " + _inline(data["parity"]) + ".")
-    if data["memory"].get("phases"):
-        console.print(phase_table(data["memory"]))
+        console.print(_parity_table(data["parity"], data["engines"]))
+    for engine, memory in data["memory"].items():
+        console.print(phase_table(engine, memory["phases"]))
 
 
-def _inline(value: Any) -> str:
-    """Nested results on one line: `lowering (max_abs 1e-05, …), vectors verify.npz`."""
-    if isinstance(value, dict):
-        parts = [
-            f"{k} ({_inline(v)})" if isinstance(v, dict) else f"{k} {_inline(v)}"
-            for k, v in value.items()
-        ]
-        return ", ".join(parts)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _parity_table(parity: dict[str, Any], engines: dict[str, Any]) -> Table:
+    """How far programs are from the model, one column a backend, one row a figure."""
+    by_backend = parity if set(parity) & set(engines) else {next(iter(engines), "programs"): parity}
+    rows: dict[str, dict[str, str]] = {}
+    for backend, entry in by_backend.items():
+        for name, value in _flat(entry):
+            rows.setdefault(name, {})[backend] = value
+    table = Table("parity", *by_backend, box=None, pad_edge=False)
+    for name, values in rows.items():
+        table.add_row(name, *(values.get(backend, "–") for backend in by_backend))
+    return table
+
+
+def _flat(value: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Nested figures as (`lowering, max abs`, `1e-05`)."""
+    for key, inner in value.items():
+        name = (f"{above}, " if above else "") + key.replace("_", " ")
+        if isinstance(inner, dict):
+            yield from _flat(inner, name)
+        elif inner is not None:
+            yield name, f"{inner:.3g}" if isinstance(inner, float) else str(inner)

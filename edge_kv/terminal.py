@@ -12,6 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from edge_kv.amounts import size
+from edge_kv.progress import BYTES
+
 _REFRESHES = 10  # drawings of the status line a second
 _SMOOTH = 0.03  # seconds between two drawings of growing text
 _PIPE_WIDTH = 132  # columns of a table that goes to a file
@@ -38,24 +41,18 @@ class Bar:
     """`edge_kv.progress.Progress` as a bar on stderr; draws nothing where that is no terminal."""
 
     def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("{task.description:14}"),
-            BarColumn(),
-            DownloadColumn(),
+            TextColumn("{task.description:22}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]:>17}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[what]}"),
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
         self._task: Any = None
+        self._unit = BYTES
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -69,20 +66,26 @@ class Bar:
     ) -> None:
         self._bar.stop()
 
-    def stage(self, name: str) -> None:
+    def stage(self, name: str, unit: str = BYTES) -> None:
         self._finish()
-        self._task = self._bar.add_task(name, total=None, what="")
+        self._unit = unit
+        self._task = self._bar.add_task(name, total=None, count="")
 
-    def advance(self, what: str, done_bytes: int, total_bytes: int) -> None:
+    def advance(self, what: str, done: int, total: int) -> None:
         if self._task is None:
             self.stage("working")
-        self._bar.update(self._task, completed=done_bytes, total=total_bytes, what=what)
+        self._bar.update(self._task, completed=done, total=total, count=self._count(done, total))
+
+    def _count(self, done: int, total: int) -> str:
+        if self._unit == BYTES:
+            return f"{size(done)} of {size(total)}"
+        return f"{done:,} of {total:,} {self._unit}"
 
     def _finish(self) -> None:
         if self._task is not None:
             task = self._bar.tasks[self._task]
             total = task.total or 1
-            self._bar.update(self._task, total=total, completed=total, what="")
+            self._bar.update(self._task, total=total, completed=total)
 
 
 class Stream:

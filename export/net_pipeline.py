@@ -41,7 +41,6 @@ from edge_kv.export.weight_file import (
     write_ple,
     write_weights,
 )
-from edge_kv.footprint import footprint
 from edge_kv.manifest import (
     UNFINISHED,
     Backend,
@@ -60,9 +59,9 @@ from edge_kv.manifest import (
     model_digest,
     plan_digest,
 )
-from edge_kv.memory import TOKENIZER_BYTES
 from edge_kv.models.checkpoint import open_checkpoint
 from edge_kv.models.model import Model
+from edge_kv.needs import count_needs
 from edge_kv.nets.oracle import TokenValues, oracle_logits, table_values
 from edge_kv.nets.weights import Read, Weights
 from edge_kv.plan import Plan
@@ -286,7 +285,7 @@ class _Job:
             left = calibrated(layout) if self.calibration else frozenset()
             write_weights(self.source, layout, path, journal, self.progress, left)
             if self.calibration and left:
-                self.progress.stage("calibration")
+                self.progress.stage("calibration", "matrices")
                 calibrate_weights(
                     self.config, self.source.read, layout, path, journal, self.calibration,
                     self.progress, device=self.device,
@@ -349,7 +348,7 @@ class _Job:
 
         run = gate.plan_run(self.plan, self.config.vocab, self._encoder())
         drawn = isinstance(self.source, RandomSource)  # it is what is stored
-        self.progress.stage("parity: float reference")
+        self.progress.stage("parity: float reference", "layers")
         source_logits = None if drawn else self._oracle(run, written, None)
         self._unchanged()
         parity: dict[str, ParityEntry] = {}
@@ -357,7 +356,7 @@ class _Job:
         for name, programs in lowered.items():
             owner, stored = self._owner(name), self._stored(name)
             if owner not in references:
-                self.progress.stage(f"parity: stored weights of {owner}")
+                self.progress.stage(f"parity: stored weights of {owner}", "layers")
                 references[owner] = self._oracle(run, written, stored)
             kept = None
             if drawn or self.scheme == "none":
@@ -402,7 +401,6 @@ class _Job:
         config, formats = self.config, self.layout.formats
         quant = QuantEntry(scheme=self.scheme, formats=formats, tensors=written.reports)
         entry = PlanEntry.of(self.plan)
-        counted = footprint(config, self.plan, self.scheme, formats=formats, depth=0)
         calibration = {"calibration": self.calibration.as_dict()} if self.calibration else {}
         return Manifest(
             schema_version=2,
@@ -431,13 +429,7 @@ class _Job:
             backends=backends,
             tokenizer=written.tokenizer,
             parity=parity,
-            needs=NeedsEntry(
-                weights=counted.weights,
-                dense=counted.dense,
-                experts=counted.experts,
-                read_weights=counted.read_weights,
-                anonymous=counted.anonymous - TOKENIZER_BYTES * config.vocab,
-            ),
+            needs=NeedsEntry.of(count_needs(config, self.scheme, formats)),
             files=files,
             made={
                 "source": self.source.label,

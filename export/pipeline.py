@@ -56,7 +56,6 @@ from edge_kv.export.weight_file import (
     write_weights,
 )
 from edge_kv.kv_plan import KVPlan, plan_kv
-from edge_kv.memory import predict_memory
 from edge_kv.model.oracle import oracle_logits
 from edge_kv.models import gemma
 from edge_kv.ple import PleTable
@@ -250,7 +249,7 @@ class _Job:
             left = calibrated(layout) if self.calibration else frozenset()
             write_weights(self.source, layout, path, journal, self.progress, left)
             if self.calibration and left:
-                self.progress.stage("calibration")
+                self.progress.stage("calibration", "matrices")
                 self._calibrate(self.calibration, layout, path, journal)
             found[name] = weight_reports(layout, journal)
         reports = next(iter(found.values()))
@@ -341,13 +340,7 @@ class _Job:
                 files=files,
                 made={"source": self.source.label, "torch": torch.__version__, **calibration},
                 parity=parity,
-                memory=predict_memory(
-                    self.config,
-                    self.plan,
-                    self.scheme,
-                    self.layout.formats,
-                    engine="onnx-stock",  # what a device without native operators needs
-                ).as_dict(),
+                memory={},  # what an artifact needs is predicted when it is asked for
             )
 
         def logits_of(name: str, backend: Backend) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -359,7 +352,7 @@ class _Job:
                 session.close()
 
         run = gate.plan_run(self.plan, self.config.vocab_size, self._encoder(tokenizer))
-        self.progress.stage("parity: float reference")
+        self.progress.stage("parity: float reference", "layers")
         source_logits = self._oracle(run, None, ple)
         self._unchanged()
         parity: dict[str, Any] = {}
@@ -367,7 +360,7 @@ class _Job:
         for name, programs in lowered.items():
             owner = self._owner(name)
             if owner not in references:
-                self.progress.stage(f"parity: stored weights of {owner}")
+                self.progress.stage(f"parity: stored weights of {owner}", "layers")
                 references[owner] = self._oracle(run, self._stored(name), ple)
             stored_logits = references[owner]
             kept = None

@@ -105,15 +105,26 @@ def load(
         MemoryLimitError: the weights do not fit.
     """
     from edge_kv.artifact import Artifact, read_artifact
+
+    artifact = path if isinstance(path, Artifact) else read_artifact(path)
+    check_engine(artifact, engine)
+    module, name, _ = ENGINES[engine]
+    session: Session = getattr(import_module(module), name)(artifact, threads=threads, cache=cache)
+    return session
+
+
+def check_engine(artifact: Artifact, engine: str) -> None:
+    """Refuse an engine that cannot run `artifact`, before its libraries are imported.
+
+    Raises:
+        ConfigError: an unknown engine; the message names the closest one.
+        ArtifactError: exported without programs for it.
+    """
     from edge_kv.errors import ConfigError, did_you_mean
 
     if engine not in ENGINES:
         raise ConfigError(f"Unknown engine {engine!r}.{did_you_mean(engine, ENGINES)}")
-    artifact = path if isinstance(path, Artifact) else read_artifact(path)
-    module, name, backend = ENGINES[engine]
-    artifact.backend(backend)  # before the engine is imported: a missing one is the likely error
-    session: Session = getattr(import_module(module), name)(artifact, threads=threads, cache=cache)
-    return session
+    artifact.backend(ENGINES[engine][2])
 
 
 def __getattr__(name: str) -> Any:

@@ -38,11 +38,12 @@ import numpy as np
 from edge_kv import __version__
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
-from edge_kv.kv_plan import state_elements
-from edge_kv.memory import ENGINES, predict_artifact, read_weights
+from edge_kv.memory import COSTS, Base, predict_artifact, read_weights, state_plan
 from edge_kv.plan import SCALE, Plan
 from edge_kv.progress import Progress, Silent
+from edge_kv.runtime import check_engine
 from edge_kv.runtime import snapshot as snapshots
+from edge_kv.runtime.base import own_base
 from edge_kv.runtime.cache import cache_directory
 from edge_kv.runtime.meter import read_memory, reset_peak
 from edge_kv.runtime.session import Session
@@ -103,11 +104,18 @@ def bench(
     `modules` names, for engines that are not in `runtime.ENGINES`, the module that runs their
     processes (its `main` calls `serve`).
 
+    What is finished is never lost: a run that fails, or Ctrl-C, is an entry of the document's
+    `failures`, and the runs before it stay.
+
     Raises:
-        ConfigError: a depth the artifact was not exported for, or nothing to measure.
-        RuntimeFault, ArtifactError, …: whatever stopped a measuring process.
+        ConfigError: a depth the artifact was not exported for, an unknown engine, or nothing to
+            measure. ArtifactError: no programs of an engine.
+        RuntimeFault, …: what stopped the measuring process, if no run was finished.
     """
     progress = progress or Silent()
+    for engine in engines:
+        if engine not in (modules or {}):
+            check_engine(artifact, engine)
     if not depths or min(prompt, tokens, repeats) < 1:
         raise ConfigError("Nothing to measure: give depths, and prompt, tokens, repeats above 0.")
     if fill not in FILLS:
@@ -147,9 +155,11 @@ def bench(
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         },
         "bandwidth": bandwidth,
-        "plan": [_planned(artifact, e, depth, cache) for e in engines for depth in depths],
+        "plan": [],
         "runs": [],
+        "failures": [],
     }
+    measured = _Measured(artifact, document, progress)
     common: dict[str, Any] = {"artifact": str(artifact.root), "threads": count, "cache": cache}
     for engine in engines:
         module = (modules or {}).get(engine, MODULE)
@@ -159,19 +169,54 @@ def bench(
             "fill", engine=engine, depths=tuple(sorted({s for s, _, _ in starts})),
             prompt=1, tokens=1, repeats=1, fill=fill, **common,
         )  # fmt: skip
-        made = _ask(module, asdict(filling))
-        progress.stage(f"{engine}: measure")
+        made = measured.ask(module, asdict(filling), engine)
+        if made is None:
+            continue
+        progress.stage(f"{engine}: measure", "contexts")
         for i, (depth, (start, ahead, steps)) in enumerate(zip(depths, starts, strict=True)):
             job = Job(
                 "measure", engine=engine, depths=(start,), prompt=ahead, tokens=steps,
                 repeats=repeats, fill=fill, plain_read=read, **common,
             )  # fmt: skip
-            run = _ask(module, {**asdict(job), "started": time.time()})
-            run = {"engine": engine, "ctx": depth, "filled": made[str(start)], **run}
-            expected = _planned(artifact, engine, depth, cache) if engine in ENGINES else None
-            document["runs"].append(_judged(run, artifact, expected))
+            run = measured.ask(module, {**asdict(job), "started": time.time()}, engine, depth)
+            if run is not None:
+                measured.add({"engine": engine, "ctx": depth, "filled": made[str(start)], **run})
             progress.advance(f"{depth:,} tokens", i + 1, len(depths))
+        if measured.interrupted:
+            break
+    if not document["runs"]:
+        raise RuntimeFault(document["failures"][0]["error"])
     return document
+
+
+class _Measured:
+    """What a benchmark has so far: runs with the plan beside them, and what failed."""
+
+    def __init__(self, artifact: Artifact, document: dict[str, Any], progress: Progress) -> None:
+        self._artifact, self._document, self._progress = artifact, document, progress
+        self.interrupted = False
+
+    def ask(self, module: str, request: Any, engine: str, depth: int | None = None) -> Any:
+        """The answer of a measuring process, or None after a note of why there is none."""
+        if self.interrupted:
+            return None
+        try:
+            return _ask(module, request)
+        except EdgeKVError as e:
+            error = str(e)
+        except KeyboardInterrupt:
+            self.interrupted, error = True, "Interrupted before it was measured."
+        self._document["failures"].append({"engine": engine, "ctx": depth, "error": error})
+        return None
+
+    def add(self, run: dict[str, Any]) -> None:
+        """A run that is over, judged against the plan over what its process held before."""
+        base = run.pop("base")
+        planned = None
+        if base is not None:
+            planned = _planned(self._artifact, run["engine"], run["ctx"], Base(**base))
+            self._document["plan"].append(planned)
+        self._document["runs"].append(_judged(run, self._artifact, planned))
 
 
 def machine() -> dict[str, Any]:
@@ -190,11 +235,10 @@ def machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": name,
         "cores": thread_count(None),
-        "memory": memory,
+        "memory": _memory_of_machine(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
@@ -231,7 +275,15 @@ def _plain_read_size() -> int:
     At most an eighth of the memory, so that a small board can hold it beside a model.
     """
     wanted = max(512 << 20, 8 * _last_level_cache())
-    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
+    return min(wanted, (_memory_of_machine() or 8 * wanted) // 8)
+
+
+def _memory_of_machine() -> int | None:
+    """Bytes of RAM; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def fill_depths(job: Job) -> dict[str, str]:
@@ -302,7 +354,8 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
     artifact = read_artifact(job.artifact)
     depth = job.depths[0]
     memory: dict[str, dict[str, int | None]] = {}
-    with _Watch(memory, "load"):
+    base = own_base(job.engine) if job.engine in COSTS else None
+    with Watch(memory, "load"):
         session = open_session(artifact, job)
     ids = prompt_ids(session.artifact.tokens.vocab, depth + job.prompt)
     with session:
@@ -315,7 +368,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
                 session.restore(snapshot_path(artifact, job, depth))
 
         prefills: list[float] = []
-        with _Watch(memory, "prefill"):
+        with Watch(memory, "prefill"):
             for _ in range(job.repeats + 1):
                 at_depth()
                 begin = time.perf_counter()
@@ -325,7 +378,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
         reads = []
         for _ in range(job.repeats + 1):
             reads.append(_plain_read(job))
-            with _Watch(memory, "decode"):
+            with Watch(memory, "decode"):
                 at_depth()
                 steps.append([])
                 for _ in range(job.tokens):
@@ -339,6 +392,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
     seconds = float(np.median(prefills[1:]))
     return {
         "depth": depth,
+        "base": base and asdict(base),
         "load": {"seconds": load, "start_to_first_token": first_token},
         "prefill": {
             "tokens": job.prompt,
@@ -368,7 +422,7 @@ def _plain_read(job: Job) -> float:
     return best
 
 
-class _Watch:
+class Watch:
     """Notes memory of a phase: what is held at its end, and the peaks while it ran.
 
     Of a phase that is watched several times, the highest of each counts.
@@ -435,14 +489,14 @@ def snapshot_path(artifact: Artifact, job: Job, depth: int) -> Path:
     return cache_directory() / "bench" / f"{job.engine}-{job.fill}-{model}-{plan}-{depth}.kv"
 
 
-def _planned(artifact: Artifact, engine: str, depth: int, cache: bool) -> dict[str, Any]:
+def _planned(artifact: Artifact, engine: str, depth: int, base: Base) -> dict[str, Any]:
     """The plan's prediction at a depth, and what naive layouts of the state would take."""
-    planned = predict_artifact(artifact, depth, cache=cache, engine=engine)
+    planned = predict_artifact(artifact, depth, engine=engine, base=base, text=False)
     return {
         "engine": engine,
         "ctx": depth,
+        "base": asdict(base),
         "state": planned.touched,
-        "tokenizer": planned.tokenizer,
         "phases": {n: {"anon": p.anon, "file": p.file} for n, p in planned.phases.items()},
         "baselines_f16": {
             name: F16_BYTES * _elements(artifact, depth, sharing=sharing, rings=rings)
@@ -453,15 +507,12 @@ def _planned(artifact: Artifact, engine: str, depth: int, cache: bool) -> dict[s
 
 def _elements(artifact: Artifact, depth: int, *, sharing: bool, rings: bool) -> int:
     """Elements of keys and values with or without sharing and windows: see `Plan.full_length`."""
-    plan = artifact.plan
-    if not isinstance(plan, Plan):
-        return state_elements(artifact.config, depth, sharing=sharing, rings=rings)
     return sum(
         (1 if sharing else len(t.readers))
         * (min(depth, t.keep) if rings and t.keep else depth)
         * t.row[0]
         * t.row[1]
-        for t in plan.tables
+        for t in state_plan(artifact).tables
         if t.stride == 1 and not t.exact and not t.name.endswith(SCALE)
     )
 
@@ -470,11 +521,14 @@ def _judged(run: dict[str, Any], artifact: Artifact, plan: dict[str, Any] | None
     """A run with the prediction beside its memory, and its distance from the roofline."""
     if plan:
         for name, measured in run["memory"].items():
-            # a session that is fed ids has no tokenizer on its heap
-            expected = plan["phases"][name]["anon"] - plan["tokenizer"]
-            measured["anon_planned"] = expected
-            peak = measured["anon_peak"]
-            measured["anon_error"] = expected / peak - 1 if peak else None
+            expected = plan["phases"][name]
+            total = expected["anon"] + expected["file"]
+            measured["anon_planned"], measured["total_planned"] = expected["anon"], total
+            for kind, peak, planned in (
+                ("anon", measured["anon_peak"], expected["anon"]),
+                ("total", measured["rss_peak"], total),
+            ):
+                measured[f"{kind}_error"] = planned / peak - 1 if peak else None
     weights = read_weights(artifact)
     state = artifact.plan.read_traffic(run["depth"] + run["decode"]["tokens"] // 2)
     passes = run.pop("passes")

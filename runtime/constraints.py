@@ -1,6 +1,6 @@
 """Constrained replies: JSON schemas, regular expressions, Lark grammars and the arguments of tools.
 
-`llguidance` (an extra: pip install 'edge-kv[grammar]') says which tokens may come next; everything
+`llguidance` (an extra: pip install '.[grammar]') says which tokens may come next; everything
 else gets a logit of -inf. When the tokens that may still come run out, a short way to an end is
 taken, so that a reply is whole where its limit allows a whole one.
 """
@@ -78,7 +78,7 @@ class Engine:
             import llguidance
         except ModuleNotFoundError as e:
             raise ConfigError(
-                "Constrained replies need llguidance; run: pip install 'edge-kv[grammar]'."
+                "Grammars need llguidance; in the checkout, run: pip install '.[grammar]'"
             ) from e
         self._matcher: Any = llguidance.LLMatcher
         self.vocab_size = vocab_size

@@ -11,6 +11,7 @@ import ctypes
 from typing import Any
 
 from edge_kv.artifact import Artifact
+from edge_kv.memory import predict_artifact
 from edge_kv.runtime.available import available_memory
 
 RESERVE = 64 << 20  # bytes left to the system: buffers of its reads, and what else it runs
@@ -36,7 +37,8 @@ def keep_experts(library: Any, artifact: Artifact) -> int:
     needs = getattr(artifact.manifest, "needs", None)
     if needs is None or not needs.experts:
         return 0
-    others = needs.dense + needs.anonymous + artifact.plan.bytes
+    planned = predict_artifact(artifact)
+    others = needs.dense + planned.anonymous + planned.state - planned.touched
     size = bank_bytes(needs.experts, others, available_memory())
     library.edge_kv_keep_experts(ctypes.c_int64(size))
     return size

@@ -23,9 +23,9 @@ def spans(folder: Path) -> set[Span]:
 
 def let_go(held: set[Span], folder: Path) -> None:
     """Drop the pages of those mappings of files in `folder` that were never written to."""
-    advise = getattr(ctypes.CDLL(None), "madvise", None)
-    if advise is None or not hasattr(mmap, "MADV_DONTNEED"):
+    if not hasattr(mmap, "MADV_DONTNEED"):
         return
+    advise = ctypes.CDLL(None).madvise
     for span, dirty in _clean_and_dirty(str(folder.resolve())):
         if span in held and not dirty:
             advise(ctypes.c_void_p(span[0]), ctypes.c_size_t(span[1]), mmap.MADV_DONTNEED)

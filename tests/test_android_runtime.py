@@ -12,6 +12,7 @@ from fake_artifact import edit_manifest, write_artifact
 
 from edge_kv.artifact import model_fingerprint, read_artifact
 from edge_kv.kv_plan import state_views
+from edge_kv.memory import predict_artifact
 from edge_kv.parity import divergence
 from edge_kv.ple import PleTable
 from edge_kv.runtime import Chat, Options, load, native_library
@@ -392,7 +393,7 @@ def test_a_measurement_is_the_document_of_edge_kv_bench(host, exact_artifact):
         assert 0 < run["decode"]["seconds"]["p50"] <= run["decode"]["seconds"]["p99"]
         assert all(run["memory"][p]["anon_peak"] > 0 for p in ("load", "prefill", "decode"))
     assert set(found["plan"][0]) == set(wanted["plan"][0])
-    planned = read_artifact(exact_artifact).manifest.memory["phases"]["decode"]["anon"]
+    planned = predict_artifact(read_artifact(exact_artifact)).phases["decode"].anon
     assert found["plan"][0]["phases"]["decode"]["anon"] == planned
     assert any("filling" in s for s in answer["said"])
     with pytest.raises(HostError, match="Depth 513 is outside 2 … 512"):

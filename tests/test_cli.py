@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,9 @@ import pytest
 from fake_artifact import edit_manifest, write_artifact
 from typer.testing import CliRunner
 
+from edge_kv import models, request
 from edge_kv.amounts import size
 from edge_kv.cli import app
-from edge_kv.kv_plan import plan_kv
-from edge_kv.presets import PRESETS
 from edge_kv.tensors import weight_formats
 from edge_kv.terminal import layers
 
@@ -43,10 +43,10 @@ def good(*args, **kwargs):
 
 def test_plan_json_is_the_plan():
     data = json.loads(good("plan", "--model", "e2b", "--ctx", "32k", "--json").stdout)
-    plan = plan_kv(PRESETS["e2b"].config, ctx=32_768)
-    assert [b["name"] for b in data["buffers"]] == [b.name for b in plan.buffers]
+    plan = models.plan(models.get_row("e2b").config, ctx=32_768)
+    assert [b["name"] for b in data["buffers"]] == [t.name for t in plan.tables]
     assert set(data["buffers"][0]) == {
-        "name", "kind", "shape", "dtype", "bytes", "writer", "readers",
+        "name", "shape", "dtype", "bytes", "stride", "keep", "writer", "readers",
     }  # fmt: skip
     assert sum(b["bytes"] for b in data["buffers"]) == data["totals"]["bytes"] == plan.bytes
     assert data["totals"]["baselines_f16"]["sharing_and_rings"] == 2 * (3_072 * 32_768 + 3_145_728)
@@ -54,11 +54,12 @@ def test_plan_json_is_the_plan():
     assert data["memory"]["state"] == plan.bytes
 
 
-def test_plan_prints_every_buffer_the_baselines_and_the_phases():
-    out = good("plan", "--model", "e2b", "--ctx", "32768", "--kv", "f16").stdout
-    for b in plan_kv(PRESETS["e2b"].config, ctx=32_768).buffers[:4]:
-        assert b.name in out
-    assert "13, 15-18, 20-23, 25-28, 30-33" in out
+def test_plan_leads_with_the_answer_and_ends_with_the_tables():
+    args = ["plan", "--model", "e2b", "--ctx", "32768", "--kv", "f16"]
+    short, out = good(*args).stdout, good(*args, "--buffers").stdout
+    assert out.splitlines()[1].startswith("Needs 1.7") and "of mapped files" in out
+    assert "Fits: Pi 4/5, 4 GB" in out
+    assert "639×1×256" in out and "0-3, 5-8, 10-13" in out and "639×1×256" not in short
     for number in ("1.41 GB", "604 MB", "484 MB", "208 MB"):  # the four baselines
         assert number in out
     for phase in ("load", "prefill", "decode"):
@@ -72,6 +73,28 @@ def test_plan_follows_its_options(quant):
     data = json.loads(good(*args, "--store", "embed=int8-f16").stdout)
     assert (data["chunk"], data["quant"]) == (64, quant)
     assert data["memory"]["formats"] == weight_formats(quant, {"embed": "int8-f16"})
+
+
+def test_plan_finds_what_fits():
+    args = ["plan", "--model", "e2b", "--fits", "2g"]
+    data = json.loads(good(*args, "--json").stdout)
+    found = {(c["quant"], c["kv"]): c for c in data["choices"]}
+    assert data["limit"] == 2 << 30 and len(found) == 9
+    assert found["int4", "int8"]["ctx"] == 131_072 > found["int4", "f32"]["ctx"] > 0
+    assert found["none", "f32"]["ctx"] == 0
+    chosen = found["int4", "f32"]
+    for ctx, fits in ((chosen["ctx"], True), (chosen["ctx"] + 1024, False)):
+        one = ["plan", "--model", "e2b", "--kv", "f32", "--ctx", ctx, "--json"]
+        assert (json.loads(good(*one).stdout)["memory"]["resident"] <= 2 << 30) == fits
+    out = good(*args).stdout
+    assert "up to 131,072 tokens" in out
+    assert "edge-kv export --model e2b --ctx 131072 --kv int8 --quant int4" in out
+    assert (
+        len(json.loads(good(*args, "--kv", "f16", "--quant", "int4", "--json").stdout)["choices"])
+        == 1
+    )
+    none = invoke("plan", "--model", "e2b", "--fits", "100m")
+    assert none.exit_code == 1 and "more than 105 MB" in none.stderr
 
 
 def test_plan_reads_the_config_of_random_weights():
@@ -126,7 +149,7 @@ def test_run_slides_and_says_so(root):
 
 def test_inspect(root):
     out = good("inspect", root).stdout
-    for part in ("SFS", "k1", "onnx/decode.onnx", "verify.npz", "Parity", "0, 2"):
+    for part in ("SFS", "k1", "onnx/decode.onnx", "verify.npz", "parity", "0, 2"):
         assert part in out
     data = json.loads(good("inspect", root, "--json").stdout)
     assert data["state_bytes"] == sum(b["bytes"] for b in data["buffers"])
@@ -181,20 +204,58 @@ def test_export_passes_every_option_on(monkeypatch, tmp_path):
         "attention": "portable", "calibration": "text.txt", "device": "cuda",
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    result = good("export", "--weights", "models/my-model.gguf", "--ctx", "2k", "--json")
+    shutil.copytree(models.get_row("tiny").weights, "models/my-model")
+    result = good("export", "--weights", "models/my-model", "--ctx", "2k", "--json")
     assert seen["out"] == Path("my-model-2048") and seen["backends"] == ("onnx",)
     assert seen["attention"] == "native"
     assert json.loads(result.stdout)["artifact"] == "my-model-2048"
 
 
 def test_export_without_torch_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "edge_kv.export", None)
+    monkeypatch.setattr(request, "find_spec", lambda name: None if name == "torch" else name)
     result = invoke("export", "--model", "e2b", "--ctx", "4k")
-    assert result.exit_code == 1 and "pip install 'edge-kv[export]'" in result.stderr
+    assert result.exit_code == 1 and "pip install '.[export]'" in result.stderr
+
+
+def test_export_looks_at_the_target_before_it_downloads(monkeypatch, tmp_path):
+    monkeypatch.setattr(request, "download", None)  # would be called with e2b's repository
+    (tmp_path / "there").mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    args = ["export", "--model", "e2b", "--ctx", "4k", "--out"]
+    result = invoke(*args, tmp_path / "there")
+    assert result.exit_code == 1 and "already exists" in result.stderr
+    (tmp_path / "file").write_text("")
+    result = invoke(*args, tmp_path / "file" / "art")
+    assert result.exit_code == 1 and "Cannot write in" in result.stderr
+    monkeypatch.setattr(request.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
+    result = invoke(*args, tmp_path / "art")
+    assert result.exit_code == 1 and "has 1 GB left; free some space" in result.stderr
+    assert (
+        invoke("export", "--model", "e2b", "--ctx", "1m", "--out", tmp_path / "art").exit_code == 1
+    )
+
+
+def test_interrupted_export_says_how_to_go_on(monkeypatch, tmp_path):
+    def export_model(out, **_):
+        part = out.parent / f".{out.name}.part"
+        part.mkdir()
+        (part / "weights.bin").write_bytes(bytes(2_000_000))
+        raise KeyboardInterrupt
+
+    stand_in = types.ModuleType("edge_kv.export")
+    stand_in.export_model = export_model
+    monkeypatch.setitem(sys.modules, "edge_kv.export", stand_in)
+    result = invoke("export", "--model", "tiny", "--ctx", "64", "--out", tmp_path / "art")
+    assert result.exit_code == 130
+    assert "the same command goes on where this one stopped" in result.stderr
+    assert ".art.part holds 2 MB" in result.stderr
 
 
 BAD = [  # arguments ({root}: an artifact, {tmp}: an empty directory), what the line says
     ("plan --ctx 4k", "Name a model: --model e2b"),
+    ("plan --model e2b", "Say how much context (--ctx 32768), or how much RAM (--fits"),
+    ("plan --model e2b --fits 2x", "not an amount of memory"),
+    ("plan --model e2b --weights random --revision v1 --ctx 4k", "--revision is of a hub"),
     ("plan --model e2 --ctx 4k", "Unknown model 'e2'. Did you mean 'e2b'?"),
     ("plan --model zzz --ctx 4k", "Unknown model 'zzz'. Known: "),
     ("plan --model e2b --ctx 4kk", "'4kk' is not a size"),
@@ -248,10 +309,10 @@ def test_prompt_that_is_not_text(root):
     assert result.exit_code == 1 and "not UTF-8 text (byte 2)" in result.stderr
 
 
-@pytest.mark.parametrize("line", ["plan --bogus", "run", "plan --model e2b", "run x --top-k z"])
+@pytest.mark.parametrize("line", ["plan --bogus", "run", "run x --top-k z"])
 def test_wrong_usage_is_exit_2(line):
     result = invoke(*line.split())
-    assert result.exit_code == 2 and "Usage:" in result.stderr
+    assert result.exit_code == 2 and result.stderr.startswith("Error: ")
 
 
 def test_damaged_artifact_is_found_by_verify(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections import OrderedDict
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from edge_kv import models
@@ -19,12 +21,12 @@ from edge_kv.footprint import (
     RESIDENT,
     fits,
     footprint,
-    stored_bytes,
     streaming,
 )
 from edge_kv.kv_plan import plan_kv
-from edge_kv.memory import predict_memory
 from edge_kv.models.model import EXPERT8, Weight
+from edge_kv.needs import stored_bytes
+from edge_kv.plan_report import print_plan
 from edge_kv.presets import PRESETS
 
 
@@ -32,17 +34,13 @@ from edge_kv.presets import PRESETS
 def test_gemma_is_predicted_as_by_layers(name):
     config, depth = models.get_row(name).config, 8192
     need = footprint(config, models.plan(config, ctx=depth), "int4")
-    old = PRESETS[name].config
-    known = predict_memory(old, plan_kv(old, ctx=depth), "int4")
-    assert (need.weight_file, need.state) == (known.weight_file, known.state)
-    running = known.phases["decode"].anon
-    assert abs(need.anonymous - running) < 0.15 * running
+    assert need.memory.state == plan_kv(PRESETS[name].config, ctx=depth).bytes
+    assert need.resident == need.memory.conversation
+    assert need.anonymous == need.memory.phases["decode"].anon
 
 
 @pytest.mark.parametrize("name", models.ROWS)
 def test_plan_lists_every_table_as_json_and_prints(name):
-    if name in PRESETS:
-        return  # planned by layers
     args = ["plan", "--model", name, "--ctx", "4k"]
     result = CliRunner().invoke(app, [*args, "--json"])
     assert result.exit_code == 0, result.stderr
@@ -56,6 +54,17 @@ def test_plan_lists_every_table_as_json_and_prints(name):
     assert files["int4"] < files["int8"] < files["none"]
     text = CliRunner().invoke(app, args).stdout
     assert name in text and "of weights and" in text
+
+
+@pytest.mark.parametrize("name", ["26b-a4b", "deepseek-v4-pro", "tiny"])
+def test_plan_fits_a_terminal_of_80_columns(name):
+    args = ["plan", "--model", name, "--ctx", "2k", "--json"]
+    data = json.loads(CliRunner().invoke(app, args).stdout)
+    screen = io.StringIO()
+    print_plan(data, Console(file=screen, width=80, highlight=False), buffers=True)
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in screen.getvalue()
+    assert any(line.startswith("█") for line in lines)
 
 
 def test_plan_reads_a_checkpoint_and_refuses_as_before(tmp_path):

@@ -67,7 +67,7 @@ def root(tmp_path):
             }
         },
         "needs": {"weights": {"linear": 5}, "dense": 5, "experts": 0, "read_weights": 5,
-                  "anonymous": 1000},
+                  "read_experts": 0, "prefill": 5, "row": 8},
         "files": files,
         "made": {"source": "a test"},
     }  # fmt: skip

@@ -29,7 +29,7 @@ class Stop(Silent):
     def __init__(self, stage: str, before=lambda: None):
         self._stage, self._before = stage, before
 
-    def stage(self, name: str) -> None:
+    def stage(self, name: str, unit: str = "") -> None:
         if name.startswith(self._stage):
             self._before()
             raise KeyboardInterrupt
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_changes_under_the_export_is_refused(tmp_path):
     model, out = checkpoint(tmp_path / "model"), tmp_path / "out"
 
     class Touch(Silent):
-        def stage(self, name: str) -> None:
+        def stage(self, name: str, unit: str = "") -> None:
             if name == "per-layer embeddings":
                 os.utime(model / "model.safetensors")
 

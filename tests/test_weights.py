@@ -22,7 +22,7 @@ from weights_models import NAMES, canonical_tensors, tiny_hf
 from edge_kv.errors import ConfigError, EdgeKVError, WeightsError
 from edge_kv.presets import get_preset
 from edge_kv.tensors import tensor_table
-from edge_kv.weights import check_weights, hub, open_weights
+from edge_kv.weights import check_weights, open_weights
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
 from edge_kv.weights.random_weights import RandomWeights
 from edge_kv.weights.source import Generation
@@ -901,58 +901,7 @@ def test_another_model_than_the_one_named(e2b):
     assert "vocab_size is 128, expected 262144" in str(error.value)
 
 
-# --- hub ----------------------------------------------------------------------------------------
-
-
-def test_hub_unreachable_names_the_alternatives(monkeypatch):
-    import huggingface_hub
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("Name or service\nnot known")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(WeightsError) as error:
-        open_weights("google/gemma-4-E2B-it")
-    assert "'google/gemma-4-E2B-it'" in str(error.value)
-    assert "Name or service not known" in str(error.value)
-    for alternative in ("local directory", ".gguf", "`random`"):
-        assert alternative in str(error.value)
-
-
-def test_hub_snapshot_is_read_like_a_directory(monkeypatch, e2b):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot(repo, **kwargs):
-        asked.update(kwargs, repo=repo)
-        return str(e2b)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    source = open_weights("org/tiny")
-    assert_same(source, tiny_hf("e2b"))
-    assert source.label == "hub org/tiny"
-    assert asked["allow_patterns"] == ["*.json", "*.jinja", "*.safetensors"]
-    (e2b / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"has no \.safetensors file"):
-        open_weights("org/tiny")
-
-
-@pytest.mark.parametrize("n", [0, 1, 2])
-def test_hub_repository_of_ggufs(monkeypatch, tmp_path, gguf_file, n):
-    import huggingface_hub
-
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    files = [f"m{i}.gguf" for i in range(n)]
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(empty))
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a: ["README.md", *files])
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a: str(gguf_file))
-    if n == 1:
-        return assert_same(hub.open_hub("org/one"), tiny_hf("e2b"))
-    with pytest.raises(WeightsError, match=f"no config.json and {n} GGUF files"):
-        hub.open_hub("org/one")
-    return None
+# --- imports --------------------------------------------------------------------------------------
 
 
 def test_opening_weights_imports_no_torch(e2b):

@@ -21,6 +21,7 @@ _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _EXPERT = "{e}"
 _HEAD = "lm_head.weight"
 _ARCHITECTURE = "general.architecture"
+_PROJECTOR = "clip"
 _LISTED = 20  # faults spelt out in one message
 
 
@@ -212,25 +213,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, file.tensors, "gguf", f"{path.name} (GGUF)")
 
 
-def read_config(path: Path) -> Model | None:
-    """The config of a Hugging Face directory or a GGUF file; None for a model not listed here.
+def read_config(path: Path) -> Model:
+    """The config of a Hugging Face directory or a GGUF file; no tensor is looked at.
 
     Raises:
-        WeightsError: a file that is damaged, or a directory of several models.
-        ConfigError: a field with a wrong value.
+        WeightsError: nothing there, a file that is damaged, or a directory of several models.
+        ConfigError: a model that is not supported, or a field with a wrong value.
     """
     path = _model_path(path)
     if path.is_dir():
-        raw = read_json(path / "config.json")
-        known = raw is not None and _known("HF", raw.get("model_type"))
-        return config_from_hf(raw, str(path / "config.json")) if raw and known else None
-    if not is_gguf(path) or not _known("GGUF", open_gguf(path).metadata.get(_ARCHITECTURE)):
-        return None
-    return open_checkpoint(path).config
-
-
-def _known(format: str, kind: object) -> bool:
-    return any(kind in getattr(module, format) for module in models.MODULES)
+        return config_from_hf(_config_json(path), str(path / "config.json"))
+    if not is_gguf(path):
+        raise WeightsError(
+            f"{path} is a file but not a .gguf; give a directory with config.json and "
+            "safetensors, a .gguf file, a hub id or `random`."
+        )
+    file = open_gguf(path)
+    if file.metadata.get(_ARCHITECTURE) == _PROJECTOR:
+        raise WeightsError(
+            f"{path.name} is the vision or audio projector of a model (general.architecture "
+            f"{_PROJECTOR!r}); give the file of the language model."
+        )
+    module = models.module_for("GGUF", file.metadata.get(_ARCHITECTURE), path.name)
+    return _described(lambda: module.read_gguf(file, path.name), path.name)
 
 
 def _model_path(path: Path) -> Path:
@@ -252,8 +257,8 @@ def _config_json(root: Path) -> dict[str, Any]:
     raw = read_json(root / "config.json")
     if raw is None:
         raise WeightsError(
-            f"{root} has no config.json; give a directory with config.json and safetensors, or a "
-            ".gguf file."
+            f"{root} has no config.json; give a directory with config.json and safetensors, a "
+            ".gguf file, a hub id or `random`."
         )
     return raw
 

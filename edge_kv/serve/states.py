@@ -23,7 +23,9 @@ from edge_kv.runtime.session import Copy, common_prefix, held_of
 
 WORTH_KEEPING = 64  # tokens below which reading again is cheaper than keeping
 SUFFIX = ".kv"
-SERVER_BYTES = 34_000_000  # RAM of the HTTP server and of grammars, beside a session (measured)
+SERVER_BYTES = (
+    12_000_000  # RAM of requests and grammars beside a session, libraries apart (measured)
+)
 log = logging.getLogger(__name__)
 
 

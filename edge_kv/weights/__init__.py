@@ -8,17 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from pathlib import Path
 
 from edge_kv.config import ModelConfig
 from edge_kv.errors import ConfigError, WeightsError
 from edge_kv.tensors import TensorSpec, tensor_table
+from edge_kv.weights.hub import download, is_hub_id
 from edge_kv.weights.source import WeightSource, first_not_finite
 
 __all__ = ["WeightSource", "check_weights", "open_weights"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LISTED = 20  # faults spelt out in one message
 _BLOCK = 4 << 20  # values looked at together
 _SEED_DIGITS = 20
@@ -45,10 +44,9 @@ def open_weights(spec: str, config: ModelConfig | None = None) -> WeightSource:
         return _same_model(_directory(path), config)
     if os.path.isfile(path):
         return _same_model(_file(path), config)
-    if _HUB_ID.fullmatch(spec) and path.suffix.lower() != ".gguf":
-        from edge_kv.weights.hub import open_hub
-
-        return _same_model(open_hub(spec), config)
+    if is_hub_id(spec):
+        found = download(spec)
+        return _same_model(_directory(found) if found.is_dir() else _file(found), config)
     raise WeightsError(
         f"{spec!r} does not exist; give a directory with config.json and safetensors, "
         "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."

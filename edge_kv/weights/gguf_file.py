@@ -312,7 +312,7 @@ def _find_storage(kind: int) -> _Storage | None:
         from gguf.quants import dequantize
     except ImportError as e:
         raise WeightsError(
-            "GGUF files are read with the gguf package: pip install 'edge-kv[export]'."
+            "Reading GGUF needs the gguf package; in the checkout, run: pip install '.[export]'"
         ) from e
     try:
         qtype = GGMLQuantizationType(kind)

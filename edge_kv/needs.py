@@ -1,0 +1,76 @@
+"""What a model's weights and programs take, counted from its weight rows: no machine, no context.
+
+Everything here is in the manifest of an artifact, so that a runtime counts nothing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from edge_kv import models
+from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, PLE_TABLE, TABLE, Model, Weight
+from edge_kv.tensors import PLE_BITS, PLE_BLOCK, stored_format, stored_shape, weight_formats
+
+ROW_BYTES = 1100  # of a program file for each weight that it reads: nodes, names, attributes
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, but for `row`."""
+
+    weights: dict[str, int]  # in the weight file, by kind
+    lookup_file: int  # per-layer token rows: a file of its own, read row by row
+    dense: int  # weights that every token reads
+    experts: int  # all routed experts, of which a token reads a few
+    read_weights: int  # a decoded token reads of the weights
+    read_experts: int  # … of them routed experts: a token's cycle
+    prefill: int  # a chunk of a prompt reads of them
+    row: int  # f32 values of a token's widest activations in a chunk of a prompt
+    programs: int  # of both program files, about
+
+    @property
+    def weight_file(self) -> int:
+        return sum(self.weights.values())
+
+
+def stored_bytes(weight: Weight, quant: str, formats: Mapping[str, str] | None = None) -> int:
+    """Bytes of one weight in its file; `formats` are those of the scheme when left out."""
+    if weight.kind == TABLE:
+        return 8 * weight.elements
+    if weight.kind == PLE_TABLE and PLE_BITS[quant] < 32 and weight.shape[-1] % PLE_BLOCK == 0:
+        return weight.elements * PLE_BITS[quant] // 8 + 2 * (weight.elements // PLE_BLOCK)
+    formats = weight_formats(quant) if formats is None else formats
+    fmt = stored_format(weight.kind, weight.shape, formats)
+    return prod(stored_shape(fmt, weight.shape)) if fmt else 4 * weight.elements
+
+
+def count_needs(
+    config: Model, quant: str = "int4", formats: Mapping[str, str] | None = None
+) -> Needs:
+    """What `config` needs with weights stored as `quant`; `formats` as in `stored_bytes`.
+
+    Raises:
+        ConfigError: an unknown quantisation.
+    """
+    formats = weight_formats(quant) if formats is None else formats
+    kinds: dict[str, int] = {}
+    lookup = dense = experts = read = cycle = chunk = reads = widest = 0
+    for weight in models.weights(config):
+        size = stored_bytes(weight, quant, formats)
+        if weight.kind == PLE_TABLE:
+            lookup = size
+            continue
+        kinds[weight.kind] = kinds.get(weight.kind, 0) + size
+        read += round(size * weight.share)
+        chunk += round(size * weight.prefill)
+        reads += 2 if weight.prefill else 1
+        if weight.prefill and len(weight.shape) > 1 and weight.kind not in (FLOAT, TABLE):
+            widest = max(widest, weight.shape[-2])
+        if weight.kind in (EXPERT, EXPERT8):
+            experts += size
+            cycle += round(size * weight.share)
+        elif weight.share:
+            dense += size
+    return Needs(kinds, lookup, dense, experts, read, cycle, chunk, widest, ROW_BYTES * reads)

@@ -1,0 +1,191 @@
+"""What `plan` and `export` are asked for: the model that is meant, and what can be known early.
+
+Everything here is found before a heavy import and before a large download: a wrong name, a context
+the model does not have, a disk without room, a package that is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from edge_kv import models
+from edge_kv.amounts import size
+from edge_kv.errors import ConfigError, ExportError, WeightsError, did_you_mean
+from edge_kv.guidance import check_model, model_meant
+from edge_kv.models.checkpoint import read_config
+from edge_kv.models.model import Model, Row
+from edge_kv.progress import Progress
+from edge_kv.weights.hub import download, is_hub_id
+
+RANDOM = "random"
+_SEED_DIGITS = 20
+# Fields in which a named model and a checkpoint of it may differ.
+_FREE = {"max_ctx", "pad_id", "bos_id", "eos_ids"}
+BACKENDS = {"onnx": ("onnx",), "executorch": ("executorch",), "both": ("onnx", "executorch")}
+_PACKAGES = {
+    "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export",
+}  # fmt: skip
+_OF_BACKEND = {"executorch": {"executorch": "executorch", "torchao": "executorch"}}
+_SPARE = 64 << 20  # bytes of programs, tokenizer and reference vectors beside the weights
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that `--model` and `--weights` name."""
+
+    name: str  # for people, and for the directory that export makes
+    config: Model
+    weights: str  # what export reads: a path, a hub id, `random` or `random:SEED`
+    model: str | None  # the row of `--model`, where one was named
+    revision: str | None
+
+    @property
+    def on_hub(self) -> bool:
+        return is_hub_id(self.weights)
+
+    def fetch(self, progress: Progress | None = None) -> str:
+        """`weights`, brought here if they are on the hub.
+
+        Raises:
+            WeightsError: see `weights.hub.download`.
+        """
+        if not self.on_hub:
+            return self.weights
+        return str(download(self.weights, self.revision, progress=progress))
+
+
+def find_subject(model: str | None, weights: str | None, revision: str | None = None) -> Subject:
+    """The model that is meant; of a hub repository only its config is fetched.
+
+    Raises:
+        ConfigError: no such model, none named, or weights of another model than the one named.
+        WeightsError: nothing there, damaged, or the hub cannot provide it.
+    """
+    check_model(model, weights)
+    row = _row(model) if model else None
+    if weights is None:
+        if row is None or model is None:
+            raise ConfigError("Name a model: --model e2b (a preset) or --weights DIR.")
+        source = str(row.weights) if row.weights else row.hub_id
+        return Subject(model, row.config, source, model, revision)
+    if revision is not None and not is_hub_id(weights):
+        raise ConfigError(f"--revision is of a hub repository, and {weights!r} is none.")
+    name = model or (Path(weights).name.removesuffix(".gguf") or weights)
+    if weights == RANDOM or weights.startswith(f"{RANDOM}:"):
+        if row is None:
+            raise WeightsError(
+                "`random` weights have no config of their own; name a model (--model)."
+            )
+        _check_seed(weights)
+        return Subject(name, row.config, weights, model, None)
+    path = Path(weights).expanduser()
+    if is_hub_id(weights):
+        path = download(weights, revision, config_only=True)
+    config = _described(path, weights)
+    if row is not None:
+        _check_same(weights, config, str(model), row.config)
+    return Subject(name, config, weights, model, revision)
+
+
+def _row(model: str) -> Row:
+    """The official model called `model`; other spellings of one are answered with its name."""
+    if model not in models.ROWS:
+        meant = model_meant(model, {name: row.hub_id for name, row in models.ROWS.items()})
+        if meant:
+            raise ConfigError(f"Unknown model {model!r}. Did you mean {meant!r}?")
+    return models.get_row(model)
+
+
+def _described(path: Path, spec: str) -> Model:
+    """The config of a checkpoint directory or a GGUF file."""
+    if not path.exists():
+        raise WeightsError(
+            f"{spec!r} does not exist; give a directory with config.json and safetensors, "
+            "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."
+        )
+    return read_config(path)
+
+
+def _check_seed(spec: str) -> None:
+    seed = spec.removeprefix(RANDOM).removeprefix(":") or "0"
+    if not (seed.isascii() and seed.isdecimal() and len(seed) < _SEED_DIGITS):
+        raise WeightsError(f"{spec!r} has the seed {seed!r}, expected a whole number: random:7.")
+
+
+def _check_same(weights: str, config: Model, name: str, named: Model) -> None:
+    """Refuse weights that are not of the model they are said to be of."""
+    if type(named) is not type(config):
+        differ = [f"it is a {_family(config)} model, expected {_family(named)}"]
+    else:
+        differ = [
+            f"{f.name} is {getattr(config, f.name)}, expected {getattr(named, f.name)}"
+            for f in fields(config)
+            if f.name not in _FREE and getattr(config, f.name) != getattr(named, f.name)
+        ]
+    if differ:
+        raise ConfigError(
+            f"{weights} is not the model that was named ({name}): {'; '.join(differ)}; "
+            "leave --model out to use the checkpoint's own config."
+        )
+
+
+def _family(config: Model) -> str:
+    return models.module_of(config).__name__.rpartition(".")[2]
+
+
+def check_backend(backend: str) -> tuple[str, ...]:
+    """The backends that `--backend` means.
+
+    Raises:
+        ConfigError: none of the known ones.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"Unknown backend {backend!r}.{did_you_mean(backend, BACKENDS)}")
+    return BACKENDS[backend]
+
+
+def check_packages(backends: Iterable[str], weights: str) -> None:
+    """Refuse an export whose libraries are not installed; none of them is imported.
+
+    Raises:
+        ConfigError: naming the package and the extra that brings it.
+    """
+    needed = dict(_PACKAGES)
+    if weights.lower().endswith(".gguf"):
+        needed["gguf"] = "export"
+    for backend in backends:
+        needed |= _OF_BACKEND.get(backend, {})
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"Exporting needs {package}, which is not installed; in the checkout, run: "
+                f"pip install '.[{extra}]'"
+                + (" && pip install --no-deps executorch==1.5.1" if extra == "executorch" else "")
+            )
+
+
+def check_output(out: Path, needed: int, unfinished: int = 0) -> None:
+    """Refuse a target that cannot be written or has no room for `needed` bytes.
+
+    Args:
+        unfinished: bytes that an interrupted export of the same request left already.
+
+    Raises:
+        ExportError: it exists, its parent cannot be written, or the disk is too small.
+    """
+    if out.exists():
+        raise ExportError(f"{out} already exists; remove it or choose another --out.")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ExportError(f"Cannot write in {parent}; choose another --out.")
+    free, needed = shutil.disk_usage(parent).free, needed + _SPARE - unfinished
+    if needed > free:
+        raise ExportError(
+            f"The artifact takes {size(needed)} and the disk of {parent} has {size(free)} left; "
+            "free some space, or choose an --out on another disk."
+        )

@@ -1,0 +1,98 @@
+"""What a process holds before it opens a model: measured here, or once for this machine.
+
+The interpreter, libraries and a command line's own imports differ between machines, Pythons and
+versions by tens of megabytes; `edge_kv.memory` adds what belongs to the model.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from edge_kv.errors import RuntimeFault
+from edge_kv.files import write_text
+from edge_kv.memory import COSTS, Base
+from edge_kv.runtime.cache import cache_folder
+from edge_kv.runtime.meter import read_memory
+
+COMMAND = ("edge_kv.cli", "edge_kv.repl", "edge_kv.runtime.text")  # what `edge-kv run` imports
+LIBRARY = ("edge_kv.runtime.text",)  # what a program that uses edge-kv does
+_MODULES = {
+    "onnx": "edge_kv.runtime.onnx_session",
+    "executorch": "edge_kv.runtime.executorch_session",
+}
+_LIBRARIES = ("numpy", "onnxruntime", "executorch", "pydantic", "tokenizers", "typer", "rich")
+_FILE = "base.json"
+_MEASURE = """
+import sys
+from importlib import import_module
+for name in sys.argv[2:]:
+    import_module(name)
+from edge_kv.runtime.base import own_base
+base = own_base(sys.argv[1])
+print(base.anon, base.file)
+"""
+_SECONDS = 60  # that a measuring process may take
+
+
+def own_base(engine: str) -> Base:
+    """What this process holds now, with the engine's libraries; typical figures where unknown.
+
+    Raises:
+        KeyError: an engine without costs in `edge_kv.memory`.
+    """
+    import_module(_MODULES[engine])
+    held = read_memory()
+    if held.anon is None or held.file is None:
+        return COSTS[engine].typical
+    return Base(held.anon, held.file)
+
+
+def machine_base(engine: str, imports: tuple[str, ...] = COMMAND) -> Base:
+    """What a process holds on this machine that imports `imports` and the engine.
+
+    Measured once and kept in the cache directory, for the versions that are installed; typical
+    figures where that cannot be done.
+
+    Raises:
+        KeyError: an engine without costs in `edge_kv.memory`.
+    """
+    key, versions = f"{engine} {' '.join(imports)}", _versions()
+    kept: dict[str, Any] = {}
+    with suppress(RuntimeFault, OSError, ValueError, AttributeError):
+        kept = json.loads((cache_folder("memory") / _FILE).read_bytes()).get(versions) or {}
+    with suppress(KeyError, TypeError, ValueError):
+        anon, file = kept[key]
+        return Base(int(anon), int(file))
+    code = (
+        "import sys; from importlib import import_module; list(map(import_module, sys.argv[2:]));"
+    )
+    code += (
+        "from edge_kv.runtime.base import own_base; print(*vars(own_base(sys.argv[1])).values())"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURE, engine, *imports],
+            capture_output=True, text=True, timeout=_SECONDS, check=True,
+        )  # fmt: skip
+        anon, file = map(int, done.stdout.split())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return COSTS[engine].typical
+    with suppress(RuntimeFault, OSError):
+        record = {versions: {**kept, key: [anon, file]}}
+        write_text(cache_folder("memory") / _FILE, json.dumps(record))
+    return Base(anon, file)
+
+
+def _versions() -> str:
+    """This Python and the libraries that a runtime loads: another version may hold more."""
+    found = [sys.version]
+    for package in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
