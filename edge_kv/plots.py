@@ -119,7 +119,7 @@ def _memory(axes: Any, document: dict[str, Any]) -> None:
             - p["state"] + p["baselines_f16"][name]
             for p in first
         ]  # fmt: skip
-        line([p["ctx"] for p in first], naive, color=colour, lw=1.6, label=label)
+        line([p["ctx"] for p in first], naive, color=colour, lw=1.6, label=label, zorder=1)
     axes.set_title("Peak memory, MB")
     if drawn and max(drawn) > WIDE * min(drawn):
         axes.set_yscale("log")
@@ -189,5 +189,5 @@ def _title(document: dict[str, Any]) -> str:
     artifact, machine = document["artifact"], document["machine"]
     return (
         f"{artifact['name']}: {artifact['quant']} weights, {artifact['kv']} state · "
-        f"{machine['cpu']}, {document['conditions']['threads']} threads"
+        f"{machine['cpu']}, threads: {document['conditions']['threads']}"
     )

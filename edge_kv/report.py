@@ -136,8 +136,7 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
     conditions, bandwidth = document["conditions"], document["bandwidth"]
     console.print(
         f"[bold]{artifact['name']}[/]: weights {artifact['quant']}, state {artifact['kv']}; "
-        f"{conditions['threads']} threads of {machine['cpu']}, which read "
-        f"{size(bandwidth['best'])}/s"
+        f"{machine['cpu']}, threads: {conditions['threads']}, reads {size(bandwidth['best'])}/s"
     )
     console.print()
     speed = Table("engine", box=None, pad_edge=False)

@@ -23,9 +23,7 @@ from edge_kv.runtime.session import Copy, common_prefix, held_of
 
 WORTH_KEEPING = 64  # tokens below which reading again is cheaper than keeping
 SUFFIX = ".kv"
-SERVER_BYTES = (
-    12_000_000  # RAM of requests and grammars beside a session, libraries apart (measured)
-)
+SERVER_BYTES = 12_000_000  # RAM of requests and grammars beside a session (measured)
 log = logging.getLogger(__name__)
 
 
