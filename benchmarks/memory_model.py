@@ -115,12 +115,11 @@ def best_costs(rows: list[dict[str, Any]]) -> dict[str, float]:
     code = [r["measured"]["decode"]["file"] - r["base"]["file"] - r["sizes"]["dense"] for r in rows]
     found = {"opened": opened, "program": program, "copies": copies, "logits": logits,
              "running": running, "code, tokenizer's too": float(np.median(code))}  # fmt: skip
-    for r in rows:
-        if "tokenizer" in r["measured"]:
-            m, vocab = r["measured"], r["sizes"]["vocab"]
-            name = f"tokenizer of {vocab} entries"
-            found[f"{name}, held"] = tokenizer(r) / vocab
-            found[f"{name}, reading"] = (m["tokenizer"]["anon"] - m["load"]["held"]) / vocab
+    texts = [r for r in rows if "tokenizer" in r["measured"]]
+    counts = [[float(r["sizes"][n]) for r in texts] for n in ("vocab", "merges")]
+    reading = [r["measured"]["tokenizer"]["anon"] - r["measured"]["load"]["held"] for r in texts]
+    found["entry"], found["merge"] = solve(counts, [tokenizer(r) for r in texts])
+    found["entry, reading"], found["merge, reading"] = solve(counts, reading)
     return found
 
 

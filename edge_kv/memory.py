@@ -15,8 +15,12 @@ four models and checked on others by benchmarks/memory_model.py.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from math import expm1
+from pathlib import Path
 from typing import Any
 
 from edge_kv import models
@@ -29,10 +33,11 @@ TOKENIZER = "tokenizer"  # the phase, after a load, in which the tokenizer is re
 PHASES = ("load", TOKENIZER, "prefill", "decode")
 CHECKPOINTS = 3  # states of the rings that a conversation keeps at turn boundaries
 TOKEN_BYTES = 40  # a session's list of fed ids: one Python integer and its place
-TOKENIZER_BYTES = 380  # heap of the tokenizers library for each entry of the vocabulary
-TOKENIZER_READING = 1160  # … while it reads them
+ENTRY_BYTES, MERGE_BYTES = 223, 80  # heap of the tokenizers library for an entry, for a merge
+ENTRY_READING, MERGE_READING = 266, 551  # … while it reads them
+USUAL_MERGES = 2  # merges an entry has where they were not counted; the most that is usual
 TOKENIZER_CODE = 3_500_000  # pages of that library
-LOOKUP_BYTES = 148_000  # file pages mapped around one looked-up row of the token table
+LOOKUP_BYTES = 65_536  # file pages mapped around one looked-up row of the token table
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Costs:
 COSTS = {
     "onnx": Costs(
         "onnx", Base(34_500_000, 33_600_000),
-        opened=3_100_000, program=20.0, running=3_000_000, code_opened=8_500_000,
+        opened=3_100_000, program=22.0, running=3_000_000, code_opened=8_500_000,
         code=13_500_000, copies=5.4, logits=4.0,
     ),
     "executorch": Costs(
@@ -135,7 +140,7 @@ class MemoryPlan:
 
 def predict(
     needs: Needs, plan: Plan, vocab: int, depth: int | None = None, *, engine: str = "onnx",
-    base: Base | None = None, text: bool = True,
+    base: Base | None = None, text: bool = True, merges: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """Peak memory by phase of a session that feeds `depth` tokens, the whole context if left out.
 
@@ -144,10 +149,12 @@ def predict(
         engine: one of `COSTS`.
         base: what the process holds before; typical figures when left out.
         text: whether a tokenizer is read; a session that is fed ids does without.
+        merges: rules of the tokenizer; as many as is usual when left out.
 
     Raises:
         ConfigError: an engine without costs.
     """
+    merges = USUAL_MERGES * vocab if merges is None else merges
     if engine not in COSTS:
         raise ConfigError(
             f"There is no memory plan for engine {engine!r}.{did_you_mean(engine, COSTS)}"
@@ -157,7 +164,7 @@ def predict(
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
     rows = min(plan.chunk, depth)
     programs = costs.opened + int(costs.program * needs.programs)
-    tokenizer = TOKENIZER_BYTES * vocab if text else 0
+    tokenizer = ENTRY_BYTES * vocab + MERGE_BYTES * merges if text else 0
     work = costs.running + int(4 * (costs.copies * rows * needs.row + costs.logits * vocab))
     touched, ids = plan.touched(depth), TOKEN_BYTES * depth
     parts = {
@@ -166,18 +173,24 @@ def predict(
     }  # fmt: skip
     reader = TOKENIZER_CODE if text else 0
     opened, code = base.file + costs.code_opened, base.file + costs.code + reader
-    lookup = min(LOOKUP_BYTES * depth, needs.weights.get("embed", 0))
+    lookup = _touched(needs.weights.get("embed", 0), LOOKUP_BYTES, depth)
     prefill = min(needs.prefill + lookup, needs.dense + needs.experts)
     mapped = {"libraries": code, "weights": needs.dense, "experts": needs.experts}
     loaded = base.anon + programs
     running = sum(parts.values())
     phases = {"load": Phase(loaded, opened)}
     if text:
-        phases[TOKENIZER] = Phase(loaded + TOKENIZER_READING * vocab, opened + reader)
+        reading = ENTRY_READING * vocab + MERGE_READING * merges
+        phases[TOKENIZER] = Phase(loaded + reading, opened + reader)
     phases["prefill"] = Phase(running, code + prefill)
     phases["decode"] = Phase(running, code + needs.dense + needs.experts)
     kept = CHECKPOINTS * sum(t.bytes for t in plan.tables if t.keep)
     return MemoryPlan(engine, depth, plan.bytes, touched, phases, parts, mapped, kept)
+
+
+def _touched(whole: int, around: int, count: int) -> int:
+    """Bytes of a file of `whole` bytes that `count` accesses anywhere map, `around` bytes each."""
+    return round(whole * -expm1(-count * around / whole)) if whole else 0
 
 
 def predict_memory(
@@ -203,9 +216,31 @@ def predict_artifact(
         ConfigError: an engine without costs.
     """
     needs, plan = needs_of(artifact, engine), state_plan(artifact)
-    vocab = artifact.tokens.vocab
-    text = text and artifact.manifest.tokenizer is not None
-    return predict(needs, plan, vocab, depth, engine=engine, base=base, text=text)
+    vocab, tokenizer = artifact.tokens.vocab, artifact.manifest.tokenizer
+    merges = count_merges(artifact.root / tokenizer.file) if text and tokenizer else 0
+    text = text and tokenizer is not None
+    return predict(needs, plan, vocab, depth, engine=engine, base=base, text=text, merges=merges)
+
+
+@cache
+def count_merges(path: Path) -> int | None:
+    """Merges of a BPE tokenizer.json, from its quotes alone; None where it has none to count.
+
+    A merge is one string (`"a b"`) or two (`["a", "b"]`). The file is mapped, never on the heap.
+    """
+    try:
+        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            at = text.rfind(b'"merges"')
+            if at < 0:
+                return None
+            listed = text[at + len(b'"merges"') : at + 64].split(b"[", 1)[-1].lstrip()
+            quotes = escaped = 0
+            for start in range(at + len(b'"merges"'), len(text), 1 << 20):
+                block = text[start : start + (1 << 20)]
+                quotes, escaped = quotes + block.count(b'"'), escaped + block.count(b'\\"')
+    except (OSError, ValueError):  # missing, or empty
+        return None
+    return (quotes - escaped) // (4 if listed.startswith(b"[") else 2)
 
 
 def needs_of(artifact: Any, engine: str = "onnx") -> Needs:

@@ -45,7 +45,7 @@ from edge_kv.runtime import check_engine
 from edge_kv.runtime import snapshot as snapshots
 from edge_kv.runtime.base import own_base
 from edge_kv.runtime.cache import cache_directory
-from edge_kv.runtime.meter import read_memory, reset_peak
+from edge_kv.runtime.meter import Memory, read_memory, reset_peak
 from edge_kv.runtime.session import Session
 from edge_kv.runtime.threads import thread_count
 
@@ -444,7 +444,7 @@ class Watch:
         held = read_memory()
         now = {
             "anon": held.anon,
-            "anon_peak": None if held.anon is None else max(self._anon, held.anon),
+            "anon_peak": self._anonymous(held),
             "file": held.file,
             "rss_peak": held.peak if self._own_peak else None,
             "rss_peak_so_far": held.peak,
@@ -456,6 +456,13 @@ class Watch:
             name: None if value is None else max(value, before[name] or 0)
             for name, value in now.items()
         }
+
+    def _anonymous(self, held: Memory) -> int | None:
+        """The highest that was seen, or that the peak of all memory tells: files only grow."""
+        if held.anon is None:
+            return None
+        least = held.peak - held.file if self._own_peak and held.peak and held.file else 0
+        return max(self._anon, held.anon, least)
 
     def _look(self) -> None:
         status = Path("/proc/self/status")

@@ -1,5 +1,6 @@
 """Predicted memory: byte counts against plain arithmetic, and how it moves."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from edge_kv.errors import ConfigError
 from edge_kv.manifest import PleEntry
 from edge_kv.memory import (
     COSTS,
+    ENTRY_BYTES,
+    MERGE_BYTES,
     PHASES,
     TOKEN_BYTES,
-    TOKENIZER_BYTES,
     Base,
+    count_merges,
     predict,
     predict_memory,
     with_margin,
@@ -103,7 +106,7 @@ def test_a_session_that_is_fed_ids_reads_no_tokenizer():
     text, ids = (predict(needs, plan(512), E2B.vocab, text=t, base=NOTHING) for t in (True, False))
     assert "tokenizer" not in ids.phases and ids.parts["tokenizer"] == 0
     gap = text.phases["decode"].anon - ids.phases["decode"].anon
-    assert gap == TOKENIZER_BYTES * E2B.vocab
+    assert gap == (ENTRY_BYTES + 2 * MERGE_BYTES) * E2B.vocab
 
 
 def test_checkpoints_of_conversations_are_counted():
@@ -164,7 +167,18 @@ def test_a_tokenizer_holds_what_the_plan_counts(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs)).save(str(path))
     command = [sys.executable, "-c", _READ, str(path)]
     held = int(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert held / len(vocab) == pytest.approx(TOKENIZER_BYTES, rel=0.25)
+    assert held == pytest.approx(ENTRY_BYTES * len(vocab) + MERGE_BYTES * len(pairs), rel=0.25)
+    assert count_merges(path) == len(pairs)
+
+
+@pytest.mark.parametrize("merges", [["a b", 'c \\"', "d e"], [["a", "b"], ["c", '"'], ["d", "e"]]])
+def test_merges_are_counted_in_both_of_their_forms(merges, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"vocab": {"a": 1}, "merges": merges}}, indent=1))
+    assert count_merges(path) == 3
+    path.write_text("{}")
+    count_merges.cache_clear()
+    assert count_merges(path) is None and count_merges(tmp_path / "none") is None
 
 
 def test_dictionary_is_complete():
