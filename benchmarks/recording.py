@@ -5,9 +5,9 @@
 
 A shell on a pseudo-terminal of 80 columns gets the commands one after the other, and a terminal
 emulator (pyte, a development tool alone) keeps every screen that stood for a moment. Each becomes a
-group of the SVG that is shown for as long as it stood, pauses cut to --pause seconds; where
-animations are off, the last screen is seen. The recording itself is written beside it as an
-asciinema cast (version 2).
+group of the SVG that is shown for as long as it stood, pauses cut to --pause seconds; a command that
+takes longer than --longest seconds is shown faster. Where animations are off, the last screen is
+seen. The recording itself is written beside it as an asciinema cast (version 2).
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def main() -> None:
     parser.add_argument("svg", type=Path)
     parser.add_argument("commands", nargs="+")
     parser.add_argument("--pause", type=float, default=1.5, help="longest still second")
+    parser.add_argument("--longest", type=float, default=12.0, help="seconds a command is shown")
     args = parser.parse_args()
     events: list[Event] = []
     clock = 0.0
     for command in args.commands:
         clock = typed(events, command, clock)
-        clock = run(events, command, clock)
+        clock = run(events, command, clock, args.longest)
     cast(args.svg.with_suffix(".cast"), events)
     frames = screens(events, args.pause)
     args.svg.write_text(drawn(frames), encoding="utf-8")
@@ -72,14 +73,14 @@ def typed(events: list[Event], command: str, clock: float) -> float:
     return clock
 
 
-def run(events: list[Event], command: str, clock: float) -> float:
+def run(events: list[Event], command: str, clock: float, longest: float) -> float:
     """What the command writes to its terminal, with the time of each piece."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm-256color", COLUMNS=str(COLUMNS), LINES=str(ROWS))
         os.execvp("sh", ["sh", "-c", command])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    begin = time.monotonic()
+    begin, own = time.monotonic(), []
     while True:
         select.select([terminal], [], [])
         try:
@@ -88,11 +89,14 @@ def run(events: list[Event], command: str, clock: float) -> float:
             break
         if not data:
             break
-        events.append((clock + time.monotonic() - begin, data.decode(errors="replace")))
+        own.append((time.monotonic() - begin, data.decode(errors="replace")))
     _, status = os.waitpid(pid, 0)
     if status:
         sys.exit(f"Error: {command} ended with {os.waitstatus_to_exitcode(status)}.")
-    return clock + time.monotonic() - begin + 0.5
+    took = time.monotonic() - begin
+    faster = max(1.0, took / longest)
+    events += [(clock + at / faster, text) for at, text in own]
+    return clock + took / faster + 0.5
 
 
 def cast(path: Path, events: list[Event]) -> None:
