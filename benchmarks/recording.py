@@ -5,9 +5,9 @@
 
 A shell on a pseudo-terminal of 80 columns gets the commands one after the other, and a terminal
 emulator (pyte, a development tool alone) keeps every screen that stood for a moment. Each becomes a
-group of the SVG that is shown for as long as it stood, pauses cut to --pause seconds; a command that
-takes longer than --longest seconds is shown faster. Where animations are off, the last screen is
-seen. The recording itself is written beside it as an asciinema cast (version 2).
+group of the SVG that is shown for as long as it stood, pauses cut to --pause seconds; a command
+that takes longer than --longest seconds is shown faster. Where animations are off, the last screen
+is seen. The recording itself is written beside it as an asciinema cast (version 2).
 """
 
 from __future__ import annotations
