@@ -24,7 +24,7 @@ from edge_kv.export.packed_weights import PackedEmbedding
 from edge_kv.formats import GROUP, unpack
 from edge_kv.models.model import Model
 from edge_kv.nets import make_net
-from edge_kv.nets.ops import OPERATORS
+from edge_kv.nets.ops import NAMESPACE, OPERATORS
 from edge_kv.nets.state import MASKED, Read, held_rows, quantize_rows, visible
 from edge_kv.nets.weights import Weights
 
@@ -213,7 +213,8 @@ class _Record(TorchDispatchMode):
         self.called: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called.add(func.__name__.partition(".")[0] if "edge_kv" in str(func) else "")
+        if func.namespace == NAMESPACE:
+            self.called.add(func._opname)
         return func(*args, **(kwargs or {}))
 
 
@@ -222,9 +223,10 @@ class _Asked:
 
     def __init__(self) -> None:
         self.missing: set[str] = set()
+        self.rows: dict[str, Tensor] = {}  # that were put last
 
     def put(self, table: str, rows: Tensor, start: Tensor) -> None:
-        self.rows = {**getattr(self, "rows", {}), table: rows}
+        self.rows[table] = rows
 
     def take(self, table: str, at: Tensor) -> Tensor:
         rows = self.rows[table]

@@ -99,12 +99,12 @@ class XnnpackLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
-class XnnpackNorm(nn.Module):
+class XnnpackNorm(Norm):
     """`Norm` whose mean is a one-row linear: XNNPACK takes no mean over the last dimension."""
 
     def __init__(self, source: Norm):
-        super().__init__()
-        self.weight = source.weight
+        nn.Module.__init__(self)
+        self.held, self.eps, self.weight = source.held, source.eps, source.weight
         dim = source.weight.shape[0]
         self.mean = _fixed(torch.full((1, dim), 1.0 / dim))
         self.floor = _fixed(torch.full((1,), source.eps))

@@ -258,6 +258,12 @@ CASES = [
         "flags", "an attention of another backend",
         "export --model tiny --ctx 64 --attention portable",
     ),
+    Case(
+        "flags",
+        "portable programs of a model that the stock runtime cannot compute",
+        "export --model zaya1-8b --ctx 64 --weights random --backend executorch "
+        "--attention portable",
+    ),
     Case("flags", "a target that exists", EXPORT, lambda d: (checkpoint(d), (d / "out").mkdir())),
     Case("flags", "an unknown engine", f"{RUN} --engine onx", artifact()),
     Case("flags", "an engine it was not exported for", RUN, artifact(programs=False)),
