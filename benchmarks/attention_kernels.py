@@ -2,12 +2,12 @@
 
     python benchmarks/attention_kernels.py        results/attention_kernels.json
 
-Layers are E2B's and E4B's: eight query heads on one or two KV heads, 512 wide with full attention
-(int8 rows), 256 wide with a window of 512 (f32 and f16 rows). Runs of the instruction sets
-alternate; the times are medians. `--before` adds a library of before the operators of
-runtime/native/ops.h (build_kernels() of those sources names it) to the same rounds: it norms and
-rotates the queries too, which is little, and holds its rows head by head. GB/s count the state's
-bytes once, however often the tokens of a step read them.
+Layers are E2B's, E4B's and Laguna's: eight query heads on one or two KV heads, 512 wide with full
+attention (int8 rows), 256 wide with a window of 512 (f32 and f16 rows); 48 on eight, 128 wide. Runs
+of the instruction sets alternate; the times are medians. `--before` adds a library of before the
+operators of runtime/native/ops.h (build_kernels() of those sources names it) to the same rounds: it
+norms and rotates the queries too, which is little, and holds its rows head by head. GB/s count the
+state's bytes once, however often the tokens of a step read them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from kernel_library import Layer, Step
 from native_call import Attribute, Tensor, attribute_of, tensor_of
 
-HEADS, THREADS = 8, 2
+THREADS = 2
 STORAGES = ("f32", "f16", "int8")
 
 
@@ -44,6 +44,7 @@ class Case:
     tokens: int
     window: int = 0
     kv_heads: int = 1
+    heads: int = 8
 
     @property
     def slots(self) -> int:
@@ -60,6 +61,8 @@ class Case:
 CASES = [Case("int8", 512, 32768, tokens) for tokens in (1, 2, 4, 8, 128)]
 CASES += [Case("int8", 512, 4096, 1), Case("int8", 512, 131072, 1)]
 CASES += [Case("int8", 512, 32768, tokens, kv_heads=2) for tokens in (1, 4)]
+CASES += [Case("int8", 256, 32768, tokens, kv_heads=2) for tokens in (1, 4)]
+CASES += [Case("int8", 128, 32768, tokens, kv_heads=8, heads=48) for tokens in (1, 4)]
 CASES += [Case(s, 256, 32768, t, window=512) for s in ("f32", "f16") for t in (1, 4, 128)]
 
 
@@ -81,7 +84,7 @@ class Problem:
         self.scales = [rng.uniform(0.005, 0.02, (*shape[:2], 1)).astype(np.float32) for _ in "kv"]
         angles = rng.uniform(0, 6.28, (case.tokens, case.dim // 2))
         self.cos, self.sin = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
-        self.q = rng.normal(size=(case.tokens, HEADS, case.dim)).astype(np.float32)
+        self.q = rng.normal(size=(case.tokens, case.heads, case.dim)).astype(np.float32)
         self.norm = np.ones(case.dim, np.float32)
         self.out = np.empty_like(self.q)
 
@@ -114,7 +117,7 @@ class Problem:
         )  # fmt: skip
         step = Step(
             self.cos.ctypes.data, self.sin.ctypes.data, case.depth - case.tokens, case.tokens,
-            HEADS, case.window, 1e-6, case.dim**-0.5, 0, THREADS,
+            case.heads, case.window, 1e-6, case.dim**-0.5, 0, THREADS,
         )  # fmt: skip
         q, norm, out = (ctypes.c_void_p(a.ctypes.data) for a in (self.q, self.norm, self.out))
         begin = time.perf_counter()
@@ -148,12 +151,12 @@ def main() -> None:
     show(
         f"Attention of one layer: ms (GB/s of state), {THREADS} threads",
         (
-            {n: r[n] for n in ("storage", "dim", "kv_heads", "depth", "window", "tokens")}
+            {n: r[n] for n in ("storage", "dim", "heads", "kv_heads", "depth", "window", "tokens")}
             | {side: f"{r['ms'][side]:.3g} ({r['gb_per_s'][side]:.1f})" for side in sides}
             for r in found
         ),
     )
-    write_result("attention_kernels", {"threads": THREADS, "query_heads": HEADS, "cases": found})
+    write_result("attention_kernels", {"threads": THREADS, "cases": found})
 
 
 def measure(

@@ -12,7 +12,9 @@
 namespace edge_kv {
 namespace {
 
-constexpr int kTile = 128;  // keys whose scores are held at a time; their rows fit the L2 cache
+constexpr int kTile = 128;  // most keys whose scores are held at a time
+constexpr int kLeastTile = 32;
+constexpr int kTileValues = 128 << 10;  // of their rows: two tiles of keys and values fit the L2 cache
 
 float dot(const float* a, const float* b, int n) {
   Vec sum = splat(0.0f);
@@ -133,29 +135,63 @@ inline bool sees(const Queries& q, int first, int rows, const Tile& tile) {
          (!q.window || tile.first + tile.count - 1 > q.newest(first) - q.window);
 }
 
-// Turn the products of R query rows with a tile's keys into the weights of its values; `steps` is
-// what a unit of each row's products stands for, `keep` gets the factors for what was summed
+// Scales of a tile's rows side by side.
+inline void tile_scales(const float* of, const Cache& cache, const Tile& tile, float* to) {
+  for (int i = 0; i < tile.count; ++i) to[i] = of[(tile.slot + i) * cache.scale_stride];
+}
+
+inline void multiply_each(float* x, const float* by, float factor, int n) {
+  const Vec f = splat(factor);
+  int i = 0;
+  for (; i + kWidth <= n; i += kWidth) save(x + i, mul(load(x + i), mul(load(by + i), f)));
+  for (; i < n; ++i) x[i] *= by[i] * factor;
+}
+
+// Products of R query rows with a tile's keys become scores; `steps` is what a unit of each row's
+// products stands for.
+template <int R>
+inline void scale_scores(const Cache& cache, const Tile& tile, const float* steps,
+                         float (*scores)[kTile]) {
+  if (!cache.key_scales) return;
+  alignas(64) float scales[kTile];
+  tile_scales(cache.key_scales, cache, tile, scales);
+  for (int r = 0; r < R; ++r) multiply_each(scores[r], scales, steps[r], tile.count);
+}
+
+// What a query does not see gets no weight.
+template <int R>
+inline void mask_scores(const Queries& q, int first, const Tile& tile, float (*scores)[kTile]) {
+  const bool edge = tile.first + tile.count - 1 > q.newest(first) ||
+                    (q.window && tile.first <= q.newest(first + R - 1) - q.window);
+  if (!edge) return;
+  for (int r = 0; r < R; ++r) {
+    const int64_t newest = q.newest(first + r);
+    for (int i = 0; i < tile.count; ++i) {
+      const int64_t key = tile.first + i;
+      if (key > newest || (q.window && key <= newest - q.window)) scores[r][i] = kMasked;
+    }
+  }
+}
+
+// Turn scores into the weights of the tile's values; `keep` gets the factors for what was summed
 // before.
+template <int R>
+inline void soften_scores(const Cache& cache, int first, const Tile& tile, float (*scores)[kTile],
+                          float* keep, const Partial& out) {
+  for (int r = 0; r < R; ++r)
+    keep[r] = soften(scores[r], tile.count, out.top + first + r, out.sum + first + r);
+  if (!cache.value_scales) return;
+  alignas(64) float scales[kTile];
+  tile_scales(cache.value_scales, cache, tile, scales);
+  for (int r = 0; r < R; ++r) multiply_each(scores[r], scales, 1.0f, tile.count);
+}
+
 template <int R>
 inline void weigh(const Cache& cache, const Queries& q, int first, const Tile& tile,
                   const float* steps, float (*scores)[kTile], float* keep, const Partial& out) {
-  const bool edge = tile.first + tile.count - 1 > q.newest(first) ||
-                    (q.window && tile.first <= q.newest(first + R - 1) - q.window);
-  for (int r = 0; r < R; ++r) {
-    if (cache.key_scales)
-      for (int i = 0; i < tile.count; ++i)
-        scores[r][i] *= steps[r] * cache.key_scales[(tile.slot + i) * cache.scale_stride];
-    if (edge) {
-      const int64_t newest = q.newest(first + r);
-      for (int i = 0; i < tile.count; ++i) {
-        const int64_t key = tile.first + i;
-        if (key > newest || (q.window && key <= newest - q.window)) scores[r][i] = kMasked;
-      }
-    }
-    keep[r] = soften(scores[r], tile.count, out.top + first + r, out.sum + first + r);
-    if (cache.value_scales)
-      for (int i = 0; i < tile.count; ++i) scores[r][i] *= cache.value_scales[(tile.slot + i) * cache.scale_stride];
-  }
+  scale_scores<R>(cache, tile, steps, scores);
+  mask_scores<R>(q, first, tile, scores);
+  soften_scores<R>(cache, first, tile, scores, keep, out);
 }
 
 // The values are next; later query rows find them in the cache.
@@ -169,21 +205,47 @@ struct Rows {
   static constexpr int count = N;
 };
 
-// Call fold(Rows<N>, first, tile) for the tiles of [begin, end) and, in each, for the query rows
-// [0, count) by MAX at a time.
+// Rows of a tile: with all heads they are at most kTileValues values, and the next tile is fetched
+// while one is at hand.
+inline int tile_rows(const Cache& cache) {
+  const int64_t fit = kTileValues / (int64_t(cache.dim) * cache.heads);
+  return fit >= kTile ? kTile : fit <= kLeastTile ? kLeastTile : int(fit / kLeastTile * kLeastTile);
+}
+
+// Call fold(Rows<N>, head, first, tile) for the tiles of [begin, end), in each for every head, and
+// for its query rows [0, count) by MAX at a time: memory is read in one stream.
 template <int MAX, class F>
 inline void walk(const Cache& cache, int64_t begin, int64_t end, int count, F fold) {
+  const int rows = tile_rows(cache);
   for (int64_t at = begin; at < end;) {
-    Tile tile{at, at % cache.slots, kTile};
+    Tile tile{at, at % cache.slots, rows};
     if (tile.count > end - at) tile.count = int(end - at);
     if (tile.count > cache.slots - tile.slot) tile.count = int(cache.slots - tile.slot);
-    int r = 0;
-    for (; r + MAX <= count; r += MAX) fold(Rows<MAX>(), r, tile);
-    if (MAX > 4 && r + 4 <= count) fold(Rows<4>(), r, tile), r += 4;
-    if (r + 2 <= count) fold(Rows<2>(), r, tile), r += 2;
-    if (r < count) fold(Rows<1>(), r, tile);
+    for (int head = 0; head < cache.heads; ++head) {
+      int r = 0;
+      for (; r + MAX <= count; r += MAX) fold(Rows<MAX>(), head, r, tile);
+      if (MAX > 4 && r + 4 <= count) fold(Rows<4>(), head, r, tile), r += 4;
+      if (r + 2 <= count) fold(Rows<2>(), head, r, tile), r += 2;
+      if (r < count) fold(Rows<1>(), head, r, tile);
+    }
     at += tile.count;
   }
+}
+
+// One head of a cache, and of what is in progress for its queries.
+inline Cache head_of(const Cache& cache, int head, int64_t element_bytes) {
+  Cache one = cache;
+  one.keys = static_cast<const char*>(cache.keys) + head * cache.dim * element_bytes;
+  one.values = static_cast<const char*>(cache.values) + head * cache.dim * element_bytes;
+  if (cache.key_scales) one.key_scales += head;
+  if (cache.value_scales) one.value_scales += head;
+  one.heads = 1;
+  return one;
+}
+
+inline Partial head_of(const Partial& all, int head) {
+  const int64_t at = head * all.next;
+  return {all.top + at, all.sum + at, all.mix + at, 0};
 }
 
 // Attention in floats: K and V are what a key and a value are stored as.
@@ -193,15 +255,17 @@ void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
   const int dim = cache.dim;
   float steps[kRows];
   for (float& step : steps) step = 1.0f;
-  walk<kRows>(cache, begin, end, q.count, [&](auto block, int first, const Tile& tile) {
+  walk<kRows>(cache, begin, end, q.count, [&](auto block, int head, int first, const Tile& tile) {
     constexpr int R = decltype(block)::count;
     if (!sees(q, first, R, tile)) return;
+    const Cache one = head_of(cache, head, sizeof(K));
+    const Partial partial = head_of(out, head);
     alignas(64) float scores[R][kTile];
     float keep[R];
-    const float* rows = q.rows + int64_t(first) * dim;
-    const int64_t stride = cache.row_stride;
-    const K* keys = static_cast<const K*>(cache.keys) + tile.slot * stride;
-    const V* values = static_cast<const V*>(cache.values) + tile.slot * stride;
+    const float* rows = q.rows + head * q.next + int64_t(first) * dim;
+    const int64_t stride = one.row_stride;
+    const K* keys = static_cast<const K*>(one.keys) + tile.slot * stride;
+    const V* values = static_cast<const V*>(one.values) + tile.slot * stride;
     int j = 0;
     for (; j + 2 <= tile.count; j += 2) {
       if (first == 0) {
@@ -211,15 +275,22 @@ void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
       dot_pair<R>(rows, dim, keys + j * stride, keys + (j + 1) * stride, scores, j);
     }
     if (j < tile.count) dot_single<R>(rows, dim, keys + j * stride, scores, j);
-    weigh<R>(cache, q, first, tile, steps, scores, keep, out);
-    mix_values<R>(scores, keep, values, stride, tile.count, dim, out.mix + int64_t(first) * dim);
+    weigh<R>(one, q, first, tile, steps, scores, keep, partial);
+    mix_values<R>(scores, keep, values, stride, tile.count, dim,
+                  partial.mix + int64_t(first) * dim);
   });
 }
 
 #if defined(EDGE_KV_DOTS)
 
-constexpr int kQueryRows = 64;  // query rows held as digits at a time, and their values
-constexpr int kQueryValues = 64 * 512;
+constexpr int kQueryRows = 512;  // query rows of all heads held as digits at a time, their values
+constexpr int kQueryValues = 128 * 512;
+
+// Query rows of a head that are held at a time.
+inline int rows_held(const Cache& cache) {
+  const int fit = kQueryValues / cache.dim / cache.heads, most = kQueryRows / cache.heads;
+  return fit < most ? fit : most;
+}
 
 // Round n numbers, a multiple of kWidth, to 16 bits of the largest of them: `range` steps. Returns
 // the step.
@@ -278,7 +349,6 @@ template <int R>
 inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps, const float* keep,
                       const int8_t* values, int64_t stride, int n, int dim, float* mix,
                       Ahead ahead) {
-  const int parts = ahead.row ? ahead.bytes / dim : 0;
   for (int d = 0; d < dim; d += 2 * kWidth) {
     Dots low[R][kDigits], high[R][kDigits];
     for (int r = 0; r < R; ++r)
@@ -289,7 +359,7 @@ inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps
         const int row = j + i < n ? j + i : n - 1;  // beyond the last row the weights are zero
         rows[i] = values + row * stride + d;
       }
-      for (int part = 0; part < parts; ++part) ahead.fetch(kGroup * 2 * kWidth);
+      ahead.fetch(kGroup * 2 * kWidth);
       Digits v[2];
       columns(rows, v);
       for (int r = 0; r < R; ++r)
@@ -310,56 +380,68 @@ inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps
   }
 }
 
+// The rows of a head that follow a tile's, where there are as many.
+inline Ahead after(const Cache& one, const Tile& tile, const void* rows, bool fresh) {
+  const bool more = fresh && tile.slot + 2 * tile.count <= one.slots;
+  const char* const from = static_cast<const char*>(rows) + (tile.slot + tile.count) * one.row_stride;
+  return {more ? from : nullptr, one.row_stride, one.dim};
+}
+
 // Attention over int8 rows in exact integer products: queries and weights are rounded to 16 bits,
 // relative to the largest of a query row and of a row's weights within a tile.
 template <class K>
 void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                    const Partial& out) {
-  const int dim = cache.dim;
+  const int dim = cache.dim, most = rows_held(cache);
   const float fits = 16777216.0f / float(dim);  // range * 128 * dim stays in an int32
   const float range = fits < kLargest ? fits : kLargest;
   alignas(64) Digit digits[kDigits * kQueryValues];
   float query_steps[kQueryRows];
-  const int most = kQueryValues / dim < kQueryRows ? kQueryValues / dim : kQueryRows;
   for (int from = 0; from < q.count; from += most) {
     const int count = q.count - from < most ? q.count - from : most;
-    for (int r = 0; r < count; ++r)
-      query_steps[r] = to_digits(q.rows + int64_t(from + r) * dim, dim, range,
-                                 digits + r * kDigits * dim, dim);
-    walk<kDotRows>(cache, begin, end, count, [&](auto block, int at, const Tile& tile) {
+    for (int head = 0; head < cache.heads; ++head)
+      for (int r = 0; r < count; ++r) {
+        const int row = head * count + r;
+        query_steps[row] = to_digits(q.rows + head * q.next + int64_t(from + r) * dim, dim, range,
+                                     digits + row * kDigits * dim, dim);
+      }
+    walk<kDotRows>(cache, begin, end, count, [&](auto block, int head, int at, const Tile& tile) {
       constexpr int R = decltype(block)::count;
-      const int first = from + at, n = tile.count;
+      const int first = from + at, n = tile.count, row = head * count + at;
       if (!sees(q, first, R, tile)) return;
+      const Cache one = head_of(cache, head, 1);
+      const Partial partial = head_of(out, head);
       alignas(64) float scores[R][kTile];
       alignas(64) Digit weights[R][kDigits][kTile];
       float steps[R], keep[R];
-      const Digit* rows = digits + at * kDigits * dim;
-      const int64_t stride = cache.row_stride;
-      const K* keys = static_cast<const K*>(cache.keys) + tile.slot * stride;
-      const int8_t* values = static_cast<const int8_t*>(cache.values) + tile.slot * stride;
+      const int64_t stride = one.row_stride;
+      const K* keys = static_cast<const K*>(one.keys) + tile.slot * stride;
+      const int8_t* values = static_cast<const int8_t*>(one.values) + tile.slot * stride;
+      const Ahead keys_after = after(one, tile, one.keys, first == 0);
       for (int j = 0; j < n; j += 2) {
         const int next = j + 1 < n ? j + 1 : j;
-        if (first == 0) {
-          prefetch(values + j * stride, dim * cache.fetched);
-          prefetch(values + next * stride, dim * cache.fetched);
+        if (keys_after.row) {
+          prefetch(keys_after.row + j * stride, dim);
+          prefetch(keys_after.row + next * stride, dim);
         }
-        digit_dots<R>(rows, dim, keys + j * stride, keys + next * stride, scores, j);
+        digit_dots<R>(digits + row * kDigits * dim, dim, keys + j * stride, keys + next * stride,
+                      scores, j);
       }
-      weigh<R>(cache, q, first, tile, query_steps + at, scores, keep, out);
+      weigh<R>(one, q, first, tile, query_steps + row, scores, keep, partial);
       const int padded = (n + kWidth - 1) / kWidth * kWidth;
       for (int r = 0; r < R; ++r) {
         for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
         steps[r] = to_digits(scores[r], padded, kLargest, weights[r][0], kTile);
       }
-      const bool more = first == 0 && cache.fetched && tile.slot + 2 * n <= cache.slots;
-      const Ahead keys_after{
-          more ? reinterpret_cast<const char*>(keys + n * stride) : nullptr, stride,
-          dim * cache.fetched};
-      digit_mix<R>(weights, steps, keep, values, stride, n, dim, out.mix + int64_t(first) * dim,
-                   keys_after);
+      digit_mix<R>(weights, steps, keep, values, stride, n, dim,
+                   partial.mix + int64_t(first) * dim, after(one, tile, one.values, first == 0));
     });
   }
 }
+
+#if defined(__AVX512VNNI__)
+#include "byte_tiles.h"
+#endif
 
 #if defined(EDGE_KV_TILES)
 
@@ -466,39 +548,40 @@ inline void put_evens_first(Digit* digits, int n) {
 // however many they are.
 void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                   const Partial& out) {
-  const int dim = cache.dim;
+  const int dim = cache.dim, most = rows_held(cache);
   const float fits = 16777216.0f / float(dim);  // range * 128 * dim stays in an int32
   const float range = fits < kLargest ? fits : kLargest;
   alignas(64) Digit digits[kQueryValues];
   alignas(64) char key_tile[kTile * kMostDim], value_tile[kTile * kMostDim];
   float query_steps[kQueryRows];
-  const int most = kQueryValues / dim < kQueryRows ? kQueryValues / dim : kQueryRows;
   for (int from = 0; from < q.count; from += most) {
     const int count = q.count - from < most ? q.count - from : most;
-    for (int r = 0; r < count; ++r) {
-      query_steps[r] =
-          to_digits(q.rows + int64_t(from + r) * dim, dim, range, digits + r * dim, dim);
-      put_evens_first(digits + r * dim, dim);
-    }
-    int64_t packed = -1;  // the first row of the tile that is in order
-    walk<kDotRows>(cache, begin, end, count, [&](auto block, int at, const Tile& tile) {
+    for (int head = 0; head < cache.heads; ++head)
+      for (int r = 0; r < count; ++r) {
+        const int row = head * count + r;
+        query_steps[row] = to_digits(q.rows + head * q.next + int64_t(from + r) * dim, dim, range,
+                                     digits + row * dim, dim);
+        put_evens_first(digits + row * dim, dim);
+      }
+    int64_t packed = -1;  // the first row, and the head, of the tile that is in order
+    int packed_head = 0;
+    walk<kDotRows>(cache, begin, end, count, [&](auto block, int head, int at, const Tile& tile) {
       constexpr int R = decltype(block)::count;
-      const int first = from + at, n = tile.count;
+      const int first = from + at, n = tile.count, row = head * count + at;
       if (!sees(q, first, R, tile)) return;
+      const Cache one = head_of(cache, head, 1);
+      const Partial partial = head_of(out, head);
       alignas(64) float scores[R][kTile];
       alignas(64) Digit weights[R][kDigits][kTile];
       float steps[R], keep[R];
-      const int64_t stride = cache.row_stride;
-      const int8_t* keys = static_cast<const int8_t*>(cache.keys) + tile.slot * stride;
-      const int8_t* values = static_cast<const int8_t*>(cache.values) + tile.slot * stride;
-      const auto later = [&](bool any, const int8_t* rows) {
-        return Ahead{any ? reinterpret_cast<const char*>(rows) : nullptr, stride, dim};
-      };
-      const bool fresh = packed != tile.first;
-      if (fresh) pack_keys(keys, stride, n, dim, key_tile), packed = tile.first;
-      tile_scores<R>(digits + at * dim, dim, key_tile, n, scores,
-                     later(fresh && n == kTile, values));
-      weigh<R>(cache, q, first, tile, query_steps + at, scores, keep, out);
+      const int64_t stride = one.row_stride;
+      const int8_t* keys = static_cast<const int8_t*>(one.keys) + tile.slot * stride;
+      const int8_t* values = static_cast<const int8_t*>(one.values) + tile.slot * stride;
+      const bool fresh = packed != tile.first || packed_head != head;
+      if (fresh) pack_keys(keys, stride, n, dim, key_tile), packed = tile.first, packed_head = head;
+      tile_scores<R>(digits + row * dim, dim, key_tile, n, scores,
+                     after(one, tile, one.keys, fresh));
+      weigh<R>(one, q, first, tile, query_steps + row, scores, keep, partial);
       const int padded = (n + kSpan - 1) / kSpan * kSpan;
       for (int r = 0; r < R; ++r) {
         for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
@@ -506,8 +589,8 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
         put_evens_first(weights[r][0], padded);
       }
       if (fresh) pack_values(values, stride, n, dim, value_tile);
-      tile_mix<R>(weights, steps, keep, value_tile, n, dim, out.mix + int64_t(first) * dim,
-                  later(fresh && tile.slot + 2 * n <= cache.slots, keys + n * stride));
+      tile_mix<R>(weights, steps, keep, value_tile, n, dim, partial.mix + int64_t(first) * dim,
+                  after(one, tile, one.values, fresh));
     });
   }
 }
@@ -519,13 +602,29 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
 template <class K>
 void attend_int8(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                  const Partial& out) {
+#if defined(EDGE_KV_DOTS)
+  if (cache.heads > 1 && (kQueryRows / cache.heads < kDotRows ||
+                          kQueryValues / cache.dim / cache.heads < kDotRows)) {  // many wide heads
+    for (int head = 0; head < cache.heads; ++head) {
+      Queries mine = q;
+      mine.rows += head * q.next;
+      attend_int8<K>(head_of(cache, head, 1), mine, begin, end, head_of(out, head));
+    }
+    return;
+  }
+#endif
+#if defined(__AVX512VNNI__)
+  if (cache.dim % kLine == 0 && cache.dim <= kByteDim && q.count >= kByteQueries &&
+      !cache.key_zero)
+    return attend_bytes(cache, q, begin, end, out);
+#endif
 #if defined(EDGE_KV_TILES)
   if (cache.dim % kLine == 0 && cache.dim <= kMostDim && q.count >= kTileQueries &&
       !cache.key_zero)
     return attend_tiles(cache, q, begin, end, out);
 #endif
 #if defined(EDGE_KV_DOTS)
-  if (cache.dim % kSpan == 0 && cache.dim <= kQueryValues)
+  if (cache.dim % kSpan == 0 && cache.dim <= kQueryValues / kDotRows)
     return attend_digits<K>(cache, q, begin, end, out);
 #endif
   attend_as<K, int8_t>(cache, q, begin, end, out);
@@ -572,7 +671,7 @@ void relu_scores_as(const Cache& cache, const float* q, int rows, const float* w
                     int64_t begin, int64_t end, float* scores) {
   const int dim = cache.dim;
   for (int64_t i = begin; i < end; ++i) scores[i - begin] = 0.0f;
-  walk<kRows>(cache, begin, end, rows, [&](auto block, int first, const Tile& tile) {
+  walk<kRows>(cache, begin, end, rows, [&](auto block, int, int first, const Tile& tile) {
     constexpr int R = decltype(block)::count;
     alignas(64) float dots[R][kTile];
     const float* mine = q + int64_t(first) * dim;

@@ -18,10 +18,10 @@ enum class Rotation { halves, pairs_last };
 // Of a gated product.
 enum class Activation { silu, gelu_tanh };
 
-// One KV head of a cache: rows of `dim` elements, `row_stride` elements from one slot to the next;
-// row i is at slot i % slots. Scales, `scale_stride` floats apart, belong to int8 rows and are null
-// otherwise. Int8 keys are stored plus `key_zero`: 0, or 128 where a runtime multiplies unsigned
-// bytes.
+// KV heads of a cache: rows of `dim` elements, `row_stride` elements from one slot to the next; row i
+// is at slot i % slots. Scales, `scale_stride` floats apart, belong to int8 rows, are positive, and
+// null otherwise. Int8 keys are stored plus `key_zero`: 0, or 128 where a runtime multiplies unsigned
+// bytes. The rows of further heads, and their scales, adjoin.
 struct Cache {
   const void* keys;
   const float* key_scales;
@@ -33,11 +33,11 @@ struct Cache {
   int64_t scale_stride;
   Storage storage;
   int key_zero = 0;
-  int fetched = 1;  // heads whose part of a row is fetched ahead, this one the first of them
+  int heads = 1;
 };
 
-// Query rows [rows, dim], already normed, rotated and scaled; `group` consecutive rows stand at one
-// position, the first at `position`. Row i of the cache stands for the positions i * stride …
+// Query rows [count, dim] of a head, already normed, rotated and scaled; those of the next head are
+// `next` floats on. `group` consecutive rows stand at one position, the first at `position`. Row i of the cache stands for the positions i * stride …
 // i * stride + stride - 1 and is seen once its last one is not later than the query's. A window of W
 // (with a stride of 1) sees the W newest positions, 0 sees all.
 struct Queries {
@@ -47,17 +47,19 @@ struct Queries {
   int64_t position;
   int64_t window;
   int64_t stride = 1;
+  int64_t next = 0;
 
   // The newest row that query row r sees; -1: none.
   int64_t newest(int r) const { return (position + r / group + 1) / stride - 1; }
 };
 
 // Softmax in progress for `count` rows: running maximum, sum of exponentials, and the weighted sum
-// of values [count, dim] relative to that maximum.
+// of values [count, dim] relative to that maximum; each `next` floats on for the next head.
 struct Partial {
   float* top;
   float* sum;
   float* mix;
+  int64_t next = 0;
 };
 
 constexpr float kMasked = -1e30f;
@@ -92,7 +94,7 @@ constexpr int64_t rounded_stride(int64_t cols) {
 struct Kernels {
   const char* name;
 
-  // Fold the keys at positions [begin, end) into `partial`.
+  // Fold the rows [begin, end) of all heads into `partial`.
   void (*attend)(const Cache&, const Queries&, int64_t begin, int64_t end, const Partial&);
 
   // out = x * rsqrt(mean(x^2) + eps) * weight, then rotated by cos and sin [angles], then times

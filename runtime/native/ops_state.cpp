@@ -22,7 +22,6 @@ constexpr int kBlockRows = 64;  // query rows of one task: its sums stay in the 
 constexpr int64_t kMinWork = 1 << 20;
 constexpr int kReading = 2;
 constexpr int64_t kPickedRows = 128;  // picked rows that are gathered at a time
-constexpr int64_t kStretch = 128;     // rows that one head after the other reads: a kernel's tile
 
 struct Table {
   char* rows;
@@ -210,16 +209,15 @@ struct Share {
   int number, of;
 };
 
-// Fold a share of what its tokens read into the partials of the heads, `next` floats apart. Heads take
-// turns over a stretch of rows, which lie side by side: memory is read in one stream.
+// Fold a share of what its tokens read into the partials of the heads.
 void fold(const Kernels& kernels, const Asked& step, const Read& read, const Share& share,
-          const float* queries, const Partial& partial, size_t next) {
+          const float* queries, const Partial& partial) {
   const int group = step.group();
   const auto queries_of = [&](int head) {
     return queries + (head * step.tokens + share.first) * group * step.dim;
   };
   const auto partial_of = [&](int head, int64_t row) {
-    const size_t at = size_t(head) * next;
+    const int64_t at = head * partial.next;
     return Partial{partial.top + at + row, partial.sum + at + row,
                    partial.mix + at + row * step.dim};
   };
@@ -237,15 +235,12 @@ void fold(const Kernels& kernels, const Asked& step, const Read& read, const Sha
   const int64_t rows = read.end(position + share.count - 1) - oldest;
   const int64_t begin = oldest + rows * share.number / share.of;
   const int64_t end = oldest + rows * (share.number + 1) / share.of;
-  const int64_t stretch = step.kv_heads == 1 ? rows : kStretch;
-  for (int64_t at = begin; at < end; at += stretch)
-    for (int head = 0; head < step.kv_heads; ++head) {
-      const Queries mine{queries_of(head), int(share.count) * group, group,
-                         position,         read.keep,                read.stride};
-      Cache cache = cache_of(read.keys, read.values, head);
-      cache.fetched = head ? 0 : step.kv_heads;
-      kernels.attend(cache, mine, at, std::min(end, at + stretch), partial_of(head, 0));
-    }
+  const int64_t of_head = step.tokens * group * step.dim;
+  const Queries mine{queries_of(0), int(share.count) * group, group, position, read.keep,
+                     read.stride,   of_head};
+  Cache cache = cache_of(read.keys, read.values, 0);
+  cache.heads = step.kv_heads;
+  kernels.attend(cache, mine, begin, end, partial);
 }
 
 // The result of one query row from its partials, `next` floats apart, and the logit of its sink.
@@ -329,7 +324,7 @@ void attend(Call& call) {
   });
   const auto partial_of = [&](int64_t task, int head) {
     float* at = partials + size_t(task) * task_floats + size_t(head) * partial_floats;
-    return Partial{at, at + row_floats, at + 2 * row_floats};
+    return Partial{at, at + row_floats, at + 2 * row_floats, int64_t(partial_floats)};
   };
   parallel(team, blocks * shares, [&](int64_t task) {
     const int64_t first = task / shares * block;
@@ -341,7 +336,7 @@ void attend(Call& call) {
     }
     const Share share{first, std::min(block, step.tokens - first), int(task % shares), shares};
     for (const Read& read : from)
-      fold(call.kernels, step, read, share, queries, partial_of(task, 0), partial_floats);
+      fold(call.kernels, step, read, share, queries, partial_of(task, 0));
   });
   parallel(team, step.tokens, [&](int64_t t) {
     for (int h = 0; h < step.heads; ++h)
