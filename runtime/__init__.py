@@ -92,12 +92,15 @@ def load(
     engine: str = "onnx",
     threads: int | None = None,
     cache: bool = True,
+    huge_pages: bool = False,
 ) -> Session:
     """Open an artifact directory and start a session on `engine`.
 
     `threads` defaults to the physical cores this process may use. `cache` lets the engine keep
     weights packed for this device in a cache directory: the first load takes longer, later ones
-    map the packed weights instead of building them on the heap.
+    map the packed weights instead of building them on the heap. `huge_pages` copies the weights
+    that a token reads into memory with huge pages, where the system has them and enough memory:
+    decoding is faster, loading slower, and the copy, as large as the weights, cannot be dropped.
 
     Raises:
         ConfigError: an unknown engine; the message names the closest one.
@@ -110,6 +113,8 @@ def load(
     check_engine(artifact, engine)
     module, name, _ = ENGINES[engine]
     session: Session = getattr(import_module(module), name)(artifact, threads=threads, cache=cache)
+    if huge_pages:
+        session.use_huge_pages()
     return session
 
 

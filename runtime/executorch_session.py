@@ -22,7 +22,7 @@ from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, Runtime
 from edge_kv.kv_plan import StateBuffer
 from edge_kv.plan import Table
 from edge_kv.ple import PleTable
-from edge_kv.runtime import experts
+from edge_kv.runtime import experts, mapped
 from edge_kv.runtime.executorch_contract import (
     METHODS,
     check_contract,
@@ -91,6 +91,8 @@ class ExecuTorchSession(Session):
                 f"{self.artifact.root}: the manifest does not list the weights {weights!r} of its "
                 "executorch program; export again."
             )
+        self._folder = self.artifact.path(weights).parent if weights else path.parent
+        before = mapped.spans(self._folder)
         handle = self._native.edge_kv_open(
             os.fsencode(path),
             os.fsencode(self.artifact.path(weights)) if weights else b"",
@@ -103,6 +105,7 @@ class ExecuTorchSession(Session):
             reason = self._error.value.decode(errors="replace")
             fault: EdgeKVError = ArtifactError(f"ExecuTorch cannot load {path}: {reason}.")
             raise MemoryLimitError(str(fault)) if "memory" in reason.lower() else fault
+        self._mapped = mapped.spans(self._folder) - before if weights else set()
         return handle
 
     def _describe(self) -> str:
@@ -149,6 +152,9 @@ class ExecuTorchSession(Session):
         if status:
             reason = self._error.value.decode(errors="replace")
             raise RuntimeFault(f"ExecuTorch failed in {method} at position {pos}: {reason}.")
+
+    def _weights(self) -> tuple[set[mapped.Span], Path]:
+        return self._mapped, self._folder
 
     def _close_engine(self) -> None:
         self.state = {}  # views of memory that goes with the engine

@@ -203,6 +203,10 @@ class OnnxSession(Session):
         logits: Logits = program.logits.copy()
         return logits
 
+    def _weights(self) -> tuple[set[mapped.Span], Path]:
+        self._program("decode")  # prefill keeps the file: it waits for its multiplications
+        return self._mapped["decode"], self._folders["decode"]
+
     def _close_engine(self) -> None:
         if self._ple:
             self._ple.close()

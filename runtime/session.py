@@ -27,6 +27,8 @@ from edge_kv.kv_plan import KVPlan, StateBuffer
 from edge_kv.memory import CHECKPOINTS
 from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
+from edge_kv.runtime.huge_pages import use_huge_pages
+from edge_kv.runtime.mapped import Span
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -45,6 +47,7 @@ class Stats:
     load_seconds: float = 0.0
     kv_bytes: int = 0
     expert_bank_bytes: int = 0  # 0: all experts stay where they are mapped
+    huge_page_bytes: int = 0  # of weights; 0: they stay in pages of their file
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
@@ -340,6 +343,17 @@ class Session(ABC):
     @abstractmethod
     def _run_decode(self, token: int, pos: int) -> Logits:
         """Write the rows of `token` at `pos` and return a fresh float32 [vocab]."""
+
+    def use_huge_pages(self) -> None:
+        """Put the weights that a token reads into huge pages; see `runtime.load`.
+
+        `stats.huge_page_bytes` says how many bytes of them are in such pages now.
+        """
+        self.stats.huge_page_bytes = use_huge_pages(*self._weights())
+
+    def _weights(self) -> tuple[set[Span], Path]:
+        """Mappings of the weights that a token reads, and the folder of their files."""
+        return set(), self.artifact.root
 
     def _close_engine(self) -> None:  # noqa: B027 - an engine without resources has nothing to do
         """Release what the engine holds."""
