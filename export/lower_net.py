@@ -106,7 +106,7 @@ def lower_net(
         ExportError: torch could not trace or translate the net.
     """
     with torch.device("meta"):
-        net = make_net(config, PackedWeights(models.weights(config), layout))
+        net = make_net(config, PackedWeights(models.weights(config), layout, fused=True))
     assert isinstance(net, nn.Module)
     computed = {
         n: b for n, b in net.named_buffers(remove_duplicate=False) if not b.is_meta

@@ -228,17 +228,6 @@ def _experts(node: ir.Node) -> ir.Function:
     dim, width = _shape(x)[-1], node.attributes["width"].as_int()
     limit = node.attributes["limit"].as_float()
     act = node.attributes["act"].as_string()
-    bounded = f"""
-            most = Constant <value_float = {limit:.9g}> ()
-            least = Neg (most)
-            gate = Clip (gate_raw, , most)
-            up = Clip (up_raw, least, most)""" if limit else """
-            gate = Identity (gate_raw)
-            up = Identity (up_raw)"""  # fmt: skip
-    turned = """
-            squashed = Sigmoid (gate)
-            opened = Mul (gate, squashed)""" if act == SILU else """
-            opened = Gelu <approximate = "tanh"> (gate)"""  # fmt: skip
     into = _product("tokens", "gate_up", "into", 2 * width, dim, node.attributes["format"])
     out = _product("hidden", "down", "out", dim, width, node.attributes["down_format"])
     return _parse(f"""experts_q <width, format, down_format, act, limit>
@@ -271,8 +260,8 @@ def _experts(node: ir.Node) -> ir.Function:
             rows = Squeeze (rows_row, first)
             tokens = Gather (x, rows)
             {into}
-            gate_raw, up_raw = Split <axis = -1, num_outputs = 2> (into){bounded}{turned}
-            hidden = Mul (opened, up)
+            gate, up = Split <axis = -1, num_outputs = 2> (into)
+            {gated_text("gate", "up", act, limit)}
             {out}
             weights = Gather (of_token, rows)
             weights_column = Unsqueeze (weights, last)
@@ -295,8 +284,47 @@ def _product(tokens: str, stack: str, out: str, rows: int, cols: int, format: ir
     return matrix + stored_in_onnx.product(fmt, tokens, f"{stack}_e", rows, cols, out, stack)
 
 
+def _glu(node: ir.Node) -> ir.Function:
+    x, factor = node.inputs[0], node.inputs[3]
+    assert x is not None
+    cols, width = _shape(x)[-1], node.attributes["width"].as_int()
+    gate = stored_in_onnx.product(_format(node, "format"), "x", "gate", width, cols, "g", "a")
+    other = "f = Identity (factor)"
+    if factor is None:
+        other = stored_in_onnx.product(_format(node, "up_format"), "x", "up", width, cols, "f", "b")
+    down = stored_in_onnx.product(
+        _format(node, "down_format"), "hidden", "down", cols, width, "y", "c"
+    )
+    act, limit = node.attributes["act"].as_string(), node.attributes["limit"].as_float()
+    return _parse(f"""glu_q <width, format, up_format, down_format, act, limit>
+        (x, gate, up, factor, down) => (y) {{
+        {gate}
+        {other}
+        {gated_text("g", "f", act, limit)}
+        {down}
+    }}""")
+
+
+def gated_text(gate: str, up: str, act: str, limit: float) -> str:
+    """Text of `hidden`, the gated product of two values; a limit above 0 bounds them first."""
+    bounded = f"""
+            most = Constant <value_float = {limit:.9g}> ()
+            least = Neg (most)
+            bounded_gate = Clip ({gate}, , most)
+            bounded_up = Clip ({up}, least, most)""" if limit else f"""
+            bounded_gate = Identity ({gate})
+            bounded_up = Identity ({up})"""  # fmt: skip
+    turned = """
+            squashed = Sigmoid (bounded_gate)
+            opened = Mul (bounded_gate, squashed)""" if act == SILU else """
+            opened = Gelu <approximate = "tanh"> (bounded_gate)"""  # fmt: skip
+    return f"""{bounded}{turned}
+            hidden = Mul (opened, bounded_up)"""
+
+
 _WRITTEN: dict[str, Callable[[ir.Node], ir.Function]] = {
     "linear_q": _linear,
     "embed_q": _embed,
     "experts_q": _experts,
+    "glu_q": _glu,
 }

@@ -12,7 +12,7 @@ from edge_kv.export.weight_file import StoredTensor, WeightLayout
 from edge_kv.formats import GROUP, Format
 from edge_kv.models.model import Weight
 from edge_kv.nets import ops
-from edge_kv.nets.weights import Holder, Rows, Weights
+from edge_kv.nets.weights import Holder, Norm, Rows, Weights
 from edge_kv.tensors import stored_shape
 
 
@@ -86,12 +86,54 @@ class PackedExperts(_Packed):
         return out
 
 
-class PackedWeights(Weights):
-    """The modules of a net over a weight layout; an all-float layout yields the float modules."""
+class _Glu(_Packed):
+    """A gated product over three packed matrices, or two and a factor, as one operator."""
 
-    def __init__(self, rows: Iterable[Weight], layout: WeightLayout):
+    gate: Tensor
+    up: Tensor | None
+    down: Tensor
+
+    def __init__(
+        self, gate: StoredTensor, up: StoredTensor | None, down: StoredTensor, act: str,
+        limit: float = 0.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.act, self.limit, self.width = act, limit, gate.spec.shape[0]
+        self.register_buffer("up", None)
+        named = (("gate", gate), ("up", up), ("down", down))
+        self.formats = [
+            self.pack(n, t, 0, t.spec.shape[0]).name if t is not None else "" for n, t in named
+        ]
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        out: Tensor = ops.glu_q(
+            x, self.gate, self.up, factor, self.down, self.width, *self.formats, self.act,
+            self.limit,
+        )  # fmt: skip
+        return out
+
+
+class _Norm(Norm):
+    """A norm that native operators compute, with the addition of a residual in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = ops.norm_rope(x, self.weight, None, None, self.eps, ops.HALVES)
+        return out
+
+    def add(self, residual: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        out: Tensor = ops.norm_add(x, self.weight, residual, scale, self.eps)
+        return out
+
+
+class PackedWeights(Weights):
+    """The modules of a net over a weight layout; an all-float layout yields the float modules.
+
+    With `fused`, norms and gated products are one operator each, which a runtime must know.
+    """
+
+    def __init__(self, rows: Iterable[Weight], layout: WeightLayout, *, fused: bool = False):
         super().__init__(rows)
-        self.layout = layout
+        self.layout, self.fused = layout, fused
 
     def linear(self, name: str, start: int = 0, stop: int | None = None) -> nn.Module:
         t = self.layout.by_name[name]
@@ -105,6 +147,29 @@ class PackedWeights(Weights):
     def embedding(self, name: str) -> nn.Module:
         t = self.layout.by_name[name]
         return PackedEmbedding(t) if t.format else super().embedding(name)
+
+    def glu(self, at: str, act: str, limit: float = 0.0) -> nn.Module:
+        packed = self._packed(f"{at}.gate", f"{at}.up", f"{at}.down")
+        if not packed:
+            return super().glu(at, act, limit)
+        gate, up, down = packed
+        return _Glu(gate, up, down, act, limit)
+
+    def gate(self, at: str, act: str) -> nn.Module:
+        packed = self._packed(f"{at}.gate", f"{at}.proj")
+        if not packed:
+            return super().gate(at, act)
+        gate, proj = packed
+        return _Glu(gate, None, proj, act)
+
+    def _packed(self, *names: str) -> list[StoredTensor]:
+        """These matrices, if they are to be one operator and are all packed and without a bias."""
+        found = [self.layout.by_name[name] for name in names]
+        plain = all(t.format and f"{t.spec.name}.bias" not in self for t in found)
+        return found if self.fused and plain else []
+
+    def norm(self, name: str, eps: float) -> Norm:
+        return _Norm(self.rows[name], eps) if self.fused else super().norm(name, eps)
 
     def experts(self, name: str, act: str, limit: float = 0.0) -> nn.Module:
         gate_up, down = (self.layout.by_name[f"{name}.{n}"] for n in ("gate_up", "down"))

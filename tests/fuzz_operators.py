@@ -143,6 +143,23 @@ class Fuzz:
             "act": self.pick(TEXT[2:4]), "limit": self.pick([0.0, 2.0]),
         }  # fmt: skip
 
+    def norm_add(self):
+        tokens, dim = self.size(4), self.size(70)
+        x, residual = (self.filled(np.float32, tokens, dim) for _ in range(2))
+        scale = self.filled(np.float32, 1) if self.chance(0.5) else None
+        return [x, self.filled(np.float32, dim), residual, scale], {"eps": 1e-6}
+
+    def glu_q(self):
+        tokens, dim, width = self.size(9), self.size(70), self.size(60)
+        names = [self.pick(list(FORMATS)) for _ in range(3)]
+        gate, up = (self.packed(n, width, dim) for n in names[:2])
+        factor = self.filled(np.float32, tokens, width) if self.chance(0.5) else None
+        x, down = self.filled(np.float32, tokens, dim), self.packed(names[2], dim, width)
+        return [x, gate, up if factor is None else None, factor, down], {
+            "width": width, "format": names[0], "up_format": names[1], "down_format": names[2],
+            "act": self.pick(TEXT[2:4]), "limit": self.pick([0.0, 2.0]),
+        }  # fmt: skip
+
     def broken(self, inputs, attributes):
         """The same call with something changed."""
         inputs, attributes = list(inputs), dict(attributes)
@@ -186,7 +203,7 @@ def fuzz(operators, count, seed):
     """Run `count` calls; returns how many of each operator ran and were refused."""
     made = Fuzz(seed)
     names = ("put", "attend", "attend", "select", "norm_rope", "sinkhorn", "linear_q", "embed_q",
-             "experts_q")  # fmt: skip
+             "experts_q", "norm_add", "glu_q")  # fmt: skip
     done = collections.Counter()
     for _ in range(count):
         name = made.pick(names)

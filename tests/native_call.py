@@ -18,10 +18,12 @@ KINDS = {  # attribute names of each operator in order
     "attend": ("scale", "strides", "keeps"),
     "select": ("k", "stride"),
     "norm_rope": ("eps", "style"),
+    "norm_add": ("eps",),
     "sinkhorn": ("iters", "eps"),
     "linear_q": ("rows", "format", "step"),
     "embed_q": ("width", "format"),
     "experts_q": ("width", "format", "down_format", "act", "limit"),
+    "glu_q": ("width", "format", "up_format", "down_format", "act", "limit"),
 }
 
 
@@ -90,7 +92,7 @@ class Operators:
         if isa in EMULATED:
             return self._emulated(name, inputs, isa, threads, list(attributes.values()))
         tensors = (Tensor * 13)(*map(tensor_of, inputs))
-        values = (Attribute * 5)(*map(attribute_of, attributes.values()))
+        values = (Attribute * 6)(*map(attribute_of, attributes.values()))
         outputs = (Tensor * 2)()
         why = ctypes.create_string_buffer(1000)
         status = self.native.edge_kv_call(

@@ -189,9 +189,42 @@ def test_experts_run_where_they_are_chosen(tokens, packed, act, limit):
     )
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_norm_add_is_the_residual_plus_the_norm(scaled):
+    x, weight, residual = draw(3, 8), draw(8), draw(3, 8, seed=1)
+    scale = torch.tensor([0.3]) if scaled else None
+    expected = residual + x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    expected = expected * 0.3 if scaled else expected
+    arguments = (x, weight, residual, scale, 1e-6)
+    torch.testing.assert_close(ops.norm_add(*arguments), expected, rtol=1e-5, atol=1e-6)
+    close(ops.norm_add, *arguments, open_axes="t.t." if scaled else "t.t")
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("act", "limit"), [(ops.SILU, 0.5), (ops.GELU, 0.0)])
+def test_glu_q_multiplies_what_the_gate_opens(tokens, given, act, limit):
+    """With a second matrix of another format, or with given factors."""
+    x, names = draw(tokens, 64), ("code4-s8", "int4-f16", "int8-f16")
+    exact, packed = [], []
+    for name, shape in zip(names, ((32, 64), (32, 64), (64, 32)), strict=True):
+        rounded = round_rows(draw(*shape, seed=len(exact)) / 8, FORMATS[name])[0]
+        exact.append(torch.from_numpy(dequantise(FORMATS[name], rounded)))
+        packed.append(torch.from_numpy(pack(FORMATS[name], rounded)))
+    factor = draw(tokens, 32, seed=5) if given else None
+    up = x @ exact[1].T if factor is None else factor
+    expected = ops.gated(x @ exact[0].T, up, act, limit) @ exact[2].T
+    arguments = (x, packed[0], None if given else packed[1], factor, packed[2], 32, names[0],
+                 "" if given else names[1], names[2], act, limit)  # fmt: skip
+    torch.testing.assert_close(ops.glu_q(*arguments), expected, rtol=1e-5, atol=1e-5)
+    axes = "t.t." if given else "t..."
+    close(ops.glu_q, *arguments, open_axes="" if tokens == 1 else axes, atol=1e-5)
+
+
 def test_every_operator_names_its_tensors_in_order():
     assert set(ops.OPERATORS) == {
         "put", "attend", "select", "norm_rope", "sinkhorn", "linear_q", "embed_q", "experts_q",
+        "norm_add", "glu_q",
     }  # fmt: skip
     assert ops.OPERATORS["put"].tensors == ("table", "scales", "rows", "start")
     assert ops.OPERATORS["attend"].tensors[:3] == ("q", "pos", "sink")

@@ -156,7 +156,7 @@ class MoE(nn.Module):
         self.table = w.value(f"{at}.table") if i < c.hashed else None
         self.bias = None if i < c.hashed else w.value(f"{at}.router_bias")
         self.experts = w.experts(at, "silu", c.limit)
-        self.shared = parts.GLU(w, f"{at}.shared", "silu", c.limit)
+        self.shared = w.glu(f"{at}.shared", "silu", c.limit)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         score = parts.SCORES[self.c.score](self.router(x))

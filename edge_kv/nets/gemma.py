@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_kv.models.gemma import FULL, SLIDING, Config
-from edge_kv.nets import ops, parts
+from edge_kv.nets import parts
 from edge_kv.nets.state import Read, State
 from edge_kv.nets.weights import Weights
 
@@ -73,11 +73,11 @@ class PleGate(nn.Module):
 
     def __init__(self, c: Config, w: Weights, at: str):
         super().__init__()
-        self.gate, self.proj = w.linear(f"{at}.gate"), w.linear(f"{at}.proj")
-        self.norm = w.norm(f"{at}.norm", c.norm_eps)
+        self.gate, self.norm = w.gate(at, "gelu_tanh"), w.norm(f"{at}.norm", c.norm_eps)
 
-    def forward(self, x: Tensor, ple: Tensor) -> Tensor:
-        return self.norm(self.proj(ops.gated(self.gate(x), ple, ops.GELU, 0.0)))
+    def forward(self, x: Tensor, ple: Tensor, scale: Tensor | None) -> Tensor:
+        """The residual x behind it, times `scale`."""
+        return self.norm.add(x, self.gate(x, ple), scale)
 
 
 class Layer(nn.Module):
@@ -87,7 +87,7 @@ class Layer(nn.Module):
         self.attn_norm, self.attn = w.norm(f"{at}.attn_norm", eps), Attention(c, w, i)
         self.attn_out_norm = w.norm(f"{at}.attn_out_norm", eps)
         self.mlp_norm = w.norm(f"{at}.mlp_norm", eps)
-        self.mlp = parts.GLU(w, f"{at}.mlp", "gelu_tanh")
+        self.mlp = w.glu(f"{at}.mlp", "gelu_tanh")
         self.moe = MoE(c, w, f"{at}.moe") if c.moe else None
         self.mlp_out_norm = w.norm(f"{at}.mlp_out_norm", eps)
         self.ple = PleGate(c, w, f"{at}.ple") if c.ple_dim else None
@@ -96,14 +96,14 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, ple: Tensor | None, ropes: Ropes, pos: Tensor, state: State
     ) -> Tensor:
-        x = x + self.attn_out_norm(self.attn(self.attn_norm(x), ropes, pos, state))
+        x = self.attn_out_norm.add(x, self.attn(self.attn_norm(x), ropes, pos, state))
         y = self.mlp(self.mlp_norm(x))
         if self.moe is not None:
             y = self.moe(y, x)
-        x = x + self.mlp_out_norm(y)
-        if self.ple is not None:
-            x = x + self.ple(x, ple)
-        return x if self.scalar is None else x * self.scalar()
+        scale = None if self.scalar is None else self.scalar()
+        if self.ple is None:
+            return self.mlp_out_norm.add(x, y, scale)
+        return self.ple(self.mlp_out_norm.add(x, y), ple, scale)
 
 
 class PleInput(nn.Module):
@@ -126,7 +126,7 @@ class PleInput(nn.Module):
         if self.shared is not None and rows.shape[1] > self.owners:
             context = torch.cat((context, self.shared(x)), -1)
         context = self.norm(context.unflatten(-1, (-1, self.dim)) * self.root)
-        return ((rows * self.dim**0.5 + context) * 2**-0.5).unbind(1)
+        return ((rows * self.dim**0.5 + context) * 2**-0.5).flatten(1).split(self.dim, -1)
 
 
 class Net(nn.Module):

@@ -45,7 +45,7 @@ class MoE(nn.Module):
         self.c = c
         self.router, self.bias = w.linear(f"{at}.router"), w.value(f"{at}.router_bias")
         self.experts = w.experts(at, "silu")
-        self.shared = parts.GLU(w, f"{at}.shared", "silu")
+        self.shared = w.glu(f"{at}.shared", "silu")
 
     def forward(self, x: Tensor) -> Tensor:
         score = self.router(x)
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         self.attn_norm, self.attn = w.norm(f"{at}.attn_norm", c.norm_eps), Attention(c, w, i)
         self.mlp_norm = w.norm(f"{at}.mlp_norm", c.norm_eps)
         dense = c.mlps[i] == DENSE
-        self.mlp = parts.GLU(w, f"{at}.mlp", "silu") if dense else MoE(c, w, f"{at}.moe")
+        self.mlp = w.glu(f"{at}.mlp", "silu") if dense else MoE(c, w, f"{at}.moe")
 
     def forward(self, x: Tensor, ropes: Ropes, pos: Tensor, state: State) -> Tensor:
         x = x + self.attn(self.attn_norm(x), ropes, pos, state)

@@ -41,7 +41,7 @@ class Layer(nn.Module):
         self.attn_norm = w.norm(f"{at}.attn_norm", c.norm_eps)
         self.attn = Attention(c, w, i)
         self.mlp_norm = w.norm(f"{at}.mlp_norm", c.norm_eps)
-        self.mlp = parts.GLU(w, f"{at}.mlp", "silu")
+        self.mlp = w.glu(f"{at}.mlp", "silu")
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], pos: Tensor, state: State) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rope, pos, state)

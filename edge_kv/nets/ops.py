@@ -290,6 +290,32 @@ def sinkhorn(x: Tensor, iters: int, eps: float) -> Tensor:
     return mix
 
 
+@op(like="x")
+def norm_add(
+    x: Tensor, weight: Tensor, residual: Tensor, scale: Tensor | None, eps: float
+) -> Tensor:
+    """The residual plus the RMS norm of x, both [T, D], times `scale` [1] where given."""
+    out = residual + F.rms_norm(x, x.shape[-1:], weight, eps)
+    return out if scale is None else out * scale
+
+
+@op(like="x")
+def glu_q(
+    x: Tensor, gate: Tensor, up: Tensor | None, factor: Tensor | None, down: Tensor, width: int,
+    format: str, up_format: str, down_format: str, act: str, limit: float,
+) -> Tensor:  # fmt: skip
+    """down(gated(gate(x), up(x))) for x [T, D]; instead of up(x) it may be `factor` [T, width].
+
+    gate and up are packed matrices [width, D] and down one [D, width], each with its format.
+    """
+    opened = x @ quantised.stored_values(gate, width, x.shape[-1], format).T
+    if factor is None:
+        assert up is not None
+        factor = x @ quantised.stored_values(up, width, x.shape[-1], up_format).T
+    hidden = gated(opened, factor, act, limit)
+    return hidden @ quantised.stored_values(down, x.shape[-1], width, down_format).T
+
+
 def gated(gate: Tensor, up: Tensor, act: str, limit: float) -> Tensor:
     """act(gate) * up; a `limit` above 0 first bounds gate from above and up on both sides."""
     if limit:

@@ -122,6 +122,18 @@ class GLU(nn.Module):
         return self.down(gated(self.gate(x), self.up(x), self.act, self.limit))
 
 
+class Gate(nn.Module):
+    """proj(act(gate(x)) * factor): the linears `at`.gate and `at`.proj."""
+
+    def __init__(self, w: Weights, at: str, act: str):
+        super().__init__()
+        self.act = act
+        self.gate, self.proj = w.linear(f"{at}.gate"), w.linear(f"{at}.proj")
+
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+        return self.proj(gated(self.gate(x), factor, self.act, 0.0))
+
+
 def experts(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, act: str, limit: float
 ) -> Tensor:

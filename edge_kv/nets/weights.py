@@ -108,6 +108,11 @@ class Norm(Holder):
     def forward(self, x: Tensor) -> Tensor:
         return parts.rms(x, self.weight, self.eps)
 
+    def add(self, residual: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The residual plus the norm of x, times `scale` where given."""
+        out = residual + self(x)
+        return out if scale is None else out * scale
+
 
 class Experts(Holder):
     """Stacked experts, of which each token runs a few: see `parts.experts`."""
@@ -164,6 +169,14 @@ class Weights:
     def experts(self, name: str, act: str, limit: float = 0.0) -> nn.Module:
         """The experts `name`.gate_up [E, 2I, D] and `name`.down [E, D, I]."""
         return Experts(self.rows[f"{name}.gate_up"], self.rows[f"{name}.down"], act, limit)
+
+    def glu(self, at: str, act: str, limit: float = 0.0) -> nn.Module:
+        """down(act(gate(x)) * up(x)): see `parts.GLU`."""
+        return parts.GLU(self, at, act, limit)
+
+    def gate(self, at: str, act: str) -> nn.Module:
+        """proj(act(gate(x)) * factor) of x and a factor: see `parts.Gate`."""
+        return parts.Gate(self, at, act)
 
     def norm(self, name: str, eps: float) -> Norm:
         return Norm(self.rows[name], eps)

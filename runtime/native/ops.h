@@ -81,7 +81,7 @@ struct Parameter {
   Kind kind;
 };
 
-constexpr int kMostInputs = 13, kMostParameters = 5;
+constexpr int kMostInputs = 13, kMostParameters = 6;
 
 // Inputs and parameters end at the first without a name. `result` is the type of output 0; `none`
 // where the operator's outputs are the inputs that it writes.
@@ -104,7 +104,7 @@ struct Operator {
   }
 };
 
-constexpr size_t kOperatorCount = 8;
+constexpr size_t kOperatorCount = 10;
 extern const Operator kOperators[kOperatorCount];
 
 // Run a call: "" or why not, one sentence.
@@ -147,9 +147,11 @@ void put(Call&);
 void attend(Call&);
 void select(Call&);
 void norm_rope(Call&);
+void norm_add(Call&);
 void sinkhorn(Call&);
 void linear_q(Call&);
 void embed_q(Call&);
 void experts_q(Call&);
+void glu_q(Call&);
 
 }  // namespace edge_kv

@@ -1,4 +1,4 @@
-// norm_rope and sinkhorn: what is done to rows on their way.
+// norm_rope, norm_add and sinkhorn: what is done to rows on their way.
 #include <cmath>
 
 #include "ops.h"
@@ -45,6 +45,32 @@ void norm_rope(Call& call) {
                              int(angles), rotation, int(dim), float(eps), 1.0f,
                              out.as<float>() + row);
     }
+  });
+}
+
+// residual + norm(x), times a scale where given.
+void norm_add(Call& call) {
+  const View &x = call.in[0], &weight = call.in[1], &residual = call.in[2], &scale = call.in[3];
+  const double eps = call.attributes[0].real;
+  if (x.rank != 2 || x.shape[1] > kMostOfAxis)
+    refuse("x is ", x, "; it must be [tokens, values].");
+  const int64_t tokens = x.shape[0], dim = x.shape[1];
+  if (weight.rank != 1 || weight.shape[0] != dim)
+    refuse("weight is ", weight, "; a row of x has ", dim, " values.");
+  if (residual.rank != 2 || residual.shape[0] != tokens || residual.shape[1] != dim)
+    refuse("residual is ", residual, " and x is ", x, "; they must have the same shape.");
+  if (scale && scale.count() != 1) refuse("scale is ", scale, "; it must hold one number.");
+  if (!(eps >= 0 && eps < 1e9)) refuse("eps is ", eps, "; it must be small and 0 or more.");
+  const View out = call.output_like(0, x);
+
+  const float by = scale ? *scale.as<const float>() : 1.0f;
+  const Pool team{tokens * dim < kMinValues ? 1 : call.pool.threads, call.pool.run};
+  parallel(team, tokens, [&](int64_t t) {
+    float* const to = out.as<float>() + t * dim;
+    const float* const add = residual.as<const float>() + t * dim;
+    call.kernels.norm_rope(x.as<const float>() + t * dim, weight.as<const float>(), nullptr,
+                           nullptr, 0, Rotation::halves, int(dim), float(eps), 1.0f, to);
+    for (int64_t d = 0; d < dim; ++d) to[d] = (to[d] + add[d]) * by;
   });
 }
 

@@ -1,4 +1,4 @@
-// linear_q, embed_q and experts_q: stored matrices (weights.h) and their products.
+// linear_q, embed_q, experts_q and glu_q: stored matrices (weights.h) and their products.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -302,6 +302,67 @@ void experts_q(Call& call) {
       for (int64_t d = 0; d < dim; ++d) to[d] += share * from[d];
     }
   });
+}
+
+// down(act(gate(x)) * up(x)): a task computes the same rows of gate and up and their product, so that
+// threads meet twice.
+void glu_q(Call& call) {
+  const View &x = call.in[0], &factor = call.in[3];
+  const int64_t width = call.attributes[0].whole;
+  const std::string_view act = call.attributes[4].text;
+  const float limit = float(call.attributes[5].real);
+  if (x.rank != 2 || x.shape[1] > kMostOfAxis) refuse("x is ", x, "; it must be [tokens, values].");
+  const int64_t tokens = x.shape[0], dim = x.shape[1];
+  if (width < 1 || width > kMostOfAxis) refuse("width is ", width, "; it is out of range.");
+  if (act != "silu" && act != "gelu_tanh")
+    refuse("act is \"", act, "\"; it must be \"silu\" or \"gelu_tanh\".");
+  if (!(limit >= 0)) refuse("limit is ", double(limit), "; it must be 0 (none) or more.");
+  if (bool(call.in[2]) == bool(factor)) refuse("up or factor must be given, and not both.");
+  if (factor && (factor.rank != 2 || factor.shape[0] != tokens || factor.shape[1] != width))
+    refuse("factor is ", factor, "; it must be [", tokens, ", ", width, "].");
+  const auto stored = [&](int at, int attribute, const char* name, int64_t rows, int64_t cols) {
+    const View& packed = call.in[at];
+    if (packed.rank != 2) refuse(name, " is ", packed, "; it must be [groups, bytes].");
+    const Format& format = format_of(call.attributes[attribute].text, name);
+    return weights_of(packed, packed.shape, name, format, rows, cols);
+  };
+  const Weights gate = stored(1, 1, "gate", width, dim), down = stored(4, 3, "down", dim, width);
+  const Weights up = factor ? gate : stored(2, 2, "up", width, dim);
+  const View out = call.output_like(0, x);
+
+  const Activation activation = act == "silu" ? Activation::silu : Activation::gelu_tanh;
+  const int64_t groups = (width + kGroupRows - 1) / kGroupRows, stride = groups * kGroupRows;
+  const int64_t given_bytes = rounded_bytes(tokens, dim), between = rounded_bytes(tokens, width);
+  float* const opened = scratch(size_t(2 * tokens * stride + (given_bytes + between) / 4 + 1));
+  float* const lifted = opened + tokens * stride;
+  auto* const memory = reinterpret_cast<uint8_t*>(lifted + tokens * stride);
+  const Rounded given =
+      round_activations(call.kernels, call.pool, x.as<const float>(), tokens, dim, 0.0f, memory);
+  const int64_t tasks = tasks_of(call.pool, gate, tokens);
+  const auto multiply_groups = [&](const Weights& w, int64_t begin, int64_t end, float* to) {
+    const int64_t bytes = group_bytes(*w.format, w.cols), row = begin * kGroupRows;
+    call.kernels.multiply(*w.format, w.data + begin * bytes, end - begin,
+                          (dim + kBlockValues - 1) / kBlockValues, given.data, rounded_stride(dim),
+                          tokens, to + row, stride, width - row);
+  };
+  parallel(call.pool, tasks, [&](int64_t i) {
+    const int64_t begin = groups * i / tasks, end = groups * (i + 1) / tasks;
+    const int64_t row = begin * kGroupRows, rows = std::min(width, end * kGroupRows) - row;
+    multiply_groups(gate, begin, end, opened);
+    if (!factor) multiply_groups(up, begin, end, lifted);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* const to = opened + t * stride + row;
+      call.kernels.gated(to, factor ? factor.as<const float>() + t * width + row
+                                    : lifted + t * stride + row,
+                         rows, activation, limit, to);
+    }
+  });
+  uint8_t* const hidden = memory + given_bytes;
+  const Pool team{tokens * width < kMinValues ? 1 : call.pool.threads, call.pool.run};
+  parallel(team, tokens, [&](int64_t t) {
+    call.kernels.round_row(opened + t * stride, width, 0.0f, hidden + t * rounded_stride(width));
+  });
+  multiply(call.kernels, call.pool, {hidden, tokens, width}, down, out.as<float>(), dim);
 }
 
 }  // namespace edge_kv

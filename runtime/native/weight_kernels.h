@@ -4,7 +4,8 @@
 // byte, become bytes and meet four values of x, the same for all rows; an int32 lane adds the four
 // products. Where the CPU multiplies unsigned bytes with signed ones, weights stay as stored, above
 // zero, and what that adds is subtracted from the start: `kZero` times the sum of the block of x.
-// Two products of `wide` weights, which take all 8 bits, overflow 16 bits; one does not.
+// Two products of
+// weights that take all 8 bits (`kWide`) overflow 16 bits; one does not.
 #pragma once
 
 #include "simd.h"
@@ -16,6 +17,10 @@ constexpr int kBytes = 4 * kWidth;             // of a vector
 constexpr int kVectors = kGroupRows / kWidth;  // of a line
 constexpr int kUnroll = kWidth > 1 ? 8 : 1;  // so that sums stay in registers
 constexpr int kBytesAhead = 6144;          // past the page where the hardware's own prefetch stops
+
+// Of weights that take all 8 bits.
+template <int bits, bool levels>
+constexpr bool kWide = levels || bits == 8;
 
 #if defined(__AVX512BW__)
 
@@ -36,13 +41,13 @@ inline Ints part_of(Ints w, int part) {
   const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i*)kLevels), _mm_set1_epi8(-128));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), w);
 }
-template <bool wide>
+template <int bits, bool levels>
 inline Ints add_part(Ints sum, Ints w, Ints x) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(sum, w, x);
 #else
   const Ints low = _mm512_set1_epi16(255), ones = _mm512_set1_epi16(1);
-  if (!wide)
+  if (!kWide<bits, levels>)
     return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), ones));
   const Ints even = _mm512_maddubs_epi16(_mm512_and_si512(w, low), x);
   const Ints odd = _mm512_maddubs_epi16(_mm512_andnot_si512(low, w), x);
@@ -58,7 +63,7 @@ inline Ints load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*
 inline Vec to_float(Ints x) { return _mm256_cvtepi32_ps(x); }
 constexpr int kFewTokens = 4;
 template <int bits, bool levels>
-constexpr int kZero = levels ? 128 : 1 << (bits - 1);
+constexpr int kZero = levels ? 0 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return _mm256_set1_epi32(four_bytes(x)); }
 inline Ints splat_int(int32_t x) { return _mm256_set1_epi32(x); }
 template <int bits, bool levels>
@@ -66,13 +71,17 @@ inline Ints part_of(Ints w, int part) {
   if (bits == 8) return w;
   w = _mm256_and_si256(_mm256_srli_epi16(w, part * bits), _mm256_set1_epi8((1 << bits) - 1));
   if (!levels) return w;
-  const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i*)kLevels), _mm_set1_epi8(-128));
+  const __m128i table = _mm_loadu_si128((const __m128i*)kLevels);
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), w);
 }
-template <bool wide>
+template <int bits, bool levels>
 inline Ints add_part(Ints sum, Ints w, Ints x) {
   const Ints low = _mm256_set1_epi16(255), ones = _mm256_set1_epi16(1);
-  if (!wide)
+  if (levels) {  // of at most 127: with the signs of x, two products fit 16 bits
+    const Ints products = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, ones));
+  }
+  if (!kWide<bits, levels>)
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
   const Ints even = _mm256_maddubs_epi16(_mm256_and_si256(w, low), x);
   const Ints odd = _mm256_maddubs_epi16(_mm256_andnot_si256(low, w), x);
@@ -98,14 +107,14 @@ inline Ints part_of(Ints w, int part) {
   if (!levels) return vreinterpretq_s32_u8(bytes);
   return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(kLevels), bytes));
 }
-template <bool wide>
+template <int bits, bool levels>
 inline Ints add_part(Ints sum, Ints w, Ints x) {
   const int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
 #if defined(__ARM_FEATURE_DOTPROD)
   return vdotq_s32(sum, a, b);
 #else
   const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
-  if (!wide) return vpadalq_s16(sum, vpaddq_s16(low, high));
+  if (!kWide<bits, levels>) return vpadalq_s16(sum, vpaddq_s16(low, high));
   return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
 }
@@ -134,7 +143,7 @@ inline Ints part_of(Ints w, int part) {
   }
   return {int32_t(fields), 0};
 }
-template <bool wide>
+template <int bits, bool levels>
 inline Ints add_part(Ints sum, Ints w, Ints x) {
   int8_t a[4], b[4];
   memcpy(a, &w.bytes, 4);
@@ -236,7 +245,7 @@ void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t
           const Ints four = four_values((const int8_t*)x + t * x_stride + b * kBlockValues +
                                         (line * parts + p) * 4);
           for (int v = 0; v < kVectors; ++v)
-            dots[t][v] = add_part<levels || bits == 8>(dots[t][v], w[v], four);
+            dots[t][v] = add_part<bits, levels>(dots[t][v], w[v], four);
         }
       }
     }

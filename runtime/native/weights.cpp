@@ -50,13 +50,18 @@ Rounded round_activations(const Kernels& kernels, const Pool& pool, const float*
   return {to, tokens, cols};
 }
 
+int64_t tasks_of(const Pool& pool, const Weights& w, int64_t tokens) {
+  const int64_t groups = (w.rows + kGroupRows - 1) / kGroupRows;
+  const int64_t bytes = groups * group_bytes(*w.format, w.cols);
+  const int64_t each = std::max<int64_t>(1, bytes / (kTaskBytes * pool.threads));
+  const int64_t worth = std::max<int64_t>(1, bytes * tokens / kWorthThreads);
+  return std::min({groups, each * pool.threads, worth});
+}
+
 void multiply(const Kernels& kernels, const Pool& pool, const Rounded& x, const Weights& w,
               float* out, int64_t stride) {
   const int64_t groups = (w.rows + kGroupRows - 1) / kGroupRows, bytes = group_bytes(*w.format, w.cols);
-  // Each thread reads one stretch of memory, or several long ones that others can take over.
-  const int64_t each = std::max<int64_t>(1, groups * bytes / (kTaskBytes * pool.threads));
-  const int64_t worth = std::max<int64_t>(1, groups * bytes * x.tokens / kWorthThreads);
-  const int64_t tasks = std::min({groups, each * pool.threads, worth});
+  const int64_t tasks = tasks_of(pool, w, x.tokens);
   parallel(pool, tasks, [&](int64_t i) {
     const int64_t begin = groups * i / tasks, end = groups * (i + 1) / tasks;
     kernels.multiply(*w.format, w.data + begin * bytes, end - begin, blocks_of(w.cols), x.data,

@@ -35,6 +35,10 @@ struct Rounded {
 // Bytes that `round_activations` fills.
 int64_t rounded_bytes(int64_t tokens, int64_t cols);
 
+// Parts that the product of `tokens` tokens with a matrix is cut into: each thread reads one stretch of
+// memory, or several long ones that others can take over.
+int64_t tasks_of(const Pool&, const Weights&, int64_t tokens);
+
 // Round x [tokens, cols] into `memory`: a block's step is 1/127 of its largest value, or `step`
 // where that is not 0 (values beyond 127 steps are cut off).
 Rounded round_activations(const Kernels&, const Pool&, const float* x, int64_t tokens, int64_t cols,
