@@ -304,6 +304,26 @@ void experts_q(Call& call) {
   });
 }
 
+namespace {
+
+// What glu_q computes, of activations as they are: slow, as `linear_exact`.
+void glu_exact(const Call& call, const View& x, const Weights& gate, const Weights* up,
+               const View& factor, const Weights& down, Activation activation, float limit,
+               float* out) {
+  const int64_t tokens = x.shape[0], count = tokens * gate.rows;
+  std::vector<float> opened(static_cast<size_t>(count)), lifted(up ? size_t(count) : 0);
+  const auto multiply = [&](const float* from, const Weights& by, float* to) {
+    linear_exact(call.kernels, call.pool, from, tokens, by, to);
+  };
+  multiply(x.as<const float>(), gate, opened.data());
+  if (up) multiply(x.as<const float>(), *up, lifted.data());
+  call.kernels.gated(opened.data(), up ? lifted.data() : factor.as<const float>(), count,
+                     activation, limit, opened.data());
+  multiply(opened.data(), down, out);
+}
+
+}  // namespace
+
 // down(act(gate(x)) * up(x)): a task computes the same rows of gate and up and their product, so that
 // threads meet twice.
 void glu_q(Call& call) {
@@ -331,6 +351,9 @@ void glu_q(Call& call) {
   const View out = call.output_like(0, x);
 
   const Activation activation = act == "silu" ? Activation::silu : Activation::gelu_tanh;
+  if (call.exact)
+    return glu_exact(call, x, gate, factor ? nullptr : &up, factor, down, activation, limit,
+                     out.as<float>());
   const int64_t groups = (width + kGroupRows - 1) / kGroupRows, stride = groups * kGroupRows;
   const int64_t given_bytes = rounded_bytes(tokens, dim), between = rounded_bytes(tokens, width);
   float* const opened = scratch(size_t(2 * tokens * stride + (given_bytes + between) / 4 + 1));
