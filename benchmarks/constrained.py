@@ -2,9 +2,11 @@
 
 tiny was trained on running text: nothing it says by itself is JSON. The masks are timed beside an
 unconstrained step of the same session, with the vocabulary of the artifact; the share of a token of
-a larger model follows from the time of its own token.
+a larger model follows from the time of its own token, which `--beside` reads from a result of
+`edge-kv bench`.
 
-python benchmarks/constrained.py artifacts/tiny --write
+python benchmarks/constrained.py artifacts/tiny --tokenizer GEMMA/tokenizer.json \\
+    --beside benchmarks/results/bench_e2b_onnx.json --write
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--engine", default="onnx")
     parser.add_argument("--replies", type=int, default=REPLIES, help="of each schema")
     parser.add_argument("--tokenizer", type=Path, help="time masks over this vocabulary too")
+    parser.add_argument("--beside", type=Path, help="a bench whose token the mask is a share of")
     parser.add_argument("--write", action="store_true", help="keep it as a result")
     args = parser.parse_args()
     with load(args.artifact, args.engine) as session:
@@ -149,6 +152,14 @@ def main() -> None:
         document["large"] = {
             "vocabulary": large.vocab_size,
             "mask_seconds": mask_seconds(large, {"type": "object", "additionalProperties": NAME}),
+        }
+    if args.tokenizer and args.beside:
+        run = json.loads(args.beside.read_text())["runs"][0]
+        token = run["decode"]["seconds"]["p50"]
+        document["large"] |= {
+            "beside": args.beside.stem,
+            "token_seconds": token,
+            "share_of_token": document["large"]["mask_seconds"] / token,
         }
     print(json.dumps(document, indent=1))
     if args.write:

@@ -1,21 +1,26 @@
-"""Real exports killed at random moments: nothing half-written, and the end is byte-identical.
+"""Exports, snapshots and compilations killed at random moments: nothing half-written.
 
-    python benchmarks/export_kills.py --kills 150 [--backends onnx,executorch]
+    python benchmarks/export_kills.py --kills 150 --snapshots 300 --libraries 40
 
 For each backend tiny is exported once undisturbed; then the same command is started and killed
 (SIGKILL, children included) after a random part of that time, again and again. A target that exists
 after a kill has to be whole; every export that reaches its end is compared with the first byte by
-byte, and the next one starts afresh. Writes results/export_kills.json.
+byte, and the next one starts afresh. Snapshots are killed while they are written over each other:
+what lies there has to be one of them, whole, and has to be taken up. Of the operator library a file
+under its final name has to be whole, and the next build has to end and leave nothing else.
+Writes results/export_kills.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import filecmp
+import itertools
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,25 +29,117 @@ from typing import Any
 import numpy as np
 from common import EXPORT, run_main, say, write_result
 
+from edge_kv.artifact import sha256_file
 from edge_kv.errors import RuntimeFault
 from edge_kv.export.unfinished import unfinished
+from edge_kv.runtime import load
+from edge_kv.runtime.cache import CACHE_VARIABLE
 
-MODEL = ["--model", "tiny", "--ctx", "64", "--chunk", "16"]
+MODEL = ["--model", "tiny", "--ctx", "64", "--chunk", "16", "--calibration", "none"]
+BUILD = [
+    sys.executable, "-c",
+    "from edge_kv.runtime import native_library as n; print(n.build_onnx_operators())",
+]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=150)
     parser.add_argument("--backends", default="onnx,executorch")
+    parser.add_argument("--snapshots", type=int, default=300)
+    parser.add_argument("--libraries", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    backends = args.backends.split(",")
-    results = {}
+    result: dict[str, Any] = {"arguments": MODEL, "backends": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        result["snapshots"] = kill_snapshots(args.snapshots, args.seed, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        result["libraries"] = kill_builds(args.libraries, args.seed, Path(folder))
+    backends = args.backends.split(",") if args.kills else []
     for i, backend in enumerate(backends):
         share = args.kills // len(backends) + (i < args.kills % len(backends))
         with tempfile.TemporaryDirectory() as folder:
-            results[backend] = kill(backend, share, args.seed, Path(folder))
-    write_result("export_kills", {"arguments": MODEL, "backends": results})
+            result["backends"][backend] = kill(backend, share, args.seed, Path(folder))
+    write_result("export_kills", result)
+
+
+def kill_snapshots(kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Kill processes that write snapshots of one session to one path, one after another.
+
+    Raises:
+        RuntimeFault: what lies there is not one of them, whole.
+    """
+    rng = np.random.default_rng(seed)
+    path, root = folder / "talk.kv", folder / "tiny"
+    export("onnx", root, None)
+    before = 0
+    kept = written = 0
+    with load(root, "onnx-stock", threads=1) as session:  # no threads: it can be forked
+        session.prefill([2, *range(10, 50)])
+        begin = time.monotonic()
+        session.snapshot(path, {"number": 0})
+        once = time.monotonic() - begin
+        for _ in range(kills):
+            process = os.fork()
+            if not process:
+                for number in itertools.count(before + 1):
+                    session.snapshot(path, {"number": number})
+            time.sleep(float(rng.uniform(0, 4 * once)))
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            number = session.restore(path)["number"]
+            if number < before or session.pos != 41:
+                raise RuntimeFault(f"After {number} snapshots, {before} lay there already.")
+            kept, written = kept + (number == before), written + number - before
+            before = number
+    say(f"{kills} kills of snapshots, {written} were written between them")
+    return {"kills": kills, "written": written, "earlier_one_kept": kept}
+
+
+def kill_builds(kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Kill compilations of the ONNX operators; every other one starts in an empty cache.
+
+    Raises:
+        RuntimeFault: a library that is not whole, or a rest beside one.
+    """
+    rng = np.random.default_rng(seed)
+    environment = {**os.environ, CACHE_VARIABLE: str(folder)}
+    begin = time.monotonic()
+    built = finish_build(environment, folder)
+    longest, digest = time.monotonic() - begin, sha256_file(built)
+    for done in range(kills):
+        if done % 2 == 0:
+            shutil.rmtree(folder / "native")
+        with subprocess.Popen(
+            BUILD,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            time.sleep(float(rng.uniform(0, longest)))
+            os.killpg(process.pid, signal.SIGKILL)
+        found = list(folder.glob("native/*.so"))
+        if any(sha256_file(library) != digest for library in found):
+            raise RuntimeFault(f"{found} is not what an undisturbed build makes.")
+        if done % 2:
+            finish_build(environment, folder)
+    finish_build(environment, folder)
+    say(f"{kills} kills of compilations")
+    return {"kills": kills, "seconds_undisturbed": round(longest, 1)}
+
+
+def finish_build(environment: dict[str, str], folder: Path) -> Path:
+    """Let a compilation end; the library, beside which no rest lies."""
+    done = subprocess.run(BUILD, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeFault(f"A compilation ended with {done.stderr.strip()[-300:]}")
+    library = Path(done.stdout.strip())
+    names = {p.name for p in folder.glob("native/*")}
+    rest = names - {library.name, f"{library.name}.sha256", "edge_kv_onnx.lock"}
+    if rest:
+        raise RuntimeFault(f"Beside the library lie {sorted(rest)}.")
+    return library
 
 
 def kill(backend: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:

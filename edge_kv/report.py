@@ -321,7 +321,8 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
 
 def _parity_table(parity: dict[str, Any], engines: dict[str, Any]) -> Table:
     """How far programs are from the model, one column a backend, one row a figure."""
-    by_backend = parity if set(parity) & set(engines) else {next(iter(engines), "programs"): parity}
+    own = {b: entry for b, entry in parity.items() if b in engines and isinstance(entry, dict)}
+    by_backend = own or {next(iter(engines), "programs"): parity}
     rows: dict[str, dict[str, str]] = {}
     for backend, entry in by_backend.items():
         for name, value in _flat(entry):

@@ -332,7 +332,7 @@ def _compile(compiler: str, units: list[Unit], link: tuple[str, ...], target: Pa
             try:
                 for done, task in enumerate(as_completed(running), 1):
                     task.result()
-                    if time.monotonic() - said > _SILENCE:
+                    if done < len(running) and time.monotonic() - said > _SILENCE:
                         said = time.monotonic()
                         log.info("… %d of %d files are compiled.", done, len(running))
             except BaseException:

@@ -23,6 +23,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ from weights_models import tiny_hf
 
 import edge_kv.export
 import edge_kv.runtime.onnx_session  # noqa: F401
+from edge_kv.artifact import read_artifact
 from edge_kv.cli import main
 from edge_kv.errors import ExportError
 from edge_kv.terminal import Bar
@@ -317,6 +319,9 @@ class Bases:
         self.snapshot = root / "talk.kv"
         self.cache = root / "cache"
         run = ["run", str(self.artifact), "hi", "--max-new-tokens", "2", "--threads", "1"]
+        for engine in read_artifact(self.artifact).manifest.backends:
+            command = [sys.executable, "-m", "edge_kv", *run, "--engine", engine]
+            subprocess.run(command, check=True, capture_output=True)  # compiles what is missing
         made = child([*run, "--snapshot", str(self.snapshot)], root, {})
         packed = child([*run, "--engine", "onnx-stock"], root, {"EDGE_KV_CACHE": str(self.cache)})
         assert (made, packed) == ("served", "served"), (made, packed)
@@ -461,11 +466,11 @@ def _be_command(arguments: list[str], place: Path, environment: Env) -> NoReturn
         os._exit(code)
 
 
-def up_to_programs(self: Bar, name: str) -> None:
+def up_to_programs(self: Bar, name: str, *unit: str) -> None:
     """Stands for `Bar.stage`: an export ends where its programs would be lowered."""
     if name.startswith("programs"):
         raise ExportError("Stopped before the programs.")
-    STAGE(self, name)
+    STAGE(self, name, *unit)
 
 
 def attempt(number: int, seed: int, bases: Bases, root: Path) -> tuple[int, str, str]:

@@ -1,0 +1,203 @@
+"""Returning conversations: what is read again, and how long the first token takes.
+
+    edge-kv export --weights GGUF --ctx 16384 --out artifacts/gemma3-270m
+    python benchmarks/prompt_cache.py artifacts/gemma3-270m --gguf GGUF
+
+Four conversations, each begun with its own part of the shipped text, are held at once; then each
+goes on with a short question, in turn, twice. `edge-kv serve` keeps them in RAM, or with --state in
+files, over a restart between the rounds. llama.cpp is llama-cpp-python with its cache of states in
+RAM, in one process, without its HTTP server; the file and the prompts are the same. Times are from
+the question to the first token; the openings, of which nothing is known, are read whole. Writes
+results/prompt_cache.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from common import machine, say, write_result
+
+from edge_kv.artifact import read_artifact
+from edge_kv.runtime import Tokenizer
+
+TALKS = 4
+REPLY = 8  # tokens
+QUESTIONS = ("What was told first?", "And what came then?")
+Turns = list[dict[str, str]]
+
+
+def openings(artifact: Path, tokens: int) -> list[str]:
+    """The first message of each conversation, of about so many tokens, none like another."""
+    tokenizer = Tokenizer.of(read_artifact(artifact))
+    text = (Path(__file__).parent.parent / "edge_kv/data/calibration.txt").read_text("utf-8")
+    text += (Path(__file__).parent.parent / "edge_kv/data/passage.txt").read_text("utf-8")
+    ids = tokenizer.encode(text, start=False)
+    ids = ids * (1 + TALKS * tokens // len(ids))
+    parts = [ids[n * tokens : (n + 1) * tokens] for n in range(TALKS)]
+    return [f"Text {n}: {tokenizer.decode(part)}" for n, part in enumerate(parts)]
+
+
+def rounds(openings: list[str], ask: Callable[[Turns], tuple[str, dict[str, Any]]],
+           between: Callable[[], None]) -> list[dict[str, Any]]:  # fmt: skip
+    """What every turn cost: the openings, then two rounds of questions, `between` before each."""
+    talks: list[Turns] = [[] for _ in openings]
+    rows = []
+    for number, questions in enumerate([openings, *([q] * TALKS for q in QUESTIONS)]):
+        if number:
+            between()
+        for talk, question in zip(talks, questions, strict=True):
+            talk.append({"role": "user", "content": question})
+            text, cost = ask(talk)
+            talk.append({"role": "assistant", "content": text})
+            rows.append({"round": number, **cost})
+    return rows
+
+
+@contextmanager
+def served(artifact: Path, options: list[str]) -> Iterator[str]:
+    """The address of a server, which ends as a supervisor would end it."""
+    command = [sys.executable, "-m", "edge_kv", "serve", str(artifact), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        try:
+            yield server.stdout.readline().split()[2]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+
+
+class Client:
+    """Asks a server; `restart` ends it and starts it anew."""
+
+    def __init__(self, artifact: Path, options: list[str]) -> None:
+        self._start = lambda: served(artifact, options)
+        self._server = self._start()
+        self._base = self._server.__enter__()
+
+    def restart(self) -> None:
+        self.close()
+        self._server = self._start()
+        self._base = self._server.__enter__()
+
+    def close(self) -> None:
+        self._server.__exit__(None, None, None)
+
+    def ask(self, turns: Turns) -> tuple[str, dict[str, Any]]:
+        body = {"messages": turns, "max_tokens": REPLY, "temperature": 0, "stream": True,
+                "stream_options": {"include_usage": True}}  # fmt: skip
+        begin, first, text, usage = time.monotonic(), 0.0, "", {}
+        with httpx.stream(
+            "POST", f"{self._base}/v1/chat/completions", json=body, timeout=3600
+        ) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                usage = event.get("usage") or usage
+                for choice in event["choices"]:
+                    if piece := choice["delta"].get("content"):
+                        first = first or time.monotonic() - begin
+                        text += piece
+        prompt = usage["prompt_tokens"]
+        read = prompt - usage["prompt_tokens_details"]["cached_tokens"]
+        return text, {"prompt": prompt, "read": read, "first_token_seconds": first}
+
+
+class LlamaCpp:
+    """llama-cpp-python with its cache of whole states in RAM."""
+
+    def __init__(self, gguf: Path, ctx: int, threads: int) -> None:
+        import llama_cpp
+
+        self._api = llama_cpp
+        self._model = llama_cpp.Llama(
+            str(gguf), n_ctx=ctx, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self._model.set_cache(llama_cpp.LlamaRAMCache(capacity_bytes=4 << 30))
+
+    def ask(self, turns: Turns) -> tuple[str, dict[str, Any]]:
+        context = self._model.ctx
+        self._api.llama_perf_context_reset(context)
+        begin, first, text = time.monotonic(), 0.0, ""
+        for event in self._model.create_chat_completion(
+            turns, max_tokens=REPLY, temperature=0, stream=True
+        ):
+            if piece := event["choices"][0]["delta"].get("content"):
+                first = first or time.monotonic() - begin
+                text += piece
+        read = self._api.llama_perf_context(context).n_p_eval
+        prompt = self._model.n_tokens - REPLY
+        return text, {"prompt": prompt, "read": read, "first_token_seconds": first}
+
+
+def nothing() -> None:
+    """No restart between the rounds."""
+
+
+def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of the opening round and of those that return."""
+    found = {}
+    for name, part in (("opening", [r for r in rows if r["round"] == 0]),
+                       ("returning", [r for r in rows if r["round"] > 0])):  # fmt: skip
+        found[name] = {
+            key: statistics.median(r[key] for r in part)
+            for key in ("prompt", "read", "first_token_seconds")
+        }
+        found[name]["most_read"] = max(r["read"] for r in part)
+    say(json.dumps(found))
+    return {**found, "turns": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp; else left out")
+    parser.add_argument("--tokens", type=int, default=8000, help="of an opening")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    texts = openings(args.artifact, args.tokens)
+    threads = ["--threads", str(args.threads)]
+    found: dict[str, Any] = {}
+
+    def measure(name: str, options: list[str], restarts: bool) -> None:
+        client = Client(args.artifact, [*threads, *options])
+        try:
+            between = client.restart if restarts else nothing
+            found[name] = summed(rounds(texts, client.ask, between))
+        finally:
+            client.close()
+
+    measure("in RAM", [], restarts=False)
+    with tempfile.TemporaryDirectory() as folder:
+        measure("--state, restarted", ["--state", folder], restarts=True)
+    if args.gguf:
+        ctx = read_artifact(args.artifact).plan.ctx
+        peer = LlamaCpp(args.gguf, ctx, args.threads)
+        found["llama.cpp, states in RAM"] = summed(rounds(texts, peer.ask, nothing))
+    write_result(
+        "prompt_cache",
+        {
+            "machine": machine(),
+            "artifact": args.artifact.name,
+            "conversations": TALKS,
+            "threads": args.threads,
+            "ways": found,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
