@@ -194,7 +194,8 @@ def _export(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Both methods traced, and the keys of weights that stay outside."""
     with torch.device("meta"):
-        net: Any = make_net(config, PackedWeights(models.weights(config), weights.layout))
+        packed = PackedWeights(models.weights(config), weights.layout, fused=attention.outside)
+        net: Any = make_net(config, packed)
     held: dict[str, Rows] = {
         f"net.{name}.{leaf}": rows
         for name, module in net.named_modules()
