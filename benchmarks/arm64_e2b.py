@@ -154,7 +154,7 @@ def main() -> None:
     write_result(
         args.result or {"onnx": "arm64_e2b", "executorch": "arm64_e2b_executorch"}[args.engine],
         {
-            "artifact": {"name": artifact.manifest.name, "layers": artifact.config.n_layers,
+            "artifact": {"name": artifact.manifest.name, "layers": artifact.layers,
                          "ctx": plan.ctx, "kv": plan.kv, "quant": quant.scheme,
                          "formats": quant.formats, "made": artifact.manifest.made,
                          "bytes": sum(f.size for f in artifact.manifest.files.values())},
@@ -201,7 +201,7 @@ def _here(
     say(f"state at {start} tokens: {fill_depths(job)[str(start)]}")
     snapshot = snapshot_path(artifact, job, start)
     _link(snapshot, data / "state.kv")
-    token, made, logits = int(prompt_ids(artifact.config.vocab_size, args.ctx)[start]), [], []
+    token, made, logits = int(prompt_ids(artifact.tokens.vocab, args.ctx)[start]), [], []
     with load(artifact, engine.name, threads=args.threads) as session:
         session.restore(snapshot)
         for _ in range(args.tokens):

@@ -18,14 +18,14 @@ from typing import Any
 
 from common import MODELS, RESULTS, gguf_path, read_text, run_main, say, show, write_result
 
+from edge_kv import models
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.export import export_model
 from edge_kv.export.weight_file import WeightLayout
-from edge_kv.presets import get_preset
+from edge_kv.models.checkpoint import recorded_config
 from edge_kv.reference import float_reference
 from edge_kv.runtime import Tokenizer, load
 from edge_kv.runtime.evaluate import evaluate, readable
-from edge_kv.tensors import tensor_table
 from edge_kv.terminal import Bar
 
 WINDOW, WINDOWS = 512, 4
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     name = f"calibration_{args.model.replace('-', '_')}"
-    weights = str(get_preset("tiny").source) if args.model == "tiny" else str(gguf_path())
+    weights = str(models.get_row("tiny").weights) if args.model == "tiny" else str(gguf_path())
     rows = _measured(RESULTS / f"{name}.json")
     for label in args.variant or VARIANTS:
         root = args.work / f"{args.model}-{label.replace(' ', '-').replace(',', '')}"
@@ -92,7 +92,9 @@ def main() -> None:
 
 def bits(artifact: Artifact) -> float:
     """Bits of all stored tensors, scales and filling included, for each weight in them."""
-    layout = WeightLayout(tensor_table(artifact.config), artifact.manifest.quant.formats)
+    layout = WeightLayout(
+        models.weights(recorded_config(artifact.manifest.made)), artifact.manifest.quant.formats
+    )
     size = sum(region.bytes for region in layout.regions.values())
     return round(8 * size / sum(t.spec.elements for t in layout.tensors), 3)
 

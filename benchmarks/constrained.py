@@ -84,7 +84,7 @@ def costs(generator: Generator, schema: dict) -> dict[str, float]:
     session = generator.session
     session.reset()
     session.prefill(generator.tokenizer.encode("And it came to pass"))
-    engine = Engine(generator.tokenizer, session.config.vocab_size, generator.stop_ids)
+    engine = Engine(generator.tokenizer, session.artifact.tokens.vocab, generator.stop_ids)
     steps, masks = [], []
     for _ in range(3):
         text = engine.start(Grammar.json_schema(schema))
@@ -141,7 +141,7 @@ def main() -> None:
             "command": " ".join(["python", *sys.argv]),
             "machine": machine(),
             "artifact": session.artifact.manifest.name,
-            "vocabulary": session.config.vocab_size,
+            "vocabulary": session.artifact.tokens.vocab,
             "schemas": len(SCHEMAS),
             "replies": args.replies * len(SCHEMAS),
             "valid": sum(counts),

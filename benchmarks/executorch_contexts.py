@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from common import each_alone, run_main, say, show, write_result
 
-from edge_kv import presets
-from edge_kv.config import ModelConfig
+from edge_kv import models
 from edge_kv.export import export_model
+from edge_kv.models.gemma import Config
+from edge_kv.models.model import Row
 from edge_kv.runtime import Session, load, read_memory
 from edge_kv.terminal import Bar
 
@@ -29,13 +30,16 @@ RUNS = {"executorch": "native", "executorch-python": "portable"}  # engine -> at
 DEPTH, STEPS, ROUNDS = 2048, 16, 3
 
 
-def shaped() -> ModelConfig:
+def shaped() -> Config:
     """E2B's state in a body of six layers, three of which share."""
+    e2b = models.get_row("e2b").config
+    assert isinstance(e2b, Config)
     return replace(
-        presets.get_preset("e2b").config,
+        e2b,
+        layers=6,
         pattern="SSFSSF",
-        n_kv_shared=3,
-        vocab_size=2048,
+        shared=3,
+        vocab=2048,
         hidden=512,
         mlp_width=1024,
         shared_mlp_width=2048,
@@ -67,7 +71,7 @@ def export(attention: str, ctx: int, work: Path) -> Path:
     if root.exists():
         return root
     work.mkdir(parents=True, exist_ok=True)
-    presets.PRESETS["e2b-state"] = presets.Preset(shaped(), "", "E2B's state, for a benchmark")
+    models.ROWS["e2b-state"] = Row(shaped(), "", "E2B's state, for a benchmark")
     say(f"exporting {root.name}")
     with Bar() as bar:
         return export_model(

@@ -29,19 +29,19 @@ import make_random_checkpoint as checkpoint
 import numpy as np
 from common import each_alone, run_main, say, show, write_result
 
-from edge_kv import presets
-from edge_kv.config import ModelConfig
+from edge_kv import models
 from edge_kv.export import export_model
+from edge_kv.models.gemma import Config
 from edge_kv.runtime import load, read_memory
 from edge_kv.runtime.executorch_python import _import, _no_mlock
 
 CONTEXTS = (1024, 8192)
 OURS = "ours-int8"
 RUNS = ("peer-f32", OURS, "peer-int8")  # exporter-state
-E2B = presets.get_preset("e2b").config
-SHAPE = replace(E2B, pattern="SF" * 2, n_kv_shared=2, vocab_size=16_384)
+E2B: Any = models.get_row("e2b").config
+SHAPE = replace(E2B, layers=4, pattern="SF" * 2, shared=2, vocab=16_384)
 SMALLER = [  # of E2B's width, to extrapolate from
-    replace(E2B, pattern=pattern, n_kv_shared=shared, vocab_size=131_072)
+    replace(E2B, layers=len(pattern), pattern=pattern, shared=shared, vocab=131_072)
     for pattern, shared in (("F", 0), ("FF", 1), ("SFSF", 2))
 ]
 PROMPT, REPEATS, STEPS, ROUNDS = 512, 4, 16, 2
@@ -140,26 +140,26 @@ def full_size_points(
         yield {**line, "points": points}
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(config: Config) -> int:
     """Parameters of their model: the checkpoint's and a second copy of the token table."""
     tensors = checkpoint.tensors(hub_config(config), dead_kv=False)
-    return sum(int(np.prod(t.shape)) for t in tensors) + config.vocab_size * config.hidden
+    return sum(int(np.prod(t.shape)) for t in tensors) + config.vocab * config.hidden
 
 
-def hub_config(config: ModelConfig) -> dict[str, Any]:
+def hub_config(config: Config) -> dict[str, Any]:
     """`config.json` of a checkpoint of this shape."""
     types = [checkpoint.LAYER_TYPES[letter] for letter in config.pattern]
     return {
         **checkpoint.make_config("e2b"),
-        "vocab_size": config.vocab_size,
-        "vocab_size_per_layer_input": config.vocab_size,
+        "vocab_size": config.vocab,
+        "vocab_size_per_layer_input": config.vocab,
         "layer_types": types,
         "num_hidden_layers": len(types),
-        "num_kv_shared_layers": config.n_kv_shared,
+        "num_kv_shared_layers": config.shared,
     }
 
 
-def write_checkpoint(config: ModelConfig, out: Path) -> Path:
+def write_checkpoint(config: Config, out: Path) -> Path:
     """Random weights under the names of the hub's multimodal checkpoint, which theirs expects."""
     if not (out / "config.json").exists():
         out.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,9 @@ import torch
 from common import run_main, say, write_result
 from torch import Tensor
 
-from edge_kv.config import ModelConfig
+from edge_kv import models
 from edge_kv.export import gate
-from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.weight_file import (
     Journal,
     StoredWeights,
@@ -36,15 +36,14 @@ from edge_kv.export.weight_file import (
     write_ple,
     write_weights,
 )
-from edge_kv.kv_plan import KVPlan, plan_kv
-from edge_kv.model.oracle import oracle_logits
-from edge_kv.models import gemma
+from edge_kv.models.model import Model
+from edge_kv.models.sources import Source, open_weights
+from edge_kv.nets.oracle import oracle_logits, table_values
+from edge_kv.nets.weights import Weights
 from edge_kv.parity import divergence
 from edge_kv.ple import PleTable
-from edge_kv.presets import get_preset
 from edge_kv.progress import Silent
-from edge_kv.tensors import tensor_table
-from edge_kv.weights import WeightSource, open_weights
+from edge_kv.tensors import weight_formats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from weights_gguf import gemma3_270m
@@ -87,9 +86,8 @@ def noise_of(name: str, sharper: int) -> dict[str, Any]:
         row: dict[str, Any] = {"model": name, "sharper": sharper}
         row["float32"] = apart(double, single)
         for kv in ("f32", "int8"):
-            plan = plan_kv(source.config, ctx=96, chunk=8, kv=kv)
-            ours = oracle(source, plan, ids, exact_state=False)
-            moved = oracle(source, plan, ids, exact_state=False, change=gate.perturbed)
+            ours = oracle(source, ids, kv=kv)
+            moved = oracle(source, ids, kv=kv, change=gate.perturbed)
             row[f"perturbed_{kv}"] = apart(ours, moved)
     return row
 
@@ -98,20 +96,20 @@ def storage_of(name: str) -> Iterator[dict[str, Any]]:
     """Stored weights of every scheme against their checkpoint and against others."""
     with tempfile.TemporaryDirectory() as folder:
         source, others, ctx = sources(name, Path(folder))
-        plan = plan_kv(source.config, ctx=ctx, chunk=8, kv="int8")
-        run = gate.plan_run(plan, source.config.vocab_size, None)
+        plan = models.plan(source.config, ctx=ctx, chunk=8, kv="int8")
+        run = gate.plan_run(plan, source.config.vocab, None)
         ids = torch.from_numpy(run.ids)
-        expected = {"own": oracle(source, plan, ids)}
+        expected = {"own": oracle(source, ids)}
         for what, other in others.items():
-            expected[what] = oracle(source, plan, ids, change=other)
+            expected[what] = oracle(source, ids, change=other)
         for scheme in SCHEMES:
-            stored = stored_logits(source, plan, scheme, ids, Path(folder))
+            stored = stored_logits(source, scheme, ids, Path(folder))
             for what, logits in expected.items():
                 a, b = logits[run.prompt :], stored[run.prompt :]
                 yield {"model": name, "scheme": scheme, "against": what, **apart(a, b)}
 
 
-def sources(name: str, folder: Path) -> tuple[WeightSource, dict[str, Callable[[Read], Read]], int]:
+def sources(name: str, folder: Path) -> tuple[Source, dict[str, Callable[[Read], Read]], int]:
     """(checkpoint, other weights as changes of its reads, context)."""
     if name in NAMES:
         tiny_hf(name).save_pretrained(folder / "own")
@@ -119,10 +117,10 @@ def sources(name: str, folder: Path) -> tuple[WeightSource, dict[str, Callable[[
         source, other = open_weights(str(folder / "own")), open_weights(str(folder / "other"))
         return source, {"other weights": lambda _: reads(other)}, 96
     if name == "random-tiny":
-        config = get_preset("tiny").config
+        config = models.get_row("tiny").config
         other = open_weights("random:1", config)
         return open_weights("random", config), {"other weights": lambda _: reads(other)}, 256
-    path = get_preset("tiny").source if name == "tiny" else str(gemma3_270m())
+    path = str(models.get_row("tiny").weights) if name == "tiny" else str(gemma3_270m())
     source = open_weights(path)
     config = source.config
     changes = {
@@ -133,7 +131,7 @@ def sources(name: str, folder: Path) -> tuple[WeightSource, dict[str, Callable[[
     return source, changes, 256 if name == "tiny" else 64
 
 
-def exchanged(config: ModelConfig) -> Callable[[Read], Read]:
+def exchanged(config: Model) -> Callable[[Read], Read]:
     """Layers 1 and 2, which are of one shape, in each other's place."""
     other = {"layers.1.": "layers.2.", "layers.2.": "layers.1."}
 
@@ -143,63 +141,55 @@ def exchanged(config: ModelConfig) -> Callable[[Read], Read]:
     return change
 
 
-def renumbered(read: Read, config: ModelConfig) -> Read:
+def renumbered(read: Read, config: Model) -> Read:
     """Every token's row is that of the next one."""
 
     def rows(name: str, a: int, b: int) -> Tensor:
-        if name not in ("embed.weight", "ple_embed.weight"):
+        if name not in ("embed", "ple.embed"):
             return read(name, a, b)
-        n = config.vocab_size
+        n = config.vocab
         return torch.cat([read(name, (i + 1) % n, (i + 1) % n + 1) for i in range(a, b)])
 
     return rows
 
 
-def reads(source: WeightSource) -> Read:
+def reads(source: Source) -> Read:
     return lambda name, a, b: torch.from_numpy(source.read(name, a, b))
 
 
 def oracle(
-    source: WeightSource,
-    plan: KVPlan,
-    ids: Tensor,
-    *,
-    exact_state: bool = True,
-    change: Callable[[Read], Read] = lambda read: read,
+    source: Source, ids: Tensor, *, kv: str = "f32", change: Callable[[Read], Read] = lambda r: r
 ) -> Tensor:
     read, config = change(reads(source)), source.config
 
     def array(name: str, a: int, b: int) -> Any:
         return read(name, a, b).numpy()
 
-    rows = gate.float_rows(config, array) if config.ple_dim else None
-    return oracle_logits(config, plan, read, ids, ple_rows=rows, exact_state=exact_state)
+    values, weights = table_values(config, array), Weights(models.weights(config))
+    return oracle_logits(config, weights, read, ids, kv=kv, token_values=values)
 
 
-def stored_logits(
-    source: WeightSource, plan: KVPlan, scheme: str, ids: Tensor, folder: Path
-) -> Tensor:
+def stored_logits(source: Source, scheme: str, ids: Tensor, folder: Path) -> Tensor:
     """Logits of weights and state as an artifact stores them."""
-    config = source.config
-    layout = WeightLayout(tensor_table(config), scheme, 32)
+    config, rows = source.config, models.weights(source.config)
+    layout = WeightLayout(rows, weight_formats(scheme))
     path, journal = folder / f"{scheme}.bin", folder / f"{scheme}.jsonl"
     write_weights(source, layout, path, Journal(journal), Silent())
-    rows_of = gemma.of(config).token_rows
-    entry = ple_layout(rows_of, config.vocab_size, scheme, f"{scheme}.ple")
+    shape = config.token_rows
+    entry = ple_layout(shape, config.vocab, scheme, f"{scheme}.ple")
     table = None
-    if entry:
-        write_ple(
-            source, "ple_embed.weight", entry, folder / entry.file, Journal(journal), Silent()
-        )
-        table = PleTable(folder / entry.file, entry)
+    if shape and entry:
+        target = folder / entry.file
+        write_ple(source, shape.name, entry, target, Journal(journal), Silent())
+        table = PleTable(target, entry)
 
-    def rows(wanted: Tensor) -> Tensor:
-        assert table
-        return torch.from_numpy(table.rows(wanted.numpy(), config.n_layers))
+    def values(wanted: Tensor) -> Tensor:
+        assert table and shape
+        return torch.from_numpy(table.rows(wanted.numpy(), shape.layers))
 
     logits = oracle_logits(
-        config, plan, StoredWeights(layout, path).read, ids, fmt=QuantFormat(layout),
-        ple_rows=rows if table else None, exact_state=False,
+        config, PackedWeights(rows, layout), StoredWeights(layout, path).read, ids, kv="int8",
+        token_values=values if table else None,
     )  # fmt: skip
     if table:
         table.close()

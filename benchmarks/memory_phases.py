@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_kv.artifact import read_artifact
-from edge_kv.memory import TOKEN_BYTES, count_merges, needs_of, predict_artifact, state_plan
+from edge_kv.memory import TOKEN_BYTES, count_merges, needs_of, predict_artifact
 from edge_kv.runtime import load
 from edge_kv.runtime.base import own_base
 from edge_kv.runtime.bench import Watch, prompt_ids
@@ -56,7 +56,7 @@ def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> di
         "sizes": {
             "programs": needs.programs, "row": needs.row, "vocab": artifact.tokens.vocab,
             "merges": merges or 0, "chunk": artifact.plan.chunk, "dense": needs.dense,
-            "state": state_plan(artifact).touched(depth) + TOKEN_BYTES * depth,
+            "state": artifact.plan.touched(depth) + TOKEN_BYTES * depth,
         },
     }  # fmt: skip
 

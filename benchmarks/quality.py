@@ -33,8 +33,8 @@ from common import (
     write_result,
 )
 
+from edge_kv import models
 from edge_kv.artifact import Artifact, read_artifact
-from edge_kv.presets import get_preset
 from edge_kv.runtime import Tokenizer
 
 WINDOW = 512
@@ -128,7 +128,9 @@ def transformers_model(model: str) -> Any:
 
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if model == "tiny":
-        loaded = AutoModelForCausalLM.from_pretrained(get_preset("tiny").source, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(models.get_row("tiny").weights), **options
+        )
     else:
         path = gguf_path()
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)

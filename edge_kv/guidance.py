@@ -208,7 +208,7 @@ def check_model(model: str | None, weights: str | None) -> None:
 
 def _instead(path: Path) -> str:
     """What `path` is, if it is no artifact, and the command that makes one; empty if unknown."""
-    from edge_kv.presets import PRESETS
+    from edge_kv import models
 
     if path.is_file():
         if path.suffix.lower() == ".gguf" or _begins(path, b"GGUF"):
@@ -221,7 +221,7 @@ def _instead(path: Path) -> str:
         if inside:
             return f"{path} holds artifacts ({', '.join(inside[:5])}); name one of them."
         return ""
-    if str(path) in PRESETS:
+    if str(path) in models.ROWS:
         return f"{path} is a model, not an artifact; export it first: {_export('--model', path)}"
     return ""
 

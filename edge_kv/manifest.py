@@ -21,6 +21,7 @@ from edge_kv.needs import Needs
 from edge_kv.plan import Plan, Table
 
 SCHEMA_VERSION = 2
+PLE = "ple"  # input of programs that take rows of the per-layer embedding
 UNFINISHED = "0" * 64  # stands for every digest while an export is not over
 STATE_LIMIT = 1 << 42  # bytes of state that no plan exceeds
 _MOST = (1 << 31) - 1
@@ -294,7 +295,30 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             f"{where} names token {max(ids)} of a vocabulary of {tokens.vocab}; it was edited; "
             "export again."
         )
+    _check_token_rows(manifest, where)
     return manifest
+
+
+def _check_token_rows(manifest: Manifest, where: str) -> None:
+    """Programs take per-layer rows that the file of them holds, for every token."""
+    ple = manifest.ple
+    held = (ple.rows, ple.n_layers, ple.dim) if ple else None
+    for backend in manifest.backends.values():
+        for program in backend.programs.values():
+            shapes = [i.shape for i in program.inputs if i.name == PLE]
+            wanted = [(manifest.tokens.vocab, *shape[1:]) for shape in shapes]
+            if len(wanted) != bool(ple) or not all(ple and _part_of(w, ple) for w in wanted):
+                raise ArtifactError(
+                    f"{where}: the file of per-layer rows holds {held} (tokens, layers, values), "
+                    f"{program.file} takes {wanted[0] if wanted else None}; it was edited; copy or "
+                    "export the artifact again."
+                )
+
+
+def _part_of(wanted: tuple[int | str, ...], ple: PleEntry) -> bool:
+    """Whether a program's (tokens, layers, values) are the first layers of all rows of a file."""
+    tokens, layers, dim = wanted if len(wanted) == 3 else (0, 0, 0)
+    return tokens == ple.rows and dim == ple.dim and layers in range(1, ple.n_layers + 1)
 
 
 def live_axis(table: Table) -> str | None:

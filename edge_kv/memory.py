@@ -23,7 +23,6 @@ from math import expm1
 from pathlib import Path
 from typing import Any
 
-from edge_kv import models
 from edge_kv.errors import ConfigError, did_you_mean
 from edge_kv.models.model import Model
 from edge_kv.needs import Needs, count_needs
@@ -215,7 +214,7 @@ def predict_artifact(
     Raises:
         ConfigError: an engine without costs.
     """
-    needs, plan = needs_of(artifact, engine), state_plan(artifact)
+    needs, plan = needs_of(artifact, engine), artifact.plan
     vocab, tokenizer = artifact.tokens.vocab, artifact.manifest.tokenizer
     merges = count_merges(artifact.root / tokenizer.file) if text and tokenizer else 0
     text = text and tokenizer is not None
@@ -246,29 +245,11 @@ def count_merges(path: Path) -> int | None:
 def needs_of(artifact: Any, engine: str = "onnx") -> Needs:
     """What an artifact's manifest says of its weights, with the size of an engine's programs."""
     manifest = artifact.manifest
-    if artifact.config is not None:
-        from edge_kv.models import gemma
-
-        needs = count_needs(
-            gemma.of(artifact.config), manifest.quant.scheme, manifest.quant.formats
-        )
-    else:
-        lookup = manifest.files[manifest.ple.file].size if manifest.ple else 0
-        needs = Needs(**manifest.needs.model_dump(), lookup_file=lookup, programs=0)
+    lookup = manifest.files[manifest.ple.file].size if manifest.ple else 0
+    needs = Needs(**manifest.needs.model_dump(), lookup_file=lookup, programs=0)
     backend = manifest.backends.get(COSTS[engine].backend) if engine in COSTS else None
     files = {p.file for p in backend.programs.values()} if backend else set()
     return replace(needs, programs=sum(manifest.files[f].size for f in files))
-
-
-def state_plan(artifact: Any) -> Plan:
-    """The state of an artifact as tables."""
-    if artifact.config is None:
-        plan: Plan = artifact.plan
-        return plan
-    from edge_kv.models import gemma
-
-    old = artifact.plan
-    return models.plan(gemma.of(artifact.config), ctx=old.ctx, chunk=old.chunk, kv=old.kv)
 
 
 def read_weights(artifact: Any) -> int:

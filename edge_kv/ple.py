@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edge_kv.artifact import PleEntry
 from edge_kv.errors import ArtifactError
+from edge_kv.manifest import PleEntry
 
 _BITS = (4, 8, 32)
 
 
 class PleTable:
-    """The open PLE file of an artifact; format in `artifact.PleEntry`."""
+    """The open PLE file of an artifact; format in `manifest.PleEntry`."""
 
     def __init__(self, path: Path, entry: PleEntry) -> None:
         """Open `path` and check that it holds `entry.rows` rows.

@@ -8,41 +8,41 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edge_kv import models
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ConfigError
-from edge_kv.export.gate import float_rows
-from edge_kv.kv_plan import plan_kv
-from edge_kv.model.oracle import oracle_logits
+from edge_kv.models.checkpoint import recorded_config
+from edge_kv.models.sources import open_weights
+from edge_kv.nets.oracle import oracle_logits, table_values
+from edge_kv.nets.weights import Weights
 from edge_kv.runtime.evaluate import Reference
-from edge_kv.weights import check_weights, open_weights
 
 
 def float_reference(spec: str, artifact: Artifact) -> Reference:
     """The float model of checkpoint `spec`, to be held against `artifact`.
 
-    One layer is in memory at a time, and the logits of one window.
+    One matrix is in memory at a time, and the logits of one window.
 
     Raises:
         WeightsError: the checkpoint cannot be read.
         ConfigError: it has another vocabulary than the artifact.
     """
-    source = open_weights(spec, artifact.config if spec.startswith("random") else None)
-    config = source.config
-    if config.vocab_size != artifact.config.vocab_size:
+    own = recorded_config(artifact.manifest.made) if spec.startswith("random") else None
+    source = open_weights(spec, own, artifact.manifest.quant.formats)
+    if source.config.vocab != artifact.tokens.vocab:
         raise ConfigError(
-            f"{source.label} has {config.vocab_size} tokens, {artifact.root} has "
-            f"{artifact.config.vocab_size}; compare with the checkpoint it was exported from."
+            f"{source.label} has {source.config.vocab} tokens, {artifact.root} has "
+            f"{artifact.tokens.vocab}; compare with the checkpoint it was exported from."
         )
-    check_weights(source)
-    rows = float_rows(config, source.read) if config.ple_dim else None
+    source.check()
+    weights = Weights(models.weights(source.config))
+    values = table_values(source.config, source.read)
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(source.read(name, start, stop))
 
     def logits(ids: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
-        yield from oracle_logits(
-            config,
-            plan_kv(config, ctx=len(ids), kv="f32"),
-            lambda region, a, b: torch.from_numpy(source.read(region, a, b)),
-            torch.tensor(ids[:-1]),
-            ple_rows=rows,
-        ).numpy()
+        fed = torch.tensor(ids[:-1])
+        yield from oracle_logits(source.config, weights, read, fed, token_values=values).numpy()
 
     return logits

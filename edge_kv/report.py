@@ -202,7 +202,7 @@ def print_deploy(document: dict[str, Any], console: Console) -> None:
 
 def artifact_data(artifact: Artifact) -> dict[str, Any]:
     """What is in an artifact, as JSON data."""
-    manifest, config, plan = artifact.manifest, artifact.config, artifact.plan
+    manifest, plan = artifact.manifest, artifact.plan
     errors = sorted(t.error for t in manifest.quant.tensors.values())
     worst = sorted(manifest.quant.tensors.items(), key=lambda item: -item[1].error)[:5]
     return {
@@ -214,7 +214,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "chunk": artifact.plan.chunk,
         "kv": artifact.plan.kv,
         "state_bytes": artifact.plan.bytes,
-        "buffers": _table_data(plan) if config is None else manifest.plan.buffers,
+        "buffers": _table_data(plan),
         "engines": {
             name: {"programs": {n: p.file for n, p in b.programs.items()}, "details": b.details}
             for name, b in manifest.backends.items()
@@ -230,11 +230,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "sampling": asdict(Sampling.of(artifact)),
         "tokenizer": manifest.tokenizer.model_dump() if manifest.tokenizer else None,
         "files": {n: f.size for n, f in manifest.files.items()},
-        "parity": (
-            {n: p.model_dump() for n, p in manifest.parity.items()}
-            if config is None
-            else manifest.parity
-        ),
+        "parity": {n: p.model_dump() for n, p in manifest.parity.items()},
         "memory": {
             name: predict_artifact(artifact, engine=name).as_dict()
             for name, costs in COSTS.items()
@@ -244,25 +240,15 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
 
 
 def _model_data(artifact: Artifact) -> dict[str, Any]:
-    config, tables = artifact.config, getattr(artifact.plan, "tables", ())
-    if config is None:
-        return {
-            "family": artifact.family,
-            "layers": artifact.layers,
-            "pattern": "",
-            "kv_owners": len({t.writer for t in tables}),
-            "window": max((t.keep for t in tables), default=0),
-            "vocab": artifact.tokens.vocab,
-        }
+    tables, model = artifact.plan.tables, artifact.manifest.made.get("model")
+    pattern = model.get("pattern", "") if isinstance(model, dict) else ""
     return {
-        "family": config.family,
-        "layers": config.n_layers,
-        "pattern": config.pattern,
-        "kv_owners": config.n_own,
-        "window": config.sliding_window,
-        "hidden": config.hidden,
-        "vocab": config.vocab_size,
-        "ple_dim": config.ple_dim,
+        "family": artifact.family,
+        "layers": artifact.layers,
+        "pattern": str(pattern),
+        "kv_owners": len({t.writer for t in tables}),
+        "window": max((t.keep for t in tables), default=0),
+        "vocab": artifact.tokens.vocab,
     }
 
 

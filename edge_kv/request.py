@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,13 +19,11 @@ from edge_kv.errors import ConfigError, ExportError, WeightsError, did_you_mean
 from edge_kv.guidance import check_model, model_meant
 from edge_kv.models.checkpoint import read_config
 from edge_kv.models.model import Model, Row
+from edge_kv.models.sources import check_same, random_seed
 from edge_kv.progress import Progress
 from edge_kv.weights.hub import download, is_hub_id
 
 RANDOM = "random"
-_SEED_DIGITS = 20
-# Fields in which a named model and a checkpoint of it may differ.
-_FREE = {"max_ctx", "pad_id", "bos_id", "eos_ids"}
 BACKENDS = {"onnx": ("onnx",), "executorch": ("executorch",), "both": ("onnx", "executorch")}
 _PACKAGES = {
     "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export",
@@ -81,14 +79,14 @@ def find_subject(model: str | None, weights: str | None, revision: str | None = 
             raise WeightsError(
                 "`random` weights have no config of their own; name a model (--model)."
             )
-        _check_seed(weights)
+        random_seed(weights)
         return Subject(name, row.config, weights, model, None)
     path = Path(weights).expanduser()
     if is_hub_id(weights):
         path = download(weights, revision, config_only=True)
     config = _described(path, weights)
     if row is not None:
-        _check_same(weights, config, str(model), row.config)
+        check_same(weights, config, row.config)
     return Subject(name, config, weights, model, revision)
 
 
@@ -109,33 +107,6 @@ def _described(path: Path, spec: str) -> Model:
             "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."
         )
     return read_config(path)
-
-
-def _check_seed(spec: str) -> None:
-    seed = spec.removeprefix(RANDOM).removeprefix(":") or "0"
-    if not (seed.isascii() and seed.isdecimal() and len(seed) < _SEED_DIGITS):
-        raise WeightsError(f"{spec!r} has the seed {seed!r}, expected a whole number: random:7.")
-
-
-def _check_same(weights: str, config: Model, name: str, named: Model) -> None:
-    """Refuse weights that are not of the model they are said to be of."""
-    if type(named) is not type(config):
-        differ = [f"it is a {_family(config)} model, expected {_family(named)}"]
-    else:
-        differ = [
-            f"{f.name} is {getattr(config, f.name)}, expected {getattr(named, f.name)}"
-            for f in fields(config)
-            if f.name not in _FREE and getattr(config, f.name) != getattr(named, f.name)
-        ]
-    if differ:
-        raise ConfigError(
-            f"{weights} is not the model that was named ({name}): {'; '.join(differ)}; "
-            "leave --model out to use the checkpoint's own config."
-        )
-
-
-def _family(config: Model) -> str:
-    return models.module_of(config).__name__.rpartition(".")[2]
 
 
 def check_backend(backend: str) -> tuple[str, ...]:

@@ -86,10 +86,10 @@ class OnnxLowering:
         return WeightLayout(models.weights(config), formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
-        from edge_kv.export.lower_net import DETAILS, lower_net
+        from edge_kv.export.lower_onnx import DETAILS, lower_onnx
         from edge_kv.export.onnx_graph import EXACT
 
-        programs = lower_net(request.config, request.plan, weights.layout, folder, WEIGHTS)
+        programs = lower_onnx(request.config, request.plan, weights.layout, folder, WEIGHTS)
 
         def backend(variant: str) -> Backend:
             named = {

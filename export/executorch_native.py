@@ -9,84 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 from executorch.exir.emit._emitter import _Emitter
 from executorch.exir.schema import EValue, ExtraTensorInfo, TensorDataLocation
 from executorch.exir.tensor import TensorSpec, make_tensor_value
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edge_kv.config import ModelConfig
-from edge_kv.export import executorch_ops as op
 from edge_kv.export.weight_file import WeightLayout
-from edge_kv.model.binding import parameter_rows
-from edge_kv.model.decoder import Attention, GeluGate, Linear, RMSNorm, Softcap
-
-
-class HasWeight(Protocol):
-    """A float linear: weight [out, in]."""
-
-    weight: Any
-
-
-class NativeLinear(nn.Module):
-    """A float linear on the engine's own threads."""
-
-    def __init__(self, source: HasWeight):
-        super().__init__()
-        self.weight = source.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return op.linear(x, self.weight)
-
-
-class NativeNorm(nn.Module):
-    """`RMSNorm` as one operator."""
-
-    def __init__(self, source: RMSNorm):
-        super().__init__()
-        self.weight, self.eps = source.weight, source.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return op.rms_norm(x, self.weight, self.eps)
-
-
-class NativeGate(nn.Module):
-    """`GeluGate` as one operator."""
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return op.gelu_mul(gate, up)
-
-
-class NativeSoftcap(nn.Module):
-    """`Softcap` as one operator."""
-
-    def __init__(self, source: Softcap):
-        super().__init__()
-        self.cap = source.cap
-
-    def forward(self, x: Tensor) -> Tensor:
-        return op.softcap(x, self.cap)
-
-
-def for_engine(module: nn.Module) -> None:
-    """Replace what our engine has an operator for.
-
-    The norms of an attention's heads are left: the state computes with their weights.
-    """
-    for name, child in list(module.named_children()):
-        if isinstance(child, Linear):
-            setattr(module, name, NativeLinear(child))
-        elif isinstance(child, RMSNorm) and not isinstance(module, Attention):
-            setattr(module, name, NativeNorm(child))
-        elif isinstance(child, GeluGate):
-            setattr(module, name, NativeGate())
-        elif isinstance(child, Softcap):
-            setattr(module, name, NativeSoftcap(child))
-        else:
-            for_engine(child)
 
 
 def fakes() -> FakeTensorMode:
@@ -115,19 +46,6 @@ def weight_keys(exported: dict[str, Any], place: Place, layout: WeightLayout) ->
             offset = region.offset + found[1] * region.row_bytes
             keys[placeholder] = f"{region.dtype}[{sizes}]@{offset}"
     return keys
-
-
-def decoder_place(config: ModelConfig) -> Place:
-    """Where the parameters of `model.decoder` lie, under the module `decoder` of a method."""
-
-    def place(path: str) -> tuple[str, int] | None:
-        name = path.removeprefix("decoder.")
-        if name == path or name.startswith("rope."):
-            return None
-        rows = parameter_rows(config, name)
-        return rows.region, rows.start
-
-    return place
 
 
 @contextmanager

@@ -21,20 +21,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_kv.config import ModelConfig
 from edge_kv.errors import ParityError
-from edge_kv.kv_plan import KVPlan
 from edge_kv.parity import Divergence, divergence, log_softmax
 from edge_kv.plan import Plan
 
-AnyPlan = KVPlan | Plan
 DECODE_STEPS = 24
 ULP = 2.0**-23  # a unit in the last place of a float32 near 1
 # What still counts as numerical noise of the lowering: the largest |Δlogit| in units of the logits'
 # spread, and the largest KL divergence in nats. Float storage leaves the rounding of another
 # summation order. In 8- and 16-bit rows a value on the edge rounds to the other side and changes
-# by a whole step, which moves single logits but hardly the distribution (Gemma 3 270M with int8
-# rows: 0.02 of the spread, 4e-6 nats).
+# by a whole step, which moves single logits but hardly the distribution (270 M parameters with
+# int8 rows: 0.02 of the spread, 4e-6 nats).
 NOISE = {"f32": (1e-3, 1e-6), "f16": (0.1, 1e-3), "int8": (0.1, 1e-3)}
 # Models differ in how far they carry a rounding. Where the limits above do not hold, the stored
 # weights are run once more with every float moved by a unit in its last place, and what that does
@@ -80,7 +77,7 @@ class GateRun:
         return len(self.ids) - self.prompt
 
 
-def plan_run(plan: AnyPlan, vocab: int, encode: Callable[[str], list[int]] | None) -> GateRun:
+def plan_run(plan: Plan, vocab: int, encode: Callable[[str], list[int]] | None) -> GateRun:
     """Choose tokens: text when there is a tokenizer, seeded random ids otherwise.
 
     Long enough to wrap every ring behind a whole window, as far as ctx allows.
@@ -96,10 +93,8 @@ def plan_run(plan: AnyPlan, vocab: int, encode: Callable[[str], list[int]] | Non
     return GateRun(ids.astype(np.int64), prompt, chunks, text=encode is not None)
 
 
-def _turn(plan: AnyPlan) -> int:
+def _turn(plan: Plan) -> int:
     """Positions after which every ring has wrapped and two blocks of every kind are complete."""
-    if isinstance(plan, KVPlan):
-        return plan.ring_slots
     return max(t.slots if t.keep else 2 * t.stride if t.stride > 1 else 0 for t in plan.tables)
 
 
@@ -127,7 +122,7 @@ def replay(session: Runner, run: GateRun) -> npt.NDArray[np.float32]:
 
 def judge(
     run: GateRun,
-    plan: AnyPlan,
+    plan: Plan,
     *,
     exact: npt.NDArray[np.float32],
     shipped: npt.NDArray[np.float32],
@@ -283,15 +278,3 @@ def write_vectors(path: Path, run: GateRun, logits: Tensor) -> None:
             prompt=np.int32(run.prompt),
             logits=logits.numpy().astype(np.float16),
         )
-
-
-def float_rows(
-    config: ModelConfig, read: Callable[[str, int, int], Any]
-) -> Callable[[Tensor], Tensor]:
-    """PLE rows [T, n_layers, dim] straight from a checkpoint, one token's row at a time."""
-
-    def rows(ids: Tensor) -> Tensor:
-        parts = [torch.from_numpy(read("ple_embed.weight", int(i), int(i) + 1)) for i in ids]
-        return torch.cat(parts).view(len(ids), config.n_layers, config.ple_dim)
-
-    return rows

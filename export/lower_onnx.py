@@ -1,8 +1,9 @@
-"""Lowers the decoder to ONNX: two programs, `prefill` and `decode`, over one external weight file.
+"""Lowers any net of `edge_kv.nets` to ONNX: two programs over one external weight file.
 
-What a program does with its state are calls of functions that come with it, made of standard
-operators: onnxruntime inlines them, unless it was given native operators of the same names
-(`runtime/native/onnx_operators.cpp`), which then run instead.
+`prefill` takes a chunk and writes state, `decode` takes one token and returns its logits too. Both
+take every table of the plan as an input and return it as an output of the same name with `.out`
+behind; a session binds the two to the same memory. A table without a `keep` is bound as far as it
+is in use, so that the cost of a step follows the position and not the context.
 
 Graphs are traced on the meta device, so a full-size graph costs no weight memory; initializers
 then become references into the weight file that `weight_file` streamed.
@@ -10,7 +11,7 @@ then become references into the weight file that `weight_file` streamed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +19,109 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from edge_kv.artifact import Program, TensorIO
-from edge_kv.config import ModelConfig
+from edge_kv import models
 from edge_kv.errors import ExportError
-from edge_kv.export.onnx_attention import K_ZERO, body, view_dtype
+from edge_kv.export.onnx_functions import OPSET, attach_functions, translation_table
 from edge_kv.export.onnx_graph import EXACT, make_exact, place, simplify
-from edge_kv.export.onnx_ops import BODIES, DOMAIN, OPSET, TRANSLATIONS
-from edge_kv.export.onnx_state import OnnxState
-from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import WeightLayout
-from edge_kv.kv_plan import APPEND, KVPlan, state_views
-from edge_kv.model.binding import parameter_rows
-from edge_kv.model.decoder import Decoder
+from edge_kv.manifest import Program, TensorIO, live_axis, table_shape
+from edge_kv.models.model import Model, TokenRows
+from edge_kv.nets import make_net, ops
+from edge_kv.nets.state import TORCH_DTYPES, Read
+from edge_kv.nets.weights import Decoder
+from edge_kv.plan import LIVE_STEP, SCALE, Plan
+
+DETAILS = {"opset": OPSET}
 
 
-class DecodeProgram(nn.Module):
-    """ids [1], pos [1], ple [1, n_layers, dim], state views -> logits [vocab], state views."""
+class TableState:
+    """State in a graph: tables as values; `put` replaces them by what the operator returns."""
 
-    def __init__(self, decoder: Decoder, plan: KVPlan):
+    def __init__(self, plan: Plan, tables: Sequence[Tensor]):
+        self.plan = plan
+        self.values = {t.name: v for t, v in zip(plan.tables, tables, strict=True)}
+
+    def put(self, table: str, rows: Tensor, start: Tensor) -> None:
+        names = [table, *([table + SCALE] if table + SCALE in self.values else [])]
+        written = ops.put(*self.stored(table), rows, start)
+        self.values.update(zip(names, written, strict=True))
+
+    def take(self, table: str, at: Tensor) -> Tensor:
+        values = self.values[table]
+        rows = values[torch.remainder(at, values.shape[0])]
+        return torch.where((at >= 0)[..., None, None], rows, 0.0)
+
+    def select(self, table: str, q: Tensor, weight: Tensor, pos: Tensor, k: int) -> Tensor:
+        stride = self.plan[table].stride
+        picked: Tensor = ops.select(q, weight, pos, *self.stored(table), k, stride)
+        return picked
+
+    def attend(
+        self, q: Tensor, reads: Sequence[Read], pos: Tensor, scale: float,
+        sink: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return ops.attend_reads(q, pos, sink, reads, self.stored, self.plan, scale)
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A table's values and its scales."""
+        return self.values[name], self.values.get(name + SCALE)
+
+
+class _DecodeProgram(nn.Module):
+    """ids [1], pos [1], rows, tables -> logits [vocab], tables."""
+
+    def __init__(self, net: Decoder, plan: Plan):
         super().__init__()
-        self.decoder, self.plan = decoder, plan
+        self.net, self.plan = net, plan
 
-    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None, *views: Tensor) -> Any:
-        state = OnnxState(self.plan, list(views))
-        return self.decoder.decode(ids, pos, ple, state), *state.outputs()
+    def forward(self, ids: Tensor, pos: Tensor, rows: Tensor | None, *tables: Tensor) -> Any:
+        state = TableState(self.plan, tables)
+        return self.net.logits(self.net(ids, pos, state, rows))[0], *state.values.values()
 
 
-class PrefillProgram(nn.Module):
-    """ids [chunk], pos [1], ple [chunk, n_own, dim], state views -> state views."""
+class _PrefillProgram(nn.Module):
+    """ids [chunk], pos [1], rows, tables -> tables."""
 
-    def __init__(self, decoder: Decoder, plan: KVPlan):
+    def __init__(self, net: Decoder, plan: Plan):
         super().__init__()
-        self.decoder, self.plan = decoder, plan
+        self.net, self.plan = net, plan
 
-    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None, *views: Tensor) -> Any:
-        state = OnnxState(self.plan, list(views))
-        self.decoder.prefill(ids, pos, ple, state)
-        return tuple(state.outputs())
+    def forward(self, ids: Tensor, pos: Tensor, rows: Tensor | None, *tables: Tensor) -> Any:
+        state = TableState(self.plan, tables)
+        self.net.prefill(ids, pos, state, rows)
+        return tuple(state.values.values())
 
 
-PROGRAMS: dict[str, Callable[[Decoder, KVPlan], nn.Module]] = {
-    "prefill": PrefillProgram,
-    "decode": DecodeProgram,
-}
+PROGRAMS: dict[str, Any] = {"prefill": _PrefillProgram, "decode": _DecodeProgram}
 
 
 def lower_onnx(
-    config: ModelConfig, plan: KVPlan, layout: WeightLayout, folder: Path, weights: str
+    config: Model, plan: Plan, layout: WeightLayout, folder: Path, weights: str
 ) -> dict[str, Program]:
     """Write `prefill.onnx` and `decode.onnx` into `folder`, over the file `weights` beside them.
 
     Raises:
-        ExportError: torch could not trace or translate the decoder.
+        ExportError: torch could not trace or translate the net.
     """
     with torch.device("meta"):
-        decoder = Decoder(config, plan, QuantFormat(layout)).eval()
+        net = make_net(config, PackedWeights(models.weights(config), layout, fused=True))
+    assert isinstance(net, nn.Module)
+    computed = {
+        n: b for n, b in net.named_buffers(remove_duplicate=False) if not b.is_meta
+    }  # frequencies of ropes
+    net.to("meta")
     programs = {}
     for name, build in PROGRAMS.items():
         try:
-            model = _trace(build(decoder, plan), plan, config, name)
+            decode = name == "decode"
+            model = _trace_program(build(net, plan), plan, config.token_rows, decode=decode)
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
-        _name_io(model, plan, name, has_ple=bool(config.ple_dim))
+        _name_io(model, plan, name, has_rows=config.token_rows is not None)
         simplify(model)
-        _place_weights(model, decoder, config, layout, folder, weights)
+        _place_weights(model, net, computed, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
         make_exact(model)
         ir.save(model, folder / f"{name}{EXACT}.onnx")
@@ -94,56 +133,53 @@ def lower_onnx(
     return programs
 
 
-def _trace(module: nn.Module, plan: KVPlan, config: ModelConfig, name: str) -> ir.Model:
-    decode = name == "decode"
+def _trace_program(
+    module: nn.Module, plan: Plan, rows: TokenRows | None, *, decode: bool
+) -> ir.Model:
     tokens = 1 if decode else 3  # any example length: the chunk is dynamic
-    layers = config.n_layers if decode else config.n_own
-    with torch.device("meta"):
-        views = [
-            torch.empty(
-                [min(256, plan.ctx) if isinstance(d, str) else d for d in v.shape],
-                dtype=view_dtype(v.buffer),
-            )
-            for v in state_views(plan)
-        ]
-        ple = torch.empty(tokens, layers, config.ple_dim) if config.ple_dim else None
-        args = (
-            torch.empty(tokens, dtype=torch.int64),
-            torch.empty(1, dtype=torch.int64),
-            ple,
-            *views,
-        )
     grows = None if decode or plan.chunk == 1 else {0: "chunk"}
-    live = {1: "live"} if plan.ctx > 1 else None
-    state = tuple(live if v.buffer.kind == APPEND else None for v in state_views(plan))
-    shapes = (grows, None, grows if ple is not None else None, state)
-    model = _to_onnx(module, args, shapes, plan)
-    _attach_functions(model, config, plan, decode)
+    most = {"chunk": plan.chunk}
+    with torch.device("meta"):
+        args: list[Tensor | None] = [
+            torch.empty(tokens, dtype=torch.int64), torch.empty(1, dtype=torch.int64), None
+        ]  # fmt: skip
+        if rows:
+            args[2] = torch.empty(tokens, rows.layers if decode else rows.prefill, rows.dim)
+        axes = []
+        for t in plan.tables:
+            axis = live_axis(t)
+            slots = min(LIVE_STEP, t.slots) if axis else t.slots
+            args.append(torch.empty(slots, *t.row, dtype=TORCH_DTYPES[t.dtype]))
+            axes.append({0: axis} if axis else None)
+            if axis:
+                most[axis] = t.slots
+    shapes = (grows, None, grows if rows else None, tuple(axes))
+    model = to_onnx(module, tuple(args), shapes, most)
+    attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
     return model
 
 
-def _to_onnx(
-    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...], plan: KVPlan
+def to_onnx(
+    module: nn.Module, args: tuple[Any, ...], axes: tuple[Any, ...], most: dict[str, int]
 ) -> ir.Model:
-    """`module` as an ONNX graph; `shapes` name the axes "chunk" and "live" of `args`."""
-    dims = {
-        "chunk": torch.export.Dim("chunk", min=1, max=plan.chunk),
-        "live": torch.export.Dim("live", min=1, max=plan.ctx),
-    }
+    """`module` as an ONNX graph; `axes` name the open axes of `args`, `most` bounds them."""
+    dims: dict[str, Any] = {}
 
-    def named(axes: Any) -> Any:
-        if isinstance(axes, tuple):
-            return tuple(named(a) for a in axes)
-        return axes and {axis: dims[name] for axis, name in axes.items()}
+    def named(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(named(p) for p in part)
+        for name in (part or {}).values():
+            dims.setdefault(name, torch.export.Dim(name, min=1, max=most.get(name)))
+        return part and {axis: dims[name] for axis, name in part.items()}
 
     with torch.device("meta"), torch.no_grad(), quiet_trace():
-        exported = torch.export.export(module, args, dynamic_shapes=named(shapes))
+        exported = torch.export.export(module, args, dynamic_shapes=named(axes))
         program = torch.onnx.export(
             exported,
             (),
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=translation_table(),
             optimize=False,
             verbose=False,
         )
@@ -151,74 +187,44 @@ def _to_onnx(
     return program.model
 
 
-def _attach_functions(model: ir.Model, config: ModelConfig, plan: KVPlan, decode: bool) -> None:
-    """Give the model a body for every function of ours that it calls."""
-    calls = {(n.op_type, n.overload): n for n in model.graph if n.domain == DOMAIN}
-    for (name, overload), call in calls.items():
-        if overload:
-            given = BODIES[name, overload].clone()
-            given.overload = overload
-            model.functions[given.identifier()] = given
-            continue
-        with torch.device("meta"):
-            module, args, shapes = body(name, config, plan, decode)
-        made = _to_onnx(module, args, shapes, plan)
-        _inline_constants(made.graph)
-        attributes = [ir.Attr(a.name, a.type, None) for a in call.attributes.values()]
-        function = ir.Function(DOMAIN, name, graph=made.graph, attributes=attributes)
-        model.functions[function.identifier()] = function
-    model.graph.opset_imports.setdefault(DOMAIN, 1)
-
-
-def _inline_constants(graph: ir.Graph) -> None:
-    """Make every initializer a Constant node: a function has no initializers."""
-    for value in list(graph.initializers.values()):
-        assert value.const_value is not None
-        constant = ir.node("Constant", [], {"value": value.const_value})
-        graph.insert_before(graph[0], constant)
-        value.replace_all_uses_with(constant.outputs[0])
-    graph.initializers.clear()
-
-
-def _name_io(model: ir.Model, plan: KVPlan, name: str, *, has_ple: bool) -> None:
-    views = state_views(plan)
-    inputs = ["ids", "pos", *(["ple"] if has_ple else []), *(v.name for v in views)]
-    outputs = [*(["logits"] if name == "decode" else []), *(f"{v.name}.out" for v in views)]
-    shapes: dict[str, tuple[int | str, ...]] = {v.name: v.shape for v in views}
-    shapes |= {f"{v.name}.out": v.shape for v in views}
-    if name == "prefill":
+def _name_io(model: ir.Model, plan: Plan, name: str, *, has_rows: bool) -> None:
+    tables = [t.name for t in plan.tables]
+    inputs = ["ids", "pos", *(["ple"] if has_rows else []), *tables]
+    outputs = [*(["logits"] if name == "decode" else []), *(f"{t}.out" for t in tables)]
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    for t in plan.tables:
+        shapes[t.name] = shapes[f"{t.name}.out"] = table_shape(t)
+    if name == "prefill" and plan.chunk > 1:
         shapes["ids"] = ("chunk",)
     for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         if len(values) != len(names):
             raise ExportError(f"The {name} graph has {len(values)} values, {len(names)} expected.")
         for value, new in zip(values, names, strict=True):
             value.name = new
-            if new in shapes:
-                value.shape = ir.Shape(shapes[new])
-            elif new == "ple" and name == "prefill":
+            if new == "ple" and "ids" in shapes:
                 assert value.shape is not None
-                value.shape = ir.Shape(("chunk", *list(value.shape)[1:]))
+                value.shape = ir.Shape((*shapes["ids"], *list(value.shape)[1:]))
+            elif new in shapes:
+                value.shape = ir.Shape(shapes[new])
 
 
 def _place_weights(
-    model: ir.Model, decoder: Decoder, config: ModelConfig, layout: WeightLayout, folder: Path,
-    weights: str,
+    model: ir.Model, net: nn.Module, computed: dict[str, Tensor], layout: WeightLayout,
+    folder: Path, weights: str,
 ) -> None:  # fmt: skip
     """Point every initializer at its rows in the weight file; small ones become constants."""
-    ropes = Decoder.rope_tables(config)
+    rows = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        for name, held in getattr(module, "held", {}).items():
+            rows[f"net.{path}.{name}"] = held
     for name, value in list(model.graph.initializers.items()):
-        path = name.removeprefix("decoder.")
-        if path.startswith("rope."):
-            value.const_value = ir.tensor(ropes.get_buffer(path.removeprefix("rope.")).numpy())
+        if name not in rows:
+            value.const_value = ir.tensor(computed[name.removeprefix("net.")].numpy())
             continue
-        rows = parameter_rows(config, path)
-        place(value, layout.regions[rows.region], rows.start, folder, weights)
+        place(value, layout.regions[rows[name].name], rows[name].start, folder, weights)
 
 
 def _describe(value: ir.Value) -> TensorIO:
     assert value.name and value.shape is not None and value.dtype is not None
     shape = [d if isinstance(d, int) else str(d) for d in value.shape]
     return TensorIO(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
-
-
-DETAILS = {"opset": OPSET, "k_zero_point": K_ZERO}

@@ -1,7 +1,7 @@
 """export_model: checkpoint -> artifact directory, in stages that a killed run takes up again.
 
 Everything happens in a hidden directory beside the target, which is renamed to it at the end:
-weights, PLE file, tokenizer, programs, parity gate, manifest.
+weights, per-layer rows, tokenizer, programs, parity gate, manifest.
 """
 
 from __future__ import annotations
@@ -9,33 +9,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from edge_kv import __version__, models, tensors
-from edge_kv.artifact import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    Backend,
-    FileEntry,
-    Manifest,
-    PleEntry,
-    QuantEntry,
-    TensorReport,
-    TokenizerEntry,
-    plan_entry,
-    sha256_file,
-    write_manifest,
-)
-from edge_kv.config import ModelConfig
+from edge_kv import __version__, models
+from edge_kv.artifact import MANIFEST, sha256_file, write_manifest
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
-from edge_kv.export import gate, net_pipeline
-from edge_kv.export.backends import BACKENDS as net_backends
+from edge_kv.export import gate
+from edge_kv.export.backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
 from edge_kv.export.calibrated_weights import (
     SHIPPED,
     Calibration,
@@ -43,8 +30,7 @@ from edge_kv.export.calibrated_weights import (
     calibrated,
     plain_encoder,
 )
-from edge_kv.export.old_backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
-from edge_kv.export.quant_format import QuantFormat
+from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
 from edge_kv.export.weight_file import (
     Journal,
@@ -55,20 +41,42 @@ from edge_kv.export.weight_file import (
     write_ple,
     write_weights,
 )
-from edge_kv.kv_plan import KVPlan, plan_kv
-from edge_kv.model.oracle import oracle_logits
-from edge_kv.models import gemma
+from edge_kv.manifest import (
+    UNFINISHED,
+    Backend,
+    FileEntry,
+    IdentityEntry,
+    Manifest,
+    NeedsEntry,
+    ParityEntry,
+    PlanEntry,
+    PleEntry,
+    QuantEntry,
+    SamplingEntry,
+    TensorReport,
+    TokenizerEntry,
+    TokensEntry,
+    model_digest,
+    plan_digest,
+)
+from edge_kv.models.model import Model
+from edge_kv.models.random_source import RandomSource
+from edge_kv.models.sources import Source, open_model
+from edge_kv.needs import count_needs
+from edge_kv.nets.oracle import TokenValues, oracle_logits, table_values
+from edge_kv.nets.weights import Read, Weights
+from edge_kv.plan import Plan
 from edge_kv.ple import PleTable
-from edge_kv.presets import get_preset
 from edge_kv.progress import Progress, Silent
-from edge_kv.weights import WeightSource, check_weights, open_weights
+from edge_kv.tensors import parse_changes, weight_formats
 from edge_kv.weights.files import identity
-from edge_kv.weights.hf import hf_name
+from edge_kv.weights.source import Generation
 from edge_kv.weights.tokenizer import usable_tokenizer
 
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
 # What a killed export leaves that the next one writes anew.
 _LEFT_OVER = ("*.part", MANIFEST, "verify*.npz")
+Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def export_model(
@@ -91,7 +99,8 @@ def export_model(
     """Export a model to the artifact directory `out`; returns `out`.
 
     Args:
-        model: preset name; its official checkpoint is used when `weights` is left out.
+        model: name of a row of `models.ROWS`; its official checkpoint is used when `weights` is
+            left out.
         weights: directory, `.gguf`, hub id or `random[:seed]`.
         ctx, chunk: positions of context, tokens of a prefill step.
         kv: state storage f32 | f16 | int8. quant: weight storage int4 | int8 | none.
@@ -105,7 +114,6 @@ def export_model(
         ConfigError, PlanError, WeightsError: the request cannot be served.
         ExportError: lowering or writing failed. ParityError: the result is not the model.
     """
-    progress = progress or Silent()
     for backend in backends:
         if backend not in BACKENDS:
             raise ConfigError(f"Unknown backend {backend!r}.{did_you_mean(backend, BACKENDS)}")
@@ -113,33 +121,24 @@ def export_model(
         raise ConfigError(f"Unknown attention {attention!r}.{did_you_mean(attention, ATTENTIONS)}")
     if attention != "native" and "executorch" not in backends:
         raise ConfigError(f"Attention {attention!r} is ExecuTorch's; add --backend executorch.")
-    formats = tensors.weight_formats(quant, tensors.parse_changes(store))
+    formats = weight_formats(quant, parse_changes(store))
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
-    if (found := net_pipeline.find_source(model, weights, formats)) is not None:
-        if missing := [b for b in backends if b not in net_backends]:
-            raise ExportError(f"{found.label} is not exported with --backend {missing[0]} yet.")
-        state = models.plan(found.config, ctx=ctx, chunk=chunk, kv=kv)
-        return net_pipeline.export_net(
-            found, state, quant, formats, backends=backends, attention=attention,
-            calibration=calibration, device=device, out=out, open_session=open_session,
-            progress=progress,
-        )  # fmt: skip
-    preset = get_preset(model) if model else None
-    if preset is None and weights is None:
-        raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
-    source = open_weights(
-        weights or (preset.source if preset else ""), preset.config if preset else None
-    )
-    plan = plan_kv(source.config, ctx=ctx, chunk=chunk, kv=kv)
+    source = open_model(models.get_row(model) if model else None, weights, formats)
+    config = source.config
+    plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv)
     for backend in backends:
-        BACKENDS[backend].check(source.config)
-    layouts = {b: BACKENDS[b].layout(source.config, formats, attention) for b in backends}
-    check_weights(source)
+        BACKENDS[backend].check(config, attention)
+    layouts = {b: BACKENDS[b].layout(config, formats, attention) for b in backends}
+    source.check()
     job = _Job(
-        source, plan, quant, layouts, attention, calibration, device, out, open_session, progress
-    )
-    _make_parent(out)
+        source, plan, quant, layouts, attention, calibration, device, out, open_session,
+        progress or Silent(),
+    )  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ExportError(f"Cannot write beside {out} ({e.strerror}).") from e
     with sole_exporter(out):
         if out.exists():
             raise ExportError(f"{out} already exists; another export made it meanwhile.")
@@ -147,57 +146,55 @@ def export_model(
     return out
 
 
-def net_names(config: ModelConfig) -> dict[str, str]:
-    """The net's name of a weight -> its name in the parameter table."""
-    by_hf = {hf_name(spec.name): spec.name for spec in tensors.tensor_table(config)}
-    return {row.name: by_hf[row.hf.split(" | ")[0]] for row in models.weights(gemma.of(config))}
+@dataclass(frozen=True)
+class _Written:
+    """What the programs stand on: error reports of the weights, per-layer rows, tokenizer."""
 
-
-def _make_parent(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ExportError(f"Cannot write beside {out} ({e.strerror}).") from e
+    reports: dict[str, TensorReport]
+    ple: PleEntry | None
+    tokenizer: TokenizerEntry | None
 
 
 class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: WeightSource, plan: KVPlan, scheme: str, layouts: dict[str, WeightLayout],
+        self, source: Source, plan: Plan, scheme: str, layouts: dict[str, WeightLayout],
         attention: str, calibration: str, device: str, out: Path, open_session: gate.OpenSession,
         progress: Progress,
     ):  # fmt: skip
         self.source, self.plan, self.layouts, self.out = source, plan, layouts, out
-        self.scheme, self.attention = scheme, attention
+        self.scheme, self.attention, self.device = scheme, attention, device
         self.layout = next(iter(layouts.values()))
-        self.config: ModelConfig = source.config
+        self.config: Model = source.config
         self.open_session, self.progress = open_session, progress
         self.root = unfinished(out)
-        self.identity = identity(source.files())
-        tokenizer = source.tokenizer_json()
-        self.tokenizer_json = tokenizer and usable_tokenizer(
-            tokenizer, self.config.vocab_size, source.label
-        )
-        self.stop_ids, self.generation = source.stop_ids(), source.generation()
-        self.device = device
+        self.identity = identity(source.files)
+        self.start = [] if self.config.bos_id is None else [self.config.bos_id]
+        text = source.text
+        content = text.tokenizer_json() if text else None
+        self.tokenizer_json = content and usable_tokenizer(content, self.config.vocab, source.label)
+        self.template = text.chat_template() if text else None
+        self.generation = text.generation() if text else Generation()
+        self.stop_ids = text.stop_ids() if text else []
         wanted = any(calibrated(layout) for layout in layouts.values())
-        encode, start = plain_encoder(self.tokenizer_json), [self.config.bos_id]
-        longest = self.config.max_ctx
-        self.calibration = Calibration.of(calibration, encode, start, longest) if wanted else None
+        encode, longest = plain_encoder(self.tokenizer_json), self.config.max_ctx
+        self.calibration = (
+            Calibration.of(calibration, encode, self.start, longest) if wanted else None
+        )
+        model = {"type": models.name_of(self.config), **asdict(self.config)}
+        self.model = json.loads(json.dumps(model))
 
     def run(self) -> None:
         self._begin()
         try:
-            reports, ple = self._weights()
-            tokenizer = self._tokenizer()
+            written = self._write()
             lowered = {}
             for name in self.layouts:
                 self.progress.stage(f"programs: {name}")
-                request = Request(self.config, self.plan, ple, self.attention)
-                stored = self._stored(name)
-                lowered[name] = BACKENDS[name].lower(request, stored, self.root / name)
-            self._finish(reports, ple, tokenizer, lowered)
+                request = Request(self.config, self.plan, written.ple, self.attention)
+                lowered[name] = BACKENDS[name].lower(request, self._stored(name), self.root / name)
+            self._finish(written, lowered)
         except (ParityError, WeightsError):  # running it again would end the same way
             shutil.rmtree(self.root)
             raise
@@ -218,7 +215,7 @@ class _Job:
             "torch": torch.__version__,
             "source": self.source.label,
             "files": self.identity,
-            "model": json.loads(json.dumps(asdict(self.config))),
+            "model": self.model,
             "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
             "quant": [self.scheme, self.layout.formats],
             "backends": list(self.layouts),
@@ -238,7 +235,8 @@ class _Job:
         except OSError as e:
             raise ExportError(f"Cannot write beside {self.out} ({e.strerror}).") from e
 
-    def _weights(self) -> tuple[dict[str, TensorReport], PleEntry | None]:
+    def _write(self) -> _Written:
+        """Weights of every backend, per-layer rows, tokenizer."""
         found = {}
         for name, layout in self.layouts.items():
             if self._owner(name) != name:
@@ -250,42 +248,27 @@ class _Job:
             write_weights(self.source, layout, path, journal, self.progress, left)
             if self.calibration and left:
                 self.progress.stage("calibration", "matrices")
-                self._calibrate(self.calibration, layout, path, journal)
+                calibrate_weights(
+                    self.config, self.source.read, layout, path, journal, self.calibration,
+                    self.progress, device=self.device,
+                    token_rows=table_values(self.config, self.source.read),
+                )  # fmt: skip
             found[name] = weight_reports(layout, journal)
         reports = next(iter(found.values()))
-        ple = ple_layout(gemma.of(self.config).token_rows, self.config.vocab_size, self.scheme)
-        if ple:
+        rows = self.config.token_rows
+        ple = ple_layout(rows, self.config.vocab, self.scheme)
+        if rows and ple:
             self.progress.stage("per-layer embeddings")
-            journal = Journal(self.root / JOURNAL)
-            error = write_ple(
-                self.source, "ple_embed.weight", ple, self.root / ple.file, journal, self.progress
-            )
+            path, journal = self.root / ple.file, Journal(self.root / JOURNAL)
+            error = write_ple(self.source, rows.name, ple, path, journal, self.progress)
             if ple.bits < 32:
-                reports["ple_embed.weight"] = TensorReport(format=f"int{ple.bits}-f16", error=error)
+                reports[rows.name] = TensorReport(format=f"int{ple.bits}-f16", error=error)
         self._unchanged()
-        return reports, ple
-
-    def _calibrate(
-        self, calibration: Calibration, layout: WeightLayout, path: Path, journal: Journal
-    ) -> None:
-        """Round the matrices that were left, for what they read in the calibration text."""
-        config = gemma.of(self.config)
-        calibrate_weights(
-            config,
-            self.source.read,
-            layout,
-            path,
-            journal,
-            calibration,
-            self.progress,
-            names=net_names(self.config),
-            token_rows=gate.float_rows(self.config, self.source.read) if config.ple_dim else None,
-            device=self.device,
-        )
+        return _Written(reports, ple, self._tokenizer())
 
     def _unchanged(self) -> None:
         """Refuse to go on when a source file is not what it was at the start."""
-        if identity(self.source.files()) != self.identity:
+        if identity(self.source.files) != self.identity:
             raise WeightsError(
                 f"{self.source.label} was changed while it was exported, so nothing was written; "
                 "run the same command again when its files are complete."
@@ -303,85 +286,62 @@ class _Job:
         return StoredWeights(self.layouts[name], self.root / self._owner(name) / WEIGHTS)
 
     def _tokenizer(self) -> TokenizerEntry | None:
-        template = self.source.chat_template()
         if self.tokenizer_json is None:
             return None
         (self.root / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
-        if template is not None:
-            (self.root / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if self.template is not None:
+            (self.root / "chat_template.jinja").write_text(self.template, encoding="utf-8")
         return TokenizerEntry(
             file="tokenizer.json",
-            chat_template="chat_template.jinja" if template is not None else None,
-            stop_ids=self.stop_ids,
+            chat_template="chat_template.jinja" if self.template is not None else None,
+            add_bos=self.config.bos_id is not None,
         )
 
-    def _finish(
-        self,
-        reports: dict[str, TensorReport],
-        ple: PleEntry | None,
-        tokenizer: TokenizerEntry | None,
-        lowered: dict[str, Lowered],
-    ) -> None:
-        def manifest(
-            backends: dict[str, Backend], parity: dict[str, Any], *, digests: bool
-        ) -> Manifest:
-            files = _files(self.root, digests=digests)
-            calibration = {"calibration": self.calibration.as_dict()} if self.calibration else {}
-            return Manifest(
-                schema_version=SCHEMA_VERSION,
-                edge_kv=__version__,
-                name=self.out.name,
-                model=json.loads(json.dumps(asdict(self.config))),
-                plan=plan_entry(self.plan),
-                quant=QuantEntry(scheme=self.scheme, formats=self.layout.formats, tensors=reports),
-                ple=ple,
-                backends=backends,
-                tokenizer=tokenizer,
-                files=files,
-                made={"source": self.source.label, "torch": torch.__version__, **calibration},
-                parity=parity,
-                memory={},  # what an artifact needs is predicted when it is asked for
-            )
+    def _finish(self, written: _Written, lowered: dict[str, Lowered]) -> None:
+        """Judge the programs of every backend and write the manifest."""
 
-        def logits_of(name: str, backend: Backend) -> np.ndarray[Any, np.dtype[np.float32]]:
-            write_manifest(self.root, manifest({name: backend}, {}, digests=False))
+        def logits_of(name: str, backend: Backend) -> Logits:
+            write_manifest(self.root, self._manifest(written, {name: backend}, {}))
             session = self.open_session(self.root, BACKENDS[name].gate)
             try:
                 return gate.replay(session, run)
             finally:
                 session.close()
 
-        run = gate.plan_run(self.plan, self.config.vocab_size, self._encoder(tokenizer))
-        self.progress.stage("parity: float reference", "layers")
-        source_logits = self._oracle(run, None, ple)
+        run = gate.plan_run(self.plan, self.config.vocab, self._encoder())
+        # Random weights are drawn as a plain layout stores them.
+        plain = all(type(layout) is WeightLayout for layout in self.layouts.values())
+        drawn = plain and isinstance(self.source, RandomSource)
+        self.progress.stage("parity: float reference", "modules")
+        source_logits = None if drawn else self._oracle(run, written, None)
         self._unchanged()
-        parity: dict[str, Any] = {}
-        references: dict[str, torch.Tensor] = {}  # of each weight file
+        parity: dict[str, ParityEntry] = {}
+        references: dict[str, Tensor] = {}  # of each weight file
         for name, programs in lowered.items():
-            owner = self._owner(name)
+            owner, stored = self._owner(name), self._stored(name)
             if owner not in references:
-                self.progress.stage(f"parity: stored weights of {owner}", "layers")
-                references[owner] = self._oracle(run, self._stored(name), ple)
-            stored_logits = references[owner]
+                self.progress.stage(f"parity: stored weights of {owner}", "modules")
+                references[owner] = self._oracle(run, written, stored)
             kept = None
-            if self.scheme == "none":
-                kept = self._oracle(run, self._stored(name), ple, exact_state=True)
+            if drawn or self.scheme == "none":
+                kept = self._oracle(run, written, stored, exact_state=True)
+            source = kept if drawn else source_logits
+            assert source is not None
             self.progress.stage(f"parity: programs of {name}")
             judged = gate.judge(
                 run,
                 self.plan,
                 exact=logits_of(name, programs.exact),
                 shipped=logits_of(name, programs.shipped),
-                stored=stored_logits,
-                source=source_logits,
+                stored=references[owner],
+                source=source,
                 scheme=self.scheme,
-                moved=partial(self._oracle, run, self._stored(name), ple, moved=True),
-                kept=kept,
+                moved=partial(self._oracle, run, written, stored, moved=True),
+                kept=None if drawn else kept,
                 vectors=f"verify.{name}.npz" if parity else "verify.npz",
             )
-            gate.write_vectors(self.root / judged["vectors"], run, stored_logits)
-            # The first backend's entry is the artifact's; others stand beside it by name.
-            parity |= {name: judged} if parity else judged
+            gate.write_vectors(self.root / judged["vectors"], run, references[owner])
+            parity[name] = ParityEntry.model_validate_json(json.dumps(judged))
         for programs in lowered.values():
             for path in programs.scratch:
                 path.unlink()
@@ -390,82 +350,112 @@ class _Job:
                 path.unlink()
         self.progress.stage("digests")
         backends = {name: programs.shipped for name, programs in lowered.items()}
-        write_manifest(self.root, manifest(backends, parity, digests=True))
+        write_manifest(self.root, self._manifest(written, backends, parity))
         if self.out.exists():
             raise ExportError(
                 f"{self.out} was made meanwhile; move it away and run the same command again."
             )
         self.root.rename(self.out)
 
+    def _manifest(
+        self, written: _Written, backends: dict[str, Backend], parity: dict[str, ParityEntry]
+    ) -> Manifest:
+        """The manifest of what is there; with digests once the programs are judged."""
+        files = _files(self.root, digests=bool(parity))
+        config, formats = self.config, self.layout.formats
+        quant = QuantEntry(scheme=self.scheme, formats=formats, tensors=written.reports)
+        entry = PlanEntry.of(self.plan)
+        calibration = {"calibration": self.calibration.as_dict()} if self.calibration else {}
+        return Manifest(
+            schema_version=2,
+            edge_kv=__version__,
+            name=self.out.name,
+            tokens=TokensEntry(
+                vocab=config.vocab,
+                bos=config.bos_id,
+                eos=list(dict.fromkeys([*config.eos_ids, *self.stop_ids])),
+                pad=config.pad_id,
+                suppress=list(self.generation.suppress_tokens),
+            ),
+            sampling=SamplingEntry(
+                temperature=self.generation.temperature,
+                top_k=self.generation.top_k,
+                top_p=self.generation.top_p,
+                min_p=self.generation.min_p,
+                repetition_penalty=self.generation.repetition_penalty,
+            ),
+            identity=IdentityEntry(
+                model=model_digest(self.model, quant, files), plan=plan_digest(entry)
+            ),
+            plan=entry,
+            quant=quant,
+            ple=written.ple,
+            backends=backends,
+            tokenizer=written.tokenizer,
+            parity=parity,
+            needs=NeedsEntry.of(count_needs(config, self.scheme, formats)),
+            files=files,
+            made={
+                "source": self.source.label,
+                "torch": torch.__version__,
+                "model": self.model,
+                **calibration,
+            },
+        )
+
+    def _encoder(self) -> Callable[[str], list[int]] | None:
+        plain = plain_encoder(self.tokenizer_json)
+        return plain and (lambda text: [*self.start, *plain(text)])
+
     def _oracle(
-        self,
-        run: gate.GateRun,
-        stored: StoredWeights | None,
-        ple: PleEntry | None,
-        *,
-        exact_state: bool = False,
-        moved: bool = False,
-    ) -> torch.Tensor:
-        """Logits of the source's weights, or of a backend's stored ones.
+        self, run: gate.GateRun, written: _Written, stored: StoredWeights | None, *,
+        exact_state: bool = False, moved: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Logits of the decode steps: of the source's weights, or of a backend's stored ones.
 
         `exact_state`: stored weights over a state that is not rounded as the plan says.
         `moved`: over weights moved by their last digit, see `gate.perturbed`.
         """
-        layers = self.config.n_layers
-        kwargs: dict[str, Any] = {
-            "ids": torch.from_numpy(run.ids),
-            "start": run.prompt,
-            "on_layer": lambda i: self.progress.advance(f"layer {i}", i + 1, layers),
-        }
+        rows = models.weights(self.config)
+
+        def ask(
+            weights: Weights, read: Read, values: TokenValues | None, kv: str = "f32"
+        ) -> Tensor:
+            return oracle_logits(
+                self.config, weights, read, torch.from_numpy(run.ids), start=run.prompt, kv=kv,
+                token_values=values,
+                on_module=lambda done, total: self.progress.advance("modules", done, total),
+            )  # fmt: skip
+
         if stored is None:
-            rows = gate.float_rows(self.config, self.source.read) if ple else None
-            return oracle_logits(
-                self.config,
-                self.plan,
-                lambda region, a, b: torch.from_numpy(self.source.read(region, a, b)),
-                ple_rows=rows,
-                **kwargs,
-            )
-        table = PleTable(self.root / ple.file, ple) if ple else None
 
-        def table_rows(ids: torch.Tensor) -> torch.Tensor:
-            assert table
-            return torch.from_numpy(table.rows(ids.numpy(), layers))
+            def source_rows(name: str, start: int, stop: int) -> Tensor:
+                return torch.from_numpy(self.source.read(name, start, stop))
 
+            return ask(Weights(rows), source_rows, table_values(self.config, self.source.read))
+        table = PleTable(self.root / written.ple.file, written.ple) if written.ple else None
+
+        def values(ids: Tensor) -> Tensor:
+            assert table and written.ple
+            return torch.from_numpy(table.rows(ids.numpy(), written.ple.n_layers))
+
+        read = gate.perturbed(stored.read) if moved else stored.read
         try:
-            return oracle_logits(
-                self.config,
-                self.plan,
-                gate.perturbed(stored.read) if moved else stored.read,
-                fmt=QuantFormat(stored.layout),
-                ple_rows=table_rows if table else None,
-                exact_state=exact_state,
-                **kwargs,
-            )
+            return ask(
+                PackedWeights(rows, stored.layout), read, values if table else None,
+                "f32" if exact_state else self.plan.kv,
+            )  # fmt: skip
         finally:
             if table:
                 table.close()
 
-    def _encoder(self, entry: TokenizerEntry | None) -> Callable[[str], list[int]] | None:
-        if entry is None:
-            return None
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.root / entry.file))
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-            return [self.config.bos_id, *ids]
-
-        return encode
-
 
 def _files(root: Path, *, digests: bool) -> dict[str, FileEntry]:
-    """Every file of the artifact, with its digest (empty while the gate runs)."""
+    """Every file of the artifact, with its digest (zeros while the gate runs)."""
     skip = {MANIFEST, JOURNAL, REQUEST}
     return {
-        str(path.relative_to(root).as_posix()): FileEntry(
-            size=path.stat().st_size, sha256=sha256_file(path) if digests else ""
+        path.relative_to(root).as_posix(): FileEntry(
+            size=path.stat().st_size, sha256=sha256_file(path) if digests else UNFINISHED
         )
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name not in skip

@@ -24,9 +24,9 @@ from edge_kv.export.rounding import Factor, round_rows
 from edge_kv.files import write_text
 from edge_kv.formats import FORMATS, GROUP, Format, Quantised, dequantise, pack
 from edge_kv.manifest import PleEntry, TensorReport
-from edge_kv.models.model import TokenRows
+from edge_kv.models.model import PLE_TABLE, TABLE, TokenRows
 from edge_kv.progress import Progress
-from edge_kv.tensors import PLE_BITS, PLE_BLOCK, PLE_TABLE, TABLE, stored_format, stored_shape
+from edge_kv.tensors import PLE_BITS, PLE_BLOCK, stored_format, stored_shape
 
 PAGE = 4096
 ROW_BLOCK_BYTES = 64 << 20  # f32 bytes of rows held at a time

@@ -38,7 +38,7 @@ import numpy as np
 from edge_kv import __version__
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
-from edge_kv.memory import COSTS, Base, predict_artifact, read_weights, state_plan
+from edge_kv.memory import COSTS, Base, predict_artifact, read_weights
 from edge_kv.plan import SCALE, Plan
 from edge_kv.progress import Progress, Silent
 from edge_kv.runtime import check_engine
@@ -519,7 +519,7 @@ def _elements(artifact: Artifact, depth: int, *, sharing: bool, rings: bool) -> 
         * (min(depth, t.keep) if rings and t.keep else depth)
         * t.row[0]
         * t.row[1]
-        for t in state_plan(artifact).tables
+        for t in artifact.plan.tables
         if t.stride == 1 and not t.exact and not t.name.endswith(SCALE)
     )
 

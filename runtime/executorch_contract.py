@@ -11,8 +11,7 @@ from pathlib import Path
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
-from edge_kv.kv_plan import StateBuffer
-from edge_kv.plan import Plan, Table
+from edge_kv.plan import Table
 
 METHODS = ("prefill", "decode")
 STATE = "state"
@@ -24,10 +23,9 @@ def state_name(table: str) -> str:
     return f"state.{table.replace('.', '_')}"
 
 
-def tables(artifact: Artifact) -> list[Table] | list[StateBuffer]:
+def tables(artifact: Artifact) -> list[Table]:
     """The tables that the programs of `artifact` hold."""
-    plan = artifact.plan
-    return list(plan.tables if isinstance(plan, Plan) else plan.buffers)
+    return list(artifact.plan.tables)
 
 
 def fed_layers(artifact: Artifact, method: str) -> int:
@@ -36,7 +34,7 @@ def fed_layers(artifact: Artifact, method: str) -> int:
     Raises:
         ArtifactError: they are not those of the artifact's file of per-layer rows.
     """
-    entry = artifact.ple()
+    entry = artifact.manifest.ple
     program = artifact.backend("executorch").programs[method]
     shapes = [t.shape for t in program.inputs if t.name == "ple"]
     layers = shapes[0][1] if shapes and len(shapes[0]) == 3 else 0

@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, RuntimeFault
-from edge_kv.kv_plan import StateBuffer
 from edge_kv.plan import Table
 from edge_kv.ple import PleTable
 from edge_kv.runtime.executorch_contract import (
@@ -72,7 +71,7 @@ class ExecuTorchPythonSession(Session):
         super().__init__(artifact)
         self._torch, self._runtime = _import()
         self.threads = thread_count(threads)
-        entry = artifact.ple()
+        entry = artifact.manifest.ple
         path = artifact.program(backend.programs["decode"].file)
         with path.open("rb") as file:  # the runtime's own check reads past the end without one
             if file.read(8)[4:] != PROGRAM:
@@ -118,7 +117,7 @@ class ExecuTorchPythonSession(Session):
     def backend(self) -> str:
         return "executorch"
 
-    def _view(self, table: Table | StateBuffer) -> npt.NDArray[Any]:
+    def _view(self, table: Table) -> npt.NDArray[Any]:
         """A table as an array over the runtime's memory."""
         name = state_name(table.name)
         rows: npt.NDArray[Any] = self._decode.get_attribute(name).numpy()

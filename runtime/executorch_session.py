@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_kv.artifact import Artifact, Backend
+from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
-from edge_kv.kv_plan import StateBuffer
+from edge_kv.manifest import Backend
 from edge_kv.plan import Table
 from edge_kv.ple import PleTable
 from edge_kv.runtime import experts, mapped
@@ -70,7 +70,7 @@ class ExecuTorchSession(Session):
             if name not in backend.programs:
                 raise ArtifactError(f"{artifact.root} has no {name} program; export again.")
         path = artifact.program(backend.programs["decode"].file)
-        entry = artifact.ple()
+        entry = artifact.manifest.ple
         self._layers = {name: fed_layers(artifact, name) for name in METHODS}
         with ExitStack() as on_error:
             on_error.callback(self._close_engine)
@@ -114,7 +114,7 @@ class ExecuTorchSession(Session):
         self._native.edge_kv_describe(self._handle, text, size)
         return text.raw.decode(errors="replace")
 
-    def _view(self, table: Table | StateBuffer) -> npt.NDArray[Any]:
+    def _view(self, table: Table) -> npt.NDArray[Any]:
         """A table as an array over the program's memory."""
         size = ctypes.c_int64()
         name = state_name(table.name).encode()

@@ -10,7 +10,7 @@ def trim() -> None:
     """Give back what was freed (glibc only; a no-op elsewhere).
 
     A library that builds something large leaves its scratch on the free lists: two thirds of what
-    reading Gemma's tokenizer took, a block of the head after packing. What stays would be split
+    reading a large tokenizer took, a block of the head after packing. What stays would be split
     among later allocations and never be free as a whole.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):

@@ -203,7 +203,7 @@ def build_onnx_operators(machine: str | None = None) -> Path:
 
 
 def _operators() -> dict[str, tuple[str, ...]]:
-    return dict.fromkeys((*KERNELS, "onnx_adapter.cpp", "onnx_operators.cpp"), ())
+    return dict.fromkeys((*KERNELS, "onnx_adapter.cpp"), ())
 
 
 def ship(folder: Path) -> list[Path]:

@@ -1,9 +1,8 @@
 """OnnxSession: the programs of an artifact on ONNX Runtime's CPU provider.
 
-State is bound in place: every state input and its output are the same memory, so TensorScatter
-writes rows without copying a buffer. Append buffers are bound one head at a time as a prefix of
-`plan.live_rows(end)` rows, so that the cost of a step follows the live length, not ctx; names and
-shapes come from `state_views(plan)`.
+State is bound in place: every table's input and its output are the same memory, so that rows are
+written without copying a table. Tables without a `keep` are bound as a prefix of `Table.live(end)`
+rows, so that the cost of a step follows the live length, not ctx.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edge_kv.artifact import Artifact, Program
+from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
-from edge_kv.kv_plan import state_views
-from edge_kv.manifest import live_axis, table_shape
-from edge_kv.plan import Plan
+from edge_kv.manifest import Program, live_axis, table_shape
 from edge_kv.ple import PleTable
 from edge_kv.runtime import experts, heap, mapped, native_library, packed
 from edge_kv.runtime.ort import onnxruntime as ort
@@ -106,7 +103,7 @@ class OnnxSession(Session):
         begin = time.perf_counter()
         super().__init__(artifact)
         programs = artifact.backend(self.backend).programs
-        entry = artifact.ple()
+        entry = artifact.manifest.ple
         self.threads = thread_count(threads)
         self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
         self.operators = self._operators()
@@ -316,21 +313,9 @@ class _View(NamedTuple):
 
 def _views(session: OnnxSession) -> tuple[list[_View], dict[str, Callable[[int], int]]]:
     """What the programs bind, and the length of each open axis for positions below an end."""
-    plan = session.plan
-    if isinstance(plan, Plan):
-        views = [_View(t.name, session.state[t.name], table_shape(t)) for t in plan.tables]
-        return views, {axis: t.live for t in plan.tables if (axis := live_axis(t))}
-    old = [
-        _View(
-            v.name,
-            session.state[v.buffer.name]
-            if v.head is None
-            else session.state[v.buffer.name][v.head],
-            v.shape,
-        )
-        for v in state_views(plan)
-    ]
-    return old, {"live": plan.live_rows}
+    tables = session.plan.tables
+    views = [_View(t.name, session.state[t.name], table_shape(t)) for t in tables]
+    return views, {axis: t.live for t in tables if (axis := live_axis(t))}
 
 
 def _fixed(shape: Sequence[int | str], path: Path) -> tuple[int, ...]:

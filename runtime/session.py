@@ -23,7 +23,6 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ContextFullError, PromptError, RewindError, RuntimeFault, SnapshotError
-from edge_kv.kv_plan import KVPlan, StateBuffer
 from edge_kv.memory import CHECKPOINTS
 from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
@@ -110,11 +109,9 @@ class Session(ABC):
     def __init__(self, artifact: Artifact) -> None:
         """Allocate the state of `artifact`; memory is touched only as rows are written."""
         self.artifact = artifact
-        self.config = artifact.config
         self.plan = artifact.plan
         self.stats = Stats(kv_bytes=self.plan.bytes)
-        buffers = self.plan.tables if isinstance(self.plan, Plan) else self.plan.buffers
-        self.state: dict[str, npt.NDArray[Any]] = {b.name: _allocate(b) for b in buffers}
+        self.state: dict[str, npt.NDArray[Any]] = {t.name: _allocate(t) for t in self.plan.tables}
         self._tokens: list[int] = []
         self._written = 0
         self._checkpoints: list[Checkpoint] = []  # by length
@@ -202,10 +199,7 @@ class Session(ABC):
     @property
     def max_rewind(self) -> int:
         """How many tokens `rewind` can go back without starting over."""
-        if isinstance(self.plan, Plan):
-            return self.pos - self.plan.earliest(self._written)
-        oldest: int = self.plan.oldest_retained(self._written)
-        return self.pos - (oldest + self.plan.window - 1) if oldest else self.pos
+        return self.pos - self.plan.earliest(self._written)
 
     def checkpoint(self, at: int) -> None:
         """Keep the rings as they are after the first `at` tokens, for `resume` to go back to.
@@ -409,7 +403,7 @@ class Session(ABC):
 
 
 def held_of(
-    plan: Plan | KVPlan,
+    plan: Plan,
     tokens: Sequence[int],
     written: int,
     checkpoints: Iterable[Checkpoint],
@@ -432,10 +426,10 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _allocate(buffer: StateBuffer | Table) -> npt.NDArray[Any]:
+def _allocate(table: Table) -> npt.NDArray[Any]:
     """Zeroed page-aligned memory of a table that costs RAM only where it is written."""
     if sys.platform == "win32":
-        pages = mmap.mmap(-1, buffer.bytes)
+        pages = mmap.mmap(-1, table.bytes)
     else:  # private: a shared mapping would be counted as shmem, not as anonymous memory
-        pages = mmap.mmap(-1, buffer.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, STORAGE[buffer.dtype]).reshape(buffer.shape)
+        pages = mmap.mmap(-1, table.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, STORAGE[table.dtype]).reshape(table.shape)

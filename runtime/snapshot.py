@@ -7,7 +7,7 @@ with logits that differ as the engines do), the manifest's identity of model and
 the caller's note and the sections with their bytes. The first section is the ids (int32), then one
 follows for every table in plan order: the rows that `Table.held` names, oldest first. Rows stream
 between file and tables: there is never a second copy of the state in memory. A file is verified
-before it is used. Version 1 is of plans of the old seam, whose buffers put heads first.
+before it is used.
 """
 
 from __future__ import annotations
@@ -27,17 +27,15 @@ import numpy.typing as npt
 
 from edge_kv.errors import SnapshotError
 from edge_kv.files import replacing
-from edge_kv.kv_plan import RING, KVPlan, StateBuffer
-from edge_kv.plan import Plan, Table
+from edge_kv.plan import Plan
 
 MAGIC = b"EDGEKVSN"
-VERSIONS = {Plan: 2, KVPlan: 1}
+VERSION = 2
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 _MAX_HEADER = 1 << 24
 _BLOCK = 1 << 20
 State = Mapping[str, npt.NDArray[Any]]
-AnyPlan = Plan | KVPlan
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Identity:
 def write(
     path: Path,
     identity: Identity,
-    plan: AnyPlan,
+    plan: Plan,
     state: State,
     tokens: Sequence[int],
     written: int,
@@ -84,7 +82,7 @@ def write(
                 digest.update(data)
                 f.write(data)
 
-            put(_PREFIX.pack(MAGIC, VERSIONS[type(plan)], len(text)))
+            put(_PREFIX.pack(MAGIC, VERSION, len(text)))
             put(text)
             put(np.asarray(tokens, "<i4").tobytes())
             for rows in live_rows(plan, state, pos, written):
@@ -100,7 +98,7 @@ class Held:
     def __init__(
         self,
         file: BinaryIO,
-        plan: AnyPlan,
+        plan: Plan,
         tokens: Sequence[int],
         written: int,
         note: dict[str, Any],
@@ -119,7 +117,7 @@ class Held:
 
 
 @contextmanager
-def verified(path: Path, identity: Identity, plan: AnyPlan) -> Iterator[Held]:
+def verified(path: Path, identity: Identity, plan: Plan) -> Iterator[Held]:
     """Open a snapshot after checking all of it: digest, owner, and that its rows fit `plan`.
 
     Raises:
@@ -130,7 +128,7 @@ def verified(path: Path, identity: Identity, plan: AnyPlan) -> Iterator[Held]:
     except OSError as e:
         raise SnapshotError(f"Cannot open the snapshot {path}: {e.strerror}.") from e
     with file:
-        header, body = _verify(file, path, VERSIONS[type(plan)])
+        header, body = _verify(file, path)
         _check_owner(path, header, identity)
         pos, written = _positions(path, header, body, plan)
         tokens = np.frombuffer(file.read(4 * pos), "<i4").tolist()
@@ -138,16 +136,16 @@ def verified(path: Path, identity: Identity, plan: AnyPlan) -> Iterator[Held]:
         yield Held(file, plan, tokens, written, note if isinstance(note, dict) else {})
 
 
-def _verify(file: BinaryIO, path: Path, expected: int) -> tuple[dict[str, Any], int]:
+def _verify(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """Check framing and digest: the header and the bytes of all sections, `file` at the first."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
         raise SnapshotError(f"{path} is not an edge-kv snapshot; give a file `--snapshot` wrote.")
     _, version, length = _PREFIX.unpack(prefix)
-    if version != expected:
+    if version != VERSION:
         raise SnapshotError(
-            f"{path} is a snapshot of version {version}, this edge-kv reads {expected}; "
+            f"{path} is a snapshot of version {version}, this edge-kv reads {VERSION}; "
             "take it again."
         )
     damaged = SnapshotError(f"{path} is cut off or changed (its digest differs); take it again.")
@@ -182,7 +180,7 @@ def _check_owner(path: Path, header: dict[str, Any], identity: Identity) -> None
             )
 
 
-def _positions(path: Path, header: dict[str, Any], body: int, plan: AnyPlan) -> tuple[int, int]:
+def _positions(path: Path, header: dict[str, Any], body: int, plan: Plan) -> tuple[int, int]:
     pos, written = header.get("pos"), header.get("written")
     if (
         not isinstance(pos, int)
@@ -196,46 +194,30 @@ def _positions(path: Path, header: dict[str, Any], body: int, plan: AnyPlan) -> 
     return pos, written
 
 
-def _sections(plan: AnyPlan, pos: int, written: int) -> list[dict[str, Any]]:
+def _sections(plan: Plan, pos: int, written: int) -> list[dict[str, Any]]:
     sections: list[dict[str, Any]] = [{"name": "tokens", "rows": pos, "bytes": 4 * pos}]
-    for b in _tables(plan):
-        rows = len(_held_rows(b, pos, written))
-        sections.append({"name": b.name, "rows": rows, "bytes": rows * b.row_bytes})
+    for t in plan.tables:
+        rows = len(t.held(pos, written))
+        sections.append({"name": t.name, "rows": rows, "bytes": rows * t.row_bytes})
     return sections
 
 
-def _tables(plan: AnyPlan) -> Sequence[Table | StateBuffer]:
-    return plan.tables if isinstance(plan, Plan) else plan.buffers
-
-
-def _held_rows(table: Table | StateBuffer, pos: int, written: int) -> range:
-    """Rows below `pos` that a table still holds."""
-    if isinstance(table, Table):
-        return table.held(pos, written)
-    first = max(0, written - table.slots) if table.kind == RING else 0
-    return range(min(first, pos), pos)
-
-
-def ring_rows(plan: AnyPlan, state: State, pos: int, written: int) -> Iterator[memoryview]:
+def ring_rows(plan: Plan, state: State, pos: int, written: int) -> Iterator[memoryview]:
     """The rows below `pos` that the rings hold, as contiguous pieces of their tables."""
     return live_rows(plan, state, pos, written, only_rings=True)
 
 
 def live_rows(
-    plan: AnyPlan, state: State, pos: int, written: int, only_rings: bool = False
+    plan: Plan, state: State, pos: int, written: int, only_rings: bool = False
 ) -> Iterator[memoryview]:
     """The live rows below `pos` as contiguous pieces of the tables, in file order."""
-    for t in _tables(plan):
-        ring = t.keep > 0 if isinstance(t, Table) else t.kind == RING
-        if only_rings and not ring:
-            continue
-        held = _held_rows(t, pos, written)
-        if not held:
+    for t in plan.tables:
+        held = t.held(pos, written)
+        if not held or (only_rings and not t.keep):
             continue
         first = held.start % t.slots
         before_wrap = min(len(held), t.slots - first)
-        memory: Any = state[t.name]
-        for rows in [memory] if isinstance(t, Table) else memory:
-            for piece in (rows[first : first + before_wrap], rows[: len(held) - before_wrap]):
-                if piece.size:
-                    yield memoryview(piece).cast("B")
+        rows: Any = state[t.name]
+        for piece in (rows[first : first + before_wrap], rows[: len(held) - before_wrap]):
+            if piece.size:
+                yield memoryview(piece).cast("B")

@@ -69,13 +69,11 @@ def verify(session: Session, on_step: Callable[[int, int], None] | None = None) 
 def _vectors(
     artifact: Artifact, backend: str
 ) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[Any], tuple[float, float]]:
-    parity = artifact.parity(backend)
-    name, limits = str(parity.get("vectors")), parity.get("verify")
-    if name not in artifact.manifest.files or not isinstance(limits, dict):
+    entry = artifact.manifest.parity.get(backend)
+    if entry is None:
         raise ArtifactError(f"{artifact.root} holds no reference vectors to verify; export again.")
     try:
-        bounds = float(limits["max_kl"]), float(limits["min_top1"])
-        with np.load(artifact.path(name), allow_pickle=False) as arrays:
+        with np.load(artifact.path(entry.vectors), allow_pickle=False) as arrays:
             ids = arrays["ids"].astype(np.int64)
             prompt = int(arrays["prompt"])
             logits = arrays["logits"]
@@ -89,4 +87,4 @@ def _vectors(
             f"The reference vectors of {artifact.root} are {logits.shape} logits for {steps} "
             "steps; export again."
         )
-    return ids, prompt, logits, bounds
+    return ids, prompt, logits, (entry.verify.max_kl, entry.verify.min_top1)

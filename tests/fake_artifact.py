@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
-from edge_kv.artifact import (
-    SCHEMA_VERSION,
-    FileEntry,
-    Manifest,
-    PleEntry,
-    plan_entry,
-    sha256_file,
-    write_manifest,
-)
-from edge_kv.config import AttentionSpec, ModelConfig
-from edge_kv.kv_plan import RING, KVPlan, plan_kv, state_views
+from edge_kv.artifact import Artifact, sha256_file, write_manifest
+from edge_kv.manifest import Manifest, PlanEntry, table_shape
+from edge_kv.plan import SCALE, Plan, Sizes
 from edge_kv.runtime.session import Session
 
 STEP = 0.0625  # rows are multiples of this, so that int8 storage is exact
@@ -39,41 +31,45 @@ TEMPLATE = (
 )
 
 
-def make_config(window: int = 5, ple: bool = True, max_ctx: int = 4096) -> ModelConfig:
-    """A ring layer, an append layer and a layer that shares the ring."""
-    spec = AttentionSpec(2 * HEADS, HEADS, DIM, 1e4, DIM // 2)
-    return ModelConfig(
-        family="gemma4",
-        vocab_size=VOCAB,
-        hidden=8,
-        pattern="SFS",
-        sliding_window=window,
-        sliding=spec,
-        full=spec,
-        mlp_width=16,
-        max_ctx=max_ctx,
-        n_kv_shared=1,
-        ple_dim=DIM if ple else 0,
-        eos_ids=(1,),
+LAYERS, OWNERS = 3, 2
+SOURCES = (0, 1, 0)  # the layer whose rows each layer reads
+
+
+def make_plan(
+    ctx: int = 64, chunk: int = 3, kv: str = "f32", window: int = 5, heads: int = HEADS
+) -> Plan:
+    """A layer with a window, one without, and a layer that shares the window's rows."""
+    sizes = Sizes(ctx, min(chunk, ctx), kv)
+    return Plan.of(
+        [
+            sizes.table(f"l{layer}.{name}", (heads, DIM), layer=layer, keep=keep, readers=readers)
+            for layer, keep, readers in ((0, window, (0, 2)), (1, 0, (1,)))
+            for name in "kv"
+        ],
+        sizes,
     )
 
 
 class Toy:
     """The numbers of the toy model, seeded."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, ple: bool = True, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        self.config = config
-        n = config.n_layers
+        self.has_ple = ple
         self.embed = (rng.integers(-40, 40, (VOCAB, HEADS, DIM)) * STEP).astype(np.float32)
-        self.ple = (rng.integers(-20, 20, (VOCAB, n, DIM)) * STEP).astype(np.float32)
-        if not config.ple_dim:
+        self.ple = (rng.integers(-20, 20, (VOCAB, LAYERS, DIM)) * STEP).astype(np.float32)
+        if not ple:
             self.ple[:] = 0
-        self.head = rng.standard_normal((n * 2 * HEADS * DIM + DIM, VOCAB)).astype(np.float32) * 0.2
+        width = LAYERS * 2 * HEADS * DIM + DIM
+        self.head = rng.standard_normal((width, VOCAB)).astype(np.float32) * 0.2
+
+    @classmethod
+    def of(cls, artifact: Artifact, seed: int = 0) -> Toy:
+        return cls(artifact.manifest.ple is not None, seed)
 
     def rows(self, ids: np.ndarray, layer: int) -> np.ndarray:
-        """K rows [heads, n, dim]; V rows are twice that."""
-        return (self.embed[ids] + self.ple[ids, layer][:, None]).transpose(1, 0, 2)
+        """K rows [n, heads, dim]; V rows are twice that."""
+        return self.embed[ids] + self.ple[ids, layer][:, None]
 
     def weight(self, positions: np.ndarray) -> np.ndarray:
         """How much a row at a position counts: makes an exchanged position visible."""
@@ -84,38 +80,38 @@ class Toy:
         return (np.concatenate([*(s.reshape(-1) for s in sums), last]) / 8) @ self.head
 
 
-def oracle(toy: Toy, plan: KVPlan, ids: Sequence[int]) -> np.ndarray:
+def oracle(toy: Toy, plan: Plan, ids: Sequence[int]) -> np.ndarray:
     """Logits after `ids`, from the ids alone: float32 [vocab]."""
     at = np.arange(len(ids))
     row = np.asarray(ids)
     sums = []
-    for layer in plan.layers:
-        seen = at[-layer.window :] if layer.window else at
-        k = toy.rows(row[seen], layer.source)
-        w = toy.weight(seen)[None, :, None]
-        sums += [(k * w).sum(1), (2 * k * w).sum(1)]
+    for source in SOURCES:
+        seen = at[-plan[f"l{source}.k"].keep :]
+        k = toy.rows(row[seen], source)
+        w = toy.weight(seen)[:, None, None]
+        sums += [(k * w).sum(0), (2 * k * w).sum(0)]
     return toy.logits(sums, ids[-1])
 
 
 class NumpySession(Session):
-    """The toy model over the plan's buffers: what an engine does, without one."""
+    """The toy model over the plan's tables: what an engine does, without one."""
 
     engine = "numpy"
+    backend = "onnx"
 
     def __init__(self, artifact, seed: int = 0) -> None:
         super().__init__(artifact)
-        self.toy = Toy(artifact.config, seed)
+        self.toy = Toy.of(artifact, seed)
         self.fail: BaseException | None = None
 
     def _write(self, ids: np.ndarray, pos: int) -> None:
-        for b in self.plan.buffers:
-            slots = (pos + np.arange(len(ids))) % b.slots
-            if b.role.endswith("scale"):
-                self.state[b.name][:, slots] = STEP
+        for t in self.plan.tables:
+            slots = (pos + np.arange(len(ids))) % t.slots
+            if t.name.endswith(SCALE):
+                self.state[t.name][slots] = STEP
                 continue
-            rows = self.toy.rows(ids, b.writer) * (2 if b.role == "v" else 1)
-            scale = STEP if b.dtype == "int8" else 1
-            self.state[b.name][:, slots] = rows / scale
+            rows = self.toy.rows(ids, t.writer) * (2 if t.name.endswith("v") else 1)
+            self.state[t.name][slots] = rows / (STEP if t.dtype == "int8" else 1)
         if self.fail:  # the worst moment: rows written, step not committed
             raise self.fail
 
@@ -126,16 +122,16 @@ class NumpySession(Session):
     def _run_decode(self, token: int, pos: int) -> np.ndarray:
         self._write(np.array([token]), pos)
         sums = []
-        for layer in self.plan.layers:
-            for name in (layer.k, layer.v):
-                b = self.plan.by_name[name]
-                at = np.arange(b.slots)
-                if b.kind == RING:
-                    at = pos - (pos - at) % b.slots
-                seen = (at >= 0) & (at <= pos) & ((layer.window == 0) | (pos - at < layer.window))
-                rows = self.state[name].astype(np.float32) * (STEP if b.dtype == "int8" else 1)
-                w = np.where(seen, self.toy.weight(at), 0)[None, :, None]
-                sums.append((rows * w).sum(1, dtype=np.float32))
+        for source in SOURCES:
+            for name in "kv":
+                t = self.plan[f"l{source}.{name}"]
+                at = np.arange(t.slots)
+                if t.keep:
+                    at = pos - (pos - at) % t.slots
+                seen = (at >= 0) & (at <= pos) & ((t.keep == 0) | (pos - at < t.keep))
+                rows = self.state[t.name].astype(np.float32) * (STEP if t.dtype == "int8" else 1)
+                w = np.where(seen, self.toy.weight(at), 0)[:, None, None]
+                sums.append((rows * w).sum(0, dtype=np.float32))
         return self.toy.logits(sums, token).astype(np.float32)
 
 
@@ -157,9 +153,8 @@ def write_artifact(
 
     `marks`: further special tokens, instead of the last bytes of the vocabulary.
     """
-    config = make_config(window, ple)
-    plan = plan_kv(config, ctx=ctx, chunk=chunk, kv=kv)
-    toy = Toy(config, seed)
+    plan = make_plan(ctx, chunk, kv, window)
+    toy = Toy(ple, seed)
     root.mkdir(parents=True)
     backends: dict[str, object] = {}
     if programs:
@@ -167,43 +162,61 @@ def write_artifact(
         entries = {}
         for name in ("prefill", "decode"):
             file = f"onnx/{name}.onnx"
-            entries[name] = {"file": file, **_build(root / file, name, config, plan, toy)}
+            entries[name] = {"file": file, **_build(root / file, name, plan, toy)}
         files = [f"onnx/{n}.onnx" for n in entries]
         backends["onnx"] = {"programs": entries, "files": files}
     entry = None
     if ple:
-        entry = PleEntry(
-            file="ple.bin", rows=VOCAB, n_layers=config.n_layers, dim=DIM, bits=32, block=0
-        )
-        (root / entry.file).write_bytes(toy.ple.astype("<f4").tobytes())
+        entry = {
+            "file": "ple.bin", "rows": VOCAB, "n_layers": LAYERS, "dim": DIM, "bits": 32, "block": 0
+        }  # fmt: skip
+        (root / "ple.bin").write_bytes(toy.ple.astype("<f4").tobytes())
     _write_tokenizer(root / "tokenizer.json", marks)
     if template:
         text = template if isinstance(template, str) else TEMPLATE
         (root / "chat_template.jinja").write_text(text)
-    parity: dict[str, object] = {}
-    if verify:
-        parity = _write_vectors(root / "verify.npz", toy, plan)
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edge_kv="0.1.0",
-        name="toy",
-        model=json.loads(json.dumps(asdict(config))),
-        plan=plan_entry(plan),
-        quant={"scheme": "none", "formats": {}, "tensors": {}},
-        ple=entry,
-        backends=backends,
-        tokenizer={
+    parity = {"onnx": _write_vectors(root / "verify.npz", toy, plan)} if verify else {}
+    document = {
+        "schema_version": 2,
+        "edge_kv": "0.1.0",
+        "name": "toy",
+        "tokens": {
+            "vocab": VOCAB, "bos": 2, "eos": [1, SPECIALS.index("<end_of_turn>")], "pad": 0,
+            "suppress": [],
+        },
+        "sampling": {},
+        "identity": {"model": "", "plan": ""},
+        "plan": plan_entry(plan),
+        "quant": {"scheme": "none", "formats": {}, "tensors": {}},
+        "ple": entry,
+        "backends": backends,
+        "tokenizer": {
             "file": "tokenizer.json",
             "chat_template": "chat_template.jinja" if template else None,
-            "stop_ids": [SPECIALS.index("<end_of_turn>")],
         },
-        files=_entries(root),
-        made={"by": "tests"},
-        parity=parity,
-        memory={},
-    )
-    write_manifest(root, manifest)
+        "files": _entries(root),
+        "made": {"by": "tests", "model": {"type": "toy"}},
+        "parity": parity,
+        "needs": {
+            "weights": {}, "dense": 0, "experts": 0, "read_weights": 0, "read_experts": 0,
+            "prefill": 0, "row": 16,
+        },
+    }  # fmt: skip
+    document["identity"] = {
+        "model": _digest([document["quant"], document["files"]]),
+        "plan": _digest(document["plan"]),
+    }
+    write_manifest(root, Manifest.model_validate_json(json.dumps(document)))
     return root
+
+
+def plan_entry(plan: Plan) -> dict[str, object]:
+    """A plan as a manifest holds it."""
+    return PlanEntry.of(plan).model_dump(mode="json")
+
+
+def _digest(value: object) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def edit_manifest(root: Path, **changes: object) -> None:
@@ -212,10 +225,10 @@ def edit_manifest(root: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def _entries(root: Path) -> dict[str, FileEntry]:
+def _entries(root: Path) -> dict[str, object]:
     files = sorted(p for p in root.rglob("*") if p.is_file())
     return {
-        p.relative_to(root).as_posix(): FileEntry(size=p.stat().st_size, sha256=sha256_file(p))
+        p.relative_to(root).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)}
         for p in files
     }
 
@@ -235,43 +248,42 @@ def _write_tokenizer(path: Path, marks: Sequence[str] = ()) -> None:
     tokenizer.save(str(path))
 
 
-def _write_vectors(path: Path, toy: Toy, plan: KVPlan) -> dict[str, object]:
+def _write_vectors(path: Path, toy: Toy, plan: Plan) -> dict[str, object]:
     rng = np.random.default_rng(1)
     ids = rng.integers(0, VOCAB, min(30, plan.ctx)).astype(np.int32)
     prompt = 17
     logits = np.stack([oracle(toy, plan, ids[: i + 1]) for i in range(prompt, len(ids))])
     np.savez(path, ids=ids, prompt=np.int64(prompt), logits=logits.astype(np.float32))
-    return {"vectors": path.name, "verify": {"max_kl": 1e-6, "min_top1": 1.0}}
+    nothing = {"max_abs": 0.0, "max_kl": 0.0}
+    return {
+        "prompt": prompt, "steps": len(ids) - prompt, "lowering": nothing, "kernels": nothing,
+        "quantisation": nothing, "correlation": 1.0, "lowering_limit": nothing,
+        "vectors": path.name, "verify": {"max_kl": 1e-6, "min_top1": 1.0},
+    }  # fmt: skip
 
 
-def _build(path: Path, name: str, config: ModelConfig, plan: KVPlan, toy: Toy) -> dict:
+def _build(path: Path, name: str, plan: Plan, toy: Toy) -> dict:
     """Write one program; returns its inputs and outputs as the manifest lists them."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     types = {
         "float": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int8": TensorProto.INT8,
-        "uint8": TensorProto.UINT8, "int64": TensorProto.INT64,
+        "int64": TensorProto.INT64,
     }  # fmt: skip
     storage = {"f32": "float", "f16": "float16", "int8": "int8"}
     decode = name == "decode"
     n: int | str = 1 if decode else "chunk"
-    layers = config.n_layers if decode else config.n_own
-    views = state_views(plan)
+    layers = LAYERS if decode else OWNERS
     inits: list = []
     nodes: list = []
     inputs = [("ids", "int64", [n]), ("pos", "int64", [1])]
-    if config.ple_dim:
+    if toy.has_ple:
         inputs.append(("ple", "float", [n, layers, DIM]))
     outputs = [("logits", "float", [VOCAB])] if decode else []
-
-    def dtype(view) -> str:
-        unsigned = view.buffer.dtype == "int8" and view.buffer.role == "k"
-        return "uint8" if unsigned else storage[view.buffer.dtype]
-
-    for view in views:
-        inputs.append((view.name, dtype(view), list(view.shape)))
-        outputs.append((f"{view.name}.out", dtype(view), list(view.shape)))
+    for t in plan.tables:
+        inputs.append((t.name, storage[t.dtype], list(table_shape(t))))
+        outputs.append((f"{t.name}.out", storage[t.dtype], list(table_shape(t))))
 
     def const(value, kind) -> str:
         label = f"c{len(inits)}"
@@ -283,68 +295,55 @@ def _build(path: Path, name: str, config: ModelConfig, plan: KVPlan, toy: Toy) -
         nodes.append(helper.make_node(kind, list(args), [label], **attrs))
         return label
 
-    zero_i = const(0, np.int64)
+    zero, one, first = const(0, np.int64), const(1, np.int64), const([0], np.int64)
+
+    def length(tensor: str) -> str:
+        return op("Gather", op("Shape", tensor), zero)
+
     embed = op("Gather", const(toy.embed, np.float32), "ids")  # [n, heads, dim]
     pos = op("Squeeze", "pos")
+    fed = op("Range", pos, op("Add", pos, length("ids")), one)
     written: dict[str, str] = {}
-    for view in views:
-        b = view.buffer
+    for t in plan.tables:
         rows = embed
-        if config.ple_dim:
-            ple = op("Gather", "ple", const([b.writer], np.int64), axis=1)  # [n, 1, dim]
+        if toy.has_ple:
+            ple = op("Gather", "ple", const([t.writer], np.int64), axis=1)  # [n, 1, dim]
             rows = op("Add", embed, ple)
-        if b.role[0] == "v":
+        if t.name[3] == "v":
             rows = op("Mul", rows, const(2, np.float32))
-        rows = op("Transpose", rows, perm=[1, 0, 2])  # [heads, n, dim]
-        if view.head is not None:
-            rows = op("Slice", rows, const([view.head], np.int64), const([view.head + 1], np.int64))
-        if b.role.endswith("scale"):
-            rows = op("ReduceMax", rows, const([2], np.int64), keepdims=0)
+        if t.name.endswith(SCALE):
+            rows = op("ReduceMax", rows, const([2], np.int64), keepdims=1)
             rows = op("Add", op("Mul", rows, const(0, np.float32)), const(STEP, np.float32))
-        elif b.dtype == "int8":
-            offset = 128 if b.role == "k" else 0
-            rows = op("Add", op("Div", rows, const(STEP, np.float32)), const(offset, np.float32))
-            rows = op("Cast", op("Round", rows), to=types[dtype(view)])
-        elif b.dtype == "f16":
+        elif t.dtype == "int8":
+            rows = op(
+                "Cast", op("Round", op("Div", rows, const(STEP, np.float32))), to=types["int8"]
+            )
+        elif t.dtype == "f16":
             rows = op("Cast", rows, to=TensorProto.FLOAT16)
-        mode, axis = "linear", 1
-        if view.head is None:
-            rows = op("Unsqueeze", rows, const([0], np.int64))
-            mode, axis = "circular", 2
-        written[view.name] = op(
-            "TensorScatter", view.name, rows, "pos", out=f"{view.name}.out", mode=mode, axis=axis
-        )
+        slots = op("Unsqueeze", op("Mod", fed, length(t.name)), const([1], np.int64))
+        written[t.name] = op("ScatterND", t.name, slots, rows, out=f"{t.name}.out")
     if decode:
         sums = []
-        for layer in plan.layers:
-            for base in (layer.k, layer.v):
-                b = plan.by_name[base]
-                names = [base] if b.kind == RING else [f"{base}.h{h}" for h in range(b.heads)]
-                for view_name in names:
-                    rows = op("Cast", written[view_name], to=TensorProto.FLOAT)
-                    if b.kind == RING:
-                        rows = op("Squeeze", rows, const([0], np.int64))  # [heads, slots, dim]
-                    elif b.dtype == "int8":
-                        offset = 128 if b.role == "k" else 0
-                        scale = op(
-                            "Unsqueeze", written[view_name.replace(".h", ".scale.h")],
-                            const([2], np.int64),
-                        )  # fmt: skip
-                        rows = op("Mul", op("Sub", rows, const(offset, np.float32)), scale)
-                    size = op("Gather", op("Shape", rows), const(1, np.int64))
-                    at = op("Range", zero_i, size, const(1, np.int64))
-                    if b.kind == RING:
-                        at = op("Sub", pos, op("Mod", op("Sub", pos, at), size))
-                    seen = op("And", op("GreaterOrEqual", at, zero_i), op("LessOrEqual", at, pos))
-                    if layer.window:
-                        near = op("Less", op("Sub", pos, at), const(layer.window, np.int64))
-                        seen = op("And", seen, near)
-                    w = op("Add", op("Mod", at, const(3, np.int64)), const(1, np.int64))
-                    w = op("Mul", w, op("Cast", seen, to=TensorProto.INT64))
-                    w = op("Unsqueeze", op("Cast", w, to=TensorProto.FLOAT), const([1], np.int64))
-                    total = op("ReduceSum", op("Mul", rows, w), const([1], np.int64), keepdims=0)
-                    sums.append(op("Reshape", total, const([-1], np.int64)))
-        if config.ple_dim:
+        for source in SOURCES:
+            for letter in "kv":
+                t = plan[f"l{source}.{letter}"]
+                rows = op("Cast", written[t.name], to=TensorProto.FLOAT)  # [slots, heads, dim]
+                if t.dtype == "int8":
+                    rows = op("Mul", rows, written[t.name + SCALE])
+                at = op("Range", zero, length(rows), one)
+                if t.keep:
+                    size = length(rows)
+                    at = op("Sub", pos, op("Mod", op("Sub", pos, at), size))
+                seen = op("And", op("GreaterOrEqual", at, zero), op("LessOrEqual", at, pos))
+                if t.keep:
+                    near = op("Less", op("Sub", pos, at), const(t.keep, np.int64))
+                    seen = op("And", seen, near)
+                w = op("Add", op("Mod", at, const(3, np.int64)), one)
+                w = op("Mul", w, op("Cast", seen, to=TensorProto.INT64))
+                w = op("Unsqueeze", op("Cast", w, to=TensorProto.FLOAT), const([1, 2], np.int64))
+                total = op("ReduceSum", op("Mul", rows, w), first, keepdims=0)
+                sums.append(op("Reshape", total, const([-1], np.int64)))
+        if toy.has_ple:
             last = op("Gather", "ple", const(layers - 1, np.int64), axis=1)
             sums.append(op("Reshape", last, const([-1], np.int64)))
         else:

@@ -10,8 +10,7 @@ import pytest
 from android_host import DEMO, HostError, floats, start
 from fake_artifact import edit_manifest, write_artifact
 
-from edge_kv.artifact import model_fingerprint, read_artifact
-from edge_kv.kv_plan import state_views
+from edge_kv.artifact import read_artifact
 from edge_kv.memory import predict_artifact
 from edge_kv.parity import divergence
 from edge_kv.ple import PleTable
@@ -36,10 +35,10 @@ def test_the_manifest_is_read_as_python_reads_it(host, tiny_artifact):
     artifact = read_artifact(tiny_artifact)
     answer = host.ask("artifact", root=str(tiny_artifact), digests=True)
     assert answer == {
-        "fingerprint": model_fingerprint(artifact.manifest),
+        "fingerprint": artifact.model_digest,
         "plan": artifact.plan_digest,
         "bytes": artifact.plan.bytes,
-        "views": [v.name for v in state_views(artifact.plan)],
+        "views": [t.name for t in artifact.plan.tables],
     }
 
 

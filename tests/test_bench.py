@@ -15,9 +15,8 @@ from edge_kv.cli import app
 from edge_kv.errors import ArtifactError, ConfigError, RuntimeFault
 from edge_kv.needs import count_needs
 from edge_kv.plots import plot_bench
-from edge_kv.presets import PRESETS
 from edge_kv.runtime import bench as module
-from edge_kv.tensors import stored_format, tensor_table, weight_formats
+from edge_kv.tensors import stored_format, weight_formats
 
 DEPTHS = (40, 512)
 
@@ -56,7 +55,7 @@ def test_depths_are_real_and_say_where_they_come_from(document, tiny):
     path = module.snapshot_path(artifact, job, 448)
     with runtime.load(artifact, threads=1) as session:
         session.restore(path)
-        want = module.prompt_ids(session.config.vocab_size, 512)[:448]
+        want = module.prompt_ids(session.artifact.tokens.vocab, 512)[:448]
         assert session.tokens == tuple(want.tolist())
 
 
@@ -98,12 +97,12 @@ def test_roofline_is_bytes_over_bandwidth(document, tiny):
 
 
 def test_streamed_weights_are_every_matrix_once():
-    config = PRESETS["e2b"].config
+    rows_of = models.weights(models.get_row("e2b").config)
     counts = {}
-    for spec in tensor_table(config):
+    for spec in rows_of:
         counts[spec.kind] = counts.get(spec.kind, 0) + spec.elements
     want = 4 * counts["float"]
-    for spec in tensor_table(config):
+    for spec in rows_of:
         if fmt := stored_format(spec.kind, spec.shape, weight_formats("int4")):
             rows, cols = spec.shape
             want += (
@@ -161,7 +160,7 @@ def test_eager_session_computes_what_the_programs_do(tiny):
     from edge_kv.compare import EagerSession
 
     artifact = read_artifact(tiny)
-    ids = module.prompt_ids(artifact.config.vocab_size, 90)
+    ids = module.prompt_ids(artifact.tokens.vocab, 90)
     with runtime.load(artifact, threads=1) as ours, EagerSession(artifact, 1) as eager:
         for session in (ours, eager):
             session.prefill(ids[:-1])

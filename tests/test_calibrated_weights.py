@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_kv import models
 from edge_kv.errors import ConfigError, ExportError, WeightsError
 from edge_kv.export.calibrated_weights import (
     NONE,
@@ -14,8 +15,6 @@ from edge_kv.export.calibrated_weights import (
     calibrate_weights,
     calibrated,
 )
-from edge_kv.export.gate import float_rows
-from edge_kv.export.pipeline import net_names
 from edge_kv.export.weight_file import (
     Journal,
     StoredWeights,
@@ -24,15 +23,14 @@ from edge_kv.export.weight_file import (
     write_weights,
 )
 from edge_kv.formats import dequantise, unpack
-from edge_kv.models import gemma
-from edge_kv.presets import get_preset
+from edge_kv.models.sources import open_weights
+from edge_kv.nets.oracle import table_values
 from edge_kv.progress import Silent
-from edge_kv.tensors import tensor_table, weight_formats
-from edge_kv.weights import open_weights
+from edge_kv.tensors import weight_formats
 
-CONFIG = get_preset("tiny").config
+CONFIG = models.get_row("tiny").config
 SOURCE = open_weights("random:3", CONFIG)
-LAYOUT = WeightLayout(tensor_table(CONFIG), weight_formats("int4"))
+LAYOUT = WeightLayout(models.weights(CONFIG), weight_formats("int4"))
 
 
 class Dying(Silent):
@@ -49,7 +47,7 @@ class Dying(Silent):
 
 def calibration(n=3, length=24):
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(0, CONFIG.vocab_size, (length,), generator=generator) for _ in range(n)]
+    ids = [torch.randint(0, CONFIG.vocab, (length,), generator=generator) for _ in range(n)]
     return Calibration("mine", "0", tuple(ids))
 
 
@@ -58,8 +56,8 @@ def run(folder, progress=None):
     journal, path = Journal(folder / "journal"), folder / "weights.bin"
     write_weights(SOURCE, LAYOUT, path, journal, Silent(), calibrated(LAYOUT))
     calibrate_weights(
-        gemma.of(CONFIG), SOURCE.read, LAYOUT, path, journal, calibration(), progress or Silent(),
-        names=net_names(CONFIG), token_rows=float_rows(CONFIG, SOURCE.read),
+        CONFIG, SOURCE.read, LAYOUT, path, journal, calibration(), progress or Silent(),
+        token_rows=table_values(CONFIG, SOURCE.read),
     )  # fmt: skip
     return path, weight_reports(LAYOUT, journal)
 
@@ -125,6 +123,6 @@ def test_files_that_are_no_text_are_refused(tmp_path):
 def test_a_device_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no device 'cuda' here"):
         calibrate_weights(
-            gemma.of(CONFIG), SOURCE.read, LAYOUT, tmp_path / "w", Journal(tmp_path / "j"),
+            CONFIG, SOURCE.read, LAYOUT, tmp_path / "w", Journal(tmp_path / "j"),
             calibration(), Silent(), device="cuda",
         )  # fmt: skip

@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ROWS, tiny
+from transformers import AutoModelForCausalLM
 from weights_gguf import write_gguf
 from weights_models import tiny_hf
 
 from edge_kv import models
 from edge_kv.errors import ConfigError, WeightsError
 from edge_kv.models.checkpoint import config_from_hf, open_checkpoint
+from edge_kv.nets.oracle import oracle_logits, table_values
+from edge_kv.nets.weights import Weights
 
 
 @pytest.fixture
@@ -335,8 +338,37 @@ def test_tied_heads(saved, tmp_path):
         tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] + 1
 
     rewrite(root, other)
+    np.testing.assert_array_equal(open_checkpoint(root).read("head"), before)
+    root = saved("zaya")
+    rewrite(root, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
     with pytest.raises(WeightsError, match=r"lm_head.weight is an LM head of its own"):
         open_checkpoint(root).check()
+
+
+@pytest.mark.parametrize("name", ["llama", "e2b", "gemma3"])
+def test_a_head_of_its_own_under_a_tied_config_is_used_as_transformers_does(saved, name):
+    root = saved(name)
+
+    def add(tensors):
+        table = tensors["model.embed_tokens.weight"]
+        drawn = torch.randn(table.shape, generator=torch.Generator().manual_seed(1)) / 8
+        return tensors | {"lm_head.weight": drawn}
+
+    rewrite(root, add)
+    ids = torch.arange(3, 23)
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+        expected = loaded.eval()(ids[None]).logits[0]
+    checkpoint = open_checkpoint(root)
+    checkpoint.check()
+    got = oracle_logits(
+        checkpoint.config,
+        Weights(models.weights(checkpoint.config)),
+        lambda row, a, b: torch.from_numpy(checkpoint.read(row, a, b)),
+        ids,
+        token_values=table_values(checkpoint.config, checkpoint.read),
+    )
+    assert (got - expected).abs().max() < 2e-4
 
 
 def test_one_error_lists_every_fault(saved):

@@ -1,4 +1,4 @@
-"""config.json and GGUF metadata -> ModelConfig: every style read, everything else refused."""
+"""config.json and GGUF metadata -> config of Gemma: every style read, all else refused."""
 
 from __future__ import annotations
 
@@ -10,64 +10,66 @@ import pytest
 from weights_gguf import write_gguf
 from weights_models import NAMES, layer_types, tiny_config, tiny_hf
 
-from edge_kv.config import AttentionSpec, ModelConfig, MoESpec
+from edge_kv import models
 from edge_kv.errors import ConfigError
-from edge_kv.presets import get_preset
-from edge_kv.weights import open_weights
-from edge_kv.weights.hf_config import config_from_hf
+from edge_kv.models.checkpoint import config_from_hf, open_checkpoint
+from edge_kv.models.gemma import Attention, MoE, gemma3, gemma4
+from edge_kv.models.model import Rope
 
 EXPECTED = {
-    "e2b": ModelConfig(
-        family="gemma4",
-        vocab_size=128,
+    "e2b": gemma4(
+        vocab=128,
         hidden=64,
+        layers=8,
         pattern="SSFSSFSF",
-        sliding_window=8,
-        sliding=AttentionSpec(4, 1, 16, 1e4, 8),
-        full=AttentionSpec(4, 1, 32, 1e6, 4),
+        window=8,
+        sliding=Attention(4, 1, 16, Rope.whole(1e4, 16)),
+        full=Attention(4, 1, 32, Rope(1e6, 32, 4)),
         mlp_width=96,
         shared_mlp_width=192,
         max_ctx=512,
-        n_kv_shared=4,
+        shared=4,
         ple_dim=32,
-        final_softcap=30.0,
+        softcap=30.0,
         eos_ids=(1, 106),
     )
 }
 EXPECTED["e4b"] = replace(
     EXPECTED["e2b"],
+    layers=10,
     pattern="SSSFSSSFSF",
-    sliding=AttentionSpec(4, 2, 16, 1e4, 8),
-    full=AttentionSpec(4, 2, 32, 1e6, 4),
+    sliding=Attention(4, 2, 16, Rope.whole(1e4, 16)),
+    full=Attention(4, 2, 32, Rope(1e6, 32, 4)),
     shared_mlp_width=0,
-    n_kv_shared=3,
+    shared=3,
 )
 EXPECTED["12b"] = replace(
     EXPECTED["e4b"],
+    layers=6,
     pattern="SSFSSF",
-    full=AttentionSpec(4, 1, 32, 1e6, 4, k_eq_v=True),
-    n_kv_shared=0,
+    full=Attention(4, 1, 32, Rope(1e6, 32, 4), k_eq_v=True),
+    shared=0,
     ple_dim=0,
 )
-EXPECTED["26b"] = replace(EXPECTED["12b"], moe=MoESpec(8, 3, 32))
+EXPECTED["26b"] = replace(EXPECTED["12b"], moe=MoE(8, 3, 32))
 EXPECTED["31b"] = replace(
     EXPECTED["12b"],
+    layers=7,
     pattern="SSSFSSF",
-    sliding=AttentionSpec(8, 4, 16, 1e4, 8),
-    full=AttentionSpec(8, 2, 32, 1e6, 4, k_eq_v=True),
+    sliding=Attention(8, 4, 16, Rope.whole(1e4, 16)),
+    full=Attention(8, 2, 32, Rope(1e6, 32, 4), k_eq_v=True),
 )
-EXPECTED["gemma3"] = ModelConfig(
-    family="gemma3",
-    vocab_size=128,
+EXPECTED["gemma3"] = gemma3(
+    vocab=128,
     hidden=64,
+    layers=6,
     pattern="SSFSSS",
-    sliding_window=8,
-    sliding=AttentionSpec(4, 1, 32, 1e4, 16),
-    full=AttentionSpec(4, 1, 32, 1e6, 16, rope_factor=4.0),
+    window=8,
+    sliding=Attention(4, 1, 32, Rope.whole(1e4, 32)),
+    full=Attention(4, 1, 32, Rope(1e6, 32, 16, factor=4.0)),
     mlp_width=128,
     max_ctx=512,
     attention_scale=24**-0.5,
-    v_norm=False,
     eos_ids=(1, 106),
 )
 
@@ -107,7 +109,7 @@ def test_multimodal_nesting(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gguf_metadata(name, tmp_path):
-    source = open_weights(str(write_gguf(tmp_path / "m.gguf", tiny_hf(name))))
+    source = open_checkpoint(write_gguf(tmp_path / "m.gguf", tiny_hf(name)))
     want = replace(EXPECTED[name], eos_ids=(1,))
     if name == "gemma3":  # GGUF has no query_pre_attn_scalar: llama.cpp's rule is head_dim
         want = replace(want, attention_scale=32**-0.5)
@@ -131,9 +133,9 @@ def test_gemma3_older_fields_and_sparse_text_config():
         }
     )
     assert config.pattern == ("SSSSSF" * 6)[:34]
-    assert config.full == AttentionSpec(8, 4, 256, 1e6, 128, rope_factor=8.0)
-    assert config.sliding == AttentionSpec(8, 4, 256, 1e4, 128)
-    assert (config.vocab_size, config.max_ctx) == (262_208, 131_072)
+    assert config.full == Attention(8, 4, 256, Rope(1e6, 256, 128, factor=8.0))
+    assert config.sliding == Attention(8, 4, 256, Rope.whole(1e4, 256))
+    assert (config.vocab, config.max_ctx) == (262_208, 131_072)
     assert config.attention_scale == 256**-0.5
 
 
@@ -146,29 +148,35 @@ def test_gemma3_270m_text_only_hub_file_is_the_preset():
         "layer_types": layer_types("SSSSSF" * 3), "rope_theta": 1e6, "rope_local_base_freq": 1e4,
         "rope_scaling": None, "eos_token_id": [1, 106], "use_bidirectional_attention": False,
     }  # fmt: skip
-    assert config_from_hf(raw) == get_preset("gemma3-270m").config
+    assert config_from_hf(raw) == models.get_row("gemma3-270m").config
 
 
 @pytest.mark.parametrize("name", ["e2b", "e4b", "12b", "26b-a4b", "31b"])
 def test_presets_are_what_transformers_would_save(name):
     """A preset written in Hugging Face words at full size reads back as itself."""
-    config = get_preset(name).config
+    config = models.get_row(name).config
     kind = "gemma4_unified_text" if name == "12b" else "gemma4_text"
     raw = {
-        "model_type": kind, "vocab_size": config.vocab_size, "hidden_size": config.hidden,
-        "intermediate_size": config.mlp_width, "num_hidden_layers": config.n_layers,
+        "model_type": kind, "vocab_size": config.vocab, "hidden_size": config.hidden,
+        "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
         "num_attention_heads": config.sliding.q_heads, "head_dim": 256, "global_head_dim": 512,
         "num_key_value_heads": config.sliding.kv_heads,
         "num_global_key_value_heads": config.full.kv_heads if config.full.k_eq_v else None,
-        "sliding_window": config.sliding_window, "layer_types": layer_types(config.pattern),
+        "sliding_window": config.window, "layer_types": layer_types(config.pattern),
         "max_position_embeddings": config.max_ctx, "final_logit_softcapping": 30.0,
-        "attention_k_eq_v": config.full.k_eq_v, "num_kv_shared_layers": config.n_kv_shared,
+        "attention_k_eq_v": config.full.k_eq_v, "num_kv_shared_layers": config.shared,
         "use_double_wide_mlp": config.shared_mlp_width > 0, "eos_token_id": [1, 106],
         "hidden_size_per_layer_input": config.ple_dim,
         "enable_moe_block": config.moe is not None, "num_experts": 128, "top_k_experts": 8,
         "moe_intermediate_size": 704,
     }  # fmt: skip
     assert config_from_hf(raw) == config
+
+
+def test_a_head_of_its_own_is_read():
+    config = config_from_hf(saved("31b") | {"tie_word_embeddings": False})
+    assert config == replace(EXPECTED["31b"], tied=False)
+    assert models.weights(config)[-1].name == "head"
 
 
 def test_last_layer_is_forced_to_full_as_in_transformers():
@@ -178,24 +186,24 @@ def test_last_layer_is_forced_to_full_as_in_transformers():
 
 
 BAD = [
-    ("e2b", {"model_type": "llama"}, "model_type 'llama' is not supported"),
+    ("e2b", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     ("e2b", {"model_type": "gemma4_txt"}, "Did you mean 'gemma4_text'"),
-    ("e2b", {"model_type": None}, "model_type 'None' is not supported"),
+    ("e2b", {"model_type": None}, "model_type None is not supported"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
     ("e4b", {"attention_bias": True}, "attention_bias = true is not supported"),
     ("e4b", {"hidden_activation": "silu"}, "hidden_activation = 'silu' is not supported"),
     ("31b", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
     ("31b", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    ("31b", {"tie_word_embeddings": False}, "tie_word_embeddings = false is not supported"),
+    ("31b", {"tie_word_embeddings": 0}, "tie_word_embeddings is 0, expected true or false"),
     ("e2b", {"layer_types": ["sliding_attention"]}, "expected a list of 8 layer types"),
     ("e2b", {"layer_types": [*layer_types("SSFSSFSF")[:-1], "linear_attention"]},
      "layer_types = 'linear_attention' is not supported"),
     ("e2b", {"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
     ("e2b", {"num_hidden_layers": 0}, "expected a whole number from 1 to 1000"),
     ("e2b", {"num_kv_shared_layers": 7}, "have no owner to read from"),
-    ("e2b", {"num_attention_heads": 0}, "must be positive"),
-    ("31b", {"num_attention_heads": 6}, "must be a multiple of kv_heads"),
+    ("e2b", {"num_attention_heads": 0}, "must be a positive multiple"),
+    ("31b", {"num_attention_heads": 6}, "must be a positive multiple of kv_heads"),
     ("e2b", {"eos_token_id": "x"}, "expected a token id or a list of token ids"),
     ("31b", {"per_layer_config": {"3": {"sliding_window": 4}}}, "sliding_window = 4"),
     ("31b", {"per_layer_config": {"3": {"head_dim": 64}}}, "one (KV heads, head_dim) for each"),
@@ -206,19 +214,19 @@ BAD = [
     ("gemma3", {"rope_parameters": {"full_attention": 3}}, "one object a layer type"),
     ("e2b", {"num_hidden_layers": 10**30, "layer_types": None}, "from 1 to 1000"),
     ("gemma3", {"query_pre_attn_scalar": 0}, "expected a positive number"),
-    ("e2b", {"rms_norm_eps": 0}, "norm_eps 0.0 must be a positive number"),
-    ("e2b", {"rms_norm_eps": -1e-6}, "norm_eps -1e-06 must be a positive number"),
+    ("e2b", {"rms_norm_eps": 0}, "norm_eps 0 must be positive"),
+    ("e2b", {"rms_norm_eps": -1e-6}, "norm_eps -1e-06 must be positive"),
     ("gemma3", {"rms_norm_eps": float("nan")}, "expected a finite number"),
     ("gemma3", {"rms_norm_eps": 10**400}, "expected a finite number"),
-    ("26b", {"top_k_experts": 9}, "top_k 9 must be from 1 to n_experts 8"),
-    ("26b", {"top_k_experts": 0}, "top_k 0 must be from 1 to n_experts 8"),
-    ("26b", {"num_experts": 0}, "n_experts 0 must be positive"),
-    ("26b", {"moe_intermediate_size": -32}, "expert width -32 must be positive"),
-    ("e2b", {"bos_token_id": 128}, "token id 128 must be below vocab_size 128"),
-    ("e2b", {"eos_token_id": [1, -2]}, "token id -2 must be below vocab_size 128"),
-    ("gemma3", {"pad_token_id": -1}, "token id -1 must be below"),
+    ("26b", {"top_k_experts": 9}, "top_k 9 must be from 1 to the 8 experts"),
+    ("26b", {"top_k_experts": 0}, "top_k 0 must be from 1 to the 8 experts"),
+    ("26b", {"num_experts": 0}, "0 experts of width 32 must be positive"),
+    ("26b", {"moe_intermediate_size": -32}, "8 experts of width -32 must be positive"),
+    ("e2b", {"bos_token_id": 128}, "bos_id 128 is not a token id below the vocabulary's 128"),
+    ("e2b", {"eos_token_id": [1, -2]}, "eos_ids[1] -2 is not a token id below"),
+    ("gemma3", {"pad_token_id": -1}, "pad_id -1 is not a token id below"),
     ("e2b", {"hidden_size_per_layer_input": -32}, "ple_dim -32 must not be negative"),
-    ("31b", {"final_logit_softcapping": -30.0}, "final_softcap -30.0 must be a number from 0"),
+    ("31b", {"final_logit_softcapping": -30.0}, "softcap -30 must be a number from 0"),
     ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "a positive number"),
     ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": -8.0}}, "a positive number"),
     ("gemma3", {"rope_scaling": {"type": "linear", "factor": float("nan")}}, "a finite number"),
@@ -270,10 +278,10 @@ BAD_GGUF = [
     ("gemma3", {"general.architecture": "clip"}, "is the vision or audio projector of a model"),
     ("gemma3", {"gemma3.rope.scaling.factor": -2.0}, "expected a number from 0"),
     ("gemma3", {"gemma3.rope.scaling.factor": float("nan")}, "expected a finite number"),
-    ("gemma3", {"gemma3.attention.layer_norm_rms_epsilon": 0.0}, "norm_eps 0.0 must be"),
-    ("gemma3", {"gemma3.attention.head_count": 0}, "must be positive"),
-    ("gemma3", {"tokenizer.ggml.eos_token_id": 128}, "token id 128 must be below"),
-    ("26b", {"gemma4.expert_used_count": 9}, "top_k 9 must be from 1 to n_experts 8"),
+    ("gemma3", {"gemma3.attention.layer_norm_rms_epsilon": 0.0}, "norm_eps 0 must be"),
+    ("gemma3", {"gemma3.attention.head_count": 0}, "must be a positive multiple"),
+    ("gemma3", {"tokenizer.ggml.eos_token_id": 128}, "eos_ids[0] 128 is not a token id below"),
+    ("26b", {"gemma4.expert_used_count": 9}, "top_k 9 must be from 1 to the 8 experts"),
 ]  # fmt: skip
 
 
@@ -281,7 +289,7 @@ BAD_GGUF = [
 def test_gguf_refused_by_name(name, change, message, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_hf(name), metadata=change)
     with pytest.raises(ConfigError) as error:
-        open_weights(str(path))
+        open_checkpoint(path)
     assert message in str(error.value)
     assert "m.gguf" in str(error.value)
 
@@ -297,5 +305,5 @@ def test_gguf_refused_by_name(name, change, message, tmp_path):
 )
 def test_gguf_rope_factor_is_read_as_llama_cpp_does(change, factor, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_hf("gemma3"), metadata=change)
-    config = open_weights(str(path)).config
-    assert (config.full.rope_factor, config.sliding.rope_factor) == (factor, 1.0)
+    config = open_checkpoint(path).config
+    assert (config.full.rope.factor, config.sliding.rope.factor) == (factor, 1.0)

@@ -11,8 +11,7 @@ import typer
 import edge_kv
 from edge_kv.amounts import parse_size
 from edge_kv.cli import app
-from edge_kv.models import get_row
-from edge_kv.presets import PRESETS
+from edge_kv.models import ROWS, get_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,6 +91,6 @@ def test_changelog_begins_with_the_version():
     assert first and first[1] == edge_kv.__version__
 
 
-def test_every_preset_is_named_in_the_readme():
-    missing = [name for name in PRESETS if f"`{name}`" not in text("README.md")]
+def test_every_named_model_is_documented():
+    missing = [name for name in ROWS if f"`{name}`" not in text("docs/models.md")]
     assert not missing

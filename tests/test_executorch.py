@@ -17,11 +17,11 @@ from filelock import FileLock
 from edge_kv import models
 from edge_kv.artifact import read_artifact, sha256_file
 from edge_kv.errors import ArtifactError, ConfigError, ExportError, RewindError, RuntimeFault
+from edge_kv.export import export_model
 from edge_kv.export import lower_executorch as lowering
 from edge_kv.export.backends import BACKENDS
 from edge_kv.export.executorch_portable import PortableEmbedding
 from edge_kv.export.executorch_xnnpack import XnnpackLayout, XnnpackLinear, XnnpackNorm, sigmoids
-from edge_kv.export.net_pipeline import RandomSource, export_net
 from edge_kv.export.packed_weights import PackedEmbedding, PackedLinear
 from edge_kv.export.rounding import round_rows
 from edge_kv.export.weight_file import (
@@ -34,7 +34,8 @@ from edge_kv.export.weight_file import (
 from edge_kv.formats import FORMATS, pack
 from edge_kv.manifest import PlanEntry
 from edge_kv.models.gemma import Attention, Config
-from edge_kv.models.model import EMBED, FLOAT, LINEAR, Rope, Weight
+from edge_kv.models.model import EMBED, FLOAT, LINEAR, Rope, Row, Weight
+from edge_kv.models.random_source import RandomSource
 from edge_kv.nets.weights import Norm
 from edge_kv.parity import divergence
 from edge_kv.progress import Silent
@@ -164,15 +165,13 @@ def exported(tmp_path_factory, attention, backends=("executorch",)):
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # a pytest-xdist worker
     root = shared / "-".join((*backends, attention))
-    formats = weight_formats("int4")
     with FileLock(f"{root}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("edge_kv.export.executorch_portable.BLOCK", 64)  # three to a table
         if not root.exists():
-            export_net(
-                RandomSource(CONFIG, 1, formats),
-                models.plan(CONFIG, ctx=CTX, chunk=CHUNK, kv="int8"), "int4", formats,
-                backends=backends, attention=attention, calibration="none", device="cpu",
-                out=root, open_session=load, progress=Silent(),
+            patch.setitem(models.ROWS, "small", Row(CONFIG, "", "for tests"))
+            export_model(
+                model="small", weights="random:1", ctx=CTX, chunk=CHUNK, backends=backends,
+                attention=attention, out=root, open_session=load,
             )  # fmt: skip
     return root
 

@@ -23,18 +23,17 @@ from edge_kv.footprint import (
     footprint,
     streaming,
 )
-from edge_kv.kv_plan import plan_kv
 from edge_kv.models.model import EXPERT8, Weight
 from edge_kv.needs import stored_bytes
 from edge_kv.plan_report import print_plan
-from edge_kv.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", ["e2b", "e4b", "26b-a4b", "gemma3-270m"])
-def test_gemma_is_predicted_as_by_layers(name):
+def test_a_footprint_is_the_memory_of_a_conversation(name):
     config, depth = models.get_row(name).config, 8192
-    need = footprint(config, models.plan(config, ctx=depth), "int4")
-    assert need.memory.state == plan_kv(PRESETS[name].config, ctx=depth).bytes
+    plan = models.plan(config, ctx=depth)
+    need = footprint(config, plan, "int4")
+    assert need.memory.state == plan.bytes
     assert need.resident == need.memory.conversation
     assert need.anonymous == need.memory.phases["decode"].anon
 

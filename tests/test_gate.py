@@ -10,12 +10,13 @@ import pytest
 import torch
 from weights_models import tiny_hf
 
+from edge_kv import models
 from edge_kv.errors import ParityError
 from edge_kv.export import gate
-from edge_kv.kv_plan import plan_kv
-from edge_kv.model.oracle import oracle_logits
+from edge_kv.models.checkpoint import open_checkpoint
+from edge_kv.nets.oracle import oracle_logits
+from edge_kv.nets.weights import Weights
 from edge_kv.parity import divergence
-from edge_kv.weights import open_weights
 
 STEPS, VOCAB = 24, 64
 RUN = gate.GateRun(np.zeros(60, np.int64), 60 - STEPS, (60 - STEPS,))
@@ -104,7 +105,7 @@ def test_noise_is_measured_on_the_model(tmp_path):
     not."""
     model = sharp_model(6.0)
     model.save_pretrained(tmp_path)
-    source = open_weights(str(tmp_path))
+    source = open_checkpoint(tmp_path)
     ids = torch.randint(0, 128, (60,), generator=torch.Generator().manual_seed(1))
     start = 60 - STEPS
 
@@ -112,8 +113,7 @@ def test_noise_is_measured_on_the_model(tmp_path):
         return torch.from_numpy(source.read(name, a, b))
 
     def run(config=source.config, read=read) -> torch.Tensor:
-        plan = plan_kv(config, ctx=96, chunk=8, kv="f32")
-        return oracle_logits(config, plan, read, ids, start=start)
+        return oracle_logits(config, Weights(models.weights(config)), read, ids, start=start)
 
     stored = run().numpy()
     exact = copy.deepcopy(model).double()(ids[None]).logits[0, start:].float().numpy()
@@ -123,12 +123,13 @@ def test_noise_is_measured_on_the_model(tmp_path):
         return judge(stored, stored, programs, programs, "none",
                      moved=lambda: run(read=gate.perturbed(read)))  # fmt: skip
 
+    config, sliding = source.config, source.config.sliding
     allowed = judged(exact)["lowering_limit"]["relative"]
     assert 3e-3 < allowed < 0.3
     for wrong in (
-        replace(source.config, sliding_window=source.config.sliding_window - 1),
-        replace(source.config, final_softcap=source.config.final_softcap / 4),
-        replace(source.config, sliding=replace(source.config.sliding, rotated_pairs=7)),
+        replace(config, window=config.window - 1),
+        replace(config, softcap=config.softcap / 4),
+        replace(config, sliding=replace(sliding, rope=replace(sliding.rope, pairs=7))),
     ):
         with pytest.raises(ParityError, match="differ from the model"):
             judged(run(wrong).numpy())

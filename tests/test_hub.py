@@ -13,12 +13,12 @@ import pytest
 from hub_server import GATED, NO_REPO, serving
 from huggingface_hub import constants
 
+from edge_kv import models
 from edge_kv.errors import WeightsError
-from edge_kv.presets import get_preset
 from edge_kv.weights import hub as hub_module
 from edge_kv.weights.hub import download, is_hub_id
 
-TINY = Path(get_preset("tiny").source)
+TINY = Path(str(models.get_row("tiny").weights))
 
 
 def tiny_files() -> dict[str, bytes]:

@@ -37,7 +37,8 @@ def root(tmp_path):
     files = {n: {"size": (root / n).stat().st_size, "sha256": sha256_file(root / n)} for n in names}
     entry = PlanEntry.of(PLAN)
     distance = {"max_abs": 1e-6, "max_kl": 0.0}
-    program = {"inputs": [io("ids", ["chunk"], "int64")], "outputs": [io("logits", [96])]}
+    inputs = [io("ids", ["chunk"], "int64"), io("ple", ["chunk", 2, 8])]
+    program = {"inputs": inputs, "outputs": [io("logits", [96])]}
     document = {
         "schema_version": 2,
         "edge_kv": "1",
@@ -164,6 +165,11 @@ def test_a_missing_field_is_named(root, field):
     (("backends", "onnx", "files"), ["onnx/else.bin"], "does not list its size"),
     (("parity", "onnx", "vectors"), "missing.npz", "does not list its size"),
     (("surprise",), 1, "surprise"),
+    (("ple",), None, r"per-layer rows holds None .*, onnx/prefill.onnx takes"),
+    (("ple", "rows"), 95, "file of per-layer rows holds"),
+    (("ple", "dim"), 16, "file of per-layer rows holds"),
+    (("ple", "n_layers"), 1, "file of per-layer rows holds"),
+    (("backends", "onnx", "programs", "decode", "inputs"), [], "decode.onnx takes None"),
 ])  # fmt: skip
 def test_wrong_fields_are_named(root, field, value, message):
     document = json.loads((root / "manifest.json").read_text())

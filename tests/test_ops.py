@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from edge_kv.export.lower_net import to_onnx
+from edge_kv.export.lower_onnx import to_onnx
 from edge_kv.export.onnx_functions import attach_functions
 from edge_kv.export.rounding import round_rows
 from edge_kv.formats import FORMATS, dequantise, pack

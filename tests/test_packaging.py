@@ -34,6 +34,26 @@ def run_python(code, *args, **kwargs):
     )
 
 
+def test_exporters_and_runtimes_name_no_model():
+    """What is special about a model stands in its two files, `models/x.py` and `nets/x.py`."""
+    names = re.compile("gemma|laguna|zaya|deepseek|qwen|llama", re.IGNORECASE)
+    kinds = {".py", ".cpp", ".h", ".kt", ".xml", ".kts"}
+    files = [
+        path
+        for tree in ("export", "runtime", "android_demo/src/main")
+        for path in (ROOT / tree).rglob("*")
+        if path.suffix in kinds
+    ]
+    assert len(files) > 100
+    named = [
+        f"{path.relative_to(ROOT)}:{n}: {line.strip()}"
+        for path in files
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if names.search(line)
+    ]
+    assert not named
+
+
 IMPORTED = """
 import sys
 {code}

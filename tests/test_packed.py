@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_kv import runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ArtifactError
+from edge_kv.manifest import UNFINISHED
 from edge_kv.runtime import packed
 from edge_kv.runtime.onnx_file import external_data, replace_external_data
 
@@ -141,7 +142,7 @@ def test_small_weights_and_artifacts_without_digests_are_left_alone(tiny, home, 
     monkeypatch.setattr(packed, "WORTH_PACKING", 0)
     artifact = read_artifact(tiny)
     name = "onnx/weights.bin"
-    blank = artifact.manifest.files[name].model_copy(update={"sha256": ""})
+    blank = artifact.manifest.files[name].model_copy(update={"sha256": UNFINISHED})
     artifact.manifest.files[name] = blank
     run(artifact)
     assert not home.exists()

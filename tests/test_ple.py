@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from edge_kv.artifact import PleEntry
 from edge_kv.errors import ArtifactError
+from edge_kv.manifest import PleEntry
 from edge_kv.ple import PleTable
 
 ROWS, LAYERS, DIM = 12, 3, 8

@@ -9,10 +9,10 @@ from tiny_models import tiny
 from edge_kv import models, runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.export import export_model
-from edge_kv.export.random_source import RandomSource
 from edge_kv.formats import FORMATS, GROUP, dequantise, unpack
 from edge_kv.models.checkpoint import config_from_hf
 from edge_kv.models.model import EXPERT, EXPERT8, LINEAR, Row
+from edge_kv.models.random_source import RandomSource
 
 
 def source(family, name, seed=0):
@@ -32,7 +32,7 @@ def test_bytes_are_whole_matrices_of_a_format(name, monkeypatch):
         values = drawn.read(weight)
         assert values.std() == pytest.approx(shape[-1] ** -0.5, rel=0.25)
         if weight == "embed":
-            monkeypatch.setattr("edge_kv.export.random_source._DRAWN", 1)
+            monkeypatch.setattr("edge_kv.models.random_source._DRAWN", 1)
             assert np.array_equal(drawn.read(weight, 5, 45), drawn.read(weight)[5:45])
             part = drawn.packed(weight, fmt, GROUP, shape[0])
             assert np.array_equal(drawn.packed(weight, fmt, 0, shape[0])[1:], part)

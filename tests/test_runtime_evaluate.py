@@ -26,7 +26,7 @@ def log_p(logits):
 
 def by_hand(session, cuts):
     """Log-probabilities before each predicted token, and those tokens, without any session."""
-    toy = Toy(session.config, 0)
+    toy = Toy.of(session.artifact)
     targets = [t for cut in cuts for t in cut[1:]]
     rows = [
         log_p(oracle(toy, session.plan, cut[: i + 1])) for cut in cuts for i in range(len(cut) - 1)

@@ -224,7 +224,7 @@ def test_checkpoints_are_few_and_keep_the_first(session):
     feed(session, list(range(10, 60)), range(5, 50, 5))
     kept = [len(c.tokens) for c in session._checkpoints]
     assert len(kept) == CHECKPOINTS and kept[0] == 5 and kept[-1] == 45
-    rings = [b for b in session.plan.buffers if b.kind == "ring"]
+    rings = [b for b in session.plan.tables if b.keep]
     for c in session._checkpoints:
         assert sum(map(len, c.rows)) <= sum(b.bytes for b in rings)
 

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from fake_artifact import DIM, VOCAB, Toy, edit_manifest, oracle, write_artifact
+from fake_artifact import VOCAB, Toy, edit_manifest, oracle, write_artifact
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ArtifactError, ConfigError, RewindError, RuntimeFault
-from edge_kv.runtime.onnx_session import WARNING, OnnxSession
+from edge_kv.manifest import UNFINISHED
+from edge_kv.runtime.onnx_session import OnnxSession
 
 
 def ids_for(n, seed=3):
@@ -25,35 +26,29 @@ def check(session, toy, ids):
 @pytest.mark.parametrize("ple", [True, False])
 def test_logits_equal_the_oracle_past_ring_wraps_and_live_steps(tmp_path, kv, ple):
     artifact = read_artifact(write_artifact(tmp_path / "a", ctx=600, chunk=7, kv=kv, ple=ple))
-    toy = Toy(artifact.config)
+    toy = Toy.of(artifact)
     with OnnxSession(artifact, threads=1) as session:
         for n in (1, 2, 9, 30, 210, 4, 3, 260, 81):  # 600 in all; live is 256, 512, then 600
             check(session, toy, ids_for(n, seed=n))
         assert session.pos == 600
 
 
-def test_state_is_updated_in_place_without_a_warning(tmp_path, capfd):
+def test_state_is_updated_in_place(tmp_path):
     artifact = read_artifact(write_artifact(tmp_path / "a"))
-    with OnnxSession(artifact, threads=1, log_severity=WARNING) as session:
+    with OnnxSession(artifact, threads=1) as session:
         session.prefill(ids_for(12))
         session.decode(5)
-        rows = Toy(artifact.config).rows(np.array([5]), 1)
-        np.testing.assert_array_equal(session.state["k1"][:, 12], rows[:, 0])
-        assert "in-place" not in capfd.readouterr().err
-        # control: the same graph with an output elsewhere does warn, so the line above can fail
-        elsewhere = np.empty((1, 256, DIM), np.float32)[:, :64]
-        session._bound["decode"]._binding.bind_output(
-            "k1.h0.out", "cpu", 0, np.float32, elsewhere.shape, elsewhere.ctypes.data
-        )
-        session.decode(5)
-    assert "in-place" in capfd.readouterr().err
+        rows = Toy.of(artifact).rows(np.array([5]), 1)
+        np.testing.assert_array_equal(session.state["l1.k"][12], rows[0])
 
 
 def test_an_unfinished_artifact_is_held_one_program_at_a_time(tmp_path):
     artifact = read_artifact(write_artifact(tmp_path / "a"))
-    files = {n: f.model_copy(update={"sha256": ""}) for n, f in artifact.manifest.files.items()}
+    files = {
+        n: f.model_copy(update={"sha256": UNFINISHED}) for n, f in artifact.manifest.files.items()
+    }
     artifact.manifest = artifact.manifest.model_copy(update={"files": files})
-    toy = Toy(artifact.config)
+    toy = Toy.of(artifact)
     with OnnxSession(artifact, threads=1) as session:
         for n, held in ((12, "decode"), (9, "decode")):
             check(session, toy, ids_for(n, seed=n))
@@ -64,7 +59,7 @@ def test_an_unfinished_artifact_is_held_one_program_at_a_time(tmp_path):
 
 def test_rewind_and_other_continuations_match_the_oracle(tmp_path):
     artifact = read_artifact(write_artifact(tmp_path / "a"))
-    toy = Toy(artifact.config)
+    toy = Toy.of(artifact)
     with OnnxSession(artifact, threads=1) as session:
         check(session, toy, ids_for(20))
         session.rewind(2)
@@ -118,7 +113,15 @@ def test_graph_of_another_plan_is_refused(tmp_path):
     files = read_artifact(other.root).manifest.model_dump(mode="json")["files"]
     files["ple.bin"] = {"size": (root / "ple.bin").stat().st_size, "sha256": "0" * 64}
     edit_manifest(root, backends=backends, files=files)
-    with pytest.raises(ArtifactError, match="ple"):
+    with pytest.raises(ArtifactError, match="per-layer rows"):
+        read_artifact(root)
+
+
+def test_graph_of_another_window_is_refused(tmp_path):
+    root = write_artifact(tmp_path / "a")
+    other = read_artifact(write_artifact(tmp_path / "b", window=6)).manifest
+    edit_manifest(root, plan=other.plan.model_dump(mode="json"))
+    with pytest.raises(ArtifactError, match=r"takes 'l0.k' as \[7, 2, 4\], its plan has \[8, 2, 4"):
         OnnxSession(read_artifact(root), threads=1)
 
 

@@ -172,12 +172,12 @@ def test_closed_session_refuses_everything(artifacts):
 def test_state_has_the_plans_shapes_and_is_page_aligned_and_zero(artifacts):
     for kv, dtype in (("f32", np.float32), ("f16", np.float16), ("int8", np.int8)):
         session = NumpySession(artifacts[kv])
-        assert list(session.state) == [b.name for b in session.plan.buffers]
-        for b in session.plan.buffers:
+        assert list(session.state) == [b.name for b in session.plan.tables]
+        for b in session.plan.tables:
             array = session.state[b.name]
             assert array.shape == b.shape and array.nbytes == b.bytes
             assert array.ctypes.data % 4096 == 0 and not array.any()
-        assert session.state["k1"].dtype == dtype
+        assert session.state["l1.k"].dtype == dtype
 
 
 def test_stats_count_steps(session):

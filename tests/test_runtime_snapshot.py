@@ -122,8 +122,8 @@ def test_snapshot_of_another_model_or_plan(artifacts, taken, tmp_path):
     [
         (b"", "not an edge-kv snapshot"),
         (b"GGUF" + bytes(100), "not an edge-kv snapshot"),
-        (b"EDGEKVSN" + struct.pack("<II", 2, 9) + bytes(60), "version 2, this edge-kv reads 1"),
-        (b"EDGEKVSN" + struct.pack("<II", 1, 1 << 31) + bytes(60), "cut off or changed"),
+        (b"EDGEKVSN" + struct.pack("<II", 1, 9) + bytes(60), "version 1, this edge-kv reads 2"),
+        (b"EDGEKVSN" + struct.pack("<II", 2, 1 << 31) + bytes(60), "cut off or changed"),
     ],
 )
 def test_files_that_are_no_snapshots(artifacts, tmp_path, content, message):
@@ -165,7 +165,7 @@ def test_only_live_rows_are_written(artifacts, tmp_path):
     session.prefill(range(10))
     session.snapshot(tmp_path / "ten.kv")
     plan = session.plan
-    rows = sum(b.row_bytes * min(10, b.slots) for b in plan.buffers) + 4 * 10
+    rows = sum(b.row_bytes * min(10, b.slots) for b in plan.tables) + 4 * 10
     grown = (tmp_path / "ten.kv").stat().st_size - (tmp_path / "empty.kv").stat().st_size
     assert rows <= grown <= rows + 16  # and a few more digits in the header
 

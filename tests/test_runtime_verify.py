@@ -86,10 +86,6 @@ def test_missing_or_broken_vectors(tmp_path):
     path.write_bytes(b"PK\3\4" + bytes(path.stat().st_size - 4))
     with pytest.raises(ArtifactError, match="cannot be read"):
         verify(NumpySession(artifact))
-    for parity in ({}, {"vectors": "verify.npz"}, {"vectors": "../x", "verify": {}}):
-        edit_manifest(root, parity=parity)
-        with pytest.raises(ArtifactError, match="no reference vectors"):
-            verify(NumpySession(read_artifact(root)))
-    edit_manifest(root, parity={"vectors": "verify.npz", "verify": {"max_kl": 1}})
-    with pytest.raises(ArtifactError, match="min_top1"):
+    edit_manifest(root, parity={})
+    with pytest.raises(ArtifactError, match="no reference vectors"):
         verify(NumpySession(read_artifact(root)))

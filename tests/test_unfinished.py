@@ -13,12 +13,10 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from edge_kv import models
 from edge_kv.errors import ExportError, WeightsError
-from edge_kv.export import export_model
-from edge_kv.export import old_backends as backends
+from edge_kv.export import backends, export_model
 from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
-from edge_kv.kv_plan import plan_kv
-from edge_kv.presets import get_preset
 from edge_kv.progress import Silent
 from edge_kv.runtime import load
 
@@ -37,7 +35,7 @@ class Stop(Silent):
 
 def checkpoint(path: Path, scale: float = 1.0) -> Path:
     """The shipped checkpoint with its matrices scaled: another model of the same config."""
-    shutil.copytree(get_preset("tiny").source, path)
+    shutil.copytree(models.get_row("tiny").weights, path)
     file = path / "model.safetensors"
     save_file({k: v * scale for k, v in load_file(file).items()}, file)
     return path
@@ -111,7 +109,7 @@ def test_a_weight_file_that_is_gone_or_cut_is_written_again(tmp_path):
     assert stopped(model, out) == whole
 
 
-@pytest.mark.parametrize("line", ['{"name": "embed.weight"}', '{"name": 3, "error"', "\0\0\0", ""])
+@pytest.mark.parametrize("line", ['{"name": "embed"}', '{"name": 3, "error"', "\0\0\0", ""])
 def test_a_torn_journal_is_believed_up_to_the_tear(tmp_path, line):
     model, out = checkpoint(tmp_path / "model"), tmp_path / "out"
     whole = stopped(model, out)
@@ -196,9 +194,9 @@ def test_a_program_without_a_whole_record_is_made_again(tmp_path, monkeypatch):
         path.write_bytes(b"program")
         return {"made": len(made)}
 
-    monkeypatch.setattr("edge_kv.export.old_lower_executorch.lower_executorch", lower)
-    config = get_preset("tiny").config
-    request = backends.Request(config, plan_kv(config, ctx=64, chunk=16), None)
+    monkeypatch.setattr("edge_kv.export.lower_executorch.lower_executorch", lower)
+    config = models.get_row("tiny").config
+    request = backends.Request(config, models.plan(config, ctx=64, chunk=16), None)
     weights = SimpleNamespace(layout=SimpleNamespace(bytes=0), path=tmp_path / "weights.bin")
 
     def times() -> int:

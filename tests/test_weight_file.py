@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_kv import models
 from edge_kv.errors import ExportError, WeightsError
 from edge_kv.export.weight_file import (
     Journal,
@@ -20,13 +21,12 @@ from edge_kv.export.weight_file import (
     write_weights,
 )
 from edge_kv.formats import GROUP, dequantise, unpack
-from edge_kv.models import gemma
-from edge_kv.presets import get_preset
+from edge_kv.models.model import FLOAT, PLE_TABLE
+from edge_kv.models.sources import open_weights
 from edge_kv.progress import Silent
-from edge_kv.tensors import FLOAT, PLE_TABLE, tensor_table, weight_formats
-from edge_kv.weights import open_weights
+from edge_kv.tensors import weight_formats
 
-CONFIG = get_preset("tiny").config
+CONFIG = models.get_row("tiny").config
 
 
 class Counting:
@@ -44,14 +44,14 @@ class Counting:
 
 
 def layout_of(scheme):
-    return WeightLayout(tensor_table(CONFIG), weight_formats(scheme))
+    return WeightLayout(models.weights(CONFIG), weight_formats(scheme))
 
 
 def write(source, folder, scheme="int4"):
     layout, journal = layout_of(scheme), Journal(folder / "journal")
     reports = write_weights(source, layout, folder / "weights.bin", journal, Silent())
-    entry = ple_layout(gemma.of(CONFIG).token_rows, CONFIG.vocab_size, scheme)
-    error = write_ple(source, "ple_embed.weight", entry, folder / "ple.bin", journal, Silent())
+    entry = ple_layout(CONFIG.token_rows, CONFIG.vocab, scheme)
+    error = write_ple(source, "ple.embed", entry, folder / "ple.bin", journal, Silent())
     return layout, reports, error
 
 
@@ -72,7 +72,7 @@ def test_every_tensor_reads_back(tmp_path, scheme):
     source = open_weights("random:3", CONFIG)
     layout, reports, ple_error = write(source, tmp_path, scheme)
     stored = StoredWeights(layout, tmp_path / "weights.bin")
-    for spec in tensor_table(CONFIG):
+    for spec in models.weights(CONFIG):
         if spec.kind == PLE_TABLE:
             continue
         kept, expected = layout.by_name[spec.name], torch.from_numpy(source.read(spec.name))
@@ -81,15 +81,14 @@ def test_every_tensor_reads_back(tmp_path, scheme):
             assert spec.kind == FLOAT or scheme == "none"
             assert torch.equal(stored.read(spec.name, 0, rows), expected)
             continue
-        base = spec.name.removesuffix(".weight")
         groups = -(-rows // GROUP)
-        packed = stored.read(f"{base}.packed", 0, groups)
+        packed = stored.read(f"{spec.name}.packed", 0, groups)
         q = unpack(kept.format, packed.numpy(), rows, spec.shape[1])
         values = torch.from_numpy(dequantise(kept.format, q))
         error = float((values - expected).norm() / expected.norm())
         assert error == pytest.approx(reports[spec.name].error, rel=1e-3, abs=1e-6)
         assert error < (0.12 if kept.format.bits == 4 else 0.01)
-        part = stored.read(f"{base}.packed", 1, min(3, groups))
+        part = stored.read(f"{spec.name}.packed", 1, min(3, groups))
         assert torch.equal(part, packed[1:3])
     assert (ple_error == 0) == (scheme == "none")
 
@@ -130,17 +129,17 @@ def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(tmp_path, monkeypatc
     (tmp_path / "whole").mkdir()
     write(source, tmp_path / "whole")
     assert contents(tmp_path) == contents(tmp_path / "whole")
-    assert "embed.weight" not in again.reads
+    assert "embed" not in again.reads
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
     class Broken(Counting):
         def read(self, name, start=0, stop=None):
-            if name.endswith("o_proj.weight"):
+            if name.endswith("attn.out"):
                 raise WeightsError(f"{name} is not finite")
             return super().read(name, start, stop)
 
-    with pytest.raises(WeightsError, match="o_proj"):
+    with pytest.raises(WeightsError, match=r"attn\.out"):
         write(Broken(), tmp_path)
 
 

@@ -15,16 +15,15 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, normalizers, trainers
+from tokenizers.models import BPE
 from weights_gguf import gemma3_270m, write_gguf
 from weights_models import NAMES, canonical_tensors, tiny_hf
 
+from edge_kv import models
 from edge_kv.errors import ConfigError, EdgeKVError, WeightsError
-from edge_kv.presets import get_preset
-from edge_kv.tensors import tensor_table
-from edge_kv.weights import check_weights, open_weights
+from edge_kv.models.sources import open_weights
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
-from edge_kv.weights.random_weights import RandomWeights
 from edge_kv.weights.source import Generation
 
 
@@ -46,10 +45,10 @@ def e2b(tmp_path):
 
 def assert_same(source, model, tolerance=0.0):
     want = canonical_tensors(model)
-    assert [s.name for s in tensor_table(source.config)] == sorted(
-        want, key=[s.name for s in tensor_table(source.config)].index
+    assert [s.name for s in models.weights(source.config)] == sorted(
+        want, key=[s.name for s in models.weights(source.config)].index
     )
-    check_weights(source, values=True)
+    source.check(values=True)
     for name, value in want.items():
         got = source.read(name)
         assert got.dtype == np.float32
@@ -78,7 +77,7 @@ def test_directory_equals_model(saved):
 
 def test_row_ranges_equal_the_full_read(saved):
     source = open_weights(str(saved[1]))
-    for spec in tensor_table(source.config):
+    for spec in models.weights(source.config):
         whole, n = source.read(spec.name), spec.shape[0]
         for start, stop in ((0, n), (0, 1), (n // 3, n), (n - 1, n), (n, n)):
             np.testing.assert_array_equal(source.read(spec.name, start, stop), whole[start:stop])
@@ -105,7 +104,7 @@ def test_gemma3_bf16_norms_get_their_one_in_f32(tmp_path):
     model = tiny_hf("gemma3").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     want = model.model.norm.weight.float().detach().numpy() + 1  # not bf16(w + 1)
-    np.testing.assert_array_equal(open_weights(str(tmp_path)).read("norm.weight"), want)
+    np.testing.assert_array_equal(open_weights(str(tmp_path)).read("norm"), want)
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
@@ -125,19 +124,19 @@ def test_multimodal_prefixes_and_towers(e2b, prefix):
 
 
 def test_texts_beside_the_weights(e2b):
-    source = open_weights(str(e2b))
-    assert (source.tokenizer_json(), source.chat_template(), source.stop_ids()) == (None, None, [])
+    text = open_weights(str(e2b)).text
+    assert (text.tokenizer_json(), text.chat_template(), text.stop_ids()) == (None, None, [])
     added = [{"id": 1, "content": "<eos>"}, {"id": 99, "content": "<turn|>"}]
     (e2b / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     (e2b / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 50, 106]}))
     named = [{"name": "tool", "template": "T"}, {"name": "default", "template": "{{ D }}"}]
     (e2b / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     source = open_weights(str(e2b))
-    assert json.loads(source.tokenizer_json() or "")["added_tokens"] == added
-    assert source.chat_template() == "{{ D }}"
-    assert source.stop_ids() == [50, 99]  # 1 and 106 are the config's
+    assert json.loads(source.text.tokenizer_json() or "")["added_tokens"] == added
+    assert source.text.chat_template() == "{{ D }}"
+    assert source.text.stop_ids() == [50, 99]  # 1 and 106 are the config's
     (e2b / "chat_template.jinja").write_text("{{ file }}")
-    assert source.chat_template() == "{{ file }}"
+    assert source.text.chat_template() == "{{ file }}"
 
 
 def test_the_files_that_transformers_reads_are_read(e2b):
@@ -150,12 +149,12 @@ def test_the_files_that_transformers_reads_are_read(e2b):
     index(dict.fromkeys(other, "model-00001-of-00001.safetensors"))(e2b)
     assert_same(open_weights(str(e2b)), tiny_hf("e2b"))
     (e2b / "model.safetensors").rename(e2b / "named.safetensors")
-    assert open_weights(str(e2b)).read("norm.weight")[0] == other["model.norm.weight"][0]
+    assert open_weights(str(e2b)).read("norm")[0] == other["model.norm.weight"][0]
     edit_config(e2b, transformers_weights="named.safetensors")
     assert_same(open_weights(str(e2b)), tiny_hf("e2b"))
 
 
-def test_a_head_is_dropped_only_when_it_repeats_the_token_table(e2b):
+def test_a_head_that_differs_from_the_token_table_is_used(e2b):
     def add_head(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
@@ -166,8 +165,10 @@ def test_a_head_is_dropped_only_when_it_repeats_the_token_table(e2b):
         tensors["lm_head.weight"][127, 63] += 1e-3
 
     rewrite(e2b, change_one)
-    with pytest.raises(WeightsError, match=r"lm_head\.weight is an LM head of its own"):
-        check_weights(open_weights(str(e2b)))
+    source = open_weights(str(e2b))
+    source.check(values=True)
+    assert not source.config.tied
+    assert source.read("head", 127)[0, 63] - source.read("embed", 127)[0, 63] > 5e-4
 
 
 def test_tied_weights_may_be_stored_as_the_head_alone(e2b):
@@ -183,39 +184,39 @@ def test_the_per_layer_table_may_have_other_rows_than_the_token_table(tmp_path, 
     model = tiny_hf("e2b", vocab_size_per_layer_input=rows)
     model.save_pretrained(tmp_path)
     source = open_weights(str(tmp_path))
-    check_weights(source)
+    source.check()
     want = model.model.embed_tokens_per_layer.weight.detach().numpy()
-    got = source.read("ple_embed.weight")
+    got = source.read("ple.embed")
     both = min(rows, 128)
     np.testing.assert_array_equal(got[:both], want[:both])
     np.testing.assert_array_equal(got[rows:], np.repeat(want[:1], max(0, 128 - rows), 0))
-    np.testing.assert_array_equal(source.read("ple_embed.weight", 90, 99), got[90:99])
-    np.testing.assert_array_equal(source.read("ple_embed.weight", 100, 101), got[100:101])
+    np.testing.assert_array_equal(source.read("ple.embed", 90, 99), got[90:99])
+    np.testing.assert_array_equal(source.read("ple.embed", 100, 101), got[100:101])
     edit_config(tmp_path, vocab_size_per_layer_input=64)
     with pytest.raises(WeightsError, match=r"embed_tokens_per_layer\.weight has shape"):
-        check_weights(open_weights(str(tmp_path)))
+        open_weights(str(tmp_path)).check()
 
 
 def test_recommended_sampling(e2b):
-    assert open_weights(str(e2b)).generation() == Generation()
+    assert open_weights(str(e2b)).text.generation() == Generation()
     path = e2b / "generation_config.json"
     stored = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "suppress_tokens": [7, 8]}
     path.write_text(json.dumps(stored | {"repetition_penalty": 1.1, "do_sample": True}))
-    assert open_weights(str(e2b)).generation() == Generation(
+    assert open_weights(str(e2b)).text.generation() == Generation(
         temperature=1.0, top_k=64, top_p=0.95, repetition_penalty=1.1, suppress_tokens=(7, 8)
     )
     path.write_text(json.dumps({"temperature": 1.0, "do_sample": False}))
-    assert open_weights(str(e2b)).generation().temperature == 0
+    assert open_weights(str(e2b)).text.generation().temperature == 0
     for fault in (
         {"temperature": -1}, {"top_k": 1.5}, {"top_k": -1}, {"top_p": 1.5}, {"top_p": 0},
         {"repetition_penalty": 0}, {"suppress_tokens": [128]}, {"temperature": float("inf")},
     ):  # fmt: skip
         path.write_text(json.dumps(fault))
         with pytest.raises(ConfigError, match=next(iter(fault))):
-            open_weights(str(e2b)).generation()
+            open_weights(str(e2b)).text.generation()
     path.write_text(json.dumps({"eos_token_id": [1, 500]}))
     with pytest.raises(ConfigError, match="token ids below 128"):
-        open_weights(str(e2b)).stop_ids()
+        open_weights(str(e2b)).text.stop_ids()
 
 
 # --- GGUF ---------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_gguf_equals_model(name, tmp_path):
     model = tiny_hf(name)
     source = open_weights(str(write_gguf(tmp_path / "m.gguf", model)))
     assert_same(source, model)
-    for spec in tensor_table(source.config):
+    for spec in models.weights(source.config):
         n = spec.shape[0]
         whole = source.read(spec.name)
         np.testing.assert_array_equal(source.read(spec.name, n // 3, n), whole[n // 3 :])
@@ -323,8 +324,9 @@ def test_gguf_with_an_output_head(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", model, extra={"output.weight": table})
     assert_same(open_weights(str(path)), model)
     path = write_gguf(tmp_path / "n.gguf", model, extra={"output.weight": table * 2})
-    with pytest.raises(WeightsError, match=r"output\.weight is an LM head of its own"):
-        check_weights(open_weights(str(path)))
+    source = open_weights(str(path))
+    source.check()
+    np.testing.assert_array_equal(source.read("head"), 2 * source.read("embed"))
 
 
 def test_gguf_with_vision_inside(tmp_path):
@@ -337,14 +339,14 @@ def test_gguf_with_vision_inside(tmp_path):
 def test_gguf_recommended_sampling(tmp_path):
     keys = {"general.sampling.temp": 0.75, "general.sampling.top_k": 64}
     path = write_gguf(tmp_path / "m.gguf", tiny_hf("gemma3"), metadata=keys)
-    assert open_weights(str(path)).generation() == Generation(temperature=0.75, top_k=64)
+    assert open_weights(str(path)).text.generation() == Generation(temperature=0.75, top_k=64)
 
 
 def test_gguf_dead_sharers_are_expected(tmp_path):
     """A converter run on a hub checkpoint keeps the sharing layers' keys and values."""
     source = open_weights(str(write_gguf(tmp_path / "m.gguf", tiny_hf("e2b"))))
     source._stored["blk.6.attn_k.weight"] = source._stored["blk.0.attn_k.weight"]
-    check_weights(source)
+    source.check()
 
 
 QUANTS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
@@ -355,8 +357,8 @@ def test_gguf_quant_types(kind, tmp_path):
     qtype = gguf.GGMLQuantizationType[kind]
     model = tiny_hf("26b")
     source = open_weights(str(write_gguf(tmp_path / "m.gguf", model, storage=qtype)))
-    check_weights(source, values=True)
-    for name in ("layers.0.mlp.down_proj.weight", "layers.1.moe.gate_up", "embed.weight"):
+    source.check(values=True)
+    for name in ("layers.0.mlp.down", "layers.1.moe.gate_up", "embed"):
         value = canonical_tensors(model)[name].numpy()
         want = dequantize(quantize(value, qtype), qtype).reshape(value.shape)
         np.testing.assert_array_equal(source.read(name), want)
@@ -369,27 +371,27 @@ def gemma3():
 
 
 def test_real_gemma3_file(gemma3):
-    preset = get_preset("gemma3-270m").config
+    preset = models.get_row("gemma3-270m").config
     assert open_weights(str(gemma3_270m()), preset).config.pattern == preset.pattern
-    check_weights(gemma3)
+    gemma3.check()
     assert gemma3.config.eos_ids == (1,)
-    assert gemma3.stop_ids() == [106]
-    assert gemma3.chat_template() is None  # this file has none
+    assert gemma3.text.stop_ids() == [106]
+    assert gemma3.text.chat_template() is None  # this file has none
     # Q4_K, Q6_K, Q5_0 here, Q8_0 and F32 below.
-    for name, rows in (("attn.o_proj", 640), ("mlp.down_proj", 640), ("attn.q_proj", 1024)):
-        whole = gemma3.read(f"layers.0.{name}.weight")
-        part = gemma3.read(f"layers.0.{name}.weight", 100, 133)
+    for name, rows in (("attn.out", 640), ("mlp.down", 640), ("attn.q", 1024)):
+        whole = gemma3.read(f"layers.0.{name}")
+        part = gemma3.read(f"layers.0.{name}", 100, 133)
         np.testing.assert_array_equal(part, whole[100:133])
         assert whole.shape[0] == rows
         assert 0.01 < whole.std() < 0.1
-    rows = gemma3.read("embed.weight", 262_140, 262_144)
+    rows = gemma3.read("embed", 262_140, 262_144)
     assert rows.shape == (4, 640)
-    assert gemma3.read("norm.weight").mean() > 1  # 1 + w is in the file already
+    assert gemma3.read("norm").mean() > 1  # 1 + w is in the file already
 
 
 @pytest.fixture(scope="module")
 def tokenizer3(gemma3):
-    return Tokenizer.from_str(gemma3.tokenizer_json())
+    return Tokenizer.from_str(gemma3.text.tokenizer_json())
 
 
 def test_real_gemma3_tokenizer(tokenizer3):
@@ -462,7 +464,7 @@ def test_scores_become_the_merges_of_sentencepiece():
 @pytest.fixture(scope="module")
 def bpe():
     """A small BPE with Gemma's normaliser and byte fallback, and its GGUF metadata."""
-    original = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    original = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     original.normalizer = normalizers.Replace(" ", "▁")
     original.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -525,18 +527,18 @@ def test_stop_ids_are_those_of_the_hub(bpe, tmp_path):
     model = tiny_hf("31b", vocab_size=original.get_vocab_size())
     path = write_gguf(tmp_path / "m.gguf", model, metadata=metadata | changed)
     source = open_weights(str(path))
-    assert (source.config.eos_ids, source.stop_ids()) == ((1,), [4, len(tokens) - 1])
+    assert (source.config.eos_ids, source.text.stop_ids()) == ((1,), [4, len(tokens) - 1])
 
 
 def test_gemma4_gguf_brings_its_texts(bpe, tmp_path):
     original, metadata = bpe
     model = tiny_hf("31b", vocab_size=original.get_vocab_size())
     source = open_weights(str(write_gguf(tmp_path / "m.gguf", model, metadata=metadata)))
-    check_weights(source)
-    tokenizer = Tokenizer.from_str(source.tokenizer_json() or "")
+    source.check()
+    tokenizer = Tokenizer.from_str(source.text.tokenizer_json() or "")
     assert tokenizer.get_vocab() == original.get_vocab()
-    assert source.chat_template() == "{{ bos_token }}"
-    assert source.stop_ids() == [4]
+    assert source.text.chat_template() == "{{ bos_token }}"
+    assert source.text.stop_ids() == [4]
 
 
 # --- random -------------------------------------------------------------------------------------
@@ -545,11 +547,10 @@ def test_gemma4_gguf_brings_its_texts(bpe, tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_random_rows_do_not_depend_on_the_range(data):
-    source = RandomWeights(get_preset("e2b").config, 7)
-    name = data.draw(st.sampled_from(["ple_embed.weight", "layers.3.mlp.up_proj.weight", "scalar"]))
-    if name == "scalar":
-        name = "layers.3.scalar"
-    rows = {s.name: s.shape[0] for s in tensor_table(source.config)}[name]
+    source = open_weights("random:7", models.get_row("e2b").config)
+    source.check()
+    name = data.draw(st.sampled_from(["ple.embed", "layers.3.mlp.up", "layers.3.scalar"]))
+    rows = {row.name: row.shape[0] for row in models.weights(source.config)}[name]
     start = data.draw(st.integers(0, rows - 1))
     stop = data.draw(st.integers(start, min(rows, start + 200)))
     cut = data.draw(st.integers(start, stop))
@@ -558,33 +559,32 @@ def test_random_rows_do_not_depend_on_the_range(data):
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
-def test_random_is_the_same_in_every_process_and_differs_by_seed_and_name():
-    config = get_preset("e2b").config
+def test_random_rows_are_the_same_in_every_process_and_differ_by_seed_and_name():
+    config = models.get_row("e2b").config
     a, b = open_weights("random", config), open_weights("random:1", config)
-    row = a.read("layers.0.attn.q_proj.weight", 5, 6)
+    row = a.read("layers.0.attn.q", 5, 6)
     # Pinned: a stored artifact of random weights must be reproducible by later versions.
     np.testing.assert_allclose(row[0, :4], PINNED, rtol=1e-6)
-    assert not np.array_equal(row, b.read("layers.0.attn.q_proj.weight", 5, 6))
-    assert not np.array_equal(row, a.read("layers.1.attn.q_proj.weight", 5, 6))
-    check_weights(a)
+    assert not np.array_equal(row, b.read("layers.0.attn.q", 5, 6))
+    assert not np.array_equal(row, a.read("layers.1.attn.q", 5, 6))
 
 
-PINNED = [-0.0224611089, 0.0014648549, -0.0227052514, 0.0048828498]
+PINNED = [-0.0095215570, 0.0107422695, -0.0007324275, 0.0317385234]
 
 
 def test_random_activations_stay_sane():
-    config = get_preset("e2b").config
+    config = models.get_row("e2b").config
     source = open_weights("random", config)
     x = np.random.default_rng(0).standard_normal((64, config.hidden), np.float32)
-    for name in ("attn.q_proj", "mlp.up_proj", "ple.gate"):
-        y = x @ source.read(f"layers.4.{name}.weight").T
+    for name in ("attn.q", "mlp.up", "ple.gate"):
+        y = x @ source.read(f"layers.4.{name}").T
         assert 0.9 < y.std() < 1.1
     for layer in (3, 4):  # head_dim 256 and 512
-        q, k = (source.read(f"layers.{layer}.attn.{n}_norm.weight") for n in "qk")
+        q, k = (source.read(f"layers.{layer}.attn.{n}_norm") for n in "qk")
         unit = np.random.default_rng(1).standard_normal((2, 4096, len(q)), np.float32)
         scores = (unit[0] * q * unit[1] * k).sum(-1) * config.attention_scale
         assert 1.5 < scores.std() < 2.5
-    scalars = [source.read(f"layers.{i}.scalar")[0] for i in range(config.n_layers)]
+    scalars = [source.read(f"layers.{i}.scalar")[0] for i in range(config.layers)]
     assert 0.85 < min(scalars) < 1 < max(scalars) < 1.15
 
 
@@ -603,7 +603,7 @@ def test_one_error_lists_missing_surplus_shape_dtype_and_nan(e2b):
     rewrite(e2b, damage)
     source = open_weights(str(e2b))
     with pytest.raises(WeightsError) as error:
-        check_weights(source, values=True)
+        source.check(values=True)
     text = str(error.value)
     assert "6 tensors are wrong" in text
     assert "model.layers.0.mlp.up_proj.weight is missing" in text
@@ -613,24 +613,24 @@ def test_one_error_lists_missing_surplus_shape_dtype_and_nan(e2b):
     assert "model.layers.2.self_attn.q_proj.weight is not finite at [3, 5]" in text
     assert "model.embed_tokens_per_layer.weight is not finite at [127, 1]" in text
     with pytest.raises(WeightsError, match=r"not finite at \[3, 5\]"):
-        source.read("layers.2.attn.q_proj.weight", 2, 4)
-    source.read("layers.2.attn.q_proj.weight", 4, 8)
+        source.read("layers.2.attn.q", 2, 4)
+    source.read("layers.2.attn.q", 4, 8)
     for name, message in (
-        ("layers.0.mlp.up_proj.weight", "has no tensor"),
-        ("norm.weight", "has shape"),
+        ("layers.0.mlp.up", "up_proj.weight is missing"),
+        ("norm", "has shape"),
         ("layers.1.scalar", "stored as I32"),
-        ("layers.9.scalar", "not a tensor of this model"),
+        ("layers.9.scalar", "not a weight of this model"),
     ):
         with pytest.raises(WeightsError, match=message):
             source.read(name)
     with pytest.raises(WeightsError, match="has rows 0 to 128, asked for 100 to 129"):
-        source.read("embed.weight", 100, 129)
+        source.read("embed", 100, 129)
 
 
 def test_a_long_list_is_cut(e2b):
     edit_config(e2b, hidden_size=32)
     with pytest.raises(WeightsError) as error:
-        check_weights(open_weights(str(e2b)))
+        open_weights(str(e2b)).check()
     assert str(error.value).count("expected") == 20
     assert "more." in str(error.value)
 
@@ -638,7 +638,7 @@ def test_a_long_list_is_cut(e2b):
 def test_padded_vocabulary_is_an_error(e2b):
     edit_config(e2b, vocab_size=120, vocab_size_per_layer_input=120)
     with pytest.raises(WeightsError, match=r"embed_tokens.weight has shape \(128, 64\), expected"):
-        check_weights(open_weights(str(e2b)))
+        open_weights(str(e2b)).check()
 
 
 def cut(n):
@@ -814,7 +814,7 @@ def test_flipped_header_bytes_never_escape_as_other_errors(kind, e2b, tmp_path):
         raw[rng.randrange(min(len(raw), 6000))] = rng.randrange(256)
         path.write_bytes(raw)
         try:
-            check_weights(open_weights(str(path if kind == "gguf" else e2b)))
+            open_weights(str(path if kind == "gguf" else e2b)).check()
         except EdgeKVError:
             refused += 1
     assert refused > 200
@@ -829,7 +829,7 @@ def test_gguf_faults_are_listed_by_their_own_names(tmp_path):
     assert raw.count(b"blk.1.ffn_up.weight") == 1
     path.write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(WeightsError) as error:
-        check_weights(open_weights(str(path)), values=True)
+        open_weights(str(path)).check(values=True)
     assert "3 tensors are wrong" in str(error.value)
     assert "blk.0.ffn_up.weight is not finite at [2, 3]" in str(error.value)
     assert "blk.1.ffn_up.weight is missing" in str(error.value)
@@ -843,7 +843,7 @@ def test_gguf_storage_that_cannot_be_read(gguf_file, code, message):
     at = raw.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 16
     gguf_file.write_bytes(raw[:at] + struct.pack("<I", code) + raw[at + 4 :])
     with pytest.raises(WeightsError, match=message):
-        check_weights(open_weights(str(gguf_file)))
+        open_weights(str(gguf_file)).check()
 
 
 BAD_TOKENIZER = [
@@ -866,7 +866,7 @@ def test_bad_gguf_tokenizer(bpe, change, message):
 
 
 def test_no_tokenizer_is_not_an_error(gguf_file):
-    assert open_weights(str(gguf_file)).tokenizer_json() is None
+    assert open_weights(str(gguf_file)).text.tokenizer_json() is None
 
 
 @pytest.mark.parametrize(
@@ -887,7 +887,7 @@ def test_bad_spec(spec, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", ["x", "-1", "1.5"])
 def test_bad_seed(seed):
     with pytest.raises(WeightsError, match="expected a whole number"):
-        open_weights(f"random:{seed}", get_preset("e2b").config)
+        open_weights(f"random:{seed}", models.get_row("e2b").config)
 
 
 def test_a_file_that_is_not_gguf(e2b):
@@ -897,11 +897,10 @@ def test_a_file_that_is_not_gguf(e2b):
 
 def test_another_model_than_the_one_named(e2b):
     with pytest.raises(ConfigError) as error:
-        open_weights(str(e2b), get_preset("e2b").config)
-    assert "vocab_size is 128, expected 262144" in str(error.value)
-
-
-# --- imports --------------------------------------------------------------------------------------
+        open_weights(str(e2b), models.get_row("e2b").config)
+    assert "vocab is 128, expected 262144" in str(error.value)
+    with pytest.raises(ConfigError, match="is not the model that was named"):
+        open_weights(str(e2b), models.get_row("qwen3-0.6b").config)
 
 
 def test_opening_weights_imports_no_torch(e2b):
@@ -909,7 +908,8 @@ def test_opening_weights_imports_no_torch(e2b):
     import sys
 
     code = (
-        "import sys; from edge_kv.weights import *; s = open_weights(sys.argv[1]); "
-        "s.read('embed.weight'); check_weights(s); assert 'torch' not in sys.modules"
+        "import sys; from edge_kv.models.sources import open_weights; "
+        "s = open_weights(sys.argv[1]); s.read('embed'); s.check(); "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(e2b)], check=True)

@@ -148,47 +148,47 @@ def _draw(name: str, noise: torch.Tensor, plus_one: bool) -> torch.Tensor:
 
 
 def canonical_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every parameter under the name of `edge_kv.tensors`, taken from the modules themselves."""
+    """Every parameter under the name of its weight row, taken from the modules themselves."""
     text, config = model.model, model.config
     one = 1.0 if config.model_type.startswith("gemma3") else 0.0  # Gemma3RMSNorm: 1 + weight
-    found = {"embed.weight": text.embed_tokens.weight, "norm.weight": text.norm.weight + one}
+    found = {"embed": text.embed_tokens.weight, "norm": text.norm.weight + one}
     ple = getattr(config, "hidden_size_per_layer_input", 0)
     if ple:
-        found["ple_embed.weight"] = text.embed_tokens_per_layer.weight
-        found["ple_proj.weight"] = text.per_layer_model_projection.weight
-        found["ple_norm.weight"] = text.per_layer_projection_norm.weight
+        found["ple.embed"] = text.embed_tokens_per_layer.weight
+        found["ple.proj"] = text.per_layer_model_projection.weight
+        found["ple.norm"] = text.per_layer_projection_norm.weight
     for i, layer in enumerate(text.layers):
         attn, mlp = layer.self_attn, layer.mlp
         rows = {
-            "attn_norm.weight": layer.input_layernorm.weight + one,
-            "attn.q_proj.weight": attn.q_proj.weight,
-            "attn.q_norm.weight": attn.q_norm.weight + one,
-            "attn.o_proj.weight": attn.o_proj.weight,
-            "post_attn_norm.weight": layer.post_attention_layernorm.weight + one,
-            "mlp_norm.weight": layer.pre_feedforward_layernorm.weight + one,
-            "mlp.gate_proj.weight": mlp.gate_proj.weight,
-            "mlp.up_proj.weight": mlp.up_proj.weight,
-            "mlp.down_proj.weight": mlp.down_proj.weight,
-            "post_mlp_norm.weight": layer.post_feedforward_layernorm.weight + one,
+            "attn_norm": layer.input_layernorm.weight + one,
+            "attn.q": attn.q_proj.weight,
+            "attn.q_norm": attn.q_norm.weight + one,
+            "attn.out": attn.o_proj.weight,
+            "attn_out_norm": layer.post_attention_layernorm.weight + one,
+            "mlp_norm": layer.pre_feedforward_layernorm.weight + one,
+            "mlp.gate": mlp.gate_proj.weight,
+            "mlp.up": mlp.up_proj.weight,
+            "mlp.down": mlp.down_proj.weight,
+            "mlp_out_norm": layer.post_feedforward_layernorm.weight + one,
         }
         if hasattr(attn, "k_proj"):
-            rows["attn.k_proj.weight"] = attn.k_proj.weight
-            rows["attn.k_norm.weight"] = attn.k_norm.weight + one
+            rows["attn.k"] = attn.k_proj.weight
+            rows["attn.k_norm"] = attn.k_norm.weight + one
             if attn.v_proj is not None:
-                rows["attn.v_proj.weight"] = attn.v_proj.weight
+                rows["attn.v"] = attn.v_proj.weight
         if getattr(config, "enable_moe_block", False):
-            rows["moe.dense_norm.weight"] = layer.post_feedforward_layernorm_1.weight
-            rows["moe.in_norm.weight"] = layer.pre_feedforward_layernorm_2.weight
-            rows["moe.out_norm.weight"] = layer.post_feedforward_layernorm_2.weight
-            rows["moe.router.scale"] = layer.router.scale
-            rows["moe.router.proj.weight"] = layer.router.proj.weight
-            rows["moe.router.expert_scale"] = layer.router.per_expert_scale
+            rows["moe.dense_norm"] = layer.post_feedforward_layernorm_1.weight
+            rows["moe.in_norm"] = layer.pre_feedforward_layernorm_2.weight
+            rows["moe.out_norm"] = layer.post_feedforward_layernorm_2.weight
+            rows["moe.router_scale"] = layer.router.scale
+            rows["moe.router"] = layer.router.proj.weight
+            rows["moe.expert_scale"] = layer.router.per_expert_scale
             rows["moe.gate_up"] = layer.experts.gate_up_proj
             rows["moe.down"] = layer.experts.down_proj
         if ple:
-            rows["ple.gate.weight"] = layer.per_layer_input_gate.weight
-            rows["ple.proj.weight"] = layer.per_layer_projection.weight
-            rows["ple.norm.weight"] = layer.post_per_layer_input_norm.weight
+            rows["ple.gate"] = layer.per_layer_input_gate.weight
+            rows["ple.proj"] = layer.per_layer_projection.weight
+            rows["ple.norm"] = layer.post_per_layer_input_norm.weight
         if one == 0.0:
             rows["scalar"] = layer.layer_scalar
         found.update({f"layers.{i}.{name}": value for name, value in rows.items()})

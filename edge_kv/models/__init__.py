@@ -28,14 +28,14 @@ def get_row(name: str) -> Row:
     return ROWS[name]
 
 
-def planned_by_layers(config: Model) -> bool:
-    """Whether `edge_kv.kv_plan` still plans this model, as it does Gemma."""
-    return isinstance(config, gemma.Config)
-
-
 def module_of(config: Model) -> ModuleType:
     """The module that describes the model of `config`."""
     return next(m for m in MODULES if m.Config is type(config))
+
+
+def name_of(config: Model) -> str:
+    """What the model of `config` is called here: its module's name."""
+    return module_of(config).__name__.rpartition(".")[2]
 
 
 def module_for(format: str, kind: object, where: str) -> ModuleType:

@@ -1,27 +1,33 @@
-"""A model's weights in a checkpoint, under the names of its weight rows, block of rows by block."""
+"""A model's weights in a checkpoint, under the names of its weight rows, block of rows by block.
+
+Nothing here imports torch, and a format's own libraries are imported when such a file is opened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from edge_kv import models
-from edge_kv.errors import ConfigError, WeightsError
+from edge_kv.errors import ArtifactError, ConfigError, WeightsError
 from edge_kv.models.model import TABLE, Model, Weight
-from edge_kv.weights.gguf_file import is_gguf, only_model, open_gguf
+from edge_kv.weights.gguf_file import GGUFFile, is_gguf, only_model, open_gguf
+from edge_kv.weights.gguf_text import GGUFText
 from edge_kv.weights.hf_files import open_files, read_json, weight_files
+from edge_kv.weights.hf_text import HFText
 from edge_kv.weights.scaled import joined_scales
-from edge_kv.weights.source import COMPARED, Array, Stored, first_not_finite
+from edge_kv.weights.source import COMPARED, Array, Stored, Text, filled_up, first_not_finite
 
 # Where the text model sits: multimodal, older multimodal, text-only, bare decoder.
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _EXPERT = "{e}"
-_HEAD = "lm_head.weight"
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")
 _ARCHITECTURE = "general.architecture"
-_PROJECTOR = "clip"
 _LISTED = 20  # faults spelt out in one message
 
 
@@ -32,24 +38,37 @@ class Checkpoint:
         stored: every tensor of the checkpoint under its own name.
         format: "hf" or "gguf": which of a weight row's foreign names counts.
         label: where the weights came from, for people.
+        text: what the checkpoint says beside its weights.
+        files: every file that was read: their content decides what comes out.
     """
 
-    def __init__(self, config: Model, stored: Mapping[str, Stored], format: str, label: str):
-        self.config, self.label = config, label
+    def __init__(
+        self, config: Model, stored: Mapping[str, Stored], format: str, label: str,
+        text: Text | None, files: Sequence[Path],
+    ):  # fmt: skip
+        self.config, self.label, self.files = config, label, list(files)
+        self.text: Text | None = text
         self.rows = {row.name: row for row in models.weights(config)}
-        self._stored, self._hf = stored, format == "hf"
+        self._stored, self._hf = dict(stored), format == "hf"
         known = (p for p in _PREFIXES if any(name.startswith(p) for name in stored))
         self._prefix = next(known, "") if self._hf else ""
         self._parts = {name: self._resolve(row) for name, row in self.rows.items()}
+        for row in self.rows.values():
+            if row.filled and self._hf:
+                self._fill(row, *row.filled)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows start … stop-1 (axis 0) of the weight `name`, as f32.
 
         Raises:
-            WeightsError: no such weight, another shape, or a value that is not finite.
+            WeightsError: no such weight or rows, another shape, or a value that is not finite.
         """
-        row = self.rows[name]
+        row = self.rows.get(name)
+        if row is None:
+            raise WeightsError(f"{name!r} is not a weight of this model; use a name of its rows.")
         stop = row.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= row.shape[0]:
+            raise WeightsError(f"{name} has rows 0 to {row.shape[0]}, asked for {start} to {stop}.")
         if fault := self._fault(row):
             raise WeightsError(f"{self.label}: {fault}.")
         block = self._load(row, start, stop)
@@ -67,6 +86,7 @@ class Checkpoint:
     def surplus(self) -> list[str]:
         """Stored tensors that no part of the model uses and no model of its kind carries."""
         used = {own for parts in self._parts.values() for part in parts for own in part}
+        used |= set(_HEADS) if "head" not in self.rows else set()
         ignored: Callable[[Model, str], bool] = models.module_of(self.config).ignored
         return sorted(
             name
@@ -74,16 +94,28 @@ class Checkpoint:
             if name not in used and not ignored(self.config, self._bare(name))
         )
 
-    def check(self) -> None:
+    def check(self, *, values: bool = False) -> None:
         """Compare the checkpoint with the model's weight rows.
 
+        Args:
+            values: also read every value and look for NaN and infinity (`read` does so anyway).
+
         Raises:
-            WeightsError: one error that lists every missing, surplus, wrongly shaped and
-                unreadable tensor.
+            WeightsError: one error that lists every missing, surplus, wrongly shaped, unreadable
+                and (with `values`) not finite tensor.
         """
-        faults = [fault for row in self.rows.values() if (fault := self._fault(row))]
+        faults: list[str] = []
+        for name, row in self.rows.items():
+            if fault := self._fault(row):
+                faults.append(fault)
+            elif values and (where := self._not_finite(row)) is not None:
+                faults.append(f"{self.stored_name(name)} is not finite at {list(where)}")
         faults += [f"{name} is not part of the model" for name in self.surplus()]
-        faults += self._own_heads()
+        if self.own_head():
+            faults.append(
+                f"{self.own_head()} is an LM head of its own (it differs from the token table), "
+                "and this model has none"
+            )
         if not faults:
             return
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
@@ -93,18 +125,35 @@ class Checkpoint:
             f"{'; '.join(faults[:_LISTED])}{more}."
         )
 
-    def _own_heads(self) -> list[str]:
-        """A sentence for every head that is stored beside the table it should be tied to, and is
-        another. Both are read whole."""
+    def own_head(self) -> str:
+        """The LM head that is stored beside the token table and is another, though the config says
+        that the table is the head; "" when there is none. Both are read whole."""
         if "head" in self.rows or self._fault(self.rows["embed"]):
-            return []
+            return ""
         [[table]] = self._parts["embed"]
-        return [
-            f"{own} is an LM head of its own (it differs from {table}), and its config says that "
-            "the head is the token table"
-            for own in self._stored
-            if own != table and own.endswith(_HEAD) and not self._repeats(own, table)
-        ]
+        heads = (h for h in _HEADS if h in self._stored and h != table)
+        return next((h for h in heads if not self._repeats(h, table)), "")
+
+    def _not_finite(self, row: Weight) -> tuple[int, ...] | None:
+        step = max(1, COMPARED * row.shape[0] // row.elements)
+        for start in range(0, row.shape[0], step):
+            block = self._load(row, start, min(row.shape[0], start + step))
+            if (where := first_not_finite(block, start)) is not None:
+                return where
+        return None
+
+    def _fill(self, row: Weight, rows: int, spare: int) -> None:
+        """Give a table of `rows` rows one for every token: those beyond are its row `spare`."""
+        [[own]] = self._parts[row.name]
+        table = self._stored.get(own)
+        if table and rows != row.shape[0] and table.shape[:1] == (rows,):
+            self._stored[own] = filled_up(table, row.shape[0], spare)
+
+    def untied(self) -> Checkpoint:
+        """The same, of a model whose head is not its token table."""
+        config = replace(self.config, tied=False)  # type: ignore[call-arg]
+        format = "hf" if self._hf else "gguf"
+        return Checkpoint(config, self._stored, format, self.label, self.text, self.files)
 
     def _repeats(self, own: str, table: str) -> bool:
         """Whether two stored tensors hold the same values."""
@@ -193,8 +242,14 @@ class Checkpoint:
         return block[start - first * dim : stop - first * dim]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The weights of a Hugging Face directory or a .gguf file.
+def open_checkpoint(path: Path, label: str = "") -> Checkpoint:
+    """The weights of a Hugging Face directory or a .gguf file; of several parts, the first.
+
+    An LM head of its own is used, as transformers does, also where the config says that the token
+    table is the head.
+
+    Args:
+        label: what people call it; else the name of the directory or file.
 
     Raises:
         WeightsError: a file is missing, cut off or not what its name says.
@@ -206,11 +261,41 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config = config_from_hf(raw, str(path / "config.json"))
         files = weight_files(path, raw.get("transformers_weights"))
         stored = joined_scales(open_files(files))
-        return Checkpoint(config, stored, "hf", f"directory {path.resolve().name}")
-    file = open_gguf(path)
-    module = models.module_for("GGUF", file.metadata.get(_ARCHITECTURE), path.name)
-    config = _described(lambda: module.read_gguf(file, path.name), path.name)
-    return Checkpoint(config, file.tensors, "gguf", f"{path.name} (GGUF)")
+        hf_text = HFText(path, config.vocab, config.eos_ids)
+        files = [path / "config.json", *hf_text.files(), *files]
+        label = label or f"directory {path.resolve().name}"
+        return _with_own_head(Checkpoint(config, stored, "hf", label, hf_text, files))
+    file = _gguf(path)
+    config = _gguf_config(file, path.name)
+    text = GGUFText(file.metadata, path.name, config.vocab, config.eos_ids)
+    label = label or f"{path.name} (GGUF)"
+    return _with_own_head(Checkpoint(config, file.tensors, "gguf", label, text, file.files))
+
+
+def _with_own_head(checkpoint: Checkpoint) -> Checkpoint:
+    if not getattr(checkpoint.config, "tied", False) or not checkpoint.own_head():
+        return checkpoint
+    return checkpoint.untied()
+
+
+def _gguf(path: Path) -> GGUFFile:
+    if not is_gguf(path):
+        raise WeightsError(
+            f"{path} is a file but not a .gguf; give a directory with config.json and "
+            "safetensors, a .gguf file, a hub id or `random`."
+        )
+    return open_gguf(path)
+
+
+def _gguf_config(file: GGUFFile, where: str) -> Model:
+    arch = file.metadata.get(_ARCHITECTURE)
+    if arch == "clip":
+        raise ConfigError(
+            f"{where} is the vision or audio projector of a model (general.architecture 'clip'); "
+            "give the file of the language model."
+        )
+    module = models.module_for("GGUF", arch, where)
+    return _described(lambda: module.read_gguf(file, where), where)
 
 
 def read_config(path: Path) -> Model:
@@ -223,19 +308,7 @@ def read_config(path: Path) -> Model:
     path = _model_path(path)
     if path.is_dir():
         return config_from_hf(_config_json(path), str(path / "config.json"))
-    if not is_gguf(path):
-        raise WeightsError(
-            f"{path} is a file but not a .gguf; give a directory with config.json and "
-            "safetensors, a .gguf file, a hub id or `random`."
-        )
-    file = open_gguf(path)
-    if file.metadata.get(_ARCHITECTURE) == _PROJECTOR:
-        raise WeightsError(
-            f"{path.name} is the vision or audio projector of a model (general.architecture "
-            f"{_PROJECTOR!r}); give the file of the language model."
-        )
-    module = models.module_for("GGUF", file.metadata.get(_ARCHITECTURE), path.name)
-    return _described(lambda: module.read_gguf(file, path.name), path.name)
+    return _gguf_config(_gguf(path), path.name)
 
 
 def _model_path(path: Path) -> Path:
@@ -253,12 +326,33 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> Model:
     return _described(lambda: module.read_hf(raw, where), where)
 
 
+def recorded_config(made: Mapping[str, Any]) -> Model:
+    """The config that an artifact's manifest records under `made`, for people and for checks.
+
+    Raises:
+        ArtifactError: it records none, or one that is no model's.
+    """
+    fields = made.get("model")
+    fields = fields if isinstance(fields, dict) else {}
+    kind = fields.get("type")
+    module = next((m for m in models.MODULES if m.__name__.rpartition(".")[2] == kind), None)
+    if module is None:
+        raise ArtifactError("The manifest does not say which model it is of; export it again.")
+    values = {name: value for name, value in fields.items() if name != "type"}
+    try:
+        config: Model = TypeAdapter(module.Config).validate_python(values)
+    except (ValidationError, ConfigError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise ArtifactError(f"The manifest's model config is not valid: {reason}.") from e
+    return config
+
+
 def _config_json(root: Path) -> dict[str, Any]:
     raw = read_json(root / "config.json")
     if raw is None:
         raise WeightsError(
-            f"{root} has no config.json; give a directory with config.json and safetensors, a "
-            ".gguf file, a hub id or `random`."
+            f"{root} has no config.json; give a directory with config.json and safetensors, "
+            "a .gguf file, a hub id or `random`."
         )
     return raw
 

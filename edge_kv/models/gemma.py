@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_kv.config import AttentionSpec, ModelConfig
 from edge_kv.models.model import (
     EMBED,
     EXPERT,
     FLOAT,
+    HEAD,
     KV,
     LINEAR8,
     PLE_TABLE,
@@ -19,10 +21,8 @@ from edge_kv.models.model import (
     Row,
     TokenRows,
     Weight,
-)  # fmt: skip
+)
 from edge_kv.plan import Sizes, Table
-from edge_kv.presets import PRESETS
-from edge_kv.weights.hf_config import config_from_hf
 
 if TYPE_CHECKING:
     from edge_kv.weights.gguf_file import GGUFFile
@@ -68,8 +68,10 @@ class Config(Model):
     moe: MoE | None = None
     v_norm: bool = True  # values are normed, without a weight
     layer_scalar: bool = True  # a learned factor on the residual behind each layer
-    norm_offset: float = 0.0  # Gemma 3 stores w and multiplies by 1 + w
     softcap: float = 0.0  # of the logits; 0: none
+    tied: bool = True  # the token table is the head
+    norm_offset: float = field(default=0.0, compare=False)  # Gemma 3 stores w for 1 + w
+    ple_rows: int = field(default=0, compare=False)  # tokens in a stored per-layer table; 0: all
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
@@ -83,8 +85,16 @@ class Config(Model):
             yield f"{self.shared} sharing layers must be fewer than all {self.layers}"
         elif lost := set(self.pattern[self.owners :]) - set(self.pattern[: self.owners]):
             yield f"sharing layers of type {''.join(sorted(lost))} have no owner to read from"
-        if self.moe and not 1 <= self.moe.top_k <= self.moe.experts:
-            yield f"top_k {self.moe.top_k} must be from 1 to the {self.moe.experts} experts"
+        for name in ("ple_dim", "shared_mlp_width"):
+            if (width := getattr(self, name)) < 0:
+                yield f"{name} {width} must not be negative"
+        if not 0 <= self.softcap < inf:
+            yield f"softcap {self.softcap:g} must be a number from 0"
+        if self.moe:
+            if min(self.moe.experts, self.moe.width) < 1:
+                yield f"{self.moe.experts} experts of width {self.moe.width} must be positive"
+            if not 1 <= self.moe.top_k <= self.moe.experts:
+                yield f"top_k {self.moe.top_k} must be from 1 to the {self.moe.experts} experts"
 
     @property
     def owners(self) -> int:
@@ -112,6 +122,7 @@ _TOWERS = {
     "vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder",
     "multi_modal_projector",
 }  # fmt: skip
+_GGUF_TOWERS = {"v", "a", "mm"}  # vision, audio and their projector, in the file of the text model
 # Tensors of sharing layers that published checkpoints still hold.
 _SHARED = {
     "k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight",
@@ -122,7 +133,7 @@ _SHARED = {
 def ignored(c: Config, name: str) -> bool:
     """Whether checkpoints carry the tensor `name` and the text decoder does not use it."""
     parts = name.split(".")
-    if _TOWERS & set(parts) or name in ("lm_head.weight", "rope_freqs.weight"):
+    if _TOWERS & set(parts) or parts[0] in _GGUF_TOWERS or name == "rope_freqs.weight":
         return True
     layer, own = (parts[1], ".".join(parts[2:])) if len(parts) > 3 else ("", "")
     sharing = layer.isdigit() and c.owners <= int(layer) < c.layers
@@ -139,7 +150,9 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
     Raises:
         ConfigError: a field that would change the computation, or a wrong value, by name.
     """
-    return of(config_from_hf(raw, where))
+    from edge_kv.models import gemma_files
+
+    return gemma_files.read_hf(raw, where)
 
 
 def read_gguf(file: GGUFFile, where: str) -> Config:
@@ -148,32 +161,92 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
     Raises:
         ConfigError: a field that would change the computation, or a wrong value, by name.
     """
-    from edge_kv.weights.gguf_model import config_from_gguf
+    from edge_kv.models import gemma_files
 
-    folded = of(config_from_gguf(file, where))  # 1 + w is what such a file holds
-    return replace(folded, norm_offset=0.0)
-
-
-def of(c: ModelConfig) -> Config:
-    """The same model in the words of this module."""
-    four = c.family == "gemma4"
-
-    def attention(spec: AttentionSpec) -> Attention:
-        rope = Rope(spec.rope_theta, spec.head_dim, spec.rotated_pairs, spec.rope_factor)
-        return Attention(spec.q_heads, spec.kv_heads, spec.head_dim, rope, spec.k_eq_v)
-
-    return Config(
-        vocab=c.vocab_size, hidden=c.hidden, layers=c.n_layers, max_ctx=c.max_ctx,
-        norm_eps=c.norm_eps, bos_id=c.bos_id, eos_ids=c.eos_ids, pad_id=c.pad_id,
-        pattern=c.pattern, window=c.sliding_window, sliding=attention(c.sliding),
-        full=attention(c.full), mlp_width=c.mlp_width, attention_scale=c.attention_scale,
-        shared=c.n_kv_shared, shared_mlp_width=c.shared_mlp_width, ple_dim=c.ple_dim,
-        moe=MoE(c.moe.n_experts, c.moe.top_k, c.moe.width) if c.moe else None, v_norm=c.v_norm,
-        layer_scalar=four, norm_offset=0.0 if four else 1.0, softcap=c.final_softcap,
-    )  # fmt: skip
+    return gemma_files.read_gguf(file, where)
 
 
-ROWS = {name: Row(of(p.config), p.hub_id, p.about, p.weights) for name, p in PRESETS.items()}
+def gemma3(**fields: Any) -> Config:
+    """A decoder of the third generation: raw values, no factor behind a layer."""
+    return Config(v_norm=False, layer_scalar=False, **fields)
+
+
+def gemma4(**fields: Any) -> Config:
+    """A decoder of the fourth generation: normed values, attention at scale 1."""
+    return Config(v_norm=True, layer_scalar=True, attention_scale=1.0, **fields)
+
+
+def _row4(
+    pattern: str, hidden: int, q_heads: int, kv_sliding: int, kv_full: int, mlp_width: int,
+    k_eq_v: bool = False, **fields: Any,
+) -> Config:  # fmt: skip
+    """Head dims 256 sliding (theta 1e4) and 512 full (theta 1e6, 64 pairs turn)."""
+    return gemma4(
+        vocab=262_144,
+        hidden=hidden,
+        layers=len(pattern),
+        pattern=pattern,
+        sliding=Attention(q_heads, kv_sliding, 256, Rope.whole(1e4, 256)),
+        full=Attention(q_heads, kv_full, 512, Rope(1e6, 512, 64), k_eq_v),
+        mlp_width=mlp_width,
+        softcap=30.0,
+        eos_ids=(1, 106),
+        **fields,
+    )
+
+
+def _row3(pattern: str, hidden: int, mlp_width: int) -> Config:
+    """Head dim 256, four heads over one KV head, a window of 512."""
+    return gemma3(
+        vocab=262_144,
+        hidden=hidden,
+        layers=len(pattern),
+        pattern=pattern,
+        window=512,
+        sliding=Attention(4, 1, 256, Rope.whole(1e4, 256)),
+        full=Attention(4, 1, 256, Rope.whole(1e6, 256)),
+        mlp_width=mlp_width,
+        max_ctx=32_768,
+        attention_scale=256**-0.5,
+        norm_offset=1.0,
+        eos_ids=(1, 106),
+    )
+
+
+_E2B = _row4(
+    "SSSSF" * 7, 1536, 8, 1, 1, 6144, shared_mlp_width=12_288, window=512, shared=20, ple_dim=256,
+    max_ctx=131_072,
+)  # fmt: skip
+_E4B = _row4(
+    "SSSSSF" * 7, 2560, 8, 2, 2, 10_240, window=512, shared=18, ple_dim=256, max_ctx=131_072
+)
+_12B = _row4("SSSSSF" * 8, 3840, 16, 8, 1, 15_360, True, window=1024, max_ctx=262_144)
+_26B = _row4(
+    "SSSSSF" * 5, 2816, 16, 8, 2, 2112, True, moe=MoE(128, 8, 704), window=1024, max_ctx=262_144
+)
+_31B = _row4("SSSSSF" * 10, 5376, 32, 16, 4, 21_504, True, window=1024, max_ctx=262_144)
+_TINY = gemma4(
+    vocab=2048, hidden=128, layers=8, pattern="SSSF" * 2, window=64,
+    sliding=Attention(4, 1, 32, Rope.whole(1e4, 32)), full=Attention(4, 1, 64, Rope(1e6, 64, 8)),
+    mlp_width=256, shared_mlp_width=512, shared=4, ple_dim=32, max_ctx=32_768, softcap=30.0,
+)  # fmt: skip
+ROWS = {
+    "e2b": Row(_E2B, "google/gemma-4-E2B-it", "Gemma 4 E2B, 2.3 B effective parameters"),
+    "e4b": Row(_E4B, "google/gemma-4-E4B-it", "Gemma 4 E4B, 4.5 B effective parameters"),
+    "12b": Row(_12B, "google/gemma-4-12B-it", "Gemma 4 12B, dense"),
+    "26b-a4b": Row(_26B, "google/gemma-4-26B-A4B-it", "Gemma 4 26B-A4B, mixture of experts"),
+    "31b": Row(_31B, "google/gemma-4-31B-it", "Gemma 4 31B, dense"),
+    "gemma3-270m": Row(
+        _row3("SSSSSF" * 3, 640, 2048), "google/gemma-3-270m-it", "Gemma 3 270M"
+    ),
+    "tiny": Row(
+        _TINY, "", "A 2.4 M parameter Gemma 4 trained for this project; ships with it",
+        Path(__file__).parents[1] / "data" / "tiny",
+    ),
+    "gemma3-1b": Row(
+        _row3("SSSSSF" * 4 + "SS", 1152, 6912), "google/gemma-3-1b-it", "Gemma 3 1B"
+    ),
+}  # fmt: skip
 
 
 def tables(c: Config, s: Sizes) -> Iterator[Table]:
@@ -188,19 +261,20 @@ def tables(c: Config, s: Sizes) -> Iterator[Table]:
 
 
 def weights(c: Config) -> Iterator[Weight]:
+    tied = " | lm_head.weight" if c.tied else ""  # tied weights are stored under either name
     yield Weight(
-        "embed",
-        (c.vocab, c.hidden),
-        EMBED,
-        "embed_tokens.weight | lm_head.weight",
-        "token_embd.weight",
-        prefill=0,
-    )
+        "embed", (c.vocab, c.hidden), EMBED, f"embed_tokens.weight{tied}", "token_embd.weight",
+        share=1 if c.tied else 0, prefill=0,
+    )  # fmt: skip
     if c.ple_dim:
         width = c.layers * c.ple_dim
         yield Weight(
             _PLE_TABLE, (c.vocab, width), PLE_TABLE,
             "embed_tokens_per_layer.weight", "per_layer_token_embd.weight", share=0, prefill=0,
+            drawn=(0.0, c.ple_dim**-0.5),
+            # Token tables that were resized are longer: as in Gemma 3n, tokens behind the table's
+            # end read the padding token's row.
+            filled=(c.ple_rows, min(c.pad_id or 0, c.ple_rows - 1)) if c.ple_rows else None,
         )  # fmt: skip
         yield Weight(
             "ple.proj", (width, c.hidden), LINEAR8,
@@ -216,6 +290,9 @@ def weights(c: Config) -> Iterator[Weight]:
     yield Weight(
         "norm", (c.hidden,), FLOAT, "norm.weight", "output_norm.weight", offset=c.norm_offset
     )
+    if not c.tied:
+        hf = "lm_head.weight | language_model.lm_head.weight"
+        yield Weight("head", (c.vocab, c.hidden), HEAD, hf, "output.weight", prefill=0)
 
 
 def _layer(c: Config, i: int) -> Iterator[Weight]:
@@ -224,12 +301,22 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     width = c.mlp_width if owns else c.shared_mlp_width or c.mlp_width
 
+    # Queries and keys have unit RMS before their norms' weights w, so that the deviation of a score
+    # is attention_scale * sqrt(head_dim) * w * w: random weights make it 2.
+    level = (2 / (c.attention_scale * a.head_dim**0.5)) ** 0.5
+    drawn = {
+        "attn.q_norm": (level, 0.1 * level),
+        "attn.k_norm": (level, 0.1 * level),
+        "scalar": (1.0, 0.04),
+        "moe.router": (0.0, 2.0),  # its input is scaled by hidden**-0.5
+    }
+
     def row(name: str, shape: tuple[int, ...], hf: str, gguf: str, kind: str = FLOAT) -> Weight:
         norm = name.endswith("norm")
         return Weight(
             f"{at}.{name}", shape, kind, f"{at}.{hf}", f"{blk}.{gguf}",
             share=c.moe.top_k / c.moe.experts if c.moe and kind == EXPERT else 1,
-            prefill=1 if owns else 0, offset=c.norm_offset if norm else 0,
+            prefill=1 if owns else 0, offset=c.norm_offset if norm else 0, drawn=drawn.get(name),
         )  # fmt: skip
 
     def linear(name: str, shape: tuple[int, int], hf: str, gguf: str, kind: str = "") -> Weight:

@@ -100,6 +100,10 @@ class Weight:
     prefill: float = 1.0  # … that a chunk of a prompt reads
     offset: float = 0.0  # added to the values of a Hugging Face checkpoint
     pairs: int = 0  # heads whose rows a GGUF file interleaves: dims j and n + j are neighbours
+    filled: tuple[int, int] | None = None  # (rows a Hugging Face checkpoint holds, the one of them
+    # that stands for all beyond), where these are not all
+    drawn: tuple[float, float] | None = None  # centre and deviation of random values, where they
+    # are not those of its kind
 
     @property
     def elements(self) -> int:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op, infer_schema
 
-from edge_kv.model import ops as quantised
+from edge_kv.formats import GROUP, dequantise, find_format, unpack
 from edge_kv.nets.state import MASKED, Read, held_rows, quantize_rows, visible
 from edge_kv.plan import Plan
 
@@ -108,6 +108,34 @@ def _out_form(name: str, schema: str, eager: Callable[..., Any]) -> None:
     inputs = schema[1 : schema.rindex(")")]
     _library.define(f"{name}.out({inputs}, *, Tensor(a!) out) -> Tensor(a!)")
     _library.impl(f"{name}.out", out_of, "CompositeExplicitAutograd")
+
+
+def _linear_shape(x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@op(like=_linear_shape)
+def linear_q(x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0) -> Tensor:
+    """x [T, in] times the matrix [rows, in] behind `packed` (uint8, see `edge_kv.formats`).
+
+    A `step` above 0 rounds x to that many of its steps, -128 … 127; without one, an operator may
+    round x to 8 bits as it sees fit.
+    """
+    if step:
+        x = (x / step).round().clamp(-128, 127) * step
+    return x @ stored_values(packed, rows, x.shape[-1], format).T
+
+
+def _embed_shape(ids: Tensor, packed: Tensor, width: int, format: str) -> Tensor:
+    return torch.empty(ids.shape[0], width, device=ids.device)
+
+
+@op(like=_embed_shape)
+def embed_q(ids: Tensor, packed: Tensor, width: int, format: str) -> Tensor:
+    """Rows `ids` [T] of the matrix [rows, width] behind `packed`."""
+    groups, back = torch.unique(ids // GROUP, return_inverse=True)
+    values = stored_values(packed[groups], len(groups) * GROUP, width, format)
+    return values[back * GROUP + ids % GROUP]
 
 
 @op(rewrites=("table", "scales"))
@@ -308,12 +336,12 @@ def glu_q(
 
     gate and up are packed matrices [width, D] and down one [D, width], each with its format.
     """
-    opened = x @ quantised.stored_values(gate, width, x.shape[-1], format).T
+    opened = x @ stored_values(gate, width, x.shape[-1], format).T
     if factor is None:
         assert up is not None
-        factor = x @ quantised.stored_values(up, width, x.shape[-1], up_format).T
+        factor = x @ stored_values(up, width, x.shape[-1], up_format).T
     hidden = gated(opened, factor, act, limit)
-    return hidden @ quantised.stored_values(down, x.shape[-1], width, down_format).T
+    return hidden @ stored_values(down, x.shape[-1], width, down_format).T
 
 
 def gated(gate: Tensor, up: Tensor, act: str, limit: float) -> Tensor:
@@ -346,16 +374,17 @@ def experts_q(
 
 
 def _matrix(stored: Tensor, rows: int, cols: int, format: str) -> Tensor:
-    return quantised.stored_values(stored, rows, cols, format) if format else stored
+    return stored_values(stored, rows, cols, format) if format else stored
 
 
 def _range(n: int, like: Tensor) -> Tensor:
     return torch.arange(n, device=like.device)
 
 
-linear_q, embed_q = quantised.linear_q, quantised.embed_q
-_add("linear_q", linear_q._init_fn, linear_q)
-_add("embed_q", embed_q._init_fn, embed_q)
+def stored_values(packed: Tensor, rows: int, cols: int, format: str) -> Tensor:
+    """The matrix [rows, cols] behind packed groups [groups, bytes of a group], in f32."""
+    fmt = find_format(format)
+    return torch.from_numpy(dequantise(fmt, unpack(fmt, packed.numpy(), rows, cols)))
 
 
 def bind(operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

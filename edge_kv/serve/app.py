@@ -34,7 +34,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_kv import __version__
 from edge_kv.errors import ContextFullError, EdgeKVError, MemoryLimitError, RuntimeFault
-from edge_kv.plan import Plan
 from edge_kv.runtime.chat import Generator, Piece, Reply, Turn
 from edge_kv.runtime.constraints import Grammar
 from edge_kv.runtime.messages import Message
@@ -148,9 +147,7 @@ class Server:
         """Resident bytes: rows of state, kept conversations included, other heap, mapped files."""
         session, held = self.generator.session, read_memory()
         anon = held.anon or 0
-        plan = session.plan
-        rows = plan.touched if isinstance(plan, Plan) else plan.touched_bytes
-        state = min(anon, rows(session.written) + self.states.ram)
+        state = min(anon, session.plan.touched(session.written) + self.states.ram)
         return {"state": state, "heap": anon - state, "mapped": (held.file or 0)}
 
     def status(self) -> dict[str, Any]:

@@ -15,13 +15,24 @@ _SHARD_LIST = ".safetensors.index.json"
 _WHOLE, _INDEX = "model.safetensors", f"model{_SHARD_LIST}"
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file."""
+def read_text(path: Path) -> str | None:
+    """The text of a file; None where there is no file."""
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise WeightsError(f"{path} cannot be read as text ({e}); download it again.") from e
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise WeightsError(f"{path} is not valid JSON ({e}); download it again.") from e
     if not isinstance(value, dict):
         raise WeightsError(f"{path} is not a JSON object; download it again.")

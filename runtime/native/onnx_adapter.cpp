@@ -15,9 +15,6 @@
 
 namespace edge_kv::onnx {
 
-// The operators of before this list, until no program names them (onnx_operators.cpp).
-Status* add_old_operators(const Api& of, int threads, Domain* domain);
-
 namespace {
 
 using Node = edge_kv::Operator;
@@ -292,7 +289,6 @@ Domain* domain_of(int threads) {
   check(api->CreateCustomOpDomain("edge_kv", &domain));
   auto& held = made[threads] = {rows_of(threads), domain};
   for (const Row& r : held.first) check(api->CustomOpDomain_Add(domain, &r));
-  check(add_old_operators(*api, threads, domain));
   return domain;
 }
 

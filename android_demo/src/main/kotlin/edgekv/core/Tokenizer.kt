@@ -6,7 +6,7 @@ import java.io.RandomAccessFile
 import java.nio.channels.FileChannel
 
 /**
- * A `tokenizer.json` of the BPE kind, as Gemma's and `tiny`'s are: the same ids as Hugging Face
+ * A `tokenizer.json` of the BPE kind, as most models have: the same ids as Hugging Face
  * `tokenizers` for every text, and the same text for all ids.
  */
 class Tokenizer private constructor(file: File, private val bosId: Int, private val addBos: Boolean) {

@@ -1,7 +1,7 @@
 package edgekv.core
 
 /**
- * Token texts and their ids in a few flat arrays: Gemma's 262,144 tokens take 6 MB instead of the
+ * Token texts and their ids in a few flat arrays: 262,144 tokens take 6 MB instead of the
  * 30 MB of as many objects, and the garbage collector has nothing to walk.
  */
 class Vocabulary {

@@ -19,9 +19,8 @@ from edge_kv import models
 from edge_kv.formats import GROUP, LINE, Array, Format, dequantise, unpack, value_lines
 from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, TABLE, Model
 from edge_kv.tensors import stored_format, stored_shape
-from edge_kv.weights.gguf_model import GGUFText
-from edge_kv.weights.hf import HFText
-from edge_kv.weights.random_weights import random_rows
+from edge_kv.weights.random_rows import random_rows
+from edge_kv.weights.source import Text
 
 _DRAWN = 1 << 20  # bytes that a generator makes: whole groups, one at least
 # What a byte makes of a scale: 64 … 127, and a sign, so that no sum of products has a direction.
@@ -34,7 +33,7 @@ class RandomSource:
 
     def __init__(self, config: Model, seed: int, formats: Mapping[str, str]):
         self.config, self.seed, self.label = config, seed, f"random weights, seed {seed}"
-        self.text: HFText | GGUFText | None = None
+        self.text: Text | None = None
         self.files: list[Path] = []
         self.rows = {row.name: row for row in models.weights(config)}
         self._formats = formats
@@ -47,28 +46,41 @@ class RandomSource:
         stop = row.shape[0] if stop is None else stop
         fmt = stored_format(row.kind, row.shape, self._formats)
         if fmt is not None and len(row.shape) == 3:
-            packed = self.packed(name, fmt, start, stop)
+            packed = self._packed(row.shape, name, fmt, start, stop)
             return np.stack([dequantise(fmt, unpack(fmt, m, *row.shape[1:])) for m in packed])
         if fmt is not None:
             first = start // GROUP * GROUP
-            packed = self.packed(name, fmt, first, stop)
+            packed = self._packed(row.shape, name, fmt, first, stop)
             return dequantise(fmt, unpack(fmt, packed, stop - first, row.shape[1]))[start - first :]
         if row.kind == TABLE:  # distinct experts for each token
             place = (np.arange(start, stop) * 7919)[:, None]
             return ((place + np.arange(row.shape[1])) % self._experts).astype(np.float32)
-        if row.kind == FLOAT and len(row.shape) == 1:
+        if row.drawn:
+            centre, std = row.drawn
+        elif row.kind == FLOAT and len(row.shape) == 1:
             centre, std = (0.0, 0.02) if "bias" in name else (1.0, 0.1)
         else:
             fan_in = row.shape[-1] if row.kind != FLOAT else prod(row.shape[1:])
             centre, std = 0.0, fan_in**-0.5
         return random_rows(self.seed, name, row.shape, start, stop, centre, std)
 
-    def packed(self, name: str, fmt: Format, start: int, stop: int) -> Array:
+    def check(self) -> None:
+        """There is nothing that could be wrong."""
+
+    def packed(self, name: str, fmt: Format, start: int, stop: int) -> Array | None:
         """Rows start … stop-1, from a whole group on, as `fmt` stores them: u8 [groups, stride].
 
-        Of a stack, matrices start … stop-1: u8 [stop - start, groups, stride].
+        Of a stack, matrices start … stop-1: u8 [stop - start, groups, stride]. None where the
+        tensor is drawn in another format.
         """
-        shape = self.rows[name].shape
+        row = self.rows[name]
+        if stored_format(row.kind, row.shape, self._formats) != fmt:
+            return None
+        return self._packed(row.shape, name, fmt, start, stop)
+
+    def _packed(
+        self, shape: tuple[int, ...], name: str, fmt: Format, start: int, stop: int
+    ) -> Array:
         groups, stride = stored_shape(fmt, shape)[-2:]
         if len(shape) == 3:
             out = np.empty((stop - start, groups, stride), np.uint8)

@@ -1,0 +1,132 @@
+"""Where weights come from: a directory, a GGUF file, a hub id, or seeded random numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Protocol
+
+from edge_kv import models
+from edge_kv.errors import ConfigError, WeightsError
+from edge_kv.models.checkpoint import open_checkpoint
+from edge_kv.models.model import Model, Row
+from edge_kv.models.random_source import RandomSource
+from edge_kv.weights.hub import download, is_hub_id
+from edge_kv.weights.source import Array, Text
+
+_SEED_DIGITS = 20
+# Fields in which a named model and a checkpoint of it may differ.
+_FREE = {"max_ctx", "pad_id", "bos_id", "eos_ids", "tied"}
+
+
+class Source(Protocol):
+    """A model's weights by name, and what its checkpoint says of text and sampling."""
+
+    config: Model
+    label: str  # where the weights came from, for people
+    text: Text | None
+    files: list[Path]  # what they were read from
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows start … stop-1 (axis 0) of the weight `name`, as f32.
+
+        Raises:
+            WeightsError: no such weight or rows, another shape, or a value that is not finite.
+        """
+
+    def check(self) -> None:
+        """Compare what is there with the model's weight rows.
+
+        Raises:
+            WeightsError: one error that lists every fault.
+        """
+
+
+def open_weights(
+    spec: str, config: Model | None = None, formats: Mapping[str, str] | None = None
+) -> Source:
+    """Open weights by what `--weights` says.
+
+    Args:
+        spec: a directory, a GGUF file (of several parts the first), a hub id `org/name`, `random`
+            or `random:SEED`.
+        config: needed by `random`; a checkpoint brings its own and must describe the same model.
+        formats: weight formats of kinds of tensors, in which random weights are drawn.
+
+    Raises:
+        WeightsError: nothing there, damaged, or a hub that cannot be reached.
+        ConfigError: a model that is unknown, unsupported or not the one `config` describes.
+    """
+    if spec == "random" or spec.startswith("random:"):
+        return _random(spec, config, formats or {})
+    path = Path(os.path.expanduser(spec))
+    if path.exists():
+        return _same_model(open_checkpoint(path), config)
+    if is_hub_id(spec):
+        return _same_model(open_checkpoint(download(spec), f"hub {spec}"), config)
+    raise WeightsError(
+        f"{spec!r} does not exist; give a directory with config.json and safetensors, "
+        "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."
+    )
+
+
+def open_model(row: Row | None, weights: str | None, formats: Mapping[str, str]) -> Source:
+    """The weights of a named model, of a checkpoint, or of a checkpoint that must be that model.
+
+    Without `weights` they are those that ship with the package, or the official checkpoint.
+
+    Raises:
+        ConfigError, WeightsError: see `open_weights`.
+    """
+    if row is None and weights is None:
+        raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
+    official = row and (str(row.weights) if row.weights else row.hub_id)
+    return open_weights(weights or official or "", row.config if row else None, formats)
+
+
+def _random(spec: str, config: Model | None, formats: Mapping[str, str]) -> RandomSource:
+    if config is None:
+        raise WeightsError("`random` weights have no config of their own; name a model (--model).")
+    return RandomSource(config, random_seed(spec), formats)
+
+
+def random_seed(spec: str) -> int:
+    """The seed of `random` or `random:SEED`.
+
+    Raises:
+        WeightsError: it is no whole number.
+    """
+    seed = spec.removeprefix("random").removeprefix(":") or "0"
+    if not (seed.isascii() and seed.isdecimal() and len(seed) < _SEED_DIGITS):
+        raise WeightsError(f"{spec!r} has the seed {seed!r}, expected a whole number: random:7.")
+    return int(seed)
+
+
+def _same_model(source: Source, config: Model | None) -> Source:
+    if config is not None:
+        check_same(source.label, source.config, config)
+    return source
+
+
+def check_same(label: str, config: Model, named: Model) -> None:
+    """Refuse weights that are not of the model they are said to be of.
+
+    Raises:
+        ConfigError: naming every field that differs.
+    """
+    if type(config) is not type(named):
+        differ = [f"it is a {models.name_of(config)} model, expected {models.name_of(named)}"]
+    else:
+        differ = [
+            f"{f.name} is {getattr(config, f.name)}, expected {getattr(named, f.name)}"
+            for f in fields(named)
+            if f.compare and f.name not in _FREE
+            if getattr(config, f.name) != getattr(named, f.name)
+        ]
+    if differ:
+        raise ConfigError(
+            f"{label} is not the model that was named: {'; '.join(differ)}; "
+            "leave the name out to use the checkpoint's own config."
+        )

@@ -1,0 +1,46 @@
+"""What a GGUF file says beside its weights: tokenizer, template, ids, sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge_kv.weights.fields import Fields
+from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
+from edge_kv.weights.source import Generation, turn_end_ids
+
+
+class GGUFText:
+    """The metadata of the file called `where`, for a model of `vocab` tokens."""
+
+    def __init__(self, metadata: dict[str, Any], where: str, vocab: int, eos: tuple[int, ...]):
+        self._metadata, self._where, self.vocab, self.eos = metadata, where, vocab, eos
+        self._tokenizer: str | None = None
+
+    def tokenizer_json(self) -> str | None:
+        if self._tokenizer is None:
+            self._tokenizer = hf_tokenizer_json(self._metadata, self._where)
+        return self._tokenizer
+
+    def chat_template(self) -> str | None:
+        template = self._metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+
+    def stop_ids(self) -> list[int]:
+        fields, n = Fields(self._metadata, self._where), self.vocab
+        known = self.eos
+        tokens = self._metadata.get("tokenizer.ggml.tokens") or []
+        ids = {
+            *fields.token_ids("tokenizer.ggml.eot_token_id", n),
+            *turn_end_ids({t: i for i, t in enumerate(tokens)}, known),
+        }
+        return sorted(ids - set(known))
+
+    def generation(self) -> Generation:
+        fields = Fields(self._metadata, self._where, prefix="general.sampling.")
+        return Generation(
+            temperature=fields.positive("temp", or_zero=True),
+            top_k=fields.count("top_k"),
+            top_p=fields.positive("top_p", at_most=1.0),
+            min_p=fields.positive("min_p", at_most=1.0, or_zero=True),
+            repetition_penalty=fields.positive("penalty_repeat"),
+        )
