@@ -66,7 +66,7 @@ KERNELS = (
     *OPERATORS,
 )
 ENGINE = (
-    "executorch_adapter.cpp", "operators.cpp", "engine.cpp", "running.cpp", "weight_file.cpp",
+    "executorch_adapter.cpp", "fused_operators.cpp", "engine.cpp", "running.cpp", "weight_file.cpp",
 )  # fmt: skip
 RUNNER = ("run_main.cpp", "manifest.cpp", "snapshot.cpp", "json.cpp", "sha256.cpp")
 Unit = tuple[str, str, tuple[str, ...]]  # source, name of its object, flags
