@@ -47,6 +47,7 @@ import edge_kv.runtime.onnx_session  # noqa: F401
 from edge_kv.artifact import read_artifact
 from edge_kv.cli import main
 from edge_kv.errors import ExportError
+from edge_kv.runtime import packed
 from edge_kv.terminal import Bar
 
 LIMIT = 30  # seconds of processor time that one case may take
@@ -452,6 +453,7 @@ def _be_command(arguments: list[str], place: Path, environment: Env) -> NoReturn
             os.fdopen(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w"))
         )
         os.environ.update(environment)
+        packed.WORTH_PACKING = 0  # small artifacts have a cache too
         Bar.stage = up_to_programs  # type: ignore[method-assign]
         sys.argv = ["edge-kv", *arguments]
         main()

@@ -18,6 +18,6 @@ def test_damaged_files_end_in_one_sentence():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     counts = {kind: sum(outcomes.values()) for kind, outcomes in found["outcomes"].items()}
-    assert found["failures"] == 0 and sum(counts.values()) == CASES and len(counts) == 6
+    assert found["failures"] == 0 and sum(counts.values()) == CASES and len(counts) == 7
     refused = sum(outcomes.get("refused", 0) for outcomes in found["outcomes"].values())
     assert CASES // 2 < refused < CASES
