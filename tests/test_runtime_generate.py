@@ -183,9 +183,9 @@ def test_real_engine_agrees_with_the_oracle(tmp_path):
         np.testing.assert_array_equal(session.tokens, [2, 9, 40, 77, *got[:-1]])
 
 
-def test_engine_typo(tmp_path):
+def test_engine_typo(artifact):
     with pytest.raises(ConfigError, match=r"Unknown engine 'onx'. Did you mean 'onnx'"):
-        load(tmp_path, engine="onx")
+        load(artifact, engine="onx")
 
 
 @pytest.mark.parametrize("seed", range(4))
