@@ -2,7 +2,7 @@
 
 Models mark these with tokens of their own, so replies are read by token id: text that merely looks
 like a mark is text. Where a vocabulary has no token for a mark, its text is looked for instead. How
-a family of models marks them is a row of `GRAMMARS`; which row, tokenizer and template tell.
+a family of models marks them is a row of `replies.json`; which row, tokenizer and template tell.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edge_kv.runtime.messages import Tool, ToolCall
@@ -31,32 +32,22 @@ class ReplyGrammar:
 
     name: str
     needs: tuple[str, ...]
-    think: tuple[str, str] = ("<think>", "</think>")
+    think: tuple[str, str]
+    call: tuple[str, str] | None
+    syntax: str
     labelled: bool = False
-    call: tuple[str, str] | None = ("<tool_call>", "</tool_call>")
-    syntax: str = "json"
     quote: str = ""
 
 
-GRAMMARS = (
-    ReplyGrammar(
-        "channels", ("<|channel>", "<channel|>"), ("<|channel>", "<channel|>"), labelled=True,
-        call=("<|tool_call>", "<tool_call|>"), syntax="braces", quote='<|"|>',
-    ),
-    ReplyGrammar(
-        "parameters", ("<zyphra_tool_call>",),
-        call=("<zyphra_tool_call>", "</zyphra_tool_call>"), syntax="parameters",
-    ),
-    ReplyGrammar("pairs", ("<arg_key>", "<tool_call>"), syntax="pairs"),
-    ReplyGrammar("parameters", ("<function=", "<tool_call>"), syntax="parameters"),
-    ReplyGrammar("json", ("<tool_call>",)),
-    ReplyGrammar("bare json", ("<|start_header_id|>",), call=None),
-    ReplyGrammar("plain", ()),
-)  # fmt: skip
-TURN_ENDS = (
-    "<turn|>", "<|tool_response>", "<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>",
-    "</assistant>",
-)  # fmt: skip
+def _row(data: dict[str, Any]) -> ReplyGrammar:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return ReplyGrammar(**fields)
+
+
+_TABLE = json.loads(Path(__file__).with_name("replies.json").read_text(encoding="utf-8"))
+GRAMMARS = tuple(map(_row, _TABLE["grammars"]))
+"""The first row whose needs are met is a model's. The Android app reads the same file."""
+TURN_ENDS = tuple(_TABLE["turn_ends"])
 """Marks that end a turn where the template writes them, whatever the checkpoint's eos says."""
 
 
