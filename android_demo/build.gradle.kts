@@ -29,11 +29,21 @@ android {
         targetCompatibility = JavaVersion.VERSION_17
     }
 
+    sourceSets["main"].resources.srcDir(layout.buildDirectory.dir("replies"))
+    sourceSets["main"].assets.srcDir("build/assets") // the model that build.sh may have bundled
+
     // The sources under src/test are asked by the Python tests, over another onnxruntime: build.sh host.
     sourceSets["test"].kotlin.setSrcDirs(emptyList<String>())
 }
 
 kotlin { jvmToolchain(17) }
+
+// How models mark thoughts and tool calls: the table of the Python runtime.
+val replies = tasks.register<Copy>("replies") {
+    from("../runtime/replies.json")
+    into(layout.buildDirectory.dir("replies"))
+}
+tasks.named("preBuild") { dependsOn(replies) }
 
 dependencies {
     implementation("com.microsoft.onnxruntime:onnxruntime-android:1.29.0") // what build.sh tests with

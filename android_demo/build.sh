@@ -14,6 +14,7 @@ cd "$(dirname "$0")"
 cache=${EDGE_KV_ANDROID_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/edge-kv/android}
 tools=build/tools
 main=src/main/kotlin/edgekv
+replies=../runtime/replies.json # how models mark thoughts and calls: one table for both runtimes
 say() { echo "android_demo: $*"; }
 
 fetch() { # client package file sha256: downloads once, always checks
@@ -77,11 +78,12 @@ get_tools() {
     fi
 }
 
-build_runtime() { # core and onnx: the classes that the APK holds and the host tests run
-    newer build/runtime.stamp $main/core $main/onnx build.sh || return 0
+build_runtime() { # core, onnx and screen: the classes that the APK holds and the host tests run
+    newer build/runtime.stamp $main/core $main/onnx $main/screen $replies build.sh || return 0
     say "compiling the runtime"
     rm -rf build/runtime
-    kotlinc -no-jdk -cp "$android:$ort:$kotlin/kotlin-stdlib.jar" -d build/runtime $main/core $main/onnx
+    kotlinc -no-jdk -cp "$android:$ort:$kotlin/kotlin-stdlib.jar" -d build/runtime $main/core $main/onnx $main/screen
+    cp $replies build/runtime/
     touch build/runtime.stamp
 }
 
@@ -111,6 +113,22 @@ RUN
     chmod +x build/host/server
 }
 
+bundle_model() { # build/assets: the model that the app shows at its first start, where there is one
+    local model=${EDGE_KV_BUNDLE:-build/bundle/tiny} python=../.venv/bin/python
+    [[ -x $python ]] || python=python3
+    rm -rf build/assets
+    mkdir -p build/assets/bundle
+    if [[ ! -f $model/manifest.json && -z ${EDGE_KV_BUNDLE:-} ]] && PYTHONPATH=.. $python -c 'import edge_kv.export' 2>/dev/null; then
+        say "exporting the model that comes with the app"
+        PYTHONPATH=.. $python -m edge_kv export --model tiny --ctx 2048 --backend onnx --out "$model"
+    fi
+    if [[ -f $model/manifest.json ]]; then
+        cp -r "$model" build/assets/bundle/
+    else
+        say "no model is at hand: the app will start without one (EDGE_KV_BUNDLE=DIR names one)"
+    fi
+}
+
 build_app() { # the screens, and the ExecuTorch engine, which is checked here and not in the APK
     fetch npm react-native-executorch@0.9.3 react-native-executorch-0.9.3.tgz \
         70a20a865b82f47ac46c82711d93c2038cf99eccbb9b287494219063f2217622
@@ -119,8 +137,9 @@ build_app() { # the screens, and the ExecuTorch engine, which is checked here an
     rm -rf build/apk build/app build/app-java
     mkdir -p build/apk/gen build/app-java
     aapt2 compile --dir src/main/res -o build/apk/res.zip
+    bundle_model
     aapt2 link -I /usr/share/android-framework-res/framework-res.apk --manifest src/main/AndroidManifest.xml \
-        --min-sdk-version 24 --target-sdk-version 34 --java build/apk/gen -o build/apk/resources.apk build/apk/res.zip
+        -A build/assets --min-sdk-version 24 --target-sdk-version 34 --java build/apk/gen -o build/apk/resources.apk build/apk/res.zip
     javac --release 8 -Xlint:-options -d build/app-java build/apk/gen/**/*.java
     say "compiling the app"
     kotlinc -no-jdk -cp "$android:$ort:$executorch:$kotlin/kotlin-stdlib.jar:build/runtime:build/app-java" \
@@ -138,7 +157,7 @@ build_apk() {
         build/runtime/**/*.class build/app/edgekv/app/*.class build/app-java/**/*.class "$ort" "$kotlin/kotlin-stdlib.jar"
     cp "$tools"/aar/jni/arm64-v8a/*.so $out/lib/arm64-v8a/
     cp $out/resources.apk $out/unaligned.apk
-    (cd $out && zip -qrX unaligned.apk lib && zip -qjX unaligned.apk dex/classes.dex)
+    (cd $out && zip -qrX unaligned.apk lib && zip -qjX unaligned.apk dex/classes.dex ../runtime/replies.json)
     zipalign -f -p 4 $out/unaligned.apk $out/unsigned.apk
     rm -f $out/throw-away.p12
     keytool -genkeypair -keystore $out/throw-away.p12 -storetype PKCS12 -storepass throwaway -alias key \

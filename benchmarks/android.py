@@ -85,7 +85,7 @@ def tokens(
             session.prefill(ids[: length - 1])
             logits = np.stack([session.decode(i) for i in (ids[length - 1], *wanted[:-1])])
         host.ask("open", root=str(root), threads=1)
-        found = host.ask("generate", ids=ids[:length], stop=[], max_new_tokens=NEW)
+        found = host.ask("generate", ids=ids[:length], stop=[], max_new_tokens=NEW)["ids"]
         pairs = enumerate(zip(wanted, found, strict=True))
         equal = next((i for i, (a, b) in pairs if a != b), len(wanted))
         host.ask("reset")

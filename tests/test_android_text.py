@@ -2,19 +2,23 @@
 
 import json
 import random
+import shutil
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from android_artifacts import export
 from android_host import HostError, start
-from fake_artifact import TEMPLATE, edit_manifest, write_artifact
+from fake_artifact import TEMPLATE, edit_manifest
+from test_replies import FAMILIES, make_tokenizer
 from tokenizers import Tokenizer
 from weights_gguf import gemma3_270m
 
-from edge_kv.errors import ArtifactError, PromptError
+from edge_kv.errors import PromptError
 from edge_kv.runtime import load
-from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Options, Template
+from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Message, Options, Template
+from edge_kv.runtime.replies import ReplyFormat, ReplyParser
 from edge_kv.runtime.snapshot import MAGIC
 from edge_kv.weights.gguf_file import GGUFFile
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
@@ -59,6 +63,12 @@ EDGES = [
     "\n" * 65, "\ufffd\ufffd", "\U0010ffff", "\ue000",
 ]  # fmt: skip
 STRINGS = 10_500
+TINY = Path(__file__).parent.parent / "edge_kv/data/tiny"
+MARKS = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
+THINKER = """{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls %}[{{ c.function.name }}]{% endfor %}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant
+{% if not enable_thinking %}<|channel><channel|>{% endif %}{% endif %}"""
 
 
 def corpus():
@@ -117,8 +127,8 @@ def compare(host, path, texts):
     assert not wrong, f"{len(wrong)} of {len(ids)} decode differently, first {wrong[0]}"
 
 
-def test_tiny_s_tokenizer_is_hugging_faces(host, tiny_artifact):
-    compare(host, tiny_artifact / "tokenizer.json", corpus())
+def test_tiny_s_tokenizer_is_hugging_faces(host):
+    compare(host, TINY / "tokenizer.json", corpus())
 
 
 def test_gemmas_tokenizer_is_hugging_faces(host, gemma_tokenizer):
@@ -179,14 +189,12 @@ def test_the_start_token_goes_first_once(host, gemma_tokenizer):
         ("", "is not a tokenizer"),
     ],
 )
-def test_tokenizers_that_are_not_read_are_refused_in_words(
-    host, tiny_artifact, tmp_path, change, words
-):
+def test_tokenizers_that_are_not_read_are_refused_in_words(host, tmp_path, change, words):
     path = tmp_path / "tokenizer.json"
     if isinstance(change, str):
         path.write_text(change)
     else:
-        raw = json.loads((tiny_artifact / "tokenizer.json").read_text())
+        raw = json.loads((TINY / "tokenizer.json").read_text())
         path.write_text(json.dumps({**raw, **change}))
     with pytest.raises(HostError, match=words):
         host.ask("tokenize", file=str(path), bos=2, add_bos=True, texts=[])
@@ -253,9 +261,9 @@ TURNS = """\
 
 @pytest.mark.parametrize("template", ["tiny", "toy", "raw", "turns"])
 @pytest.mark.parametrize("turns", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
-def test_templates_render_as_jinja_renders_them(host, tiny_artifact, template, turns):
+def test_templates_render_as_jinja_renders_them(host, template, turns):
     source = {
-        "tiny": (tiny_artifact / "chat_template.jinja").read_text(),
+        "tiny": (TINY / "chat_template.jinja").read_text(),
         "toy": TEMPLATE,
         "raw": RAW_TEMPLATE,
         "turns": TURNS,
@@ -291,53 +299,218 @@ def test_templates_outside_the_supported_part_are_refused(host, source, words):
     assert words in str(error.value) and error.value.kind == "ArtifactException"
 
 
-def test_a_chat_streams_the_python_chats_text(host, exact_artifact):
-    """Two turns, sampled with a seed: the same pieces, the same prompt lengths."""
-    options = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
-    host.ask("open", root=str(exact_artifact), threads=1)
-    with load(exact_artifact, threads=1) as session:
-        chat = Chat(session, options=Options(max_new_tokens=30, **options))
-        for question in ("And it came to pass", "In those days"):
-            pieces = list(chat.send(question))
-            answer = host.ask("send", content=question, max_new_tokens=30, sampling=options)
-            assert answer["pieces"] == pieces and answer["ids"] == list(chat.last.ids)
-            assert answer["prompt"] == chat.last.prompt_tokens
+SNIPPETS = [
+    "{% for m in messages[::-1] %}{{ m.role }}{% endfor %}{{ 'abcdef'[::2] }}"
+    "{{ 'abc'[-2:] }}{{ [1, 2, 3][2:0:-1] | join }}",
+    "{% set a, b = 'x', 2 %}{{ a * b ~ b / 4 }}{% set t %}<{{ a }}>{% endset %}{{ t }}"
+    "{{ 7 // 2 }}{{ -7 % 3 }}",
+    "{{ messages | map(attribute='role') | join('+') }}"
+    "|{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "{{ messages | rejectattr('thinking', 'defined') | map(attribute='content') | first | upper }}",
+    "{{ [3, 1, 2] | sort | join }}{{ ['b', 'a', 'b'] | unique | join }}"
+    "{{ [0, 1] | select | join }}",
+    "{{ 'a\nb\n\nc' | indent(2) }}|{{ 'a\nb' | indent(width=3, first=true) }}"
+    "|{{ 'hello wORLD' | title }}",
+    "{{ {'b': [1, 2.5, none, 'ü'], 'a': {}} | tojson }}"
+    "{{ {'b': 1, 'a': []} | tojson(indent=2, sort_keys=true) }}",
+    "{{ 'a,b,,c'.split(',', 1) | join('|') }}{{ 'a b  c'.split() | join('|') }}"
+    "{{ 'a\nb'.splitlines() | join }}",
+    "{{ 'x.y.z'.rsplit('.', 1) | join(' ') }}{{ 'abcabc'.find('c') }}"
+    "{{ 'abcabc'.count('bc') }}{{ 'k'.join(['a', 'b']) }}",
+    "{{ 'abc'.startswith(('x', 'a')) }}{{ 'a' in ['a'] and 'a' is in ['a'] }}{{ 3 is odd }}"
+    "{{ none is none }}",
+    "{{ x | default('d') }}{{ '' | default('e', true) }}{{ '12' | int + 1 }}"
+    "{{ 'abc' | replace('b', 'B') }}{{ 'aB' | capitalize }}",
+    "{% macro f(a, b=2) %}{{ a }}-{{ b }};{% endmacro %}{{ f(1) }}{{ f(1, b=3) }}"
+    "{% generation %}in{% endgeneration %}",
+    "{% set ns = namespace(n=0, s='') %}{% for m in messages if m.role == 'user' %}"
+    "{% set ns.n = ns.n + loop.index %}{% else %}none{% endfor %}{{ ns.n }}"
+    "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% if i == 3 %}"
+    "{% break %}{% endif %}{% endfor %}",
+    "{% for k, v in {'q': 1, 'r': 2}.items() %}{{ k }}={{ v }}{{ ',' if not loop.last }}"
+    "{% endfor %}{{ dict(a=1).a }}",
+    "{{ strftime_now('%Y-%m') | length }}{% if tools is not none and tools %}t{% else %}"
+    "n{% endif %}{{ 'é🙂x'[1] }}",
+]  # fmt: skip
 
 
-def test_no_character_is_split(host, tmp_path):
+@pytest.mark.parametrize("source", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_what_chat_templates_are_made_of_is_jinjas(host, source):
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Ünï")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    wanted = Template(source).render(messages, bos_token="<bos>", eos_token="<eos>")
+    assert host.ask("render", source=source, messages=messages, bos="<bos>", eos="<eos>") == wanted
+
+
+@pytest.mark.parametrize("think", [None, True, False])
+def test_templates_are_told_whether_to_think(host, think):
+    messages = [{"role": "user", "content": "Hi"}]
+    asked = {} if think is None else {"think": think}
+    variables = {} if think is None else {"enable_thinking": think}
+    wanted = Template(THINKER).render(messages, bos_token="<bos>", eos_token="<eos>", **variables)
+    request = {"source": THINKER, "messages": messages, "bos": "<bos>", "eos": "<eos>"}
+    assert host.ask("render", **request, **asked) == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replies_are_taken_apart_as_python_takes_them(host, tmp_path, family):
+    """Random ids with many marks, whole calls, and texts that look like marks."""
+    marks, source = FAMILIES[family]
+    path = tmp_path / "tokenizer.json"
+    tokenizer = make_tokenizer(path, marks)
+    format = ReplyFormat.of(tokenizer, source)
+    rng = random.Random(5)
+    words = (
+        'call:f{a:<|"|>x<|"|>,b:[1,2.5],c:{d:true}} <think> {"name": "g", "arguments": {"k": "ü"}}'
+    )
+    common = [*format.marks, *tokenizer.encode(words, start=False)]
+    said = {"role": "assistant", "content": "Let me see. 🎉 ", "thinking": "Hm\n\nso"}
+    arguments = ({"to": "x, y: {z}", "n": 3, "via": ["a", ""]}, {"on": True, "seat": {"row": -0.5}})
+    turns = [
+        {**said, "tool_calls": [{"function": {"name": "f", "arguments": a}}]} for a in arguments
+    ]
+    replies = [tokenizer.encode(Template(source).render([t]), start=False) for t in turns]
+    replies += [[rng.choice(common) for _ in range(rng.randint(1, 60))] for _ in range(150)]
+    for thinking in (False, True):
+        wanted = []
+        for ids in replies:
+            parser = ReplyParser(format, thinking=thinking)
+            pieces = [p for i in ids for p in parser.feed(i)] + parser.end()
+            calls = [[p.call.name, p.call.arguments] if p.call else [] for p in pieces]
+            wanted.append([[p.kind, p.text, *c] for p, c in zip(pieces, calls, strict=True)])
+        found = host.ask(
+            "parse", file=str(path), bos=1, template=source, replies=replies, thinking=thinking
+        )
+        for ids, a, b in zip(replies, found, wanted, strict=True):
+            assert joined(a) == joined(b), tokenizer.decode(ids, special=True)
+    kinds = {p[0] for reply in wanted for p in reply}
+    assert kinds >= {"content", "thinking"} or family == "bare json"
+
+
+def joined(pieces):
+    """Pieces with neighbours of one kind joined: how finely text streams does not count."""
+    out = []
+    for piece in pieces:
+        if out and len(piece) == 2 and out[-1][0] == piece[0] and len(out[-1]) == 2:
+            out[-1] = [piece[0], out[-1][1] + piece[1]]
+        elif piece[1]:
+            out.append(list(piece))
+    return out
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model of random words, marks of thoughts and calls among them."""
+    return export(
+        "laguna-element", tmp_path_factory.mktemp("talker") / "tiny", ctx=900, chunk=32,
+        marks=MARKS, template=THINKER,
+    )  # fmt: skip
+
+
+def same(answer, chat):
+    """Whether the app's reply is the Python chat's last."""
+    last = chat.last
+    assert answer["ids"] == list(last.ids)
+    assert (answer["text"], answer["thinking"]) == (last.text, last.thinking)
+    assert answer["calls"] == [[c.name, c.arguments, c.id] for c in last.calls]
+    assert (answer["prompt"], answer["reused"]) == (last.prompt_tokens, last.reused_tokens)
+    assert answer["finish"] == last.finish
+
+
+@pytest.mark.parametrize("think", [None, True])
+def test_conversations_are_the_python_chats(host, talker, think):
+    """Six turns with a seed: pieces, ids, what was read again, why each ended."""
+    sampling = {"temperature": 20.0, "top_k": 0, "top_p": 1.0}
+    asked = {} if think is None else {"think": think}
+    host.ask("open", root=str(talker), threads=1)
+    host.ask("system", content="Be brief.")
+    kinds, finishes = set(), set()
+    with load(talker, "onnx-stock", threads=1) as session:
+        chat = Chat(session, system="Be brief.")
+        for turn, length in enumerate((60, 90, 1, 120, 60, 200)):
+            chat.options = Options(max_new_tokens=length, seed=turn, think=think, **sampling)
+            pieces = [[p.kind, p.text] for p in chat.ask(Message("user", f"Question {turn} 🙂?"))]
+            answer = host.ask(
+                "send", content=f"Question {turn} 🙂?", max_new_tokens=length,
+                sampling={**sampling, "seed": turn}, **asked,
+            )  # fmt: skip
+            assert joined(answer["pieces"]) == joined(pieces)
+            same(answer, chat)
+            kinds |= {p[0] for p in pieces}
+            finishes.add(chat.last.finish)
+        assert host.ask("messages") == chat.messages
+        list(chat.again())
+        again = host.ask("again", max_new_tokens=200, sampling={**sampling, "seed": 5}, **asked)
+        same(again, chat)
+    assert kinds >= {"content", "thinking"} and len(finishes) > 1
+
+
+def test_sampling_is_the_artifacts_unless_said_otherwise(host, talker):
+    host.ask("open", root=str(talker), threads=1)
+    with load(talker, "onnx-stock", threads=1) as session:
+        chat = Chat(session, options=Options(max_new_tokens=40, seed=9))
+        list(chat.send("Hi"))
+        assert chat.generator.sampling.temperature == 0.8
+        same(host.ask("send", content="Hi", max_new_tokens=40, sampling={"seed": 9}), chat)
+    host.ask("open", root=str(talker), threads=1)
+    greedy = host.ask("send", content="Hi", max_new_tokens=40, sampling={"temperature": 0.0})
+    assert greedy["ids"] != list(chat.last.ids)
+
+
+def test_no_character_is_split(host, talker):
     """The toy's ids are bytes: emoji come in four."""
-    host.ask("open", root=str(write_artifact(tmp_path / "toy", ctx=300)), threads=1)
+    host.ask("open", root=str(talker), threads=1)
     answer = host.ask(
         "send", content="é🙂", max_new_tokens=80, sampling={"temperature": 3.0, "seed": 1}
     )
-    assert "".join(answer["pieces"]) == answer["text"]
-    assert all(not p.endswith("\ufffd") for p in answer["pieces"][:-1])
+    texts = [text for kind, text in answer["pieces"] if kind == "content"]
+    assert "".join(texts).strip() == answer["text"].strip()
 
 
-def test_conversations_go_both_ways(host, exact_artifact, tmp_path):
+def test_conversations_go_both_ways(host, talker, tmp_path):
     ours, theirs = tmp_path / "kotlin.kv", tmp_path / "python.kv"
-    host.ask("open", root=str(exact_artifact), threads=1)
-    host.ask("send", content="And it came to pass", max_new_tokens=12)
+    greedy = {"temperature": 0.0}
+    host.ask("open", root=str(talker), threads=1)
+    host.ask("system", content="Be brief.")
+    host.ask("send", content="And it came to pass", max_new_tokens=12, sampling=greedy)
     host.ask("save", path=str(ours))
     assert ours.read_bytes().startswith(MAGIC)
-    with load(exact_artifact, threads=1) as session:
-        chat = Chat(session, options=Options(max_new_tokens=12))
+    with load(talker, threads=1) as session:
+        chat = Chat(session, options=Options(max_new_tokens=12, temperature=0.0))
         chat.load(ours)
-        second = "".join(chat.send("In those days"))
+        assert chat.messages == host.ask("messages")
+        list(chat.send("In those days"))
+        second = chat.last
         chat.save(theirs)
-        messages = [[m["role"], m["content"]] for m in chat.messages]
-        third = "".join(chat.send("Behold"))
-    assert host.ask("send", content="In those days", max_new_tokens=12)["text"] == second
+        messages = chat.messages
+        list(chat.send("Behold"))
+        third = chat.last
+    answer = host.ask("send", content="In those days", max_new_tokens=12, sampling=greedy)
+    assert (answer["text"], answer["reused"]) == (second.text, second.reused_tokens)
     host.ask("reset")
     assert host.ask("load", path=str(theirs)) == messages
-    assert host.ask("send", content="Behold", max_new_tokens=12)["text"] == third
+    assert (
+        host.ask("send", content="Behold", max_new_tokens=12, sampling=greedy)["text"] == third.text
+    )
 
 
-def test_an_artifact_without_tokenizer_takes_no_text(host, tmp_path):
-    root = write_artifact(tmp_path / "toy")
+@pytest.mark.parametrize(
+    "note",
+    [{"messages": 5}, {"messages": [{"role": "boss", "content": ""}]}, {"text": 1}, {"ids": ["x"]}],
+)
+def test_notes_of_another_kind_are_refused(host, talker, tmp_path, note):
+    path = tmp_path / "x.kv"
+    with load(talker, threads=1) as session:
+        session.prefill([2, 5, 6])
+        session.snapshot(path, note)
+    host.ask("open", root=str(talker), threads=1)
+    with pytest.raises(HostError, match="a conversation that is damaged"):
+        host.ask("load", path=str(path))
+
+
+def test_an_artifact_without_tokenizer_takes_no_text(host, talker, tmp_path):
+    root = shutil.copytree(talker, tmp_path / "toy")
     edit_manifest(root, tokenizer=None)
     host.ask("open", root=str(root), threads=1)
     with pytest.raises(HostError, match="toy has no tokenizer"):
         host.ask("send", content="Hi", max_new_tokens=1)
-    with pytest.raises(ArtifactError):
-        Template("{% if")

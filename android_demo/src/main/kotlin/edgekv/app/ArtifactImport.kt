@@ -2,43 +2,31 @@ package edgekv.app
 
 import android.content.ContentResolver
 import android.net.Uri
-import edgekv.core.Artifact
 import edgekv.core.ArtifactException
 import edgekv.core.CancelledException
+import edgekv.screen.Models
 import java.io.File
 import java.io.IOException
 
-/** Copies an artifact that the system's file picker found into the app's storage, and checks it there. */
+/** Copies an artifact that the system's file picker found into the app's storage, where it is checked. */
 class ArtifactImport(
     private val resolver: ContentResolver,
-    private val storage: File,
+    private val models: Models,
     private val stopped: () -> Boolean,
 ) {
     /**
-     * Copies the directory `tree`; nothing is left behind unless all of it arrived as it was made.
+     * Copies the directory `tree`.
      *
-     * @return the name under which it is kept
      * @throws ArtifactException it cannot be read, or is not an artifact
      * @throws CancelledException `stopped` said so
      */
-    fun copy(tree: Uri): String {
+    fun copy(tree: Uri) {
         val root = tree.pathSegments[1]
-        val name = root.substringAfterLast('/').substringAfterLast(':').ifEmpty { "artifact" }
-        val part = File(storage, ".$name.part")
-        part.deleteRecursively()
+        val name = root.substringAfterLast('/').substringAfterLast(':').trimStart('.').ifEmpty { "artifact" }
         try {
-            copyDirectory(tree, root, part)
-            Artifact.open(part).checkDigests { if (stopped()) throw CancelledException() }
-            val target = File(storage, name)
-            target.deleteRecursively()
-            if (!part.renameTo(target)) throw IOException("it cannot be renamed")
-            return name
-        } catch (e: IOException) {
-            throw ArtifactException("Cannot copy $name: ${e.message}; is there room?", e)
+            models.add(name, ::checkStopped) { part -> copyDirectory(tree, root, part) }
         } catch (e: SecurityException) {
             throw ArtifactException("Cannot read $name: the file picker's permission has ended; choose it again.", e)
-        } finally {
-            part.deleteRecursively()
         }
     }
 
@@ -62,13 +50,17 @@ class ArtifactImport(
         input.use {
             to.outputStream().use { output ->
                 while (true) {
-                    if (stopped()) throw CancelledException()
+                    checkStopped()
                     val n = input.read(block)
                     if (n < 0) break
                     output.write(block, 0, n)
                 }
             }
         }
+    }
+
+    private fun checkStopped() {
+        if (stopped()) throw CancelledException()
     }
 
     /** What DocumentsContract builds; its class is newer than the stubs this is compiled against. */

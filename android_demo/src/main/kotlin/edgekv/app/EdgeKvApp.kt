@@ -4,11 +4,11 @@ import android.app.Application
 import android.os.Build
 import edgekv.core.Artifact
 import edgekv.core.ArtifactException
-import edgekv.core.Assistant
-import edgekv.core.Engines
 import edgekv.core.MemoryMeter
 import edgekv.core.Session
 import edgekv.onnx.OnnxSession
+import edgekv.screen.Assistant
+import edgekv.screen.Engines
 import java.io.File
 import java.lang.reflect.InvocationTargetException
 
@@ -19,6 +19,15 @@ class EdgeKvApp : Application(), Engines {
 
     val assistant: Assistant by lazy {
         Assistant(storage, cacheDir, machine(), THREADS, engines = this)
+    }
+
+    /** The first start of the app: the model that comes in it is unpacked and asked. */
+    fun welcome() {
+        val before = File(filesDir, "welcomed") // a model that was deleted stays deleted
+        val name = assets.list(BUNDLE).orEmpty().firstOrNull() ?: return
+        if (!before.exists() && before.createNewFile()) {
+            assistant.welcome(name, getString(R.string.first_question)) { assets.open("$BUNDLE/$name/$it") }
+        }
     }
 
     override fun isPacked(artifact: Artifact) =
@@ -52,6 +61,9 @@ class EdgeKvApp : Application(), Engines {
     )
 
     private companion object {
+        /** Assets with the one model that `build.sh` put there, where it had one. */
+        const val BUNDLE = "bundle"
+
         /** The fast cores of a phone; more threads wait for the slow ones. */
         val THREADS = (Runtime.getRuntime().availableProcessors() / 2).coerceIn(1, 4)
     }

@@ -10,7 +10,7 @@ import kotlin.math.floor
  * As there, the state at a depth is real (prefilled, kept as a snapshot while the run lasts), and
  * the prompt is the same seeded ids. Unlike there, all depths share this one process, from the
  * shallowest up: `anon` and the peaks of a depth include what earlier ones left. What a phone does
- * not measure (bandwidth, and the floor it sets) is null.
+ * not measure or know (bandwidth, and the floor it sets, the family of the model) is null.
  */
 class Bench(
     private val artifact: Artifact,
@@ -47,7 +47,7 @@ class Bench(
                 "start_to_first_token" to (System.nanoTime() - begin) / 1e9,
             )
             val runs = depths.sorted().map { depth -> measure(session, depth, loaded, onProgress) + ("load" to first) }
-            return document(session, depths.sorted(), runs)
+            return document(session, runs)
         }
     }
 
@@ -104,11 +104,7 @@ class Bench(
                     "first_after_prefill" to decodes[0][0],
                 ),
                 "first_token" to typical + p50,
-                "memory" to mapOf(
-                    "load" to judged("load", depth, loaded),
-                    "prefill" to judged("prefill", depth, prefillMemory),
-                    "decode" to judged("decode", depth, decodeMemory),
-                ),
+                "memory" to mapOf("load" to loaded, "prefill" to prefillMemory, "decode" to decodeMemory),
                 "roofline" to null,
             )
         } finally {
@@ -116,24 +112,14 @@ class Bench(
         }
     }
 
-    /** Measured memory with the plan's prediction beside it, which the manifest has for a full context. */
-    private fun judged(phase: String, depth: Int, memory: Map<String, Long?>): Map<String, Any?> {
-        val planned = artifact.manifest.phases[phase]?.takeIf { depth == artifact.plan.ctx }?.anon
-        val expected = planned?.minus(artifact.manifest.tokenizerBytes) // the measured session has none
-        val peak = memory["anon_peak"]
-        val error = if (expected != null && peak != null) expected.toDouble() / peak - 1 else null
-        return memory + mapOf("anon_planned" to expected, "anon_error" to error)
-    }
-
-    private fun document(session: Session, depths: List<Int>, runs: List<Map<String, Any?>>): Map<String, Any?> {
+    private fun document(session: Session, runs: List<Map<String, Any?>>): Map<String, Any?> {
         val manifest = artifact.manifest
         return mapOf(
             "schema_version" to SCHEMA_VERSION,
             "edge_kv" to manifest.madeBy,
             "artifact" to mapOf(
-                "name" to manifest.name, "model" to artifact.model.family, "layers" to artifact.model.layers,
-                "ctx" to artifact.plan.ctx, "chunk" to artifact.plan.chunk, "kv" to artifact.plan.kv,
-                "quant" to manifest.quant,
+                "name" to manifest.name, "model" to null, "layers" to null, "ctx" to artifact.plan.ctx,
+                "chunk" to artifact.plan.chunk, "kv" to artifact.plan.kv, "quant" to manifest.quant,
             ),
             "machine" to machine,
             "conditions" to mapOf(
@@ -141,20 +127,14 @@ class Bench(
                 "repeats" to repeats, "fill" to "prefill", "load_average" to null,
             ),
             "bandwidth" to null,
-            "plan" to depths.filter { it == artifact.plan.ctx }.map { depth ->
-                mapOf(
-                    "engine" to session.engine, "ctx" to depth, "state" to artifact.plan.touchedBytes(depth),
-                    "tokenizer" to manifest.tokenizerBytes,
-                    "phases" to manifest.phases.mapValues { mapOf("anon" to it.value.anon, "file" to it.value.file) },
-                    "baselines_f16" to null,
-                )
-            },
+            "plan" to emptyList<Any>(), // there is none for a phone
+            "failures" to emptyList<Any>(),
             "runs" to runs,
         )
     }
 
     /** The ids every measurement feeds, those of `edge_kv.runtime.bench.prompt_ids`. */
-    private fun promptIds(count: Int) = NumpyRandom(0).integers(artifact.model.vocabSize, count)
+    private fun promptIds(count: Int) = NumpyRandom(0).integers(artifact.manifest.tokens.vocab, count)
 
     private fun seconds(work: () -> Unit): Double {
         val begin = System.nanoTime()

@@ -2,14 +2,11 @@ package edgekv.core
 
 import java.io.IOException
 
-/** One turn of a conversation. */
-class Message(val role: String, val content: String)
-
 /**
  * A chat template in the conventions of Hugging Face: the part of Jinja that chat templates are
  * written in (docs/android.md lists it). What is outside it is refused when the template is read.
  */
-class ChatTemplate(source: String, private val name: String) {
+class ChatTemplate(val source: String, private val name: String) {
     private val program: Jinja.Block = try {
         JinjaParser(source).parse()
     } catch (e: Jinja.Fault) {
@@ -17,18 +14,23 @@ class ChatTemplate(source: String, private val name: String) {
     }
 
     /**
-     * The text of a conversation, ready for the model's next turn.
+     * The text of a conversation, ready for the model's next turn unless `reply` is false.
+     *
+     * `variables` are further names that the template may read (bos_token, enable_thinking, …).
      *
      * @throws PromptException the template refuses the conversation (roles out of order, …)
      */
-    fun render(messages: List<Message>, bosToken: String, eosToken: String): String = try {
-        val turns = messages.map { mapOf("role" to it.role, "content" to it.content) }
-        val variables = mapOf(
-            "messages" to turns, "add_generation_prompt" to true, "bos_token" to bosToken, "eos_token" to eosToken,
+    fun render(messages: List<Message>, variables: Map<String, Any?>, reply: Boolean = true): String = try {
+        val names = variables + mapOf(
+            "messages" to messages.map { it.asMap() }, "tools" to null, "documents" to null, "add_generation_prompt" to reply,
         )
-        StringBuilder().also { program.run(Jinja.Scope(variables), it) }.toString()
+        StringBuilder().also { program.run(Jinja.Scope(names), it) }.toString()
     } catch (e: Jinja.Fault) {
         throw PromptException("The $name refuses this conversation: ${e.message}.")
+    } catch (e: StackOverflowError) {
+        throw PromptException("The $name refuses this conversation: it calls itself without end.")
+    } catch (e: RuntimeException) { // what is asked of a value that it cannot do
+        throw PromptException("The $name refuses this conversation: it fails (${e.message ?: e.javaClass.simpleName}).")
     }
 
     companion object {

@@ -1,38 +1,65 @@
 package edgekv.core
 
-/** How a reply is generated; `edge_kv.runtime.generate` says what each means. */
-class Options(
-    val maxNewTokens: Int = 512,
-    val sampling: Sampling = Sampling(),
-)
+/** Why a reply ended. */
+enum class Finish { STOP, LENGTH, FULL, CALLS, CANCELLED }
+
+/** How replies are generated; sampling that is left out is the checkpoint's own. */
+data class Options(
+    val maxNewTokens: Int = 1024,
+    val temperature: Double? = null,
+    val topK: Int? = null,
+    val topP: Double? = null,
+    val minP: Double? = null,
+    val repetitionPenalty: Double? = null,
+    val seed: Long? = null,
+    /** The template variable `enable_thinking`; null leaves it to the template. */
+    val think: Boolean? = null,
+) {
+    /** `default` with what is set here. */
+    fun sampling(default: Sampling) = Sampling(
+        temperature ?: default.temperature, topK ?: default.topK, topP ?: default.topP, minP ?: default.minP,
+        repetitionPenalty ?: default.repetitionPenalty,
+    )
+}
 
 /**
- * Continues `prompt` by up to `maxNewTokens` ids; a stop id ends them and is not given out.
+ * Continues `prompt` by up to `maxNewTokens` ids and says why it ended; a stop id is not given out.
  *
- * What the session already holds of `prompt` is kept. When the context is full the reply ends: a
- * context of ctx tokens yields at most `ctx - prompt.size + 1` ids, the last of which is not fed.
+ * What the session already holds of `prompt` is kept, and the rings at the lengths in `at`; `onRead` is
+ * told how much that was. A context of ctx tokens yields at most `ctx - prompt.size + 1` ids: the
+ * last is not fed.
  *
  * @throws PromptException `prompt` is empty or holds something that is not a token id
  * @throws ContextFullException it does not fit the context
  * @throws CancelledException the session was cancelled
  */
-fun generate(session: Session, prompt: IntArray, options: Options, stop: Set<Int>, onToken: (Int) -> Unit) {
-    val sampler = Sampler(options.sampling)
+fun generate(
+    session: Session,
+    prompt: IntArray,
+    maxNewTokens: Int,
+    sampler: Sampler,
+    stop: Set<Int>,
+    at: Collection<Int> = emptyList(),
+    onRead: (Int) -> Unit = {},
+    onToken: (Int) -> Unit,
+): Finish {
     if (prompt.isEmpty()) throw PromptException("The prompt is empty; give at least one token (the start token will do).")
-    if (prompt.size > session.plan.ctx) {
+    val ctx = session.plan.ctx
+    if (prompt.size > ctx) {
         throw ContextFullException(
-            "The prompt has ${prompt.size} tokens, the context ${session.plan.ctx}; shorten it, start a new chat, " +
-                "or export with a larger --ctx.",
+            "The prompt has ${prompt.size} tokens, the context $ctx; shorten it, start a new chat, or export with a " +
+                "larger --ctx.",
         )
     }
-    if (options.maxNewTokens == 0) return
+    if (maxNewTokens == 0) return Finish.LENGTH
     val history = IntList().apply { addAll(prompt) }
-    session.feed(prompt.copyOf(prompt.size - 1))
-    repeat(options.maxNewTokens) {
-        if (history.size > session.plan.ctx) return
+    onRead(session.feed(prompt.copyOf(prompt.size - 1), at))
+    repeat(maxNewTokens) {
+        if (history.size > ctx) return Finish.FULL
         val id = sampler.choose(session.decode(history[history.size - 1]), history::toArray)
-        if (id in stop) return
+        if (id in stop) return Finish.STOP
         history.add(id)
         onToken(id)
     }
+    return Finish.LENGTH
 }

@@ -57,15 +57,17 @@ internal class JinjaLexer(source: String) {
 
     private fun readTag(kind: JinjaToken.Kind, close: String) {
         emit(kind, "")
+        var braces = 0 // of mappings: "}}" may be the end of two
         while (true) {
             while (at < source.length && Jinja.isSpace(source[at])) at++
             if (at >= source.length) fail("a tag does not end")
             val sign = source[at].takeIf { (it == '-' || it == '+') && source.startsWith(close, at + 1) }
-            if (sign != null || source.startsWith(close, at)) {
+            if (braces == 0 && (sign != null || source.startsWith(close, at))) {
                 at += close.length + if (sign != null) 1 else 0
                 emit(JinjaToken.Kind.CLOSE, "")
                 return afterTag(sign, block = close == "%}")
             }
+            if (source[at] == '{') braces++ else if (source[at] == '}' && braces > 0) braces--
             readWord()
         }
     }

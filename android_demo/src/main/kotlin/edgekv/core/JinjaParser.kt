@@ -49,6 +49,10 @@ internal class JinjaParser(source: String) {
         "if" -> condition()
         "for" -> loop()
         "macro" -> macro()
+        "generation" -> { // marks what was generated, for training
+            close()
+            block("endgeneration").also { expectTag("endgeneration") }
+        }
         "break", "continue" -> {
             close()
             Statement { _, _ -> throw Jump(word == "break") }
@@ -58,10 +62,9 @@ internal class JinjaParser(source: String) {
 
     private fun set(): Statement {
         val name = name()
+        if (token.text == ",") return unpacked(name)
         val member = if (accept(".")) name() else null
-        expect("=")
-        val value = expression()
-        close()
+        val value = if (accept("=")) listed().also { close() } else captured()
         return Statement { scope, _ ->
             val result = value.value(scope)
             if (member == null) {
@@ -70,6 +73,31 @@ internal class JinjaParser(source: String) {
                 (scope[name] as? Namespace ?: throw Fault("'$name' is not a namespace")).values[member] = result
             }
         }
+    }
+
+    /** `{% set a, b = … %}`. */
+    private fun unpacked(first: String): Statement {
+        val names = arrayListOf(first)
+        while (accept(",")) names += name()
+        expect("=")
+        val value = listed()
+        close()
+        return Statement { scope, _ -> bound(names, value.value(scope)).forEach { (name, item) -> scope[name] = item } }
+    }
+
+    /** `{% set x %}…{% endset %}`: the text in between. */
+    private fun captured(): Expression {
+        close()
+        val body = block("endset")
+        expectTag("endset")
+        return Expression { scope -> StringBuilder().also { body.run(scope, it) }.toString() }
+    }
+
+    private fun bound(names: List<String>, item: Any?): Map<String, Any?> {
+        if (names.size == 1) return mapOf(names[0] to item)
+        val parts = Jinja.items(item)
+        if (parts.size != names.size) throw Fault("${parts.size} items for ${names.size} names")
+        return names.zip(parts).toMap()
     }
 
     private fun condition(): Statement {
@@ -98,13 +126,8 @@ internal class JinjaParser(source: String) {
         val otherwise = if (acceptTag("else")) block("endfor") else null
         expectTag("endfor")
         return Statement { scope, out ->
-            fun bound(item: Any?): Map<String, Any?> {
-                if (names.size == 1) return mapOf(names[0] to item)
-                val parts = Jinja.items(item)
-                if (parts.size != names.size) throw Fault("${parts.size} items for ${names.size} names")
-                return names.zip(parts).toMap()
-            }
-            val all = Jinja.items(source.value(scope)).filter { only == null || Jinja.truth(only.value(Scope(bound(it), scope))) }
+            val all = Jinja.items(source.value(scope))
+                .filter { only == null || Jinja.truth(only.value(Scope(bound(names, it), scope))) }
             try {
                 all.forEachIndexed { i, item ->
                     val loop = mapOf(
@@ -115,7 +138,7 @@ internal class JinjaParser(source: String) {
                         "nextitem" to all.getOrElse(i + 1) { Jinja.Undefined },
                     )
                     try {
-                        body.run(Scope(bound(item) + ("loop" to loop), scope), out)
+                        body.run(Scope(bound(names, item) + ("loop" to loop), scope), out)
                     } catch (jump: Jump) {
                         if (jump.out) throw jump
                     }
@@ -151,6 +174,13 @@ internal class JinjaParser(source: String) {
                 StringBuilder().also { body.run(Scope(bound.toMap(), scope.root), it) }.toString()
             }
         }
+    }
+
+    /** An expression, or several with commas between them. */
+    private fun listed(): Expression {
+        val parts = arrayListOf(expression())
+        while (accept(",")) parts += expression()
+        return if (parts.size == 1) parts[0] else Expression { s -> parts.map { it.value(s) } }
     }
 
     private fun expression(): Expression {
@@ -241,7 +271,8 @@ internal class JinjaParser(source: String) {
         while (true) {
             val a = left
             val operation: (Any?, Any?) -> Any? = when {
-                accept("*") -> { x, y -> Jinja.arithmetic(x, y, Long::times, Double::times) }
+                accept("*") -> { x, y -> Jinja.times(x, y) }
+                accept("/") -> { x, y -> Jinja.arithmetic(x, y, ::divide, Double::div) }
                 accept("//") -> { x, y -> Jinja.arithmetic(x, y, ::floorDivide) { p, q -> Math.floor(p / q) } }
                 accept("%") -> { x, y ->
                     Jinja.arithmetic(x, y, { p, q -> p - q * floorDivide(p, q) }) { p, q -> p - q * Math.floor(p / q) }
@@ -252,6 +283,8 @@ internal class JinjaParser(source: String) {
             left = Expression { operation(a.value(it), b.value(it)) }
         }
     }
+
+    private fun divide(a: Long, b: Long): Double = if (b == 0L) throw Fault("a division by zero") else a.toDouble() / b
 
     private fun floorDivide(a: Long, b: Long): Long {
         if (b == 0L) throw Fault("a division by zero")
@@ -339,9 +372,10 @@ internal class JinjaParser(source: String) {
         val first = if (token.text == ":" && token.kind == Kind.SYMBOL) null else expression()
         if (accept("]")) return Expression { Jinja.item(a.value(it), first!!.value(it)) }
         expect(":")
-        val last = if (token.text == "]" && token.kind == Kind.SYMBOL) null else expression()
+        val last = if (token.text in "]:" && token.kind == Kind.SYMBOL) null else expression()
+        val step = if (accept(":") && token.text != "]") expression() else null
         expect("]")
-        return Expression { Jinja.slice(a.value(it), first?.value(it), last?.value(it)) }
+        return Expression { Jinja.slice(a.value(it), first?.value(it), last?.value(it), step?.value(it)) }
     }
 
     private fun arguments(): (Scope) -> Arguments {
@@ -360,6 +394,8 @@ internal class JinjaParser(source: String) {
         return { s -> Arguments(positional.map { it.value(s) }, named.mapValues { it.value.value(s) }) }
     }
 
+    private fun argument(value: Expression): (Scope) -> Arguments = { s -> Arguments(listOf(value.value(s)), emptyMap()) }
+
     private fun filtered(start: Expression): Expression {
         var left = start
         while (true) {
@@ -367,15 +403,22 @@ internal class JinjaParser(source: String) {
             left = when {
                 accept("|") -> {
                     val name = name()
-                    val filter = Jinja.FILTERS[name] ?: fail("the filter '$name' is not supported")
-                    val given = if (accept("(")) arguments() else { _ -> NOTHING }
+                    val filter = JinjaLibrary.FILTERS[name] ?: fail("the filter '$name' is not supported")
+                    val given: (Scope) -> Arguments = if (accept("(")) arguments() else { _ -> NOTHING }
                     Expression { filter(a.value(it), given(it)) }
                 }
                 accept("is") -> {
                     val negated = accept("not")
                     val name = next().text
-                    val test = Jinja.TESTS[name.lowercase()] ?: fail("the test '$name' is not supported")
-                    Expression { test(a.value(it)) != negated }
+                    val test = JinjaLibrary.TESTS[name.lowercase()] ?: fail("the test '$name' is not supported")
+                    val bare = token.kind == Kind.STRING || token.kind == Kind.INTEGER || token.text == "[" ||
+                        token.kind == Kind.NAME && token.text !in AFTER_TEST
+                    val given: (Scope) -> Arguments = when {
+                        accept("(") -> arguments()
+                        bare -> argument(postfix(primary()))
+                        else -> { _ -> NOTHING }
+                    }
+                    Expression { test(a.value(it), given(it)) != negated }
                 }
                 else -> return left
             }
@@ -418,5 +461,8 @@ internal class JinjaParser(source: String) {
 
     private companion object {
         val NOTHING = Arguments(emptyList(), emptyMap())
+
+        /** Words that go on behind a test without an argument. */
+        val AFTER_TEST = setOf("and", "or", "not", "if", "else", "in", "is")
     }
 }

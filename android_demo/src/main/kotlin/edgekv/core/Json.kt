@@ -176,58 +176,9 @@ object Json {
         return reader.readValue().also { reader.end() }
     }
 
-    /** As pydantic dumps it: no spaces, keys in their order. */
-    fun compact(value: Any?): String =
-        StringBuilder().also { write(it, value, ",", ":", sorted = false) }.toString()
-
-    /** As `json.dumps(value)` writes it in Python. */
-    fun spaced(value: Any?): String =
-        StringBuilder().also { write(it, value, ", ", ": ", sorted = false) }.toString()
-
-    /** As `json.dumps(value, sort_keys=True)` writes it in Python, to the byte. */
-    fun python(value: Any?): String =
-        StringBuilder().also { write(it, value, ", ", ": ", sorted = true) }.toString()
-
-    private fun write(out: StringBuilder, value: Any?, comma: String, colon: String, sorted: Boolean) {
-        when (value) {
-            is Map<*, *> -> {
-                val keys = value.keys.map { it as String }
-                (if (sorted) keys.sorted() else keys).forEachIndexed { i, key ->
-                    out.append(if (i == 0) "{" else comma)
-                    quote(out, key)
-                    write(out.append(colon), value[key], comma, colon, sorted)
-                }
-                out.append(if (keys.isEmpty()) "{}" else "}")
-            }
-            is List<*> -> {
-                value.forEachIndexed { i, item ->
-                    write(out.append(if (i == 0) "[" else comma), item, comma, colon, sorted)
-                }
-                out.append(if (value.isEmpty()) "[]" else "]")
-            }
-            is String -> quote(out, value)
-            is Double -> out.append(pythonFloat(value))
-            else -> out.append(value)
-        }
-    }
-
-    private fun quote(out: StringBuilder, text: String) {
-        out.append('"')
-        for (c in text) {
-            when (c) {
-                '"' -> out.append("\\\"")
-                '\\' -> out.append("\\\\")
-                '\n' -> out.append("\\n")
-                '\r' -> out.append("\\r")
-                '\t' -> out.append("\\t")
-                '\b' -> out.append("\\b")
-                '\u000c' -> out.append("\\f")
-                in ' '..'~' -> out.append(c)
-                else -> out.append("\\u").append(c.code.toString(16).padStart(4, '0'))
-            }
-        }
-        out.append('"')
-    }
+    /** As `json.dumps(value, sort_keys=sorted, ensure_ascii=ascii, indent=indent)` writes it in Python. */
+    fun write(value: Any?, sorted: Boolean = true, ascii: Boolean = true, indent: Int? = null): String =
+        StringBuilder().also { JsonWriter(it, sorted, ascii, indent).write(value, 1) }.toString()
 
     /** The shortest digits that read back as `value`, laid out as Python's `repr` does. */
     fun pythonFloat(value: Double): String {
@@ -247,5 +198,62 @@ object Json {
         if (exponent < 0) return sign + "0." + "0".repeat(-exponent - 1) + digits
         val whole = digits.padEnd(exponent + 1, '0')
         return sign + whole.take(exponent + 1) + "." + whole.drop(exponent + 1).ifEmpty { "0" }
+    }
+}
+
+private class JsonWriter(
+    private val out: StringBuilder,
+    private val sorted: Boolean,
+    private val ascii: Boolean,
+    private val indent: Int?,
+) {
+    fun write(value: Any?, depth: Int) {
+        when (value) {
+            is Map<*, *> -> {
+                val keys = value.keys.map { it as String }.let { if (sorted) it.sorted() else it }
+                items('{', '}', keys, depth) { key ->
+                    quote(key)
+                    out.append(": ")
+                    write(value[key], depth + 1)
+                }
+            }
+            is List<*> -> items('[', ']', value, depth) { write(it, depth + 1) }
+            is String -> quote(value)
+            is Double -> out.append(Json.pythonFloat(value))
+            else -> out.append(value)
+        }
+    }
+
+    private fun <T> items(open: Char, close: Char, items: Collection<T>, depth: Int, item: (T) -> Unit) {
+        out.append(open)
+        items.forEachIndexed { i, it ->
+            if (i > 0) out.append(if (indent == null) ", " else ",")
+            newLine(depth)
+            item(it)
+        }
+        if (items.isNotEmpty()) newLine(depth - 1)
+        out.append(close)
+    }
+
+    private fun newLine(depth: Int) {
+        if (indent != null) out.append('\n').append(" ".repeat(indent * depth))
+    }
+
+    private fun quote(text: String) {
+        out.append('"')
+        for (c in text) {
+            when {
+                c == '"' -> out.append("\\\"")
+                c == '\\' -> out.append("\\\\")
+                c == '\n' -> out.append("\\n")
+                c == '\r' -> out.append("\\r")
+                c == '\t' -> out.append("\\t")
+                c == '\b' -> out.append("\\b")
+                c == '\u000c' -> out.append("\\f")
+                c < ' ' || ascii && c > '~' -> out.append("\\u").append(c.code.toString(16).padStart(4, '0'))
+                else -> out.append(c)
+            }
+        }
+        out.append('"')
     }
 }

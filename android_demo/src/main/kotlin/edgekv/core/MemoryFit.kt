@@ -1,37 +1,23 @@
 package edgekv.core
 
-import java.util.Locale
-
-/** Whether an artifact fits this device: its own plan against the memory there is. */
+/** What an artifact needs of this device's memory. */
 object MemoryFit {
-    private const val FIRST_LOAD = "first load"
-    private const val TOKENIZER = "tokenizer"
+    private const val ACTIVATIONS = 6 // f32 copies of a chunk's widest activations that a step holds
+    private const val LOGITS = 4 // … and of the logits
+    private const val PROGRAM = 20 // bytes of heap for each byte of a program's file
 
     /**
-     * Peak anonymous bytes the plan expects: what has to fit, since the system cannot take it back.
+     * Anonymous bytes for a full context: what has to fit, since the system cannot take it back. The
+     * costs are those of `edge_kv.memory`, rounded up.
      *
-     * The plan counts the tokenizer of the Python runtime, which is large; this one's is not.
+     * `packed`: weights were packed for this device before and are mapped. Without that onnxruntime
+     * brings them into the order of its kernels on the heap.
      */
-    private fun needed(manifest: Manifest, packed: Boolean): Long {
-        val phases = manifest.phases - if (packed) setOf(FIRST_LOAD, TOKENIZER) else setOf(TOKENIZER)
-        val peak = phases.values.maxOfOrNull { it.anon } ?: (manifest.plan.bytes + manifest.weightFile)
-        return peak - manifest.tokenizerBytes
+    fun needed(manifest: Manifest, packed: Boolean): Long {
+        val (plan, needs) = Pair(manifest.plan, manifest.needs)
+        val programs = manifest.backends.values.flatMap { it.programs.values }.distinctBy { it.file }
+        val code = programs.sumOf { manifest.files[it.file]?.size ?: 0 }
+        val step = 4L * (ACTIVATIONS.toLong() * plan.chunk * needs.row + LOGITS.toLong() * manifest.tokens.vocab)
+        return plan.touched(plan.ctx) + step + PROGRAM * code + if (packed) 0 else needs.weights
     }
-
-    /**
-     * `packed`: weights were packed for this device before, which took more than later loads do.
-     *
-     * @throws MemoryLimitException the plan does not fit into `available` bytes
-     */
-    fun check(manifest: Manifest, available: Long?, packed: Boolean) {
-        val needed = needed(manifest, packed)
-        if (available == null || needed <= available) return
-        throw MemoryLimitException(
-            "${manifest.name} needs ${megabytes(needed)} of memory by its plan, ${megabytes(available)} are available; " +
-                "close other apps, or export with a smaller --ctx, --quant int4 or --kv int8.",
-        )
-    }
-
-    /** `1,234 MB`. */
-    fun megabytes(bytes: Long): String = String.format(Locale.US, "%,d MB", bytes / 1_000_000)
 }

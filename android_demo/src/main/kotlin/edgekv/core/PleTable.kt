@@ -11,22 +11,24 @@ import java.nio.FloatBuffer
 /** Per-layer embeddings, read row by row from their file and never resident. */
 class PleTable(private val file: File, private val entry: PleEntry) : Closeable {
     private val channel: java.nio.channels.FileChannel
-    private val row = ByteBuffer.allocate(maxOf(entry.rowBytes, 0)).order(ByteOrder.LITTLE_ENDIAN)
+    private val row: ByteBuffer
 
     init {
-        val blocks = entry.bits == 32 || entry.block > 0 && entry.values % entry.block == 0
+        val small = entry.values <= MAX_VALUES
+        val blocks = small && (entry.bits == 32 || entry.block > 0 && entry.values % entry.block == 0L)
         if (entry.bits !in listOf(4, 8, 32) || !blocks) {
             throw ArtifactException(
                 "$file is said to store ${entry.bits} bits in blocks of ${entry.block}, which this app does not read; " +
                     "export again.",
             )
         }
+        row = ByteBuffer.allocate(entry.rowBytes.toInt()).order(ByteOrder.LITTLE_ENDIAN)
         try {
             channel = RandomAccessFile(file, "r").channel
         } catch (e: IOException) {
             throw ArtifactException("Cannot open $file: ${e.message}.", e)
         }
-        val need = entry.rows.toLong() * entry.rowBytes
+        val need = entry.rows * entry.rowBytes
         if (channel.size() < need) {
             channel.close()
             throw ArtifactException(
@@ -44,7 +46,7 @@ class PleTable(private val file: File, private val entry: PleEntry) : Closeable 
         ids.forEachIndexed { i, id ->
             row.clear()
             while (row.hasRemaining()) {
-                val at = id.toLong() * entry.rowBytes + row.position()
+                val at = id * entry.rowBytes + row.position()
                 if (channel.read(row, at) < 0) {
                     throw ArtifactException(
                         "$file ends inside the row of token $id; it is cut off; copy or export the artifact again.",
@@ -57,6 +59,10 @@ class PleTable(private val file: File, private val entry: PleEntry) : Closeable 
 
     override fun close() = channel.close()
 
+    private companion object {
+        const val MAX_VALUES = 1 shl 24 // of a row
+    }
+
     private fun dequantise(count: Int, out: FloatBuffer, at: Int) {
         var scale = 1f
         for (j in 0 until count) {
@@ -64,7 +70,7 @@ class PleTable(private val file: File, private val entry: PleEntry) : Closeable 
                 out.put(at + j, row.getFloat(4 * j))
                 continue
             }
-            if (j % entry.block == 0) scale = halfToFloat(row.getShort(entry.dataBytes + j / entry.block * 2).toInt())
+            if (j % entry.block == 0) scale = halfToFloat(row.getShort(entry.dataBytes.toInt() + j / entry.block * 2).toInt())
             val value = when {
                 entry.bits == 8 -> row.get(j).toInt()
                 j % 2 == 0 -> (row.get(j / 2).toInt() and 15) - 8

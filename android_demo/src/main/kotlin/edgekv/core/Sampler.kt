@@ -2,14 +2,13 @@ package edgekv.core
 
 import kotlin.math.exp
 
-/** How the next id is chosen; meaning and order as in `edge_kv.runtime.sampling`. */
-class Sampling(
+/** How ids are drawn; meaning and order as in `edge_kv.runtime.sampling`. */
+data class Sampling(
     val temperature: Double = 0.0,
     val topK: Int = 0,
     val topP: Double = 1.0,
     val minP: Double = 0.0,
     val repetitionPenalty: Double = 1.0,
-    val seed: Long? = null,
 ) {
     init {
         fun positive(x: Double) = x > 0 && !x.isInfinite()
@@ -19,22 +18,30 @@ class Sampling(
             "top_p $topP must lie above 0 and up to 1" to (topP > 0 && topP <= 1),
             "min_p $minP must lie in 0 … 1" to (minP in 0.0..1.0),
             "repetition_penalty $repetitionPenalty must be a positive number" to positive(repetitionPenalty),
-            "seed $seed must not be negative" to (seed == null || seed >= 0),
         ).filterNot { it.second }.map { it.first }
         if (faults.isNotEmpty()) throw ConfigException("Sampling: " + faults.joinToString("; ") + ".")
     }
 }
 
-/** A seeded sampler; greedy when the temperature is 0. One seed chooses what numpy would choose. */
-class Sampler(private val options: Sampling) {
-    private val random = NumpyRandom(options.seed ?: (System.nanoTime() and Long.MAX_VALUE))
+/**
+ * A seeded sampler; greedy when the temperature is 0. One seed chooses what numpy would choose. Ids in
+ * `suppress` are never drawn.
+ */
+class Sampler(private val options: Sampling, seed: Long? = null, private val suppress: Collection<Int> = emptyList()) {
+    private val random: NumpyRandom
+
+    init {
+        if (seed != null && seed < 0) throw ConfigException("Sampling: seed $seed must not be negative.")
+        random = NumpyRandom(seed ?: (System.nanoTime() and Long.MAX_VALUE))
+    }
 
     /**
      * Chooses an id from float [vocab]; ids in `history` are subject to the penalty.
      *
      * @throws RuntimeFault a logit is NaN or +inf, or all are -inf
      */
-    fun choose(logits: FloatArray, history: () -> IntArray): Int {
+    fun choose(given: FloatArray, history: () -> IntArray): Int {
+        val logits = allowed(given)
         var top = Float.NEGATIVE_INFINITY
         for (x in logits) top = if (x.isNaN()) x else maxOf(top, x)
         if (top.isNaN() || top.isInfinite()) {
@@ -52,6 +59,11 @@ class Sampler(private val options: Sampling) {
         val at = random.nextDouble() * total
         val chosen = cumulative.indexOfFirst { it > at } // never lands on a weight of 0
         return ids[if (chosen < 0) ids.lastIndex else chosen]
+    }
+
+    private fun allowed(logits: FloatArray): FloatArray {
+        if (suppress.isEmpty()) return logits
+        return logits.copyOf().also { for (id in suppress) if (id < it.size) it[id] = Float.NEGATIVE_INFINITY }
     }
 
     private fun likeliest(row: FloatArray): Int {

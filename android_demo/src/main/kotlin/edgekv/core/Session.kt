@@ -2,6 +2,7 @@ package edgekv.core
 
 import java.io.Closeable
 import java.io.File
+import java.nio.ByteBuffer
 
 /** What a session has done since it was loaded; seconds of wall clock. */
 class Stats {
@@ -23,11 +24,11 @@ class Stats {
  */
 abstract class Session(val artifact: Artifact) : Closeable {
     abstract val engine: String
-    val model get() = artifact.model
     val plan get() = artifact.plan
     val stats = Stats()
 
     private val fed = IntList()
+    private var checkpoints: List<Checkpoint> = emptyList() // by length
     private var closed = false
     @Volatile private var cancelled = false
 
@@ -43,7 +44,7 @@ abstract class Session(val artifact: Artifact) : Closeable {
 
     /** How many tokens `rewind` can go back without starting over. */
     val maxRewind: Int
-        get() = plan.oldestRetained(written).let { if (it > 0) pos - (it + plan.window - 1) else pos }
+        get() = pos - plan.earliest(written)
 
     /** Whether `snapshot` and `restore` work: the engine's state can be reached. */
     open val canSnapshot get() = true
@@ -97,24 +98,66 @@ abstract class Session(val artifact: Artifact) : Closeable {
         if (pos == 0) written = 0
     }
 
-    /** Forgets everything; buffers stay allocated. */
+    /** Forgets everything but checkpoints; tables stay allocated. */
     fun reset() {
         checkOpen()
         fed.truncate(0)
         written = 0
     }
 
-    /** Makes the fed ids equal `ids`, reusing their common prefix as far as the rings allow. */
-    fun feed(ids: IntArray) {
-        var common = 0
-        while (common < pos && common < ids.size && fed[common] == ids[common]) common++
-        if (pos - common > maxRewind) {
-            reset()
-            common = 0
-        } else {
+    /**
+     * Keeps the rings as they are after the first `at` tokens, for `resume` to go back to.
+     *
+     * Does nothing where the rings no longer hold those rows, or where there are no rings. At most
+     * three are kept: the first, the newest, and the others as far apart as they come.
+     */
+    fun checkpoint(at: Int) {
+        checkOpen()
+        if (!canSnapshot || at !in 1..pos || !plan.canRewind(at, written)) return
+        val rows = state().keepRings(at, written) ?: return
+        val kept = checkpoints.filter { it.tokens.size != at } + Checkpoint(fed.toArray(0, at), written, rows)
+        checkpoints = kept.sortedBy { it.tokens.size }
+        if (checkpoints.size <= CHECKPOINTS) return
+        val gaps = checkpoints.dropLast(1).map { it.tokens.size }.zipWithNext { a, b -> b - a }
+        val closest = 1 + gaps.indexOf(gaps.min())
+        checkpoints = checkpoints.filterIndexed { i, _ -> i != closest }
+    }
+
+    /**
+     * Goes back to the longest beginning of `ids` that is still held, and returns its length: the common
+     * prefix where the rings reach back so far, else the last checkpoint before it, else nothing.
+     */
+    fun resume(ids: IntArray): Int {
+        checkOpen()
+        var common = commonPrefix(tokens, ids)
+        if (!plan.canRewind(common, written)) common = 0
+        val best = checkpoints.lastOrNull { it.tokens.size > common && commonPrefix(it.tokens, ids) == it.tokens.size }
+        if (best == null) {
             rewind(pos - common)
+            return common
         }
-        prefill(ids.copyOfRange(common, ids.size))
+        state().putRings(best.rows, best.tokens.size, best.written)
+        fed.truncate(0)
+        fed.addAll(best.tokens)
+        written = best.written
+        return best.tokens.size
+    }
+
+    /**
+     * Makes the fed ids equal `ids`, reusing what is held of them, and returns how much that was. The
+     * rings are kept at every length in `at`.
+     */
+    fun feed(ids: IntArray, at: Collection<Int> = emptyList()): Int {
+        val reused = resume(ids)
+        for (length in at.filter { it in 1..ids.size }.sorted()) {
+            if (length > pos) { // whole chunks: the rings still hold the rows before them
+                val chunks = (length - pos + plan.chunk - 1) / plan.chunk
+                prefill(ids.copyOfRange(pos, minOf(pos + chunks * plan.chunk, ids.size)))
+            }
+            checkpoint(length)
+        }
+        prefill(ids.copyOfRange(pos, ids.size))
+        return reused
     }
 
     /** Writes the live rows and the ids; the format of `edge_kv.runtime.snapshot`. */
@@ -132,6 +175,7 @@ abstract class Session(val artifact: Artifact) : Closeable {
         checkOpen()
         return Snapshot.open(file, identity(), plan).use { held ->
             reset()
+            checkpoints = emptyList()
             held.load(state())
             fed.addAll(held.tokens)
             written = held.written
@@ -139,21 +183,22 @@ abstract class Session(val artifact: Artifact) : Closeable {
         }
     }
 
-    /** Ends the running step and all further ones until `resume`; from any thread. */
+    /** Ends the running step and all further ones until `proceed`; from any thread. */
     fun cancel() {
         cancelled = true
         interruptEngine()
     }
 
     /** Allows steps again after `cancel`. */
-    fun resume() {
+    fun proceed() {
         cancelled = false
-        resumeEngine()
+        proceedEngine()
     }
 
     override fun close() {
         if (closed) return
         closed = true
+        checkpoints = emptyList()
         closeEngine()
     }
 
@@ -163,21 +208,22 @@ abstract class Session(val artifact: Artifact) : Closeable {
     /** Writes the row of `id` at `pos` and returns float [vocab]. */
     protected abstract fun runDecode(id: Int, pos: Int): FloatArray
 
-    /** The state buffers, for an engine whose memory they are. */
+    /** The tables, for an engine whose memory they are. */
     protected open fun state(): KvState =
         throw SnapshotException("The $engine engine keeps its state inside the program: it has no snapshots here.")
 
     protected open fun interruptEngine() {}
 
-    protected open fun resumeEngine() {}
+    protected open fun proceedEngine() {}
 
     protected abstract fun closeEngine()
 
-    private fun identity() = Snapshot.Identity(engine, artifact.manifest.fingerprint, plan.digest)
+    private fun identity() = Snapshot.Identity(engine, artifact.manifest.identity)
 
     /** Runs one program and commits its ids; the high-water mark rises before the run. */
     private fun <T> step(ids: IntArray, run: () -> T): T {
         if (cancelled) throw CancelledException()
+        checkpoints = checkpoints.filter { it.tokens.size <= pos }
         written = maxOf(written, pos + ids.size)
         val result = try {
             run()
@@ -191,9 +237,9 @@ abstract class Session(val artifact: Artifact) : Closeable {
     private fun check(ids: IntArray) {
         checkOpen()
         ids.forEachIndexed { i, id ->
-            if (id !in 0 until model.vocabSize) {
+            if (id !in 0 until artifact.manifest.tokens.vocab) {
                 throw PromptException(
-                    "Token id $id at index $i is outside 0 … ${model.vocabSize - 1}; " +
+                    "Token id $id at index $i is outside 0 … ${artifact.manifest.tokens.vocab - 1}; " +
                         "encode the text with this model's tokenizer.",
                 )
             }
@@ -209,6 +255,19 @@ abstract class Session(val artifact: Artifact) : Closeable {
     private fun checkOpen() {
         if (closed) throw RuntimeFault("This session is closed; load the artifact again.")
     }
+
+    /** The rings as they were after `tokens`; other tables keep those rows themselves. */
+    private class Checkpoint(val tokens: IntArray, val written: Int, val rows: ByteBuffer)
+
+    private companion object {
+        const val CHECKPOINTS = 3
+    }
+}
+
+/** How many ids `a` and `b` begin with alike. */
+internal fun commonPrefix(a: IntArray, b: IntArray): Int {
+    val most = minOf(a.size, b.size)
+    return (0 until most).firstOrNull { a[it] != b[it] } ?: most
 }
 
 /** A growing list of ints without boxes. */

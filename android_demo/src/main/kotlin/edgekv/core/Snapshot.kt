@@ -11,25 +11,25 @@ import java.security.MessageDigest
 
 /**
  * Snapshot files: the live rows of a session, in the format of docs/artifact.md, so that a long
- * prompt is read once, on this device or on another. Rows stream between file and buffers.
+ * prompt is read once, on this device or on another. Rows stream between file and tables.
  */
 object Snapshot {
     private const val MAGIC = "EDGEKVSN"
-    private const val VERSION = 1
+    private const val VERSION = 2
     private const val PREFIX_BYTES = 16
     private const val DIGEST_BYTES = 32
     private const val MAX_HEADER = 1 shl 24
 
     /** What a snapshot belongs to: it is refused anywhere else. */
-    class Identity(val engine: String, val model: String, val plan: String) {
-        val entries get() = mapOf("engine" to engine, "model" to model, "plan" to plan)
+    class Identity(engine: String, of: edgekv.core.Identity) {
+        val entries = mapOf("engine" to engine, "model" to of.model, "plan" to of.plan)
     }
 
     /** @throws SnapshotException the file cannot be written */
     fun write(
         file: File,
         identity: Identity,
-        plan: KvPlan,
+        plan: Plan,
         state: KvState,
         tokens: IntArray,
         written: Int,
@@ -38,7 +38,7 @@ object Snapshot {
         val header = identity.entries + mapOf(
             "pos" to tokens.size, "written" to written, "note" to note, "sections" to sections(plan, tokens.size, written),
         )
-        val text = Json.python(header).toByteArray()
+        val text = Json.write(header).toByteArray()
         val head = ByteBuffer.allocate(PREFIX_BYTES + text.size + 4 * tokens.size).order(ByteOrder.LITTLE_ENDIAN)
         head.put(MAGIC.toByteArray()).putInt(VERSION).putInt(text.size).put(text)
         tokens.forEach { head.putInt(it) }
@@ -54,7 +54,7 @@ object Snapshot {
                     while (bytes.hasRemaining()) channel.write(bytes)
                 }
                 put(head)
-                rows(plan, state, tokens.size, written).forEach(::put)
+                state.held(tokens.size, written).forEach(::put)
                 channel.write(ByteBuffer.wrap(digest.digest()))
                 channel.force(true)
             }
@@ -70,13 +70,12 @@ object Snapshot {
     class Held internal constructor(
         private val file: File,
         private val channel: FileChannel,
-        private val plan: KvPlan,
         val tokens: IntArray,
         val written: Int,
         val note: Map<String, Any?>,
     ) : Closeable {
         /** Reads the rows into the buffers of a session. */
-        fun load(state: KvState) = rows(plan, state, tokens.size, written).forEach {
+        fun load(state: KvState) = state.held(tokens.size, written).forEach {
             try {
                 readFully(channel, it)
             } catch (e: IOException) {
@@ -92,7 +91,7 @@ object Snapshot {
      *
      * @throws SnapshotException missing, cut off, changed, or of another version, model, plan, engine
      */
-    fun open(file: File, identity: Identity, plan: KvPlan): Held {
+    fun open(file: File, identity: Identity, plan: Plan): Held {
         val channel = try {
             RandomAccessFile(file, "r").channel
         } catch (e: IOException) {
@@ -109,7 +108,7 @@ object Snapshot {
         }
     }
 
-    private fun held(file: File, channel: FileChannel, identity: Identity, plan: KvPlan): Held {
+    private fun held(file: File, channel: FileChannel, identity: Identity, plan: Plan): Held {
         val (header, body) = verify(file, channel)
         for ((key, mine) in identity.entries) {
             val theirs = header[key]
@@ -125,7 +124,7 @@ object Snapshot {
         val possible = pos in 0..written && written <= plan.ctx && plan.canRewind(pos, written)
         val wanted = if (possible) sections(plan, pos, written) else null
         val bytes = wanted?.sumOf { it.getValue("bytes") as Long }
-        if (wanted == null || bytes != body || Json.python(header["sections"]) != Json.python(wanted)) {
+        if (wanted == null || bytes != body || header["sections"] != wanted) {
             throw SnapshotException("$file does not hold the rows its plan asks for; take it again.")
         }
         val ids = ByteBuffer.allocate(4 * pos).order(ByteOrder.LITTLE_ENDIAN)
@@ -133,7 +132,7 @@ object Snapshot {
         ids.flip()
         @Suppress("UNCHECKED_CAST") // JSON objects have text keys
         val note = header["note"] as? Map<String, Any?> ?: emptyMap()
-        return Held(file, channel, plan, IntArray(pos) { ids.getInt() }, written, note)
+        return Held(file, channel, IntArray(pos) { ids.getInt() }, written, note)
     }
 
     /** Checks framing and digest: the header and the bytes of all sections, `channel` at the first. */
@@ -180,31 +179,14 @@ object Snapshot {
         return digest.digest().contentEquals(stored.array())
     }
 
-    private fun sections(plan: KvPlan, pos: Int, written: Int): List<Map<String, Any>> =
-        listOf(section("tokens", pos, 4)) +
-            plan.buffers.map { b -> section(b.name, pos - firstHeld(b, pos, written), b.rowBytes) }
-
-    private fun section(name: String, rows: Int, rowBytes: Int): Map<String, Any> =
-        mapOf("name" to name, "rows" to rows, "bytes" to rows.toLong() * rowBytes)
-
-    /** The oldest position below `pos` that a buffer still holds: rings lose all below written - slots. */
-    private fun firstHeld(b: StateBuffer, pos: Int, written: Int): Int =
-        if (b.isRing) minOf(pos, maxOf(0, written - b.slots)) else 0
-
-    /** The live rows as contiguous pieces of the buffers, in file order. */
-    private fun rows(plan: KvPlan, state: KvState, pos: Int, written: Int): Sequence<ByteBuffer> = sequence {
-        for (b in plan.buffers) {
-            val held = firstHeld(b, pos, written)
-            val count = pos - held
-            if (count == 0) continue
-            val first = held % b.slots
-            val beforeWrap = minOf(count, b.slots - first)
-            for (head in 0 until b.heads) {
-                yield(state.slice(b, head, first, first + beforeWrap))
-                if (count > beforeWrap) yield(state.slice(b, head, 0, count - beforeWrap))
-            }
+    private fun sections(plan: Plan, pos: Int, written: Int): List<Map<String, Any>> =
+        listOf(section("tokens", pos, 4)) + plan.tables.map { t ->
+            val rows = t.held(pos, written)
+            section(t.name, if (rows.isEmpty()) 0 else rows.last - rows.first + 1, t.rowBytes)
         }
-    }
+
+    private fun section(name: String, rows: Int, rowBytes: Long): Map<String, Any> =
+        mapOf("name" to name, "rows" to rows.toLong(), "bytes" to rows * rowBytes)
 
     private fun readFully(channel: FileChannel, into: ByteBuffer) {
         while (into.hasRemaining()) if (channel.read(into) < 0) throw IOException("the file shrank while it was read")

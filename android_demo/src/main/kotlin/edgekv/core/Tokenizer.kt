@@ -6,10 +6,10 @@ import java.io.RandomAccessFile
 import java.nio.channels.FileChannel
 
 /**
- * A `tokenizer.json` of the BPE kind, as most models have: the same ids as Hugging Face
+ * A `tokenizer.json` of the BPE kind: the same ids as Hugging Face
  * `tokenizers` for every text, and the same text for all ids.
  */
-class Tokenizer private constructor(file: File, private val bosId: Int, private val addBos: Boolean) {
+class Tokenizer private constructor(file: File, private val bosId: Int?, private val addBos: Boolean) {
     private val vocabulary = Vocabulary()
     private val bpe: Bpe
     private val added: AddedTokens
@@ -51,8 +51,14 @@ class Tokenizer private constructor(file: File, private val bosId: Int, private 
         join = TokenizerSteps.decoder(all.fieldsOrNull("decoder"))
     }
 
-    /** Text of the start token, for chat templates. */
-    val bosToken: String get() = token(bosId)
+    /** Text of the start token, for chat templates; empty when there is none. */
+    val bosToken: String get() = bosId?.let(::token).orEmpty()
+
+    /** The id of a token that is spelled `text`; null for none. */
+    fun id(text: String): Int? = added.id(text) ?: vocabulary.id(text).takeIf { it >= 0 }
+
+    /** Whether an id makes no text. */
+    fun isSpecial(id: Int): Boolean = added.isSpecial(id)
 
     /** Text of one id as the vocabulary spells it; empty when it has none. */
     fun token(id: Int): String = added.text(id) ?: vocabulary.text(id) ?: ""
@@ -69,12 +75,21 @@ class Tokenizer private constructor(file: File, private val bosId: Int, private 
             if (id >= 0) ids.add(id) else for (word in split(normalize(piece))) bpe.encode(word, ids)
         }
         val bare = ids.toArray()
-        return if (start && addBos && bare.firstOrNull() != bosId) intArrayOf(bosId) + bare else bare
+        return if (start && addBos && bosId != null && bare.firstOrNull() != bosId) intArrayOf(bosId) + bare else bare
     }
 
     /** Text of `ids` without special tokens. */
     fun decode(ids: IntArray): String =
         join(ids.filterNot(added::isSpecial).mapNotNull { added.text(it) ?: vocabulary.text(it) })
+
+    /** Text of `ids`, special tokens among it as the vocabulary spells them if `special`. */
+    fun decode(ids: IntArray, special: Boolean): String {
+        if (!special) return decode(ids)
+        val stream = TextStream(this)
+        val text = StringBuilder()
+        for (id in ids) text.append(if (isSpecial(id)) stream.flush() + token(id) else stream.feed(id))
+        return text.append(stream.flush()).toString()
+    }
 
     private fun readVocabulary(json: JsonReader) = json.readObject { text ->
         val id = json.readValue() as? Long
@@ -103,10 +118,10 @@ class Tokenizer private constructor(file: File, private val bosId: Int, private 
             val entry = artifact.manifest.tokenizer ?: throw ArtifactException(
                 "${artifact.root.name} has no tokenizer (its weights came without one), so it takes no text.",
             )
-            return read(artifact.file(entry.file), artifact.model.bosId, entry.addBos)
+            return read(artifact.file(entry.file), artifact.manifest.tokens.bos, entry.addBos)
         }
 
-        fun read(file: File, bosId: Int, addBos: Boolean): Tokenizer = try {
+        fun read(file: File, bosId: Int?, addBos: Boolean): Tokenizer = try {
             Tokenizer(file, bosId, addBos)
         } catch (e: IOException) {
             throw ArtifactException("Cannot read $file: ${e.message}.", e)
@@ -148,6 +163,8 @@ internal class AddedTokens(entries: List<Fields>, vocabulary: Vocabulary) {
     }
 
     fun text(id: Int): String? = texts[id]
+
+    fun id(text: String): Int? = ids[text]
 
     fun isSpecial(id: Int) = id in special
 
@@ -204,7 +221,7 @@ class TextStream(private val tokenizer: Tokenizer) {
     /** What was held back when the ids end, unfinished characters as U+FFFD. */
     fun flush(): String {
         val piece = pending()
-        context = ids.size
+        if (piece.endsWith('\ufffd')) context = ids.size else if (piece.isNotEmpty()) context = done
         done = ids.size
         return piece
     }

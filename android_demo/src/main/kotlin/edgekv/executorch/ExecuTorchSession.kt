@@ -27,8 +27,9 @@ class ExecuTorchSession(artifact: Artifact, threads: Int) : Session(artifact) {
     private val module: Module
     private val ids = Tensor.allocateLongBuffer(1)
     private val position = Tensor.allocateLongBuffer(1)
-    private val rows =
-        ByteBuffer.allocateDirect(4 * model.layers * model.pleDim).order(ByteOrder.nativeOrder())
+    private val entry = artifact.manifest.ple
+    private val layers: Int // whose per-layer rows the program takes
+    private val rows: ByteBuffer
 
     init {
         val begin = System.nanoTime()
@@ -41,8 +42,10 @@ class ExecuTorchSession(artifact: Artifact, threads: Int) : Session(artifact) {
         }
         val program = backend.programs[DECODE]
             ?: throw ArtifactException("${artifact.root.name} has no decode program; export again.")
-        val file = artifact.file(program.file)
-        ple = artifact.manifest.ple?.let { PleTable(artifact.file(it.file), it) }
+        val file = artifact.program(program.file)
+        layers = (program.inputs.find { it.name == PLE }?.shape?.getOrNull(1) as? Int) ?: 0
+        rows = ByteBuffer.allocateDirect(4 * layers * (entry?.dim ?: 0)).order(ByteOrder.nativeOrder())
+        ple = entry?.let { PleTable(artifact.file(it.file), it) }
         try {
             module = Module.load(file.path, Module.LOAD_MODE_MMAP, threads)
             module.loadMethod(DECODE)
@@ -67,10 +70,10 @@ class ExecuTorchSession(artifact: Artifact, threads: Int) : Session(artifact) {
         position.put(0, pos.toLong())
         val one = longArrayOf(1)
         val inputs = arrayListOf(EValue.from(Tensor.fromBlob(ids, one)), EValue.from(Tensor.fromBlob(position, one)))
-        if (ple != null) {
+        if (ple != null && entry != null) {
             val values = rows.asFloatBuffer()
-            ple.read(intArrayOf(id), model.layers, values)
-            val shape = longArrayOf(1, model.layers.toLong(), model.pleDim.toLong())
+            ple.read(intArrayOf(id), layers, values)
+            val shape = longArrayOf(1, layers.toLong(), entry.dim.toLong())
             inputs += EValue.from(Tensor.fromBlob(values, shape))
         }
         try {
@@ -83,5 +86,6 @@ class ExecuTorchSession(artifact: Artifact, threads: Int) : Session(artifact) {
     companion object {
         const val ENGINE = "executorch"
         private const val DECODE = "decode"
+        private const val PLE = "ple"
     }
 }

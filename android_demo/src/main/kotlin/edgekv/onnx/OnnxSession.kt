@@ -17,6 +17,7 @@ import edgekv.core.PleTable
 import edgekv.core.Program
 import edgekv.core.RuntimeFault
 import edgekv.core.Session
+import edgekv.core.Table
 import java.io.Closeable
 import java.io.File
 import java.nio.ByteBuffer
@@ -25,9 +26,9 @@ import java.nio.ByteOrder
 /**
  * The programs of an artifact on ONNX Runtime's CPU provider.
  *
- * State is bound in place: every state input and its output are the same memory, so TensorScatter
- * writes rows without copying a buffer. Append buffers are bound one head at a time as a prefix of
- * `plan.liveRows(end)` rows, so that the cost of a step follows the live length, not ctx.
+ * State is bound in place: every table and the output of its name are the same memory, so that rows
+ * are written without a copy of it. A table that grows is bound as the prefix of its live rows, so
+ * that the cost of a step follows the position, not ctx.
  *
  * `cache` takes weights packed for this device, from `packFrom` bytes of them on, and for a moment
  * the files that state is mapped from.
@@ -52,8 +53,8 @@ class OnnxSession(
         try {
             ple = artifact.manifest.ple?.let { PleTable(artifact.file(it.file), it) }?.also { opened += it }
             val engines = load().onEach { opened += Closeable { it.value.close() } }
-            prefill = Bound("prefill", engines, plan.chunk, model.owning)
-            decode = Bound("decode", engines, 1, model.layers)
+            prefill = Bound("prefill", engines, plan.chunk)
+            decode = Bound("decode", engines, 1)
         } catch (e: Exception) {
             opened.asReversed().forEach { it.close() }
             run.close()
@@ -76,7 +77,7 @@ class OnnxSession(
 
     override fun interruptEngine() = run.setTerminate(true)
 
-    override fun resumeEngine() = run.setTerminate(false)
+    override fun proceedEngine() = run.setTerminate(false)
 
     override fun closeEngine() {
         prefill.close()
@@ -86,35 +87,28 @@ class OnnxSession(
     }
 
     /** One program with its inputs and outputs bound to fixed memory. */
-    private inner class Bound(
-        private val name: String,
-        engines: Map<String, OrtSession>,
-        width: Int,
-        private val layers: Int,
-    ) : Closeable {
+    private inner class Bound(private val name: String, engines: Map<String, OrtSession>, width: Int) : Closeable {
         private val program = program(name)
         private val file = artifact.file(program.file)
         private val engine = engines.getValue(name)
-        private val idsBytes = direct(8 * width)
+        private val layers = checkContract()
+        private val rowValues = layers * (artifact.manifest.ple?.dim ?: 0)
+        private val idsBytes = direct(8L * width)
         private val posBytes = direct(8)
-        private val pleBytes = direct(4 * width * layers * model.pleDim)
-        private val logitsBytes = direct(if (program.outputs.any { it.name == LOGITS }) 4 * model.vocabSize else 0)
+        private val pleBytes = direct(4L * width * rowValues)
+        private val logitsBytes = direct(if (LOGITS in engine.outputNames) 4L * artifact.manifest.tokens.vocab else 0)
         private val inputs = HashMap<String, OnnxTensor>()
         private val outputs = HashMap<String, OnnxTensor>()
-        private var bound: Pair<Int, Int>? = null
+        private var bound: List<Int> = emptyList() // tokens, and the live rows of every table
         val logits = FloatArray(logitsBytes.capacity() / 4)
-
-        init {
-            checkContract()
-        }
 
         fun run(ids: IntArray, pos: Int) {
             ids.forEachIndexed { i, id -> idsBytes.putLong(8 * i, id.toLong()) }
             posBytes.putLong(0, pos.toLong())
             ple?.read(ids, layers, pleBytes.asFloatBuffer())
-            val shape = Pair(ids.size, plan.liveRows(pos + ids.size))
+            val sizes = listOf(ids.size) + plan.tables.map { it.live(pos + ids.size) }
             try {
-                if (shape != bound) bind(shape.first, shape.second)
+                if (sizes != bound) bind(sizes)
                 engine.run(inputs, emptySet(), outputs, run).close()
             } catch (e: OrtException) {
                 throw fault(e, RuntimeFault("onnxruntime failed in $name at position $pos: ${line(e)}", e))
@@ -127,30 +121,33 @@ class OnnxSession(
             engine.close()
         }
 
-        private fun bind(n: Int, live: Int) {
+        private fun bind(sizes: List<Int>) {
             unbind()
-            inputs["ids"] = tensor(idsBytes, 8 * n, longArrayOf(n.toLong()), OnnxJavaType.INT64)
-            inputs["pos"] = tensor(posBytes, 8, longArrayOf(1), OnnxJavaType.INT64)
-            if (ple != null) {
-                val sizes = longArrayOf(n.toLong(), layers.toLong(), model.pleDim.toLong())
-                inputs["ple"] = tensor(pleBytes, 4 * n * layers * model.pleDim, sizes, OnnxJavaType.FLOAT)
+            val n = sizes[0]
+            inputs[IDS] = tensor(idsBytes, 8 * n, longArrayOf(n.toLong()), OnnxJavaType.INT64)
+            inputs[POS] = tensor(posBytes, 8, longArrayOf(1), OnnxJavaType.INT64)
+            artifact.manifest.ple?.let {
+                val shape = longArrayOf(n.toLong(), layers.toLong(), it.dim.toLong())
+                inputs[PLE] = tensor(pleBytes, 4 * n * rowValues, shape, OnnxJavaType.FLOAT)
             }
             val types = program.inputs.associate { it.name to TYPES.getValue(it.dtype) }
-            for (view in plan.views) {
-                val bytes = state.bytes(view, live)
-                val bound = tensor(bytes, bytes.capacity(), view.shape(live), types.getValue(view.name))
-                inputs[view.name] = bound
-                outputs["${view.name}.out"] = bound
+            plan.tables.forEachIndexed { i, table ->
+                val rows = sizes[i + 1]
+                val memory = state.slots(table, 0, rows)
+                val shape = longArrayOf(rows.toLong(), table.heads.toLong(), table.dim.toLong())
+                val bound = tensor(memory, memory.capacity(), shape, types.getValue(table.name))
+                inputs[table.name] = bound
+                outputs[table.name + OUT] = bound
             }
             if (logits.isNotEmpty()) {
-                val sizes = longArrayOf(model.vocabSize.toLong())
-                outputs[LOGITS] = tensor(logitsBytes, logitsBytes.capacity(), sizes, OnnxJavaType.FLOAT)
+                val shape = longArrayOf(logits.size.toLong())
+                outputs[LOGITS] = tensor(logitsBytes, logitsBytes.capacity(), shape, OnnxJavaType.FLOAT)
             }
-            bound = Pair(n, live)
+            bound = sizes
         }
 
         private fun unbind() {
-            bound = null
+            bound = emptyList()
             (inputs.values + outputs.values).toSet().forEach { it.close() }
             inputs.clear()
             outputs.clear()
@@ -162,26 +159,46 @@ class OnnxSession(
             return OnnxTensor.createTensor(environment, view, shape, type)
         }
 
-        /** Compares the graph's real inputs and outputs with the manifest, and those with the plan. */
-        private fun checkContract() {
-            val real = (engine.inputInfo + engine.outputInfo).mapValues { (_, node) -> (node.info as? TensorInfo)?.type }
+        /**
+         * Compares the graph's real inputs and outputs with the manifest, and those with the plan;
+         * how many layers' per-layer rows the program takes.
+         */
+        private fun checkContract(): Int {
+            val real = (engine.inputInfo + engine.outputInfo).mapValues { (_, node) -> node.info as? TensorInfo }
             val said = (program.inputs + program.outputs).associate { it.name to TYPES[it.dtype] }
-            val odd = (real.keys + said.keys).filter { real[it] == null || real[it] != said[it] }.minOrNull()
+            val odd = (real.keys + said.keys).filter { real[it] == null || real[it]?.type != said[it] }.minOrNull()
             if (odd != null) {
                 throw ArtifactException("$file and the manifest disagree about '$odd'; copy or export the artifact again.")
             }
-            val fed = listOfNotNull("ids", "pos", "ple".takeIf { ple != null }) + plan.views.map { it.name }
+            val entry = artifact.manifest.ple
+            val fed = listOfNotNull(IDS, POS, PLE.takeIf { entry != null }) + plan.tables.map { it.name }
             val wanted = program.inputs.map { it.name }
             val extra = (fed - wanted.toSet() + (wanted - fed.toSet())).minOrNull()
             if (extra != null) {
-                throw ArtifactException("$file does not have the inputs its KV plan asks for ($extra); export again.")
+                throw ArtifactException("$file does not have the inputs its plan asks for ($extra); export again.")
             }
+            for (table in plan.tables) {
+                val found = real.getValue(table.name)!!
+                val shape = listOf(if (table.grows) OPEN else table.slots.toLong(), table.heads.toLong(), table.dim.toLong())
+                if (found.shape.toList() != shape || BYTES[found.type] != Table.BYTES.getValue(table.dtype)) {
+                    throw ArtifactException("$file takes '${table.name}' in another form than its plan; export again.")
+                }
+            }
+            if (entry == null) return 0
+            val shape = real.getValue(PLE)!!.shape
+            if (shape.size != 3 || shape[1] !in 1..entry.layers || shape[2] != entry.dim.toLong()) {
+                throw ArtifactException("$file takes per-layer rows in another form than the manifest; export again.")
+            }
+            if (entry.rows < artifact.manifest.tokens.vocab) {
+                throw ArtifactException("${entry.file} has fewer rows than the vocabulary has tokens; export again.")
+            }
+            return shape[1].toInt()
         }
     }
 
     /** An engine for every program: packed for this device, or from the artifact itself. */
     private fun load(): Map<String, OrtSession> {
-        val files = PROGRAMS.associateWith { artifact.file(program(it).file) }
+        val files = PROGRAMS.associateWith { artifact.program(program(it).file) }
         val packing = PackedWeights(artifact, File(cache, PACKED), version, packFrom) { file, settings ->
             create(file, settings).close()
         }
@@ -231,7 +248,12 @@ class OnnxSession(
         val version: String get() = OrtEnvironment.getEnvironment().version
         private const val PACKED = "packed"
         private val PROGRAMS = listOf("prefill", "decode")
+        private const val IDS = "ids"
+        private const val POS = "pos"
+        private const val PLE = "ple"
         private const val LOGITS = "logits"
+        private const val OUT = ".out"
+        private const val OPEN = -1L // an axis without a size of its own
         private val TYPES = mapOf(
             "float" to OnnxJavaType.FLOAT,
             "float16" to OnnxJavaType.FLOAT16,
@@ -239,8 +261,14 @@ class OnnxSession(
             "uint8" to OnnxJavaType.UINT8,
             "int64" to OnnxJavaType.INT64,
         )
+        private val BYTES = mapOf(
+            OnnxJavaType.FLOAT to 4, OnnxJavaType.FLOAT16 to 2, OnnxJavaType.INT8 to 1, OnnxJavaType.UINT8 to 1,
+        )
 
-        private fun direct(bytes: Int) = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())
+        private fun direct(bytes: Long): ByteBuffer {
+            if (bytes > Int.MAX_VALUE) throw ArtifactException("A step takes $bytes bytes of input; export again with a smaller --chunk.")
+            return ByteBuffer.allocateDirect(bytes.toInt()).order(ByteOrder.nativeOrder())
+        }
 
         private fun fault(e: OrtException, otherwise: EdgeKvException): EdgeKvException {
             val text = e.message.orEmpty()

@@ -85,7 +85,7 @@ internal class PackedWeights(
             work.deleteRecursively()
             val packed = File(part, WEIGHTS)
             record["weights"] = listOf(packed.length(), packed.lastModified())
-            File(part, RECORD).writeText(Json.spaced(record))
+            File(part, RECORD).writeText(Json.write(record))
             home.deleteRecursively()
             if (!part.renameTo(home)) throw IOException("$part cannot be renamed")
         } finally {
