@@ -1,0 +1,129 @@
+"""One layer of each kind of a model too large to run whole, at full width with random weights.
+
+    python benchmarks/single_layers.py --model deepseek-v4-flash --kinds W,S,D \\
+        --depths 4096,32768,131072 --work DIR
+
+For each letter of `pattern` a model of that one layer is exported, embedding and head included,
+and decodes behind a state of random rows. Beside time stand the bytes of state that the plan counts
+and what the process holds more than at the start. Routing is that of random weights; every step
+decodes another random token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from common import run_main, say, show, write_result
+
+from edge_kv import models
+from edge_kv.artifact import read_artifact
+from edge_kv.export.net_pipeline import export_net
+from edge_kv.export.random_source import RandomSource
+from edge_kv.progress import Silent
+from edge_kv.runtime import load
+from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
+from edge_kv.runtime.meter import read_memory
+from edge_kv.tensors import weight_formats
+
+TOKENS = 16
+
+
+def main() -> None:
+    args = _arguments()
+    depths = [int(d) for d in args.depths.split(",")]
+    config = models.get_row(args.model).config
+    rows = []
+    for kind in args.kinds.split(","):
+        one = replace(config, layers=1, pattern=kind, hashed=int(kind == args.kinds[0]))
+        root = args.work / f"{args.model}-{kind}"
+        if not root.exists():
+            begin = time.perf_counter()
+            plan = models.plan(one, ctx=max(depths) + 512, kv="int8")
+            formats = weight_formats("int4")
+            export_net(
+                RandomSource(one, 0, formats), plan, "int4", formats,
+                calibration="none", device="cpu", out=root, open_session=load, progress=Silent(),
+            )  # fmt: skip
+            say(f"{root.name} exported in {time.perf_counter() - begin:.0f} s")
+        artifact = read_artifact(root)
+        job = Job(
+            "measure", str(root), args.engine, args.threads, cache=True, depths=tuple(depths),
+            prompt=1, tokens=1, repeats=1, fill="random",
+        )  # fmt: skip
+        fill_depths(job)
+        for depth in depths:
+            command = [
+                sys.executable, __file__, "--worker", root, args.engine,
+                snapshot_path(artifact, job, depth), args.threads,
+            ]  # fmt: skip
+            done = subprocess.run([str(w) for w in command], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            row = {"layer": kind, "depth": depth, **json.loads(done.stdout.splitlines()[-1])}
+            plan = artifact.plan
+            row |= {"state_planned": plan.bytes, "state_touched_planned": plan.touched(depth)}
+            rows.append(row)
+            say(json.dumps(row))
+        if not args.keep:
+            shutil.rmtree(root)
+    write_result(
+        args.result or f"layers_{args.model}_{args.engine}",
+        {"model": args.model, "threads": args.threads, "rows": rows},
+    )
+    show(f"{args.model}: one layer, embedding and head", rows)
+
+
+def _work(root: str, engine: str, snapshot: str, threads: str) -> None:
+    with load(root, engine, threads=int(threads)) as session:
+        ids = np.random.default_rng(7).integers(0, session.artifact.tokens.vocab, 2 * TOKENS + 128)
+        session.decode(int(ids[0]))
+        before = read_memory().anon or 0
+        session.restore(snapshot)
+        held = (read_memory().anon or 0) - before
+        for token in ids[:TOKENS]:  # brings experts and head into memory
+            session.decode(int(token))
+        seconds = []
+        for token in ids[:TOKENS]:
+            begin = time.perf_counter()
+            session.decode(int(token))
+            seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        session.prefill(ids[-session.plan.chunk :])
+        prefill = session.plan.chunk / (time.perf_counter() - begin)
+    print(
+        json.dumps(
+            {
+                "token_seconds": float(np.median(seconds)),
+                "prefill_rate": prefill,
+                "state_measured": held,
+            }
+        )
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--kinds", required=True, help="letters of its pattern, by commas")
+    parser.add_argument("--depths", default="4096,32768,131072")
+    parser.add_argument("--engine", default="onnx")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--keep", action="store_true", help="leave the artifacts in --work")
+    parser.add_argument("--result", help="name in results/")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        _work(*sys.argv[2:])
+    else:
+        run_main(main)
