@@ -75,9 +75,13 @@ class Lowering(Protocol):
 
 
 class OnnxLowering:
-    """Two graphs over one external weight file."""
+    """Two graphs over one external weight file.
 
-    gate = "onnx-stock"  # without native operators: the exact variant is one of the programs
+    The exact variant is one for native operators, which are told, and for onnxruntime's own, which
+    read it in the program.
+    """
+
+    gate = "onnx"  # onnx-stock holds all weights anew in memory of its own
 
     def check(self, config: Model, attention: str) -> None:
         pass
@@ -97,7 +101,8 @@ class OnnxLowering:
                 for name, p in programs.items()
             }
             files = [f"{folder.name}/{WEIGHTS}", *(p.file for p in named.values())]
-            return Backend(programs=named, files=files, details=DETAILS)
+            details = {**DETAILS, **({"exact": True} if variant else {})}
+            return Backend(programs=named, files=files, details=details)
 
         scratch = tuple(folder / f"{name}{EXACT}.onnx" for name in programs)
         return Lowered(backend(""), backend(EXACT), scratch)

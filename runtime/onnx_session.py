@@ -44,10 +44,12 @@ def create_engine(
     log_severity: int,
     options: ort.SessionOptions | None = None,
     operators: Path | None = None,
+    exact: bool = False,
 ) -> Any:
     """An onnxruntime InferenceSession for one program, weights mapped from beside it.
 
-    `operators` is the library of native operators to run in place of the program's functions.
+    `operators` is the library of native operators to run in place of the program's functions;
+    with `exact` their products take activations as they are.
 
     Raises:
         ArtifactError: onnxruntime refuses the file.
@@ -60,6 +62,7 @@ def create_engine(
     try:
         if operators:
             options.add_session_config_entry("edge_kv.threads", str(threads))
+            options.add_session_config_entry("edge_kv.exact", str(int(exact)))
             options.add_session_config_entry("session.disable_prepacking", "1")  # float weights too
             options.register_custom_ops_library(str(operators))
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -135,10 +138,12 @@ class OnnxSession(Session):
     def _load(self, cache: bool, log_severity: int) -> Callable[[str], Any]:
         """What creates a program's engine: packed for this device, or from the artifact itself."""
 
-        def create(model: Path, options: ort.SessionOptions | None = None) -> Any:
-            return create_engine(model, self.threads, log_severity, options, self.operators)
+        backend = self.artifact.backend(self.backend)
+        programs, exact = backend.programs, bool(backend.details.get("exact"))
 
-        programs = self.artifact.backend(self.backend).programs
+        def create(model: Path, options: ort.SessionOptions | None = None) -> Any:
+            return create_engine(model, self.threads, log_severity, options, self.operators, exact)
+
         plain = {name: self.artifact.program(programs[name].file) for name in PROGRAMS}
         # Native operators multiply weights as they were exported: nothing is packed.
         wanted = cache and not self.operators

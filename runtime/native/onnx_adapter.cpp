@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "onnx_abi.h"
@@ -119,11 +120,21 @@ class OnnxCall : public Call {
   Context* context_;
 };
 
+// How a session runs its operators.
+struct Way {
+  int threads;
+  bool exact;  // see Call
+
+  bool operator<(const Way& other) const {
+    return std::tie(threads, exact) < std::tie(other.threads, other.exact);
+  }
+};
+
 // An operator of the list for one type of the tables that it writes.
 struct Row : Entry {
   const Node* node;
   Type table;
-  int threads;
+  Way way;
 };
 
 const Row& row(const Entry* op) { return *static_cast<const Row*>(op); }
@@ -181,8 +192,9 @@ class Kernel {
       describe(const_cast<Value*>(value), inputs[i]);
       views[i] = inputs[i];
     }
-    const Pool pool = pool_of(context, row_.threads);
+    const Pool pool = pool_of(context, row_.way.threads);
     OnnxCall call(context, pool, views, values_.data());
+    call.exact = row_.way.exact;
     size_t output = 0;
     for (int i = 0; i < count; ++i)
       if (row_.node->inputs[i].written && views[i]) keep(call, output++, views[i]);
@@ -214,12 +226,12 @@ const Input& written(const Node& node, size_t at) {
   return *input;
 }
 
-Row make(const Node& node, Type table, int threads) {
+Row make(const Node& node, Type table, Way way) {
   Row r{};
   r.version = kApi;
   r.node = &node;
   r.table = table;
-  r.threads = threads;
+  r.way = way;
   r.name = [](const Entry* op) { return row(op).node->name; };
   r.provider = [](const Entry*) -> const char* { return nullptr; };
   r.input_count = [](const Entry* op) { return size_t(row(op).node->input_count()); };
@@ -267,47 +279,53 @@ Row make(const Node& node, Type table, int threads) {
 
 // An operator that writes tables is a row for each type of table: onnxruntime takes the type of an
 // output from its row.
-std::vector<Row> rows_of(int threads) {
+std::vector<Row> rows_of(Way way) {
   std::vector<Row> rows;
   for (const Node& node : kOperators) {
-    if (!writes(node)) rows.push_back(make(node, Type::other, threads));
+    if (!writes(node)) rows.push_back(make(node, Type::other, way));
     for (const Type table : {Type::f32, Type::f16, Type::int8})
-      if (writes(node)) rows.push_back(make(node, table, threads));
+      if (writes(node)) rows.push_back(make(node, table, way));
   }
   return rows;
 }
 
-// The operators for sessions of this many threads; made once, since sessions refer to them for as
+// The operators for sessions that run them this way; made once, since sessions refer to them for as
 // long as they live.
-Domain* domain_of(int threads) {
+Domain* domain_of(Way way) {
   static std::mutex mutex;
-  static std::map<int, std::pair<std::vector<Row>, Domain*>> made;
+  static std::map<Way, std::pair<std::vector<Row>, Domain*>> made;
   const std::lock_guard<std::mutex> lock(mutex);
-  auto found = made.find(threads);
+  auto found = made.find(way);
   if (found != made.end()) return found->second.second;
   Domain* domain;
   check(api->CreateCustomOpDomain("edge_kv", &domain));
-  auto& held = made[threads] = {rows_of(threads), domain};
+  auto& held = made[way] = {rows_of(way), domain};
   for (const Row& r : held.first) check(api->CustomOpDomain_Add(domain, &r));
   return domain;
+}
+
+// A number among a session's options, 0 where it is not given.
+int option(const SessionOptions* options, const char* key) {
+  char text[16] = "0";
+  size_t size = sizeof text;
+  int given;
+  check(api->HasSessionConfigEntry(options, key, &given));
+  if (given) check(api->GetSessionConfigEntry(options, key, text, &size));
+  return atoi(text);
 }
 
 }  // namespace
 
 // Called by onnxruntime for every session that the library is given to. The session's options
-// carry its thread count, since an operator cannot ask for it; without, one.
+// carry how its operators run, since an operator cannot ask for it: "edge_kv.threads" (1 without it)
+// and "edge_kv.exact", for products of activations that are not rounded.
 extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
     SessionOptions* options, const ApiBase* base) {
   static const Api table{base->get_api(kApi)};
   api = &table;
-  const char* const key = "edge_kv.threads";
-  char text[16] = "1";
-  size_t size = sizeof text;
-  int given;
   try {
-    check(api->HasSessionConfigEntry(options, key, &given));
-    if (given) check(api->GetSessionConfigEntry(options, key, text, &size));
-    check(api->AddCustomOpDomain(options, domain_of(std::max(1, atoi(text)))));
+    const Way way{std::max(1, option(options, "edge_kv.threads")), option(options, "edge_kv.exact") > 0};
+    check(api->AddCustomOpDomain(options, domain_of(way)));
   } catch (const Failure& failure) {
     return failure.status;
   }
