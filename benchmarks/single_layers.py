@@ -25,13 +25,10 @@ from common import run_main, say, show, write_result
 
 from edge_kv import models
 from edge_kv.artifact import read_artifact
-from edge_kv.export.net_pipeline import export_net
-from edge_kv.export.random_source import RandomSource
-from edge_kv.progress import Silent
+from edge_kv.export import export_model
 from edge_kv.runtime import load
 from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.runtime.meter import read_memory
-from edge_kv.tensors import weight_formats
 
 TOKENS = 16
 
@@ -46,11 +43,11 @@ def main() -> None:
         root = args.work / f"{args.model}-{kind}"
         if not root.exists():
             begin = time.perf_counter()
-            plan = models.plan(one, ctx=max(depths) + 512, kv="int8")
-            formats = weight_formats("int4")
-            export_net(
-                RandomSource(one, 0, formats), plan, "int4", formats,
-                calibration="none", device="cpu", out=root, open_session=load, progress=Silent(),
+            name = f"{args.model}-{kind}"
+            models.ROWS[name] = replace(models.get_row(args.model), config=one)
+            export_model(
+                model=name, weights="random", ctx=max(depths) + 512, quant="int4",
+                calibration="none", out=root, open_session=load,
             )  # fmt: skip
             say(f"{root.name} exported in {time.perf_counter() - begin:.0f} s")
         artifact = read_artifact(root)
