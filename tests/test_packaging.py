@@ -168,6 +168,7 @@ FRONT = {
     "edge_kv/cli.py",
     "edge_kv/repl.py",
     "edge_kv/report.py",
+    "edge_kv/export_screen.py",
     "edge_kv/compare.py",
     "edge_kv/reference.py",
     "edge_kv/deploy.py",
