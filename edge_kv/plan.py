@@ -157,7 +157,8 @@ class Plan:
 
         Raises:
             PlanError: a table planned twice, too short for its `keep`, its stride or a chunk, read
-                before it is written, or of int8 rows without scales.
+                before it is written, of int8 rows without scales, or of another length than those
+                it is bound with.
         """
         if not 1 <= self.chunk <= self.ctx:
             raise PlanError(f"chunk {self.chunk} is outside 1 … ctx ({self.ctx}).")
@@ -183,6 +184,13 @@ class Plan:
                 raise PlanError(f"Table {t.name} is read before layer {t.writer} writes it.")
             if t.dtype == "int8" and t.name + SCALE not in self.by_name:
                 raise PlanError(f"Table {t.name} holds int8 rows but {t.name}{SCALE} is missing.")
+        lengths: dict[int, int] = {}
+        for t in self.tables:
+            if not t.keep and lengths.setdefault(t.stride, t.slots) != t.slots:
+                raise PlanError(
+                    f"Table {t.name} has {t.slots} slots, others of stride {t.stride} have "
+                    f"{lengths[t.stride]}; a program binds them with one length."
+                )
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ def test_a_missing_field_is_named(root, field):
     (("files", "verify.npz", "sha256"), "", "sha256"),
     (("tokens", "eos"), [96], "token 96 of a vocabulary of 96"),
     (("plan", "tables", 0, "slots"), 8, "has 8 slots but"),
+    (("plan", "tables", 0, "slots"), 400, "slots, others of stride 1 have 400"),
     (("plan", "tables", 0, "dtype"), "f64", "dtype"),
     (("plan", "tables", 0, "row"), [1, 2, 3], "row"),
     (("plan", "tables", 0, "name"), "a b", "name"),
