@@ -176,7 +176,7 @@ def stored_logits(source: Source, scheme: str, ids: Tensor, folder: Path) -> Ten
     path, journal = folder / f"{scheme}.bin", folder / f"{scheme}.jsonl"
     write_weights(source, layout, path, Journal(journal), Silent())
     shape = config.token_rows
-    entry = ple_layout(shape, config.vocab, scheme, f"{scheme}.ple")
+    entry = ple_layout(shape, config.vocab, weight_formats(scheme), f"{scheme}.ple")
     table = None
     if shape and entry:
         target = folder / entry.file

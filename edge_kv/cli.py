@@ -30,6 +30,7 @@ from edge_kv.errors import (
     ParityError,
     PromptError,
     RuntimeFault,
+    WeightsError,
     did_you_mean,
 )
 
@@ -151,7 +152,8 @@ Revision = Annotated[
 Ctx = Annotated[str, typer.Option("--ctx", help="Context in tokens: 32768 or 32k.")]
 Chunk = Annotated[str, typer.Option("--chunk", help="Tokens a prefill step takes.")]
 Kv = Annotated[str, typer.Option("--kv", help="State storage: f32, f16 or int8 (rings stay f32).")]
-Quant = Annotated[str, typer.Option("--quant", help="Weight storage: int4, int8 or none.")]
+_STORAGE = "Weight storage: int4, int8, none, or auto: as a quantised checkpoint has it, else int4."
+Quant = Annotated[str, typer.Option("--quant", help=_STORAGE)]
 Store = Annotated[
     list[str] | None,
     typer.Option("--store", help="Weight format of a kind of tensor, like embed=int8-f16; repeat."),
@@ -178,9 +180,7 @@ def plan(
     kv: Annotated[
         str | None, typer.Option("--kv", help="State storage: f32, f16 or int8 (the default).")
     ] = None,
-    quant: Annotated[
-        str | None, typer.Option("--quant", help="Weight storage: int4 (the default), int8, none.")
-    ] = None,
+    quant: Quant = "auto",
     store: Store = None,
     fits: Annotated[
         str | None, typer.Option("--fits", help="Find what fits this much RAM: 2g.")
@@ -191,6 +191,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Will it fit, and where are the bytes? Before anything is downloaded or built."""
+    from edge_kv import models
     from edge_kv.amounts import parse_bytes, parse_size
     from edge_kv.memory import COSTS
     from edge_kv.plan import STORAGES
@@ -198,18 +199,19 @@ def plan(
     from edge_kv.request import find_subject
     from edge_kv.runtime.available import available_memory
     from edge_kv.runtime.base import machine_base
-    from edge_kv.tensors import SCHEMES, parse_changes, weight_formats
+    from edge_kv.tensors import AUTO, SCHEMES, parse_changes, storage
     from edge_kv.terminal import output
 
     if not ctx and not fits:
         raise ConfigError("Say how much context (--ctx 32768), or how much RAM (--fits 2g).")
-    formats = weight_formats(quant or "int4", parse_changes(store or ()))
+    changes = parse_changes(store or ())
+    storage(quant, (), {}, changes)  # refuses what is unknown before a config is fetched
     step = parse_size(chunk)
     length, limit = parse_size(ctx) if ctx else 0, parse_bytes(fits) if fits else 0
     subject = find_subject(model, weights, revision)
     if limit:
         kvs = (kv,) if kv else STORAGES
-        quants = (quant,) if quant else tuple(SCHEMES)
+        quants = (quant,) if quant != AUTO else tuple(SCHEMES)
         base = machine_base("onnx")
         choices = fit_choices(subject.config, limit, step, base, kvs, quants)
         answer = fits_data(subject.name, limit, choices)
@@ -219,8 +221,10 @@ def plan(
             named = f"--model {model}" if weights is None else f"--weights {weights}"
             print_fits(answer, choices, output(), named)
         return
+    held = _held(subject.weights) if quant == AUTO else {}
+    scheme, formats = storage(quant, models.weights(subject.config), held, changes)
     data = plan_data(
-        subject.config, subject.name, length, step, kv or "int8", quant or "int4", formats,
+        subject.config, subject.name, length, step, kv or "int8", scheme, formats,
         {engine: machine_base(engine) for engine in COSTS}, available_memory(),
     )  # fmt: skip
     if as_json:
@@ -237,7 +241,7 @@ def export(
     revision: Revision = None,
     chunk: Chunk = "128",
     kv: Kv = "int8",
-    quant: Quant = "int4",
+    quant: Quant = "auto",
     store: Store = None,
     backend: Annotated[
         str, typer.Option("--backend", help="Programs to export: onnx, executorch or both.")
@@ -828,6 +832,17 @@ def serve(
             kept_ram=kept if memory else None,
             ready=lambda url: _listening(url, settings.planned, kept),
         )
+
+
+def _held(weights: str) -> dict[str, str]:
+    """The formats of a quantised checkpoint's matrices; none of one that is not here in full."""
+    from edge_kv.models.checkpoint import open_checkpoint
+
+    path = Path(weights).expanduser()
+    try:
+        return open_checkpoint(path).formats() if path.exists() else {}
+    except WeightsError:
+        return {}
 
 
 def _listening(url: str, planned: int, kept: int) -> None:

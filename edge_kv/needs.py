@@ -11,7 +11,7 @@ from math import prod
 
 from edge_kv import models
 from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, PLE_TABLE, TABLE, Model, Weight
-from edge_kv.tensors import PLE_BITS, PLE_BLOCK, stored_format, stored_shape, weight_formats
+from edge_kv.tensors import PLE_BLOCK, ple_bits, stored_format, stored_shape, weight_formats
 
 ROW_BYTES = 1100  # of a program file for each weight that it reads: nodes, names, attributes
 
@@ -39,10 +39,10 @@ def stored_bytes(weight: Weight, quant: str, formats: Mapping[str, str] | None =
     """Bytes of one weight in its file; `formats` are those of the scheme when left out."""
     if weight.kind == TABLE:
         return 8 * weight.elements
-    if weight.kind == PLE_TABLE and PLE_BITS[quant] < 32 and weight.shape[-1] % PLE_BLOCK == 0:
-        return weight.elements * PLE_BITS[quant] // 8 + 2 * (weight.elements // PLE_BLOCK)
     formats = weight_formats(quant) if formats is None else formats
-    fmt = stored_format(weight.kind, weight.shape, formats)
+    if weight.kind == PLE_TABLE and ple_bits(formats) < 32 and weight.shape[-1] % PLE_BLOCK == 0:
+        return weight.elements * ple_bits(formats) // 8 + 2 * (weight.elements // PLE_BLOCK)
+    fmt = stored_format(weight, formats)
     return prod(stored_shape(fmt, weight.shape)) if fmt else 4 * weight.elements
 
 

@@ -32,7 +32,7 @@ _aten: Any = torch.ops.aten
 class XnnpackLayout(WeightLayout):
     """A weight file of what XNNPACK multiplies by."""
 
-    calibrates = False  # a scale that is chosen when its block is reached may be negative
+    calibrates = False
 
     def stored(self, spec: Spec) -> StoredTensor:
         t = super().stored(spec)

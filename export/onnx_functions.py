@@ -38,6 +38,7 @@ _TORCH = {
 _EXAMPLE_SIZES = (3, 5, 7, 11, 13)  # of the axes a trace leaves open
 _onnx: Any = Opset("", OPSET)
 
+_REFERRED = "step"  # an attribute that a body refers to: that there is one matters, not its value
 _BODIES: dict[Any, bytes] = {}  # signature -> function: a trace takes seconds
 
 Trace = Callable[[nn.Module, tuple[Any, ...], tuple[Any, ...]], ir.Model]
@@ -124,7 +125,10 @@ def _signature(node: ir.Node) -> tuple[Any, ...]:
                           for d in _shape(v)))
         for v in node.inputs
     ]  # fmt: skip
-    attributes = [(a.name, str(a.value)) for a in node.attributes.values()]
+    attributes = [
+        (a.name, a.value > 0 if a.name == _REFERRED else str(a.value))
+        for a in node.attributes.values()
+    ]
     return (node.op_type, tuple(inputs), tuple(attributes), len(node.outputs))
 
 
@@ -195,9 +199,9 @@ def _parse(text: str) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(head + text))
 
 
-def linear_body(rows: int, cols: int, fmt: Format) -> ir.Function:
-    """`linear_q` for one shape of matrix."""
-    text = stored_in_onnx.product(fmt, "x", "packed", rows, cols, "y")
+def linear_body(rows: int, cols: int, fmt: Format, stepped: bool = False) -> ir.Function:
+    """`linear_q` for one shape of matrix; `stepped`: for a `step` above 0."""
+    text = stored_in_onnx.product(fmt, "x", "packed", rows, cols, "y", stepped=stepped)
     return _parse(f"linear_q <rows, format, step> (x, packed) => (y) {{\n{text}\n}}")
 
 
@@ -210,7 +214,10 @@ def embed_body(cols: int, fmt: Format) -> ir.Function:
 def _linear(node: ir.Node) -> ir.Function:
     x = node.inputs[0]
     assert x is not None
-    return linear_body(node.attributes["rows"].as_int(), _shape(x)[-1], _format(node, "format"))
+    return linear_body(
+        node.attributes["rows"].as_int(), _shape(x)[-1], _format(node, "format"),
+        stepped=node.attributes["step"].as_float() > 0,
+    )  # fmt: skip
 
 
 def _embed(node: ir.Node) -> ir.Function:

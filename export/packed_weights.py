@@ -12,7 +12,7 @@ from edge_kv.export.weight_file import StoredTensor, WeightLayout
 from edge_kv.formats import GROUP, Format
 from edge_kv.models.model import Weight
 from edge_kv.nets import ops
-from edge_kv.nets.weights import Holder, Norm, Rows, Weights
+from edge_kv.nets.weights import Holder, Norm, Rows, Stepped, Weights
 from edge_kv.tensors import stored_shape
 
 
@@ -38,15 +38,16 @@ class PackedLinear(_Packed):
     packed: Tensor
     bias: Tensor
 
-    def __init__(self, t: StoredTensor, bias: bool, start: int, stop: int):
+    def __init__(self, t: StoredTensor, bias: bool, start: int, stop: int, step: float = 0.0):
         super().__init__()
+        self.step = step  # of its inputs, where they are rounded to a fixed one
         self.format, self.rows = self.pack("packed", t, start, stop), stop - start
         self.cols, self.has_bias = t.spec.shape[-1], bias
         if bias:
             self.hold("bias", (stop - start,), Rows(f"{t.spec.name}.bias", start))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = ops.linear_q(x, self.packed, self.rows, self.format.name)
+        out: Tensor = ops.linear_q(x, self.packed, self.rows, self.format.name, self.step)
         return out + self.bias if self.has_bias else out
 
 
@@ -132,7 +133,7 @@ class PackedWeights(Weights):
     """
 
     def __init__(self, rows: Iterable[Weight], layout: WeightLayout, *, fused: bool = False):
-        super().__init__(rows)
+        super().__init__(rows, layout.steps)
         self.layout, self.fused = layout, fused
 
     def linear(self, name: str, start: int = 0, stop: int | None = None) -> nn.Module:
@@ -142,7 +143,9 @@ class PackedWeights(Weights):
         stop = t.spec.shape[0] if stop is None else stop
         if start % GROUP:
             raise ExportError(f"{name}: a part begins at row {start}, no multiple of {GROUP}.")
-        return PackedLinear(t, f"{name}.bias" in self, start, stop)
+        before, after = self.steps.get(name, (0.0, 0.0))
+        made = PackedLinear(t, f"{name}.bias" in self, start, stop, before)
+        return Stepped(made, 0.0, after) if after else made
 
     def embedding(self, name: str) -> nn.Module:
         t = self.layout.by_name[name]
@@ -163,9 +166,11 @@ class PackedWeights(Weights):
         return _Glu(gate, None, proj, act)
 
     def _packed(self, *names: str) -> list[StoredTensor]:
-        """These matrices, if they are to be one operator and are all packed and without a bias."""
+        """These matrices, if they are to be one operator: all are packed, without a bias, and round
+        no activations to steps of their own."""
         found = [self.layout.by_name[name] for name in names]
-        plain = all(t.format and f"{t.spec.name}.bias" not in self for t in found)
+        own = [*(f"{name}.bias" for name in names if f"{name}.bias" in self), *self.steps]
+        plain = all(t.format for t in found) and not any(name in own for name in names)
         return found if self.fused and plain else []
 
     def norm(self, name: str, eps: float) -> Norm:

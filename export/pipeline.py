@@ -7,6 +7,7 @@ weights, per-layer rows, tokenizer, programs, parity gate, manifest.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -68,11 +69,12 @@ from edge_kv.nets.weights import Read, Weights
 from edge_kv.plan import Plan
 from edge_kv.ple import PleTable
 from edge_kv.progress import Progress, Silent
-from edge_kv.tensors import parse_changes, weight_formats
+from edge_kv.tensors import AUTO, KEPT, parse_changes, storage
 from edge_kv.weights.files import identity
 from edge_kv.weights.source import Generation
 from edge_kv.weights.tokenizer import usable_tokenizer
 
+log = logging.getLogger(__name__)
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
 # What a killed export leaves that the next one writes anew.
 _LEFT_OVER = ("*.part", MANIFEST, "verify*.npz")
@@ -86,7 +88,7 @@ def export_model(
     ctx: int,
     chunk: int = 128,
     kv: str = "int8",
-    quant: str = "int4",
+    quant: str = AUTO,
     store: Sequence[str] = (),
     backends: tuple[str, ...] = ("onnx",),
     attention: str = "native",
@@ -103,7 +105,9 @@ def export_model(
             left out.
         weights: directory, `.gguf`, hub id or `random[:seed]`.
         ctx, chunk: positions of context, tokens of a prefill step.
-        kv: state storage f32 | f16 | int8. quant: weight storage int4 | int8 | none.
+        kv: state storage f32 | f16 | int8.
+        quant: weight storage int4 | int8 | none | auto, which keeps a quantised checkpoint as it is
+            and makes int4 of a float one.
         store: weight formats of kinds of tensors, `kind=format`, other than the scheme's.
         attention: of ExecuTorch programs: native (operators of ours) or portable (stock ones).
         calibration: text that 4-bit weights are rounded for: shipped, none, or a file.
@@ -121,18 +125,29 @@ def export_model(
         raise ConfigError(f"Unknown attention {attention!r}.{did_you_mean(attention, ATTENTIONS)}")
     if attention != "native" and "executorch" not in backends:
         raise ConfigError(f"Attention {attention!r} is ExecuTorch's; add --backend executorch.")
-    formats = weight_formats(quant, parse_changes(store))
+    changes = parse_changes(store)
+    scheme, formats = storage(quant, (), {}, changes)
     if out.exists():
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
     source = open_model(models.get_row(model) if model else None, weights, formats)
     config = source.config
     plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv)
+    held = source.formats()
+    scheme, formats = storage(quant, models.weights(config), held, changes)
+    if held and scheme not in (KEPT, "none"):
+        log.warning(
+            "%s holds integers already (%s); --quant %s rounds them a second time, and parity says "
+            "what that costs. --quant auto keeps them.",
+            source.label, ", ".join(sorted(set(held.values()))), quant,
+        )  # fmt: skip
     for backend in backends:
         BACKENDS[backend].check(config, attention)
     layouts = {b: BACKENDS[b].layout(config, formats, attention) for b in backends}
+    for layout in layouts.values():
+        layout.steps = dict(source.steps())
     source.check()
     job = _Job(
-        source, plan, quant, layouts, attention, calibration, device, out, open_session,
+        source, plan, scheme, layouts, attention, calibration, device, out, open_session,
         progress or Silent(),
     )  # fmt: skip
     try:
@@ -177,7 +192,7 @@ class _Job:
         self.template = text.chat_template() if text else None
         self.generation = text.generation() if text else Generation()
         self.stop_ids = text.stop_ids() if text else []
-        wanted = any(calibrated(layout) for layout in layouts.values())
+        wanted = scheme != KEPT and any(calibrated(layout) for layout in layouts.values())
         encode, longest = plain_encoder(self.tokenizer_json), self.config.max_ctx
         self.calibration = (
             Calibration.of(calibration, encode, self.start, longest) if wanted else None
@@ -256,7 +271,7 @@ class _Job:
             found[name] = weight_reports(layout, journal)
         reports = next(iter(found.values()))
         rows = self.config.token_rows
-        ple = ple_layout(rows, self.config.vocab, self.scheme)
+        ple = ple_layout(rows, self.config.vocab, self.layout.formats)
         if rows and ple:
             self.progress.stage("per-layer embeddings")
             path, journal = self.root / ple.file, Journal(self.root / JOURNAL)
@@ -323,7 +338,7 @@ class _Job:
                 self.progress.stage(f"parity: stored weights of {owner}", "modules")
                 references[owner] = self._oracle(run, written, stored)
             kept = None
-            if drawn or self.scheme == "none":
+            if drawn or self.scheme == "none" or self._keeps_all(self.layouts[owner]):
                 kept = self._oracle(run, written, stored, exact_state=True)
             source = kept if drawn else source_logits
             assert source is not None
@@ -338,6 +353,7 @@ class _Job:
                 scheme=self.scheme,
                 moved=partial(self._oracle, run, written, stored, moved=True),
                 kept=None if drawn else kept,
+                rounds=bool(self.layout.steps),
                 vectors=f"verify.{name}.npz" if parity else "verify.npz",
             )
             gate.write_vectors(self.root / judged["vectors"], run, references[owner])
@@ -356,6 +372,11 @@ class _Job:
                 f"{self.out} was made meanwhile; move it away and run the same command again."
             )
         self.root.rename(self.out)
+
+    def _keeps_all(self, layout: WeightLayout) -> bool:
+        """Whether every matrix is stored as the checkpoint holds it."""
+        stored = (t.spec.name for t in layout.tensors if t.format)
+        return self.scheme == KEPT and layout.calibrates and all(map(self.source.is_exact, stored))
 
     def _manifest(
         self, written: _Written, backends: dict[str, Backend], parity: dict[str, ParityEntry]
@@ -432,7 +453,10 @@ class _Job:
             def source_rows(name: str, start: int, stop: int) -> Tensor:
                 return torch.from_numpy(self.source.read(name, start, stop))
 
-            return ask(Weights(rows), source_rows, table_values(self.config, self.source.read))
+            return ask(
+                Weights(rows, self.layout.steps), source_rows,
+                table_values(self.config, self.source.read),
+            )  # fmt: skip
         table = PleTable(self.root / written.ple.file, written.ple) if written.ple else None
 
         def values(ids: Tensor) -> Tensor:

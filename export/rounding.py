@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_kv.formats import BLOCK, Format, Quantised, dequantise
+from edge_kv.formats import BLOCK, Format, Quantised
 
 # Where a block's value of largest magnitude may come to lie, in units of the outermost level:
 # on the longer end of the levels, then on the shorter one.
@@ -61,19 +61,21 @@ class _Grid:
             self.reaches = [long * r for r in LONG_END] + [short * r for r in SHORT_END]
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The level nearest to each value."""
+        """The level nearest to each value; x is used up."""
         if self.even:
-            return x.round().clamp_(self.fmt.low, self.fmt.high)
-        return self._of_halves(self.half_levels, x)
+            return x.round_().clamp_(self.fmt.low, self.fmt.high)
+        return self.half_levels.index_select(0, self._half(x)).view(x.shape)
 
     def codes(self, levels: Tensor) -> Tensor:
         """int8 codes of exact levels."""
-        return levels.to(torch.int8) if self.even else self._of_halves(self.half_codes, levels)
+        if self.even:
+            return levels.to(torch.int8)
+        return self.half_codes.index_select(0, self._half(levels.clone())).view(levels.shape)
 
     @staticmethod
-    def _of_halves(table: Tensor, x: Tensor) -> Tensor:
-        half = (x * 2).floor_().add_(HALVES).clamp_(0, 2 * HALVES - 1).to(torch.int32)
-        return table.index_select(0, half.flatten()).view(x.shape)
+    def _half(x: Tensor) -> Tensor:
+        """Which half step of a byte's range each value lies in; x is used up."""
+        return x.mul_(2).add_(HALVES).clamp_(0, 2 * HALVES - 1).to(torch.int32).flatten()
 
     def scales(self, blocks: Tensor, cost: Tensor) -> Tensor:
         """The scale of each column of `blocks` [m, n] that leaves least error; cost [m] is a row's.
@@ -81,10 +83,10 @@ class _Grid:
         Every candidate puts the value of largest magnitude at another level; its least-squares
         scale leaves sum(cost w^2) - <w, q>^2 / <q, q>, the products weighted by cost.
         """
-        top = blocks.gather(0, blocks.abs().argmax(0, keepdim=True))[0]
-        inverse = _inverse(top)
-        gain = torch.full_like(top, -1.0)
-        scale = torch.zeros_like(top)
+        low, high = blocks.amin(0), blocks.amax(0)
+        inverse = _inverse(torch.where(-low > high, low, high))
+        gain = torch.full_like(inverse, -1.0)
+        scale = torch.zeros_like(inverse)
         for reach in self.reaches:
             q = self.nearest(blocks * (inverse * reach))
             norm = (cost @ q.square()).clamp_min_(TINY)
@@ -94,10 +96,6 @@ class _Grid:
             gain = torch.where(better, found, gain)
             scale = torch.where(better, dot / norm, scale)
         return scale
-
-    def error(self, blocks: Tensor, cost: Tensor, scale: Tensor) -> Tensor:
-        """Weighted squared error [n] of rounding `blocks` [m, n] with a scale for each column."""
-        return cost @ (blocks - self.nearest(blocks * _inverse(scale)) * scale).square_()
 
 
 def round_rows(
@@ -143,35 +141,39 @@ def _round(rows: Tensor, fmt: Format, factors: Sequence[Factor] | None) -> tuple
     padded = fmt.blocks(width) * BLOCK
     w = torch.zeros(padded, n, device=device)
     w[:width] = rows.T
+    scales = _float_scales(w, grid, factors)
+    row_scale = None
+    if fmt.has_row_scales:
+        row_scale = scales[0] if fmt.block_scale is None else scales.abs().amax(0) / 127
+    values = w if factors is None else w.clone()  # what is left to round of them
     kept = torch.empty_like(w)  # the level of every value
-    scales = torch.empty(fmt.blocks(width), n, device=device)
-    row_scale = _row_scales(w, grid, factors)
     if factors is None:
         factors = [Factor(0, torch.empty(0, 0, device=device))]
     for factor, stop in zip(factors, [*(f.start for f in factors[1:]), padded], strict=True):
-        _round_columns(w[factor.start : stop], factor, grid, row_scale,
-                       kept[factor.start : stop],
-                       scales[factor.start // BLOCK : -(-stop // BLOCK)])  # fmt: skip
+        at = slice(factor.start // BLOCK, -(-stop // BLOCK))
+        _round_columns(values[factor.start : stop], factor, grid, row_scale,
+                       kept[factor.start : stop], scales[at])  # fmt: skip
     q = Quantised(
         np.ascontiguousarray(grid.codes(kept[:width]).T.cpu().numpy()),
         _stored_scales(scales, fmt, row_scale),
         None if row_scale is None else row_scale.cpu().numpy(),
     )
-    lost = torch.from_numpy(dequantise(fmt, q)).to(device).sub_(rows)
-    return q, float(lost.square_().sum(dtype=torch.float64))
+    lost = 0.0
+    blocks, levels = w[:width].split(BLOCK), kept[:width].split(BLOCK)
+    for block, level, scale in zip(blocks, levels, scales, strict=True):
+        lost += float(level.mul_(scale).sub_(block).square_().sum())
+    return q, lost
 
 
-def _row_scales(w: Tensor, grid: _Grid, factors: Sequence[Factor] | None) -> Tensor | None:
-    """The f32 scale of each row, fixed before its values are rounded."""
-    if not grid.fmt.has_row_scales:
-        return None
+def _float_scales(w: Tensor, grid: _Grid, factors: Sequence[Factor] | None) -> Tensor:
+    """The scale [blocks, n] of every block of w [columns, n] by itself, before it is stored.
+
+    Where a row has one scale alone, every block has it, and it depends on what an error costs.
+    """
     if grid.fmt.block_scale is None:
-        return grid.scales(w, _cost(w, factors))
+        return grid.scales(w, _cost(w, factors)).expand(len(w) // BLOCK, -1)
     plain = torch.ones(BLOCK, device=w.device)
-    top = torch.zeros(w.shape[1], device=w.device)
-    for block in w.split(BLOCK):
-        top = torch.maximum(top, grid.scales(block, plain).abs())
-    return top / 127
+    return torch.stack([grid.scales(block, plain) for block in w.split(BLOCK)])
 
 
 def _cost(w: Tensor, factors: Sequence[Factor] | None) -> Tensor:
@@ -186,17 +188,23 @@ def _cost(w: Tensor, factors: Sequence[Factor] | None) -> Tensor:
 def _round_columns(
     w: Tensor, factor: Factor, grid: _Grid, row_scale: Tensor | None, kept: Tensor, scales: Tensor
 ) -> None:
-    """Round w [columns, n], which is used up, into `kept` and `scales` [blocks, n]."""
+    """Round w [columns, n] into `kept`, and `scales` [blocks, n] to what can be stored.
+
+    Where the factor covers columns, w is used up, and scales are chosen anew for what is left.
+    """
     upper = factor.upper
     for i in range(len(scales)):
         at = slice(i * BLOCK, (i + 1) * BLOCK)
         block, u = w[at], upper[at, at]
         known = len(u)  # columns of the block that the factor covers; others are filling
-        cost = torch.ones(len(block), device=w.device)
-        cost[:known] = u.diagonal() ** -2
-        cost[known:] = cost[:known].mean() if known else 1.0
-        scale = _block_scale(block, cost, grid, row_scale)
-        scales[i] = scale
+        if known and grid.fmt.block_scale is not None:
+            cost = torch.empty(len(block), device=w.device)
+            cost[:known] = u.diagonal() ** -2
+            cost[known:] = cost[:known].mean()
+            scales[i] = grid.scales(block, cost)
+        if grid.fmt.block_scale is not None:
+            scales[i] = _storable(scales[i], row_scale)
+        scale = scales[i]
         inverse = _inverse(scale)
         if not known:
             kept[at] = grid.nearest(block * inverse)
@@ -214,21 +222,11 @@ def _round_columns(
             w[behind].addmm_(upper[at, behind].T, lost, alpha=-1)
 
 
-def _block_scale(block: Tensor, cost: Tensor, grid: _Grid, row_scale: Tensor | None) -> Tensor:
-    """The scale of each column of `block`, as it can be stored."""
-    if grid.fmt.block_scale is None:
-        assert row_scale is not None
-        return row_scale
-    scale = grid.scales(block, cost)
+def _storable(scale: Tensor, row_scale: Tensor | None) -> Tensor:
+    """The nearest scale that can be stored: of a given row scale, or as a half."""
     if row_scale is None:
         return scale.to(torch.float16).clamp_(-65504, 65504).to(torch.float32)
-    steps = scale * _inverse(row_scale)
-    inner, outer = (
-        f(steps.abs()).clamp_(max=127) * steps.sign() for f in (torch.floor, torch.ceil)
-    )
-    inner, outer = inner * row_scale, outer * row_scale
-    better = grid.error(block, cost, inner) < grid.error(block, cost, outer)
-    return torch.where(better, inner, outer)
+    return (scale * _inverse(row_scale)).round_().clamp_(-127, 127) * row_scale
 
 
 def _stored_scales(scales: Tensor, fmt: Format, row_scale: Tensor | None) -> Any:

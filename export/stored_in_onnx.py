@@ -16,8 +16,15 @@ from edge_kv.formats import BLOCK, GROUP, LINE, Format, value_lines
 _F32, _I32, _F64 = 1, 6, 11  # ONNX's numbers of element types
 
 
-def product(fmt: Format, x: str, packed: str, rows: int, cols: int, out: str, p: str = "w") -> str:
-    """`out` [T, rows] = `x` [T, cols] times the matrix in `packed`, as text; `p` begins names."""
+def product(
+    fmt: Format, x: str, packed: str, rows: int, cols: int, out: str, p: str = "w",
+    stepped: bool = False,
+) -> str:  # fmt: skip
+    """`out` [T, rows] = `x` [T, cols] times the matrix in `packed`, as text; `p` begins names.
+
+    Where it is `stepped`, x is first rounded to -128 … 127 steps, the function's attribute `step`,
+    and not a second time.
+    """
     groups, _ = fmt.shape(rows, cols)
     values, scales = value_lines(fmt, cols)
     blocks, per = fmt.blocks(cols), 4 * 8 // fmt.bits
@@ -58,6 +65,17 @@ def product(fmt: Format, x: str, packed: str, rows: int, cols: int, out: str, p:
             _ints(f"{p}_behind", [2]),
             f"{p}_of_row = Unsqueeze ({p}_of_rows, {p}_behind)",
         ]
+    if stepped:
+        text += [
+            f"{p}_step = Constant <value_float : float = @step> ()",
+            f"{p}_lowest = Constant <value_float = -128.0> ()",
+            f"{p}_highest = Constant <value_float = 127.0> ()",
+            f"{p}_many = Div ({x}, {p}_step)",
+            f"{p}_near = Round ({p}_many)",
+            f"{p}_bound = Clip ({p}_near, {p}_lowest, {p}_highest)",
+            f"{p}_x = Mul ({p}_bound, {p}_step)",
+        ]
+        x = f"{p}_x"
     text += [
         _scaled(fmt, p),
         _ints(f"{p}_flat_shape", [groups * GROUP, -1]),
@@ -68,7 +86,7 @@ def product(fmt: Format, x: str, packed: str, rows: int, cols: int, out: str, p:
         _ints(f"{p}_s_shape", [rows, blocks]),
         f"{p}_s = Expand ({p}_some, {p}_s_shape)",
         f"{out} = com.microsoft.MatMulNBits <K = {cols}, N = {rows}, bits = {bits}, "
-        f"block_size = {BLOCK}, accuracy_level = 4> ({x}, {p}_b, {p}_s)",
+        f"block_size = {BLOCK}, accuracy_level = {0 if stepped else 4}> ({x}, {p}_b, {p}_s)",
     ]
     return "\n".join(text)
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from edge_kv.errors import ExportError
 from edge_kv.export.rounding import Factor, round_rows
 from edge_kv.files import write_text
-from edge_kv.formats import FORMATS, GROUP, Format, Quantised, dequantise, pack
+from edge_kv.formats import FORMATS, GROUP, Format, Quantised, dequantise, pack, unpack
 from edge_kv.manifest import PleEntry, TensorReport
 from edge_kv.models.model import PLE_TABLE, TABLE, TokenRows
 from edge_kv.progress import Progress
-from edge_kv.tensors import PLE_BITS, PLE_BLOCK, stored_format, stored_shape
+from edge_kv.tensors import PLE_BLOCK, ple_bits, stored_format, stored_shape
 
 PAGE = 4096
 ROW_BLOCK_BYTES = 64 << 20  # f32 bytes of rows held at a time
@@ -85,6 +85,12 @@ class StoredTensor:
 class PackedSource(Protocol):
     """A source that may hold matrices as the file is to store them."""
 
+    def is_exact(self, name: str) -> bool:
+        """Whether what `packed` and `integers` yield are the very values that `read` does."""
+
+    def integers(self, name: str, fmt: Format, start: int, stop: int) -> Quantised | None:
+        """Rows start … stop-1 of a matrix in the integers of `fmt`, if the source has them."""
+
     def packed(self, name: str, fmt: Format, start: int, stop: int) -> np.ndarray[Any, Any] | None:
         """Rows start … stop-1 of a tensor, from a whole group on, as `fmt` stores them; of a stack
         these matrices. None: the source has them in another form, `read` them."""
@@ -94,13 +100,15 @@ class WeightLayout:
     """Where every tensor of a model lies in the weight file, for one quantisation.
 
     `specs` are the model's tensors in the order in which a forward pass meets them; `formats` names
-    the weight format of each kind of tensor.
+    the weight format of each kind of tensor, and of single ones that are kept otherwise. `steps`
+    are those of linears whose activations are rounded: name -> (input, output), 0 for none.
     """
 
     calibrates = True  # whether others may round rows: calibration, a source that has them packed
 
     def __init__(self, specs: Iterable[Spec], formats: Mapping[str, str]):
         self.formats = dict(formats)
+        self.steps: dict[str, tuple[float, float]] = {}
         self.tensors = [self.stored(spec) for spec in specs if spec.kind != PLE_TABLE]
         self.by_name = {t.spec.name: t for t in self.tensors}
         self.regions: dict[str, Region] = {}
@@ -113,7 +121,7 @@ class WeightLayout:
 
     def stored(self, spec: Spec) -> StoredTensor:
         """How one tensor is kept."""
-        return StoredTensor(spec, stored_format(spec.kind, spec.shape, self.formats))
+        return StoredTensor(spec, stored_format(spec, self.formats))
 
     def region(self, t: StoredTensor) -> Region:
         """Where a tensor lies."""
@@ -218,31 +226,43 @@ def _write_tensor(source: Source, t: StoredTensor, layout: WeightLayout, fd: int
     lost = size = 0.0
     rows = row_step(t.spec.shape[1:])
     region = layout.region(t)
+    packs = source if t.format and layout.calibrates and isinstance(source, PackedSource) else None
     for start in range(0, t.spec.shape[0], rows):
         stop = min(start + rows, t.spec.shape[0])
-        if t.format and isinstance(source, PackedSource):
-            packed = None
-            if layout.calibrates:
-                packed = source.packed(t.spec.name, t.format, start, stop)
-            if packed is not None:
-                _put(fd, region, start // GROUP if len(t.spec.shape) == 2 else start, packed)
-                continue
+        at = start // GROUP if len(t.spec.shape) == 2 else start
+        if packs and t.format and (
+            packed := packs.packed(t.spec.name, t.format, start, stop)
+        ) is not None:  # fmt: skip
+            _put(fd, region, at, packed)
+            if not packs.is_exact(t.spec.name):
+                error, whole = _difference(t, packed, source.read(t.spec.name, start, stop))
+                lost, size = lost + error, size + whole
+            continue
         values = torch.from_numpy(source.read(t.spec.name, start, stop))
         if t.format is None:
-            whole = region.dtype == "i64"
-            _put(fd, region, start, (values.long() if whole else values).numpy())
+            whole_numbers = region.dtype == "i64"
+            _put(fd, region, start, (values.long() if whole_numbers else values).numpy())
             continue
         size += float(values.square().sum(dtype=torch.float64))
-        if values.ndim == 2:
-            quantised, error = layout.quantise(values, t.format)
-            lost += error
-            put_rows(fd, region, start // GROUP, t.format, quantised)
-            continue
-        for at, matrix in enumerate(values):
+        for i, matrix in enumerate(values[None] if values.ndim == 2 else values):
             quantised, error = layout.quantise(matrix, t.format)
             lost += error
-            put_rows(fd, region, start + at, t.format, quantised)
+            put_rows(fd, region, at + i, t.format, quantised)
     return round((lost / size) ** 0.5, 7) if size else 0.0
+
+
+def _difference(
+    t: StoredTensor, packed: np.ndarray[Any, Any], values: np.ndarray[Any, Any]
+) -> tuple[float, float]:
+    """sum((w - q)^2) and sum(w^2) of rows or matrices `values` that are stored as `packed`."""
+    assert t.format
+    lost = 0.0
+    stacked = values.ndim == 3
+    for own, matrix in zip(packed if stacked else [packed], values if stacked else [values],
+                           strict=True):  # fmt: skip
+        stored = dequantise(t.format, unpack(t.format, own, *matrix.shape))
+        lost += float(np.square(matrix - stored, dtype=np.float64).sum())
+    return lost, float(np.square(values, dtype=np.float64).sum())
 
 
 def row_step(shape: Sequence[int]) -> int:
@@ -289,12 +309,12 @@ class sized_file:
 
 
 def ple_layout(
-    rows: TokenRows | None, vocab: int, scheme: str, file: str = "ple.bin"
+    rows: TokenRows | None, vocab: int, formats: Mapping[str, str], file: str = "ple.bin"
 ) -> PleEntry | None:
-    """The PLE file's layout; None for a model without per-layer embeddings."""
+    """The PLE file's layout under `formats`; None for a model without per-layer embeddings."""
     if rows is None:
         return None
-    bits = PLE_BITS[scheme] if rows.dim % PLE_BLOCK == 0 else 32
+    bits = ple_bits(formats) if rows.dim % PLE_BLOCK == 0 else 32
     return PleEntry(
         file=file,
         rows=vocab,
@@ -317,11 +337,9 @@ def write_ple(
             stop = min(start + rows, entry.rows)
             key = f"{name}[{start}:{stop}]"
             if not journal.has(key, "lost", "size"):
-                values = torch.from_numpy(source.read(name, start, stop))
-                data, lost = encode_ple(values, entry)
+                data, lost, size = _ple_rows(source, name, entry, start, stop)
                 _write_at(fd, data.data.cast("B"), start * entry.row_bytes)
                 os.fsync(fd)
-                size = float(values.square().sum(dtype=torch.float64))
                 journal.add(key, lost=lost, size=size)
             progress.advance(name, stop * entry.values * 4, entry.rows * entry.values * 4)
     parts = [e for k, e in journal.done.items() if k.startswith(f"{name}[")]
@@ -329,19 +347,45 @@ def write_ple(
     return round((sum(e["lost"] for e in parts) / total) ** 0.5, 7) if total else 0.0
 
 
+def _ple_rows(
+    source: Source, name: str, entry: PleEntry, start: int, stop: int
+) -> tuple[np.ndarray[Any, Any], float, float]:
+    """Rows start … stop-1 as they are stored, the squared error and the sum of squares."""
+    q = None
+    if entry.bits < 32 and isinstance(source, PackedSource):
+        q = source.integers(name, entry_format(entry), start, stop)
+        if q is not None and source.is_exact(name):
+            return _ple_bytes(entry, q), 0.0, 0.0
+    values = torch.from_numpy(source.read(name, start, stop))
+    size = float(values.square().sum(dtype=torch.float64))
+    if q is None:
+        return *encode_ple(values, entry), size
+    stored = torch.from_numpy(dequantise(entry_format(entry), q))
+    lost = (values - stored).square().sum(dtype=torch.float64)
+    return _ple_bytes(entry, q), float(lost), size
+
+
+def entry_format(entry: PleEntry) -> Format:
+    """The weight format whose integers and scales the rows of `entry` are."""
+    return FORMATS[f"int{entry.bits}-f16"]
+
+
 def encode_ple(values: Tensor, entry: PleEntry) -> tuple[np.ndarray[Any, Any], float]:
     """PLE rows [n, values] f32 -> bytes [n, row_bytes] and the squared error."""
     if entry.bits == 32:
         return np.ascontiguousarray(values.numpy()).view(np.uint8), 0.0
-    fmt = FORMATS[f"int{entry.bits}-f16"]
-    q, _ = round_rows(values, fmt)
+    q, lost = round_rows(values, entry_format(entry))
+    return _ple_bytes(entry, q), lost
+
+
+def _ple_bytes(entry: PleEntry, q: Quantised) -> np.ndarray[Any, Any]:
     assert q.block_scales is not None
-    lost = float(np.square(values.numpy() - dequantise(fmt, q), dtype=np.float64).sum())
     data: np.ndarray[Any, Any] = q.codes.view(np.uint8)
     if entry.bits == 4:
         stored = data + np.uint8(8)
         data = stored[:, 0::2] | stored[:, 1::2] << 4
-    return np.concatenate([data, q.block_scales.view(np.uint8)], 1), lost
+    scales = np.ascontiguousarray(q.block_scales)
+    return np.concatenate([data, scales.view(np.uint8)], 1)
 
 
 class StoredWeights:

@@ -103,7 +103,7 @@ def test_streamed_weights_are_every_matrix_once():
         counts[spec.kind] = counts.get(spec.kind, 0) + spec.elements
     want = 4 * counts["float"]
     for spec in rows_of:
-        if fmt := stored_format(spec.kind, spec.shape, weight_formats("int4")):
+        if fmt := stored_format(spec, weight_formats("int4")):
             rows, cols = spec.shape
             want += (
                 rows * cols * (fmt.bits + 0.25) / 8 + 4 * rows if spec.kind != "ple_table" else 0

@@ -232,8 +232,8 @@ def test_laguna_with_experts_stacked_or_apart(saved, tmp_path):
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
-def as_gguf(root, path, arch):
-    """A saved Llama or Qwen as llama.cpp's converter writes it."""
+def as_gguf(root, path, arch, storage=None):
+    """A saved Llama or Qwen as llama.cpp's converter writes it; `storage` quantises matrices."""
     config = json.loads((root / "config.json").read_text())
     rope = config["rope_parameters"]
     writer = gguf.GGUFWriter(path, arch)
@@ -261,7 +261,11 @@ def as_gguf(root, path, arch):
         if n and arch == "llama":
             split = value.reshape(n, 2, value.shape[0] // n // 2, *value.shape[1:])
             value = np.ascontiguousarray(split.swapaxes(1, 2).reshape(value.shape))
-        writer.add_tensor(f"{names.get_name(module)}.{ending}", value)
+        own = f"{names.get_name(module)}.{ending}"
+        if storage is not None and value.ndim == 2:
+            writer.add_tensor(own, gguf.quants.quantize(value, storage), raw_dtype=storage)
+        else:
+            writer.add_tensor(own, value)
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", divisors(rope, config["head_dim"]))
     writer.write_header_to_file()

@@ -12,6 +12,7 @@ from edge_kv.export.weight_file import encode_ple, ple_layout
 from edge_kv.formats import FORMATS, dequantise, pack
 from edge_kv.nets.ops import embed_q, linear_q
 from edge_kv.ple import PleTable
+from edge_kv.tensors import weight_formats
 
 
 def test_ops_are_plain_products_of_the_dequantised_weights():
@@ -30,7 +31,7 @@ def test_ops_are_plain_products_of_the_dequantised_weights():
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "none"])
 def test_ple_rows_read_back(tmp_path, scheme):
-    entry = ple_layout(models.get_row("tiny").config.token_rows, 6, scheme)
+    entry = ple_layout(models.get_row("tiny").config.token_rows, 6, weight_formats(scheme))
     assert entry is not None
     values = torch.randn(6, entry.values, generator=torch.Generator().manual_seed(1))
     data, lost = encode_ple(values, entry)

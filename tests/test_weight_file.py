@@ -50,7 +50,7 @@ def layout_of(scheme):
 def write(source, folder, scheme="int4"):
     layout, journal = layout_of(scheme), Journal(folder / "journal")
     reports = write_weights(source, layout, folder / "weights.bin", journal, Silent())
-    entry = ple_layout(CONFIG.token_rows, CONFIG.vocab, scheme)
+    entry = ple_layout(CONFIG.token_rows, CONFIG.vocab, weight_formats(scheme))
     error = write_ple(source, "ple.embed", entry, folder / "ple.bin", journal, Silent())
     return layout, reports, error
 

@@ -15,9 +15,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from edge_kv import models
 from edge_kv.errors import ArtifactError, ConfigError, WeightsError
-from edge_kv.models.model import TABLE, Model, Weight
+from edge_kv.formats import Format, Quantised, find_format, pack
+from edge_kv.models.model import FLOAT, PLE_TABLE, TABLE, Model, Weight
+from edge_kv.weights.compressed_tensors import is_pack_quantised, joined_packed
+from edge_kv.weights.gemma_quant import QUANTISATION, is_gemma_quant, joined_integers
+from edge_kv.weights.gguf_blocks import NEAREST
 from edge_kv.weights.gguf_file import GGUFFile, is_gguf, only_model, open_gguf
 from edge_kv.weights.gguf_text import GGUFText
+from edge_kv.weights.grid import on_grids
 from edge_kv.weights.hf_files import open_files, read_json, weight_files
 from edge_kv.weights.hf_text import HFText
 from edge_kv.weights.scaled import joined_scales
@@ -28,6 +33,7 @@ _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _EXPERT = "{e}"
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")
 _ARCHITECTURE = "general.architecture"
+_BY_BLOCK = {2: "int4-f16", 4: "int4-f16", 8: "int8-f16"}  # with scales of blocks, by bits
 _LISTED = 20  # faults spelt out in one message
 
 
@@ -78,6 +84,103 @@ class Checkpoint:
                 "the checkpoint is damaged, download or convert it again."
             )
         return block
+
+    def formats(self) -> dict[str, str]:
+        """The weight format that keeps each matrix of a quantised checkpoint best, by name of the
+        weight; those that such a checkpoint holds in floats are not named. Empty: all are floats.
+        """
+        return {
+            name: found
+            for name, row in self.rows.items()
+            if len(row.shape) > 1
+            and row.kind not in (FLOAT, TABLE)
+            and (found := self._format(row))
+        }
+
+    def steps(self) -> dict[str, tuple[float, float]]:
+        """Linears whose activations the checkpoint rounds: steps of (input, output), 0 for none."""
+        found = {name: self._sources(row)[0].steps for name, row in self.rows.items()}
+        return {name: steps for name, steps in found.items() if any(steps)}
+
+    def is_exact(self, name: str) -> bool:
+        """Whether `packed` yields the very values of the weight `name`."""
+        row = self.rows[name]
+        parts = self._sources(row)
+        same = all(part.exact and part.format == self._format(row) for part in parts)
+        return same and self._has_integers(row)
+
+    def _has_integers(self, row: Weight) -> bool:
+        parts = self._sources(row)
+        one = len({part.format for part in parts}) == 1
+        return one and not (self._hf and row.offset) and all(part.integers for part in parts)
+
+    def packed(self, name: str, fmt: Format, start: int, stop: int) -> Array | None:
+        """Rows start … stop-1, of a stack matrices, as `fmt` stores the checkpoint's own integers.
+
+        None: the checkpoint does not hold them in that format (`formats`).
+
+        Raises:
+            WeightsError: a scale that is not finite.
+        """
+        row = self.rows[name]
+        if len(row.shape) != 3:
+            q = self.integers(name, fmt, start, stop)
+            return None if q is None else pack(fmt, q)
+        if not self._has_integers(row) or self._format(row) != fmt.name:
+            return None
+        return np.stack([pack(fmt, self._expert(row, e)) for e in range(start, stop)])
+
+    def integers(self, name: str, fmt: Format, start: int, stop: int) -> Quantised | None:
+        """Rows start … stop-1 of a matrix as `packed` packs them."""
+        row = self.rows[name]
+        if not self._has_integers(row) or self._format(row) != fmt.name:
+            return None
+        [[own]] = self._parts[name]
+        read = self._stored[own].integers
+        assert read
+        if self._hf or not row.pairs:
+            return _as(fmt, self._finite(own, read(start, stop)))
+        dim = row.shape[0] // row.pairs
+        first, last = start // dim * dim, -(-stop // dim) * dim
+        paired = self._finite(own, read(first, last))
+        return _each(paired, lambda a: _unpaired(a, dim)[start - first : stop - first])
+
+    def _expert(self, row: Weight, e: int) -> Quantised:
+        """One matrix of a stack, in integers."""
+        found = []
+        for part in self._parts[row.name]:
+            stacked = len(self._stored[part[0]].shape) == 3
+            own = part[0] if stacked else part[e]
+            read = self._stored[own].integers
+            assert read
+            found.append(
+                self._finite(
+                    own, read(e, e + 1) if stacked else read(0, self._stored[own].shape[0])
+                )
+            )
+        return _below(found)
+
+    def _finite(self, own: str, q: Quantised) -> Quantised:
+        for scales in (q.block_scales, q.row_scales):
+            if scales is not None and not np.isfinite(scales).all():
+                raise WeightsError(
+                    f"{own} in {self.label} has a scale that is not finite; the checkpoint is "
+                    "damaged, download or convert it again."
+                )
+        return q
+
+    def _format(self, row: Weight) -> str:
+        """One format for all parts of a weight: theirs, or 8 bits where they differ."""
+        found = {part.format for part in self._sources(row)}
+        if found == {""}:
+            return ""
+        name = found.pop() if len(found) == 1 else NEAREST
+        fmt = find_format(name)
+        # Rows of the per-layer table have a half for each block and no scale of their own.
+        return name if row.kind != PLE_TABLE or not fmt.has_row_scales else _BY_BLOCK[fmt.bits]
+
+    def _sources(self, row: Weight) -> list[Stored]:
+        return [self._stored[own] for part in self._parts[row.name] for own in part]
 
     def stored_name(self, name: str) -> str:
         """What the checkpoint calls the weight `name`, for messages."""
@@ -218,7 +321,7 @@ class Checkpoint:
 
     def _load(self, row: Weight, start: int, stop: int) -> Array:
         if not self._hf and row.pairs:
-            return self._unpaired(row, start, stop)
+            return self._own_order(row, start, stop)
         blocks = [self._part(row, part, start, stop) for part in self._parts[row.name]]
         block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
         if self._hf and row.offset:
@@ -231,15 +334,44 @@ class Checkpoint:
             return first.rows(start, stop)
         return np.stack([self._stored[own].rows(0, first.shape[0]) for own in part[start:stop]])
 
-    def _unpaired(self, row: Weight, start: int, stop: int) -> Array:
+    def _own_order(self, row: Weight, start: int, stop: int) -> Array:
         """Rows of a matrix whose heads a GGUF file interleaves, in their own order."""
         dim = row.shape[0] // row.pairs
         first, last = start // dim, -(-stop // dim)
         [[own]] = self._parts[row.name]
         heads = self._stored[own].rows(first * dim, last * dim)
-        heads = heads.reshape(last - first, dim // 2, 2, *heads.shape[1:])
-        block: Array = heads.swapaxes(1, 2).reshape(-1, *heads.shape[3:])
-        return block[start - first * dim : stop - first * dim]
+        return _unpaired(heads, dim)[start - first * dim : stop - first * dim]
+
+
+def _unpaired(rows: Array, dim: int) -> Array:
+    """Rows of whole heads of `dim`, interleaved in a GGUF file, in their own order."""
+    heads = rows.reshape(-1, dim // 2, 2, *rows.shape[1:])
+    block: Array = heads.swapaxes(1, 2).reshape(rows.shape)
+    return block
+
+
+def _as(fmt: Format, q: Quantised) -> Quantised:
+    """`q` in the words of `fmt`: scales of rows become scales of their blocks."""
+    if fmt.has_row_scales or q.row_scales is None:
+        return q
+    blocks = fmt.blocks(q.codes.shape[1])
+    return Quantised(q.codes, np.repeat(q.row_scales.astype(np.float16)[:, None], blocks, 1), None)
+
+
+def _each(q: Quantised, turned: Callable[[Any], Any]) -> Quantised:
+    """`turned` of the codes and of the scales there are."""
+    scales = (s if s is None else turned(s) for s in (q.block_scales, q.row_scales))
+    return Quantised(turned(q.codes), *scales)
+
+
+def _below(parts: Sequence[Quantised]) -> Quantised:
+    """Matrices of one format, one below the other."""
+
+    def joined(arrays: list[Any]) -> Any:
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    fields = ("codes", "block_scales", "row_scales")
+    return Quantised(*(joined([getattr(q, f) for q in parts]) for f in fields))
 
 
 def open_checkpoint(path: Path, label: str = "") -> Checkpoint:
@@ -260,7 +392,11 @@ def open_checkpoint(path: Path, label: str = "") -> Checkpoint:
         raw = _config_json(path)
         config = config_from_hf(raw, str(path / "config.json"))
         files = weight_files(path, raw.get("transformers_weights"))
-        stored = joined_scales(open_files(files))
+        stored = joined_packed(joined_scales(open_files(files)))
+        if is_gemma_quant(raw):
+            stored = joined_integers(stored, raw[QUANTISATION])
+        elif raw.get(QUANTISATION) is None:
+            stored = on_grids(stored)
         hf_text = HFText(path, config.vocab, config.eos_ids)
         files = [path / "config.json", *hf_text.files(), *files]
         label = label or f"directory {path.resolve().name}"
@@ -323,6 +459,8 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> Model:
         ConfigError: an unknown model_type, an unsupported field or a wrong value, by name.
     """
     module = models.module_for("HF", raw.get("model_type"), where)
+    if is_gemma_quant(raw) or is_pack_quantised(raw):  # what makes integers of weights is read here
+        raw = {key: value for key, value in raw.items() if key != QUANTISATION}
     return _described(lambda: module.read_hf(raw, where), where)
 
 

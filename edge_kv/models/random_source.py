@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_kv import models
-from edge_kv.formats import GROUP, LINE, Array, Format, dequantise, unpack, value_lines
+from edge_kv.formats import GROUP, LINE, Array, Format, Quantised, dequantise, unpack, value_lines
 from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, TABLE, Model
 from edge_kv.tensors import stored_format, stored_shape
 from edge_kv.weights.random_rows import random_rows
@@ -44,14 +44,12 @@ class RandomSource:
         """Rows start … stop-1 of a weight, as f32."""
         row = self.rows[name]
         stop = row.shape[0] if stop is None else stop
-        fmt = stored_format(row.kind, row.shape, self._formats)
+        fmt = stored_format(row, self._formats)
         if fmt is not None and len(row.shape) == 3:
             packed = self._packed(row.shape, name, fmt, start, stop)
             return np.stack([dequantise(fmt, unpack(fmt, m, *row.shape[1:])) for m in packed])
         if fmt is not None:
-            first = start // GROUP * GROUP
-            packed = self._packed(row.shape, name, fmt, first, stop)
-            return dequantise(fmt, unpack(fmt, packed, stop - first, row.shape[1]))[start - first :]
+            return dequantise(fmt, self._integers(name, fmt, start, stop))
         if row.kind == TABLE:  # distinct experts for each token
             place = (np.arange(start, stop) * 7919)[:, None]
             return ((place + np.arange(row.shape[1])) % self._experts).astype(np.float32)
@@ -67,6 +65,18 @@ class RandomSource:
     def check(self) -> None:
         """There is nothing that could be wrong."""
 
+    def formats(self) -> Mapping[str, str]:
+        """None are held: matrices are drawn in any format."""
+        return {}
+
+    def steps(self) -> Mapping[str, tuple[float, float]]:
+        """None: nothing is rounded."""
+        return {}
+
+    def is_exact(self, name: str) -> bool:
+        """What is drawn is what is read."""
+        return True
+
     def packed(self, name: str, fmt: Format, start: int, stop: int) -> Array | None:
         """Rows start … stop-1, from a whole group on, as `fmt` stores them: u8 [groups, stride].
 
@@ -74,7 +84,7 @@ class RandomSource:
         tensor is drawn in another format.
         """
         row = self.rows[name]
-        if stored_format(row.kind, row.shape, self._formats) != fmt:
+        if stored_format(row, self._formats) != fmt:
             return None
         return self._packed(row.shape, name, fmt, start, stop)
 
@@ -91,6 +101,18 @@ class RandomSource:
         out = np.empty((last - first, stride), np.uint8)
         self._fill(out, name, fmt, shape[0], shape[1], first, last)
         return out
+
+    def integers(self, name: str, fmt: Format, start: int, stop: int) -> Quantised | None:
+        """Rows start … stop-1 of a matrix in `fmt`, as `packed` draws them."""
+        drawn = stored_format(self.rows[name], self._formats) == fmt
+        return self._integers(name, fmt, start, stop) if drawn else None
+
+    def _integers(self, name: str, fmt: Format, start: int, stop: int) -> Quantised:
+        first, shape = start // GROUP * GROUP, self.rows[name].shape
+        packed = self._packed(shape, name, fmt, first, stop)
+        q = unpack(fmt, packed, stop - first, shape[1])
+        scales = (s if s is None else s[start - first :] for s in (q.block_scales, q.row_scales))
+        return Quantised(q.codes[start - first :], *scales)
 
     def _fill(
         self, out: Array, name: str, fmt: Format, rows: int, cols: int, first: int, last: int

@@ -36,6 +36,15 @@ class Source(Protocol):
             WeightsError: no such weight or rows, another shape, or a value that is not finite.
         """
 
+    def formats(self) -> Mapping[str, str]:
+        """The formats that keep its matrices best (`Checkpoint.formats`); none of one of floats."""
+
+    def is_exact(self, name: str) -> bool:
+        """Whether that format loses nothing of the weight `name`."""
+
+    def steps(self) -> Mapping[str, tuple[float, float]]:
+        """Linears whose activations are rounded to fixed steps (`Checkpoint.steps`)."""
+
     def check(self) -> None:
         """Compare what is there with the model's weight rows.
 

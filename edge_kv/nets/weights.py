@@ -8,7 +8,7 @@ so that loading, placing graph initializers and streaming need no names but thes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -81,6 +81,23 @@ class Linear(Holder):
         return F.linear(x, self.weight, self.bias)
 
 
+class Stepped(nn.Module):
+    """A linear whose inputs and outputs are rounded to 8 bits of fixed steps; 0: not rounded."""
+
+    def __init__(self, linear: nn.Module, before: float, after: float):
+        super().__init__()
+        self.linear, self.before, self.after = linear, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(to_steps(x, self.before) if self.before else x)
+        return to_steps(out, self.after) if self.after else out
+
+
+def to_steps(x: Tensor, step: float) -> Tensor:
+    """x as whole numbers of `step`, -128 … 127 of them."""
+    return (x / step).round().clamp(-128, 127) * step
+
+
 class Embedding(Holder):
     """Rows of a table: ids [T] -> [T, dim]."""
 
@@ -148,10 +165,18 @@ class Value(Holder):
 
 
 class Weights:
-    """Makes the modules of a net in float; `rows` are all weights of its model."""
+    """Makes the modules of a net in float.
 
-    def __init__(self, rows: Iterable[Weight]):
+    Args:
+        rows: all weights of its model.
+        steps: linears whose activations are rounded: name -> steps of (input, output).
+    """
+
+    def __init__(
+        self, rows: Iterable[Weight], steps: Mapping[str, tuple[float, float]] | None = None
+    ):
         self.rows = {row.name: row for row in rows}
+        self.steps = steps or {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows
@@ -159,9 +184,10 @@ class Weights:
     def linear(self, name: str, start: int = 0, stop: int | None = None) -> nn.Module:
         """The linear `name`, or the part of it that computes outputs start … stop-1."""
         row = self.rows[name]
-        return Linear(
+        made = Linear(
             row, self.rows.get(f"{name}.bias"), start, row.shape[0] if stop is None else stop
         )
+        return Stepped(made, *self.steps[name]) if name in self.steps else made
 
     def embedding(self, name: str) -> nn.Module:
         return Embedding(self.rows[name])

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from edge_kv.errors import WeightsError
+from edge_kv.formats import Quantised
+from edge_kv.weights import gguf_blocks
 from edge_kv.weights.source import Array, Stored
 
 _SCALARS = {
@@ -227,13 +229,23 @@ class GGUFFile:
         if decode is None:
             return Stored(shape, _no_rows, f"stored as {label}, which gguf does not dequantise")
 
+        def raw(start: int, stop: int) -> Any:
+            return self._data[at + start * stride : at + stop * stride].reshape(-1, row)
+
         def rows(start: int, stop: int) -> Array:
             if len(shape) == 1:  # a vector is one row of blocks
                 return np.array(decode(self._data[at:end])[start:stop], np.float32)
-            raw = self._data[at + start * stride : at + stop * stride].reshape(-1, row)
-            return np.array(decode(raw), np.float32).reshape(stop - start, *shape[1:])
+            values = np.array(decode(raw(start, stop)), np.float32)
+            return values.reshape(stop - start, *shape[1:])
 
-        return Stored(shape, rows)
+        def integers(start: int, stop: int) -> Quantised:
+            return gguf_blocks.integers(label, raw(start, stop), block_bytes)
+
+        exact = len(shape) > 1 and gguf_blocks.is_exact(label)
+        return Stored(
+            shape, rows, dtype=label, format=gguf_blocks.kept_as(label),
+            integers=integers if exact else None,
+        )  # fmt: skip
 
     def _value(self, kind: int) -> Any:
         if kind in _SCALARS:

@@ -113,13 +113,16 @@ def _stored(
     storage = {**_STORAGE, **_WHOLE}
     fault = "" if dtype in _STORAGE else f"stored as {dtype}; F32, F16 and BF16 can be read"
 
-    def rows(start: int, stop: int) -> Array:
+    def raw(start: int, stop: int) -> NDArray[Any]:
         stride = prod(shape[1:]) * _BYTES[dtype]
         at = begin + first
-        raw = data[at + start * stride : at + stop * stride].view(storage[dtype])
-        return _widen(raw, dtype).reshape(stop - start, *shape[1:])
+        held = data[at + start * stride : at + stop * stride].view(storage[dtype])
+        return held.reshape(stop - start, *shape[1:])
 
-    return Stored(shape, rows, fault, dtype)
+    def rows(start: int, stop: int) -> Array:
+        return _widen(raw(start, stop), dtype)
+
+    return Stored(shape, rows, fault, dtype, raw=raw if dtype in _WHOLE else None)
 
 
 def _e4m3() -> Array:

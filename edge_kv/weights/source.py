@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edge_kv.formats import Quantised
 
 Array = NDArray[np.float32]
 COMPARED = 4 << 20  # values of two tensors compared together
@@ -53,13 +55,23 @@ class Stored:
     """One tensor as a file holds it: shape, outermost axis first, and rows start … stop-1 as f32.
 
     `fault` says why it cannot be read (a storage type we do not decode); "" when it can. `dtype` is
-    the file's own word for its storage.
+    the file's own word for its storage. Of integers, `format` names the weight format that keeps
+    them best ("" of floats), and `integers` yields the rows (of a stack: of its matrices, one
+    below the other) in that format, if that loses nothing (`exact`) or only digits of scales that
+    are no halves. A linear whose activations are rounded
+    to fixed steps has `steps` of (input, output), 0 where it does not round. `raw` yields rows of
+    whole numbers in the type of the file.
     """
 
     shape: tuple[int, ...]
     rows: Callable[[int, int], Array]
     fault: str = ""
     dtype: str = ""
+    format: str = ""
+    integers: Callable[[int, int], Quantised] | None = None
+    exact: bool = True
+    steps: tuple[float, float] = (0.0, 0.0)
+    raw: Callable[[int, int], Any] | None = None
 
 
 def filled_up(table: Stored, rows: int, spare: int) -> Stored:
