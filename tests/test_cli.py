@@ -149,7 +149,7 @@ def test_run_slides_and_says_so(root):
 
 def test_inspect(root):
     out = good("inspect", root).stdout
-    for part in ("SFS", "k1", "onnx/decode.onnx", "verify.npz", "parity", "0, 2"):
+    for part in ("toy", "l1.k", "onnx/decode.onnx", "verify.npz", "parity", "0, 2"):
         assert part in out
     data = json.loads(good("inspect", root, "--json").stdout)
     assert data["state_bytes"] == sum(b["bytes"] for b in data["buffers"])
@@ -174,7 +174,8 @@ def test_verify(root):
 
 def test_verify_fails_beyond_the_limits(tmp_path):
     root = write_artifact(tmp_path / "a")
-    parity = {"vectors": "verify.npz", "verify": {"max_kl": -1.0, "min_top1": 1.0}}
+    parity = json.loads((root / "manifest.json").read_text())["parity"]
+    parity["onnx"]["verify"] = {"max_kl": 0.0, "min_top1": 1.0}
     edit_manifest(root, parity=parity)
     result = invoke("verify", root, "--json")
     assert result.exit_code == 1 and not json.loads(result.stdout)["passed"]
