@@ -132,7 +132,7 @@ def test_random_rows_fill_a_depth(tiny, tmp_path, monkeypatch):
     with runtime.load(tiny) as session:
         session.restore(kept)
         assert session.pos == 504
-        for name in ("k0", "v0"):  # every row of a ring that has wrapped, none twice
+        for name in ("l0.k", "l0.v"):  # every row of a ring that has wrapped, none twice
             rows = session.state[name].reshape(-1, session.state[name].shape[-1])
             assert len(np.unique(rows, axis=0)) == len(rows)
         assert np.isfinite(session.decode(1)).all()
