@@ -30,7 +30,6 @@ from edge_kv.errors import (
     ParityError,
     PromptError,
     RuntimeFault,
-    WeightsError,
     did_you_mean,
 )
 
@@ -221,7 +220,7 @@ def plan(
             named = f"--model {model}" if weights is None else f"--weights {weights}"
             print_fits(answer, choices, output(), named)
         return
-    held = _held(subject.weights) if quant == AUTO else {}
+    held = subject.formats() if quant == AUTO else {}
     scheme, formats = storage(quant, models.weights(subject.config), held, changes)
     data = plan_data(
         subject.config, subject.name, length, step, kv or "int8", scheme, formats,
@@ -832,17 +831,6 @@ def serve(
             kept_ram=kept if memory else None,
             ready=lambda url: _listening(url, settings.planned, kept),
         )
-
-
-def _held(weights: str) -> dict[str, str]:
-    """The formats of a quantised checkpoint's matrices; none of one that is not here in full."""
-    from edge_kv.models.checkpoint import open_checkpoint
-
-    path = Path(weights).expanduser()
-    try:
-        return open_checkpoint(path).formats() if path.exists() else {}
-    except WeightsError:
-        return {}
 
 
 def _listening(url: str, planned: int, kept: int) -> None:

@@ -17,7 +17,7 @@ from edge_kv.memory import COSTS, predict_artifact
 from edge_kv.needs import count_needs
 from edge_kv.request import check_backend, check_output, check_packages, find_subject
 from edge_kv.shelf import size_of
-from edge_kv.tensors import weight_formats
+from edge_kv.tensors import AUTO, storage
 from edge_kv.terminal import Bar
 
 _SPACE = 1.1  # bytes an export takes of the disk for each byte of weights
@@ -52,15 +52,17 @@ def carry_out(order: Order) -> tuple[Artifact, float]:
     """
     began = time.monotonic()
     backends = check_backend(order.backend)
-    formats = weight_formats(order.quant, order.changes)
+    storage(order.quant, (), {}, order.changes)  # refuses what is unknown before anything is read
     subject = find_subject(order.model, order.weights, order.revision)
     out = order.out or Path(f"{subject.name}-{order.ctx}")
     models.plan(subject.config, ctx=order.ctx, chunk=order.chunk, kv=order.kv)
     check_packages(backends, subject.weights)
-    needs = count_needs(subject.config, order.quant, formats)
+    held = subject.formats() if order.quant == AUTO else {}
+    rows = models.weights(subject.config)
+    needs = count_needs(subject.config, *storage(order.quant, rows, held, order.changes))
     unfinished = out.parent / f".{out.name}.part"
-    held = size_of(unfinished) if unfinished.is_dir() else 0
-    check_output(out, int(_SPACE * (needs.weight_file + needs.lookup_file)), held)
+    written = size_of(unfinished) if unfinished.is_dir() else 0
+    check_output(out, int(_SPACE * (needs.weight_file + needs.lookup_file)), written)
     be_quiet()
     try:
         with Bar() as bar:

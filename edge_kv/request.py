@@ -17,7 +17,7 @@ from edge_kv import models
 from edge_kv.amounts import size
 from edge_kv.errors import ConfigError, ExportError, WeightsError, did_you_mean
 from edge_kv.guidance import check_model, model_meant
-from edge_kv.models.checkpoint import read_config
+from edge_kv.models.checkpoint import open_checkpoint, read_config
 from edge_kv.models.model import Model, Row
 from edge_kv.models.sources import check_same, random_seed
 from edge_kv.progress import Progress
@@ -55,6 +55,14 @@ class Subject:
         if not self.on_hub:
             return self.weights
         return str(download(self.weights, self.revision, progress=progress))
+
+    def formats(self) -> dict[str, str]:
+        """The formats of a quantised checkpoint's matrices; none of one that is not here whole."""
+        path = Path(self.weights).expanduser()
+        try:
+            return open_checkpoint(path).formats() if path.exists() else {}
+        except WeightsError:
+            return {}
 
 
 def find_subject(model: str | None, weights: str | None, revision: str | None = None) -> Subject:
