@@ -327,7 +327,8 @@ def test_a_board_without_a_fit_python(board, tmp_path, body, words):
 def test_another_result_on_the_board_is_a_parity_error(board, tmp_path, monkeypatch):
     root, folder = write_artifact(tmp_path / "toy"), tmp_path / "device"
     held = json.loads((root / "manifest.json").read_text())["parity"]
-    edit_manifest(root, parity=held | {"verify": {"max_kl": -1.0, "min_top1": 1.0}})
+    held["onnx"]["verify"]["max_kl"] = 0.0
+    edit_manifest(root, parity=held)
     monkeypatch.setattr("edge_kv.deploy._install", lambda *_: False)
     (folder / "venv" / "bin").mkdir(parents=True)
     command = folder / "venv" / "bin" / "edge-kv"
@@ -435,8 +436,9 @@ def phone(tmp_path, monkeypatch):
 def executorch_artifact(path):
     """A toy artifact that claims programs for ExecuTorch as well."""
     root = write_artifact(path)
-    backends = json.loads((root / "manifest.json").read_text())["backends"]
-    edit_manifest(root, backends=backends | {"executorch": backends["onnx"]})
+    held = json.loads((root / "manifest.json").read_text())
+    parts = ("backends", "parity")
+    edit_manifest(root, **{p: held[p] | {"executorch": held[p]["onnx"]} for p in parts})
     return root
 
 

@@ -99,8 +99,8 @@ class Checkpoint:
 
     def steps(self) -> dict[str, tuple[float, float]]:
         """Linears whose activations the checkpoint rounds: steps of (input, output), 0 for none."""
-        found = {name: self._sources(row)[0].steps for name, row in self.rows.items()}
-        return {name: steps for name, steps in found.items() if any(steps)}
+        found = {name: self._sources(row)[:1] for name, row in self.rows.items()}
+        return {name: own[0].steps for name, own in found.items() if own and any(own[0].steps)}
 
     def is_exact(self, name: str) -> bool:
         """Whether `packed` yields the very values of the weight `name`."""
@@ -172,7 +172,7 @@ class Checkpoint:
     def _format(self, row: Weight) -> str:
         """One format for all parts of a weight: theirs, or 8 bits where they differ."""
         found = {part.format for part in self._sources(row)}
-        if found == {""}:
+        if found <= {""}:
             return ""
         name = found.pop() if len(found) == 1 else NEAREST
         fmt = find_format(name)
@@ -180,7 +180,9 @@ class Checkpoint:
         return name if row.kind != PLE_TABLE or not fmt.has_row_scales else _BY_BLOCK[fmt.bits]
 
     def _sources(self, row: Weight) -> list[Stored]:
-        return [self._stored[own] for part in self._parts[row.name] for own in part]
+        """What a weight is made of, as far as it is there: `check` names what is missing."""
+        names = (own for part in self._parts[row.name] for own in part)
+        return [self._stored[own] for own in names if own in self._stored]
 
     def stored_name(self, name: str) -> str:
         """What the checkpoint calls the weight `name`, for messages."""
