@@ -4,10 +4,8 @@
 
 Layers are E2B's, E4B's and Laguna's: eight query heads on one or two KV heads, 512 wide with full
 attention (int8 rows), 256 wide with a window of 512 (f32 and f16 rows); 48 on eight, 128 wide. Runs
-of the instruction sets alternate; the times are medians. `--before` adds a library of before the
-operators of runtime/native/ops.h (build_kernels() of those sources names it) to the same rounds: it
-norms and rotates the queries too, which is little, and holds its rows head by head. GB/s count the
-state's bytes once, however often the tokens of a step read them.
+of the instruction sets alternate; the times are medians. GB/s count the state's bytes once, however
+often the tokens of a step read them.
 """
 
 from __future__ import annotations
@@ -27,11 +25,9 @@ from common import run_main, say, show, write_result
 from edge_kv.runtime.native_library import ISAS, build_kernels
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from kernel_library import Layer, Step
 from native_call import Attribute, Tensor, attribute_of, tensor_of
 
 THREADS = 2
-STORAGES = ("f32", "f16", "int8")
 
 
 @dataclass(frozen=True)
@@ -82,17 +78,11 @@ class Problem:
             kind = {"f32": np.float32, "f16": np.float16}[case.storage]
             self.rows = [rng.normal(size=shape).astype(kind) for _ in "kv"]
         self.scales = [rng.uniform(0.005, 0.02, (*shape[:2], 1)).astype(np.float32) for _ in "kv"]
-        angles = rng.uniform(0, 6.28, (case.tokens, case.dim // 2))
-        self.cos, self.sin = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
         self.q = rng.normal(size=(case.tokens, case.heads, case.dim)).astype(np.float32)
-        self.norm = np.ones(case.dim, np.float32)
         self.out = np.empty_like(self.q)
 
-    def run(self, library: ctypes.CDLL, isa: str, before: bool) -> float:
+    def run(self, library: ctypes.CDLL, isa: str) -> float:
         """Seconds of one step; infinite where the CPU has no such kernels."""
-        return self._run_before(library, isa) if before else self._run(library, isa)
-
-    def _run(self, library: ctypes.CDLL, isa: str) -> float:
         case = self.case
         scales = self.scales if case.storage == "int8" else [None, None]
         pos = np.array([case.depth - case.tokens])
@@ -108,67 +98,42 @@ class Problem:
         assert failed != 2, why.value
         return float("inf") if failed else took
 
-    def _run_before(self, library: ctypes.CDLL, isa: str) -> float:
-        case = self.case
-        scales = [s.ctypes.data if case.storage == "int8" else None for s in self.scales]
-        layer = Layer(
-            self.rows[0].ctypes.data, scales[0], self.rows[1].ctypes.data, scales[1],
-            case.slots, case.kv_heads, case.dim, STORAGES.index(case.storage), 0,
-        )  # fmt: skip
-        step = Step(
-            self.cos.ctypes.data, self.sin.ctypes.data, case.depth - case.tokens, case.tokens,
-            case.heads, case.window, 1e-6, case.dim**-0.5, 0, THREADS,
-        )  # fmt: skip
-        q, norm, out = (ctypes.c_void_p(a.ctypes.data) for a in (self.q, self.norm, self.out))
-        begin = time.perf_counter()
-        failed = library.edge_kv_attention(
-            isa.encode(), ctypes.byref(layer), ctypes.byref(step), q, None, None, norm, norm, out
-        )
-        return float("inf") if failed else time.perf_counter() - begin
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--before", type=Path, help="a kernel library of other sources")
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="for an instruction set in a case"
     )
     parser.add_argument("--isas", nargs="*", help="only these")
     given = parser.parse_args()
     known = [isa for machine in ISAS.values() for isa in machine if isa != "scalar"]
-    libraries = {"": (ctypes.CDLL(str(build_kernels())), False)}
-    if given.before:
-        libraries["before "] = (ctypes.CDLL(str(given.before)), True)
+    library = ctypes.CDLL(str(build_kernels()))
     tiny = Problem(Case("f16", 256, 512, 1, 512))
-    sides = {
-        label + isa: (library, isa, before)
+    isas = [
+        isa
         for isa in known
-        if not given.isas or isa in given.isas
-        for label, (library, before) in libraries.items()
-        if tiny.run(library, isa, before) != float("inf")
-    }
-    found = [measure(case, sides, given.seconds) for case in CASES]
+        if (not given.isas or isa in given.isas) and tiny.run(library, isa) != float("inf")
+    ]
+    found = [measure(library, case, isas, given.seconds) for case in CASES]
     show(
         f"Attention of one layer: ms (GB/s of state), {THREADS} threads",
         (
             {n: r[n] for n in ("storage", "dim", "heads", "kv_heads", "depth", "window", "tokens")}
-            | {side: f"{r['ms'][side]:.3g} ({r['gb_per_s'][side]:.1f})" for side in sides}
+            | {isa: f"{r['ms'][isa]:.3g} ({r['gb_per_s'][isa]:.1f})" for isa in isas}
             for r in found
         ),
     )
     write_result("attention_kernels", {"threads": THREADS, "cases": found})
 
 
-def measure(
-    case: Case, sides: dict[str, tuple[ctypes.CDLL, str, bool]], seconds: float
-) -> dict[str, Any]:
+def measure(library: ctypes.CDLL, case: Case, isas: list[str], seconds: float) -> dict[str, Any]:
     problem = Problem(case)
-    slowest = max(problem.run(*side) for side in sides.values())
+    slowest = max(problem.run(library, isa) for isa in isas)
     rounds = max(2, min(500, int(seconds / slowest)))
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {isa: [] for isa in isas}
     for _ in range(rounds):
-        for name, side in sides.items():
-            times[name].append(problem.run(*side))
+        for isa in isas:
+            times[isa].append(problem.run(library, isa))
     ms = {name: round(median(x) * 1e3, 4) for name, x in times.items()}
     rate = {name: round(case.state_bytes / x / 1e6, 2) for name, x in ms.items()}
     say(f"{case}: {ms}")

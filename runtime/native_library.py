@@ -59,7 +59,7 @@ OPERATORS_LINK = ("-shared", "-pthread")
 OPERATORS = ("ops.cpp", "ops_state.cpp", "ops_rows.cpp", "ops_weights.cpp")
 KERNELS = (
     "dispatch.cpp",
-    "attention.cpp",
+    "parallel.cpp",
     "expert_bank.cpp",
     "fused.cpp",
     "weights.cpp",

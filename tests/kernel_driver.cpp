@@ -4,9 +4,7 @@
 // and the result. Called with "ops": an OperatorCall, then each input as a TensorHead and its data,
 // then each attribute as an AttributeValue; the reply is a status and the head of the result, the
 // inputs as they were left, then the result's data or, with a status of 2, as many bytes of a
-// sentence as `type` says. Otherwise attention: a request is a Request, then the arrays cos, sin,
-// q_norm, k_norm, keys, key scales, values, value scales, q, k, v; the reply is an int64 status, then
-// keys, key scales, values, value scales, out.
+// sentence as `type` says.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,13 +13,6 @@
 #include "kernel_interface.cpp"
 
 namespace {
-
-struct Request {
-  char isa[16];
-  int64_t storage, key_zero, kv_heads, slots, dim, position, tokens, q_heads, window;
-  int64_t v_norm, threads, has_q, has_kv;
-  double eps, scale;
-};
 
 struct Bytes {
   std::vector<char> data;
@@ -128,33 +119,5 @@ int main(int count, char** words) {
     answer_stored_products();
     return 0;
   }
-  Request r;
-  while (fread(&r, sizeof r, 1, stdin) == 1) {
-    const int64_t width = r.storage == 0 ? 4 : r.storage == 1 ? 2 : 1;
-    const int64_t rows = r.kv_heads * r.slots, scaled = r.storage == 2 ? rows * 4 : 0;
-    const int64_t angles = r.tokens * r.dim / 2 * 4, norm = r.dim * 4;
-    const int64_t queries = r.tokens * r.q_heads * r.dim * 4;
-    const int64_t stored = r.tokens * r.kv_heads * r.dim * 4;
-    Bytes cos(angles), sin(angles), q_norm(norm), k_norm(norm);
-    Bytes keys(rows * r.dim * width), key_scales(scaled);
-    Bytes values(rows * r.dim * width), value_scales(scaled);
-    Bytes q(r.has_q ? queries : 0), k(r.has_kv ? stored : 0), v(r.has_kv ? stored : 0);
-    for (Bytes* part : {&cos, &sin, &q_norm, &k_norm, &keys, &key_scales, &values, &value_scales,
-                        &q, &k, &v})
-      part->read();
-    Bytes out(queries);
-    const edge_kv_layer layer{keys.data.data(), scaled ? key_scales.floats() : nullptr,
-                              values.data.data(), scaled ? value_scales.floats() : nullptr,
-                              r.slots, int32_t(r.kv_heads), int32_t(r.dim), int32_t(r.storage),
-                              int32_t(r.key_zero)};
-    const edge_kv_step step{cos.floats(), sin.floats(), r.position, int32_t(r.tokens),
-                            int32_t(r.q_heads), r.window, float(r.eps), float(r.scale),
-                            int32_t(r.v_norm), int32_t(r.threads)};
-    const int64_t status = edge_kv_attention(
-        r.isa, &layer, &step, r.has_q ? q.floats() : nullptr, r.has_kv ? k.floats() : nullptr,
-        r.has_kv ? v.floats() : nullptr, q_norm.floats(), k_norm.floats(), out.floats());
-    fwrite(&status, sizeof status, 1, stdout);
-    for (const Bytes* part : {&keys, &key_scales, &values, &value_scales, &out}) part->write();
-    fflush(stdout);
-  }
+  return 1;
 }

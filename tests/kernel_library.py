@@ -1,6 +1,5 @@
 """The kernels of this machine and of an emulated one, as tests and measurements call them."""
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -10,33 +9,6 @@ from pathlib import Path
 from unittest import mock
 
 from edge_kv.runtime.native_library import ISAS, KERNELS, SOURCES, build
-
-
-class Layer(ctypes.Structure):
-    """edge_kv_layer of kernel_interface.cpp."""
-
-    _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("keys", "key_scales", "values", "value_scales")),
-        ("slots", ctypes.c_int64),
-        *((n, ctypes.c_int32) for n in ("kv_heads", "dim", "storage", "key_zero")),
-    ]
-
-
-class Step(ctypes.Structure):
-    """edge_kv_step of kernel_interface.cpp."""
-
-    _fields_ = [
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("position", ctypes.c_int64),
-        ("tokens", ctypes.c_int32),
-        ("q_heads", ctypes.c_int32),
-        ("window", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("v_norm", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    ]
 
 
 def have(isa):

@@ -170,6 +170,26 @@ def test_attend_to_everything(operators, isa, storage, heads, group, dim):
         check_attention(got, q, pos, [(keys, values, None)], scale, None, isa)
 
 
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("storage", ["f32", "int8"])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e4])
+def test_attend_to_extremes(operators, isa, storage, size):
+    """Equal scores, and one key that outweighs all others, over rows of any size."""
+    rng = np.random.default_rng(4)
+    tables = []
+    for of in (1.0, size):
+        table = filled(operators, rng, storage, 300, 1, 64, 0, isa)
+        for at in range(0, 300, 50):
+            table.put(operators, normal(rng, 50, 1, 64) * np.float32(of), at, isa=isa)
+        tables.append(table)
+    keys, values = tables
+    for q in (np.zeros((2, 8, 64)), np.tile(keys.exact()[7] * 100, (2, 8, 1))):
+        q = q.astype(np.float32)
+        reads = [(keys, values, None)]
+        got = attend(operators, q, 298, reads, 0.125, isa=isa, threads=2)
+        check_attention(got, q, 298, reads, 0.125, None, isa, 3e-4)
+
+
 @pytest.mark.parametrize("isa", MACHINE_ISAS)
 @pytest.mark.parametrize(("heads", "group", "dim"), [(1, 8, 512), (2, 4, 256), (8, 2, 128)])
 def test_deep_contexts(operators, isa, heads, group, dim):

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention.h"
+#include "parallel.h"
 #include "kernels.h"
 
 namespace edge_kv {

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "attention.h"
+#include "parallel.h"
 #include "fused.h"
 #include "ops.h"
 #include "pool.h"
@@ -23,46 +23,6 @@ void run_on_threads(int64_t count, void (*task)(void*, int64_t), void* context) 
 }  // namespace
 
 #define EDGE_KV_API extern "C" __attribute__((visibility("default")))
-
-struct edge_kv_layer {
-  void* keys;
-  float* key_scales;
-  void* values;
-  float* value_scales;
-  int64_t slots;
-  int32_t kv_heads, dim, storage, key_zero;  // storage: 0 f32, 1 f16, 2 int8
-};
-
-struct edge_kv_step {
-  const float* cos;
-  const float* sin;
-  int64_t position;
-  int32_t tokens, q_heads;
-  int64_t window;
-  float eps, scale;
-  int32_t v_norm, threads;
-};
-
-// Store k and v (unless null), then attend with q (unless null). Non-zero: no such kernels here.
-EDGE_KV_API int edge_kv_attention(const char* isa, const edge_kv_layer* layer,
-                                  const edge_kv_step* step, const float* q, const float* k,
-                                  const float* v, const float* q_norm, const float* k_norm,
-                                  float* out) {
-  const edge_kv::Kernels* kernels = edge_kv::find_kernels(isa);
-  if (!kernels) return 1;
-  wanted_threads = step->threads;
-  const edge_kv::Pool pool{step->threads, run_on_threads};
-  const edge_kv::Buffers buffers{layer->keys,  layer->key_scales, layer->values,
-                                 layer->value_scales, layer->slots, layer->kv_heads,
-                                 layer->dim,   edge_kv::Storage(layer->storage),
-                                 layer->key_zero};
-  const edge_kv::Step at{step->cos, step->sin, step->tokens, step->position, step->eps};
-  if (k) edge_kv::store_rows(*kernels, pool, buffers, at, k, v, k_norm, step->v_norm != 0);
-  if (q)
-    edge_kv::attend_rows(*kernels, pool, buffers, at, q, step->q_heads, q_norm, step->window,
-                         step->scale, out);
-  return 0;
-}
 
 // A tensor; `type` as Type of ops.h, 0 where an optional input is left out. An output is made in the
 // memory that its data points to, or where that is null in memory that is given back with free().

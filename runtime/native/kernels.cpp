@@ -389,7 +389,6 @@ inline Ahead after(const Cache& one, const Tile& tile, const void* rows, bool fr
 
 // Attention over int8 rows in exact integer products: queries and weights are rounded to 16 bits,
 // relative to the largest of a query row and of a row's weights within a tile.
-template <class K>
 void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                    const Partial& out) {
   const int dim = cache.dim, most = rows_held(cache);
@@ -415,7 +414,7 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
       alignas(64) Digit weights[R][kDigits][kTile];
       float steps[R], keep[R];
       const int64_t stride = one.row_stride;
-      const K* keys = static_cast<const K*>(one.keys) + tile.slot * stride;
+      const int8_t* keys = static_cast<const int8_t*>(one.keys) + tile.slot * stride;
       const int8_t* values = static_cast<const int8_t*>(one.values) + tile.slot * stride;
       const Ahead keys_after = after(one, tile, one.keys, first == 0);
       for (int j = 0; j < n; j += 2) {
@@ -599,7 +598,6 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
 
 #endif
 
-template <class K>
 void attend_int8(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                  const Partial& out) {
 #if defined(EDGE_KV_DOTS)
@@ -608,35 +606,31 @@ void attend_int8(const Cache& cache, const Queries& q, int64_t begin, int64_t en
     for (int head = 0; head < cache.heads; ++head) {
       Queries mine = q;
       mine.rows += head * q.next;
-      attend_int8<K>(head_of(cache, head, 1), mine, begin, end, head_of(out, head));
+      attend_int8(head_of(cache, head, 1), mine, begin, end, head_of(out, head));
     }
     return;
   }
 #endif
 #if defined(__AVX512VNNI__)
-  if (cache.dim % kLine == 0 && cache.dim <= kByteDim && q.count >= kByteQueries &&
-      !cache.key_zero)
+  if (cache.dim % kLine == 0 && cache.dim <= kByteDim && q.count >= kByteQueries)
     return attend_bytes(cache, q, begin, end, out);
 #endif
 #if defined(EDGE_KV_TILES)
-  if (cache.dim % kLine == 0 && cache.dim <= kMostDim && q.count >= kTileQueries &&
-      !cache.key_zero)
+  if (cache.dim % kLine == 0 && cache.dim <= kMostDim && q.count >= kTileQueries)
     return attend_tiles(cache, q, begin, end, out);
 #endif
 #if defined(EDGE_KV_DOTS)
   if (cache.dim % kSpan == 0 && cache.dim <= kQueryValues / kDotRows)
-    return attend_digits<K>(cache, q, begin, end, out);
+    return attend_digits(cache, q, begin, end, out);
 #endif
-  attend_as<K, int8_t>(cache, q, begin, end, out);
+  attend_as<int8_t, int8_t>(cache, q, begin, end, out);
 }
 
 void attend(const Cache& cache, const Queries& q, int64_t begin, int64_t end, const Partial& out) {
   switch (cache.storage) {
     case Storage::f32: return attend_as<float, float>(cache, q, begin, end, out);
     case Storage::f16: return attend_as<uint16_t, uint16_t>(cache, q, begin, end, out);
-    case Storage::int8:
-      return cache.key_zero ? attend_int8<uint8_t>(cache, q, begin, end, out)
-                            : attend_int8<int8_t>(cache, q, begin, end, out);
+    case Storage::int8: return attend_int8(cache, q, begin, end, out);
   }
 }
 
@@ -724,7 +718,7 @@ void gated(const float* gate, const float* up, int64_t n, Activation activation,
   }
 }
 
-void store(const float* x, int dim, Storage storage, int zero, void* row, float* row_scale) {
+void store(const float* x, int dim, Storage storage, void* row, float* row_scale) {
   switch (storage) {
     case Storage::f32: memcpy(row, x, sizeof(float) * size_t(dim)); return;
     case Storage::f16: {
@@ -740,7 +734,7 @@ void store(const float* x, int dim, Storage storage, int zero, void* row, float*
       const float scale = top * float(1.0 / 127);
       for (int d = 0; d < dim; ++d) {
         const float steps = rintf(x[d] / scale);  // no number where x is not finite
-        static_cast<uint8_t*>(row)[d] = uint8_t((steps >= -127 && steps <= 127 ? int(steps) : 0) + zero);
+        static_cast<int8_t*>(row)[d] = int8_t(steps >= -127 && steps <= 127 ? int(steps) : 0);
       }
       *row_scale = scale;
       return;

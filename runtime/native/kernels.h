@@ -1,7 +1,7 @@
 // The compute kernels of the ExecuTorch backend: plain C++ over plain memory, no runtime behind it.
 //
 // kernels.cpp is compiled once for every instruction set; `best_kernels` picks one when the program
-// starts. attention.h puts the kernels together and spreads them over threads.
+// starts. The operators (ops.h) put the kernels together and spread them over threads.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,7 @@ enum class Activation { silu, gelu_tanh };
 
 // KV heads of a cache: rows of `dim` elements, `row_stride` elements from one slot to the next; row i
 // is at slot i % slots. Scales, `scale_stride` floats apart, belong to int8 rows, are positive, and
-// null otherwise. Int8 keys are stored plus `key_zero`: 0, or 128 where a runtime multiplies unsigned
-// bytes. The rows of further heads, and their scales, adjoin.
+// null otherwise. The rows of further heads, and their scales, adjoin.
 struct Cache {
   const void* keys;
   const float* key_scales;
@@ -32,7 +31,6 @@ struct Cache {
   int64_t row_stride;
   int64_t scale_stride;
   Storage storage;
-  int key_zero = 0;
   int heads = 1;
 };
 
@@ -103,7 +101,7 @@ struct Kernels {
                     int angles, Rotation, int dim, float eps, float scale, float* out);
 
   // Store one row; int8 rows get the scale max|x| / 127 and are shifted by `zero`, 0 or 128.
-  void (*store)(const float* x, int dim, Storage, int zero, void* row, float* row_scale);
+  void (*store)(const float* x, int dim, Storage, void* row, float* row_scale);
 
   float (*dot)(const float* a, const float* b, int n);
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <string_view>
 
-#include "attention.h"
+#include "parallel.h"
 
 namespace edge_kv {
 

@@ -77,7 +77,7 @@ void put(Call& call) {
     const int64_t slot = (first + i) % table.slots;
     for (int h = 0; h < table.heads; ++h)
       call.kernels.store(rows.as<const float>() + (i * table.heads + h) * table.dim, table.dim,
-                         table.storage, 0, table.row(slot, h), table.scale(slot, h));
+                         table.storage, table.row(slot, h), table.scale(slot, h));
   });
 }
 

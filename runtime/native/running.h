@@ -1,7 +1,7 @@
 // What the operators of a program run with, while a method of an engine runs on this thread.
 #pragma once
 
-#include "attention.h"
+#include "parallel.h"
 #include "pool.h"
 
 namespace edge_kv {
