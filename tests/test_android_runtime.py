@@ -108,19 +108,23 @@ def test_tokens_equal_the_python_runtimes(host, exact, prompt_tokens):
     assert len(wanted) == 140 and len(set(wanted)) > 20
 
 
-def test_every_family_says_the_same_tokens(host, family):
+def test_every_family_computes_the_same(host, family):
     """Mixed chunks, a wrong continuation that is overwritten, decoding across prefixes of 256."""
     ctx = read_artifact(family).plan.ctx
-    ids = prompt(ctx - 60)
-    wanted = python(family, ids, 50)
+    ids, forced = prompt(ctx - 60), prompt(50, seed=4)
+    with load(family, "onnx-stock", threads=1) as session:
+        session.prefill(ids)
+        wanted = np.stack([session.decode(i) for i in forced])
     host.ask("open", root=str(family), threads=1)
     host.ask("prefill", ids=ids[:37])
     host.ask("prefill", ids=[(i + 9) % VOCAB for i in ids[37:42]])
     host.ask("rewind", n=5)
-    for part in (ids[37:40], ids[40:-1]):
+    for part in (ids[37:40], ids[40:]):
         host.ask("prefill", ids=part)
-    assert host.ask("generate", ids=ids, stop=[], max_new_tokens=50)["ids"] == wanted
-    assert len(set(wanted)) > 2
+    answers = host.ask("decode", ids=forced)
+    found = np.stack([np.frombuffer(base64.b64decode(x), "<f4") for x in answers])
+    assert np.abs(found - wanted).max() <= 0.02 * wanted.std()
+    assert wanted.std(0).min() > 0.02 * wanted.std()  # what is fed matters everywhere
 
 
 def test_per_layer_rows_reach_the_programs(host, exact_artifact):

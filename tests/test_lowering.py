@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from tiny_models import tiny
 
-from edge_kv import models, runtime
+from edge_kv import runtime
 from edge_kv.artifact import read_artifact
-from edge_kv.errors import ExportError, RewindError, SnapshotError
+from edge_kv.errors import RewindError, SnapshotError
 from edge_kv.export import export_model
 from edge_kv.memory import predict_artifact, read_weights
 from edge_kv.report import artifact_data, print_artifact
@@ -184,12 +184,3 @@ def test_snapshots_belong_to_one_model_and_one_plan(rounded, made, tmp_path):
         session.snapshot(tmp_path / "x.kv")
     with rounded.session() as other, pytest.raises(SnapshotError, match="another model"):
         other.restore(tmp_path / "x.kv")
-
-
-def test_random_weights_of_a_named_model_and_what_cannot_be_exported(tmp_path):
-    with pytest.raises(ExportError, match="not exported with --backend executorch"):
-        export_model(
-            model="llama3.2-1b", weights="random", ctx=64, out=tmp_path / "x",
-            backends=("executorch",), open_session=runtime.load,
-        )  # fmt: skip
-    assert models.plan(models.get_row("llama3.2-1b").config, ctx=64).bytes
