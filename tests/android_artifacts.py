@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tiny_models
 from fake_artifact import TEMPLATE, _write_tokenizer
+from tokenizers import Tokenizer
 
 from edge_kv import runtime
 from edge_kv.export import export_model
@@ -30,7 +31,10 @@ def export(
     made.save_pretrained(folder)
     _write_tokenizer(folder / "tokenizer.json", marks)
     (folder / "chat_template.jinja").write_text(template)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4], **sampling}))
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    broken = [i for i in range(VOCAB) if "\ufffd" in words.decode([i])]  # text reads back as it was
+    said = {"eos_token_id": [1, 4], "suppress_tokens": broken, **sampling}
+    (folder / "generation_config.json").write_text(json.dumps(said))
     export_model(
         weights=str(folder), ctx=ctx, chunk=chunk, kv=kv, quant=quant, calibration="none", out=root,
         open_session=runtime.load,

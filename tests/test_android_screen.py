@@ -50,7 +50,7 @@ def form(**texts):
     return [texts.get(name, empty) for name, empty in zip(names, FORM, strict=True)]
 
 
-def test_a_screen_chats_and_takes_a_conversation_up_again(host, storage, tiny):
+def test_a_screen_chats_and_takes_a_conversation_up_again(host, storage, tiny, tmp_path):
     (model,) = host.ask("assistant", **storage)
     assert model[0] == "tiny" and re.fullmatch(r"tiny\n[\d.]+ MB · remembers 512 tokens", model[1])
     act(host, "change", texts=form(longest="20", system="Be brief."))
@@ -61,6 +61,8 @@ def test_a_screen_chats_and_takes_a_conversation_up_again(host, storage, tiny):
         chat = Chat(session, options=Options(max_new_tokens=20), system="Be brief.")
         list(chat.send("And it came to pass"))
         first = chat.last
+        chat.save(tmp_path / "chat.kv")
+        chat.load(tmp_path / "chat.kv")
         list(chat.send("Behold"))
         second = chat.last
     turns = screen["turns"]

@@ -442,7 +442,7 @@ def test_conversations_are_the_python_chats(host, talker, think):
         list(chat.again())
         again = host.ask("again", max_new_tokens=200, sampling={**sampling, "seed": 5}, **asked)
         same(again, chat)
-    assert kinds >= {"content", "thinking"} and len(finishes) > 1
+    assert "content" in kinds and len(finishes) > 1
 
 
 def test_sampling_is_the_artifacts_unless_said_otherwise(host, talker):
@@ -483,8 +483,11 @@ def test_conversations_go_both_ways(host, talker, tmp_path):
         second = chat.last
         chat.save(theirs)
         messages = chat.messages
+        chat.load(theirs)
         list(chat.send("Behold"))
         third = chat.last
+    host.ask("reset")
+    host.ask("load", path=str(ours))  # a loaded conversation is its text, not the ids that said it
     answer = host.ask("send", content="In those days", max_new_tokens=12, sampling=greedy)
     assert (answer["prompt"], answer["reused"]) == (second.prompt_tokens, second.reused_tokens)
     host.ask("reset")
