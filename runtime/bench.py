@@ -431,11 +431,12 @@ class Watch:
     def __init__(self, memory: dict[str, dict[str, int | None]], phase: str) -> None:
         self._memory, self._phase = memory, phase
         self._stop = threading.Event()
-        self._anon = 0
+        self._anon = self._file = 0
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> None:
         self._own_peak = reset_peak()
+        self._file = read_memory().file or 0
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -458,10 +459,11 @@ class Watch:
         }
 
     def _anonymous(self, held: Memory) -> int | None:
-        """The highest that was seen, or that the peak of all memory tells: files only grow."""
+        """The highest that was seen, or that the peak of all memory tells beside most files."""
         if held.anon is None:
             return None
-        least = held.peak - held.file if self._own_peak and held.peak and held.file else 0
+        files = max(self._file, held.file or 0)
+        least = held.peak - files if self._own_peak and held.peak and files else 0
         return max(self._anon, held.anon, least)
 
     def _look(self) -> None:
@@ -471,10 +473,14 @@ class Watch:
                 text = status.read_text()
             except OSError:
                 return
-            at = text.find("RssAnon:")
-            if at < 0:
-                return
-            self._anon = max(self._anon, 1024 * int(text[at + 8 :].split(None, 1)[0]))
+            self._anon = max(self._anon, _bytes(text, "RssAnon:"))
+            self._file = max(self._file, _bytes(text, "RssFile:"))
+
+
+def _bytes(status: str, name: str) -> int:
+    """A line of /proc/self/status; 0 where it has none."""
+    at = status.find(name)
+    return 1024 * int(status[at + len(name) :].split(None, 1)[0]) if at >= 0 else 0
 
 
 def prompt_ids(vocab: int, count: int) -> Any:
