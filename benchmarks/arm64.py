@@ -88,7 +88,7 @@ def main() -> None:
         run = _guide if args.guide else _boards
         content = {
             "artifacts": {
-                a.root.name: {"model": a.config.family, "ctx": a.plan.ctx,
+                a.root.name: {"model": a.manifest.made["model"]["type"], "ctx": a.plan.ctx,
                               "quant": a.manifest.quant.scheme, "kv": a.plan.kv}
                 for a in artifacts
             },

@@ -31,10 +31,10 @@ from common import run_main, say, show, write_result
 from memory_limits import forget, memory_group
 
 from edge_kv import models
+from edge_kv.amounts import parse_bytes
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.export.weight_file import WeightLayout
 from edge_kv.footprint import footprint, streaming
-from edge_kv.amounts import parse_bytes
 from edge_kv.runtime import load, native_library
 from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.runtime.cache import cache_directory
