@@ -353,7 +353,7 @@ def _expected(artifacts: list[Artifact]) -> dict[Any, Any]:
     """The same tokens on this machine, and the reference's choices at some steps of the first."""
     from edge_kv.runtime import generate, load
 
-    parity = artifacts[0].manifest.parity["executorch"]
+    parity = artifacts[0].parity("executorch")
     with np.load(artifacts[0].path(parity["vectors"])) as arrays:
         ids, prompt, logits = arrays["ids"].tolist(), int(arrays["prompt"]), arrays["logits"]
     made: dict[Any, Any] = {}
