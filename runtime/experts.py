@@ -32,10 +32,11 @@ def bank_bytes(experts: int, others: int, available: int | None) -> int:
 def keep_experts(library: Any, artifact: Artifact) -> int:
     """Give the operators of `library` a bank if the experts of `artifact` need one; its bytes.
 
-    To be called when its programs are loaded: a bank of another artifact ends with it.
+    To be called whenever one of its programs is loaded: a bank knows matrices by their addresses,
+    so one of before ends with it.
     """
-    needs = getattr(artifact.manifest, "needs", None)
-    if needs is None or not needs.experts:
+    needs = artifact.manifest.needs
+    if not needs.experts:
         return 0
     planned = predict_artifact(artifact)
     others = needs.dense + planned.anonymous + planned.state - planned.touched
@@ -46,6 +47,5 @@ def keep_experts(library: Any, artifact: Artifact) -> int:
 
 def forget_experts(library: Any, artifact: Artifact) -> None:
     """End the bank of `artifact`, before its weights are no longer mapped."""
-    needs = getattr(artifact.manifest, "needs", None)
-    if needs is not None and needs.experts:
+    if artifact.manifest.needs.experts:
         library.edge_kv_keep_experts(ctypes.c_int64(0))

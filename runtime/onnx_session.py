@@ -121,9 +121,6 @@ class OnnxSession(Session):
             self._create = self._load(cache, log_severity)
             for name in () if self._lean else PROGRAMS:
                 self._open(name)
-            if self.operators:
-                library = ctypes.CDLL(str(self.operators))
-                self.stats.expert_bank_bytes = experts.keep_experts(library, artifact)
             heap.trim()
         except BaseException:
             if self._ple:
@@ -178,6 +175,9 @@ class OnnxSession(Session):
         engine = self._create(name)
         self._mapped[name] = mapped.spans(folder) - before
         self._bound[name] = _Bound(self, name, program, engine)
+        if self.operators:  # its weights may lie where those of another program were
+            library = ctypes.CDLL(str(self.operators))
+            self.stats.expert_bank_bytes = experts.keep_experts(library, self.artifact)
 
     def _program(self, name: str) -> _Bound:
         """The program to run next; the other lets go of its pages, both map the same file."""

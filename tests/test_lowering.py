@@ -16,8 +16,10 @@ from edge_kv import runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import RewindError, SnapshotError
 from edge_kv.export import export_model
+from edge_kv.manifest import UNFINISHED
 from edge_kv.memory import predict_artifact, read_weights
 from edge_kv.report import artifact_data, print_artifact
+from edge_kv.runtime import experts
 from edge_kv.runtime.verify import verify
 
 LENGTH, CTX, CHUNK = 70, 78, 8  # windows of 8: rings of 15 slots wrap four times
@@ -145,6 +147,23 @@ def test_a_rewind_goes_as_far_as_the_shortest_table(made):
         session.rewind(reach)
         session.rewind(session.pos)
         assert decode(session, 12, made.expected) < BOUND
+
+
+def test_a_bank_of_experts_follows_the_programs_that_come_and_go(made, monkeypatch):
+    """Of an unfinished artifact one program is held, so weights lie where others lay before."""
+    artifact = read_artifact(made.root)
+    files = {
+        n: f.model_copy(update={"sha256": UNFINISHED}) for n, f in artifact.manifest.files.items()
+    }
+    artifact.manifest = artifact.manifest.model_copy(update={"files": files})
+    monkeypatch.setattr(experts, "bank_bytes", lambda *_: 1 << 20)
+    with runtime.load(artifact, "onnx") as session:
+        worst = 0.0
+        for _ in range(3):
+            prefill(session, 8)
+            worst = max(worst, decode(session, 4, made.expected))
+        assert bool(session.stats.expert_bank_bytes) == bool(artifact.manifest.needs.experts)
+    assert worst < BOUND
 
 
 @pytest.fixture(scope="module")
