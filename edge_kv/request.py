@@ -19,11 +19,16 @@ from edge_kv.errors import ConfigError, ExportError, WeightsError, did_you_mean
 from edge_kv.guidance import check_model, model_meant
 from edge_kv.models.checkpoint import open_checkpoint, read_config
 from edge_kv.models.model import Model, Row
-from edge_kv.models.sources import check_same, random_seed
+from edge_kv.models.sources import (
+    check_same,
+    drawn_config,
+    is_random,
+    not_there,
+    random_seed,
+)
 from edge_kv.progress import Progress
 from edge_kv.weights.hub import download, is_hub_id
 
-RANDOM = "random"
 BACKENDS = {"onnx": ("onnx",), "executorch": ("executorch",), "both": ("onnx", "executorch")}
 _PACKAGES = {
     "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export",
@@ -77,18 +82,14 @@ def find_subject(model: str | None, weights: str | None, revision: str | None = 
     if weights is None:
         if row is None or model is None:
             raise ConfigError("Name a model: --model e2b (a preset) or --weights DIR.")
-        source = str(row.weights) if row.weights else row.hub_id
-        return Subject(model, row.config, source, model, revision)
+        return Subject(model, row.config, row.official, model, revision)
     if revision is not None and not is_hub_id(weights):
         raise ConfigError(f"--revision is of a hub repository, and {weights!r} is none.")
     name = model or (Path(weights).name.removesuffix(".gguf") or weights)
-    if weights == RANDOM or weights.startswith(f"{RANDOM}:"):
-        if row is None:
-            raise WeightsError(
-                "`random` weights have no config of their own; name a model (--model)."
-            )
+    if is_random(weights):
+        config = drawn_config(row.config if row else None)
         random_seed(weights)
-        return Subject(name, row.config, weights, model, None)
+        return Subject(name, config, weights, model, None)
     path = Path(weights).expanduser()
     if is_hub_id(weights):
         path = download(weights, revision, config_only=True)
@@ -110,10 +111,7 @@ def _row(model: str) -> Row:
 def _described(path: Path, spec: str) -> Model:
     """The config of a checkpoint directory or a GGUF file."""
     if not path.exists():
-        raise WeightsError(
-            f"{spec!r} does not exist; give a directory with config.json and safetensors, "
-            "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."
-        )
+        raise not_there(spec)
     return read_config(path)
 
 

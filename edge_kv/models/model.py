@@ -176,3 +176,8 @@ class Row:
     hub_id: str
     about: str
     weights: Path | None = None  # shipped with the package
+
+    @property
+    def official(self) -> str:
+        """Where its own weights are: those that ship with the package, else on the hub."""
+        return str(self.weights) if self.weights else self.hub_id

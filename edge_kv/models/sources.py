@@ -16,7 +16,7 @@ from edge_kv.models.random_source import RandomSource
 from edge_kv.weights.hub import download, is_hub_id
 from edge_kv.weights.source import Array, Text
 
-_SEED_DIGITS = 20
+_RANDOM, _SEED_DIGITS = "random", 20
 # Fields in which a named model and a checkpoint of it may differ.
 _FREE = {"max_ctx", "pad_id", "bos_id", "eos_ids", "tied"}
 
@@ -68,14 +68,24 @@ def open_weights(
         WeightsError: nothing there, damaged, or a hub that cannot be reached.
         ConfigError: a model that is unknown, unsupported or not the one `config` describes.
     """
-    if spec == "random" or spec.startswith("random:"):
+    if is_random(spec):
         return _random(spec, config, formats or {})
     path = Path(os.path.expanduser(spec))
     if path.exists():
         return _same_model(open_checkpoint(path), config)
     if is_hub_id(spec):
         return _same_model(open_checkpoint(download(spec), f"hub {spec}"), config)
-    raise WeightsError(
+    raise not_there(spec)
+
+
+def is_random(spec: str) -> bool:
+    """Whether `--weights` asks for seeded random numbers."""
+    return spec == _RANDOM or spec.startswith(f"{_RANDOM}:")
+
+
+def not_there(spec: str) -> WeightsError:
+    """What to say of weights that are neither a path, nor on the hub, nor random."""
+    return WeightsError(
         f"{spec!r} does not exist; give a directory with config.json and safetensors, "
         "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."
     )
@@ -91,14 +101,23 @@ def open_model(row: Row | None, weights: str | None, formats: Mapping[str, str])
     """
     if row is None and weights is None:
         raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
-    official = row and (str(row.weights) if row.weights else row.hub_id)
-    return open_weights(weights or official or "", row.config if row else None, formats)
+    official = row.official if row else ""
+    return open_weights(weights or official, row.config if row else None, formats)
 
 
 def _random(spec: str, config: Model | None, formats: Mapping[str, str]) -> RandomSource:
+    return RandomSource(drawn_config(config), random_seed(spec), formats)
+
+
+def drawn_config(config: Model | None) -> Model:
+    """The config that random weights are drawn for, which a named model has to give.
+
+    Raises:
+        WeightsError: no model was named.
+    """
     if config is None:
         raise WeightsError("`random` weights have no config of their own; name a model (--model).")
-    return RandomSource(config, random_seed(spec), formats)
+    return config
 
 
 def random_seed(spec: str) -> int:
@@ -107,7 +126,7 @@ def random_seed(spec: str) -> int:
     Raises:
         WeightsError: it is no whole number.
     """
-    seed = spec.removeprefix("random").removeprefix(":") or "0"
+    seed = spec.removeprefix(_RANDOM).removeprefix(":") or "0"
     if not (seed.isascii() and seed.isdecimal() and len(seed) < _SEED_DIGITS):
         raise WeightsError(f"{spec!r} has the seed {seed!r}, expected a whole number: random:7.")
     return int(seed)
