@@ -21,7 +21,6 @@ from edge_kv.runtime.cache import cache_folder
 from edge_kv.runtime.meter import read_memory
 
 COMMAND = ("edge_kv.cli", "edge_kv.repl", "edge_kv.runtime.text")  # what `edge-kv run` imports
-LIBRARY = ("edge_kv.runtime.text",)  # what a program that uses edge-kv does
 _MODULES = {
     "onnx": "edge_kv.runtime.onnx_session",
     "executorch": "edge_kv.runtime.executorch_session",
@@ -69,12 +68,6 @@ def machine_base(engine: str, imports: tuple[str, ...] = COMMAND) -> Base:
     with suppress(KeyError, TypeError, ValueError):
         anon, file = kept[key]
         return Base(int(anon), int(file))
-    code = (
-        "import sys; from importlib import import_module; list(map(import_module, sys.argv[2:]));"
-    )
-    code += (
-        "from edge_kv.runtime.base import own_base; print(*vars(own_base(sys.argv[1])).values())"
-    )
     try:
         done = subprocess.run(
             [sys.executable, "-c", _MEASURE, engine, *imports],

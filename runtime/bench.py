@@ -39,7 +39,7 @@ from edge_kv import __version__
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
 from edge_kv.memory import COSTS, Base, predict_artifact, read_weights
-from edge_kv.plan import SCALE, Plan
+from edge_kv.plan import SCALE
 from edge_kv.progress import Progress, Silent
 from edge_kv.runtime import check_engine
 from edge_kv.runtime import snapshot as snapshots
@@ -336,17 +336,15 @@ def _fill(job: Job, open_session: Open) -> dict[str, str]:
 def _write_random(session: Session, path: Path, ids: Any) -> None:
     """A snapshot of seeded random rows: keys of unit variance, as the norm before them leaves."""
     rng = np.random.default_rng(0)
-    whole = isinstance(session.plan, Plan)  # tables are filled at once, buffers head by head
-    for memory in session.state.values():
-        for rows in [memory] if whole else memory:
-            for at in range(0, min(len(rows), len(ids)), 4096):
-                part = rows[at : min(at + 4096, len(ids))]
-                if part.dtype.kind in "iu":
-                    part[:] = rng.integers(1, 256, part.shape, np.uint8).view(part.dtype)
-                elif part.ndim == 1:
-                    part[:] = 3 / 127  # scales: three deviations fill the integers
-                else:
-                    part[:] = rng.standard_normal(part.shape, np.float32)
+    for table, memory in session.state.items():
+        for at in range(0, min(len(memory), len(ids)), 4096):
+            part = memory[at : min(at + 4096, len(ids))]
+            if part.dtype.kind in "iu":
+                part[:] = rng.integers(1, 256, part.shape, np.uint8).view(part.dtype)
+            elif table.endswith(SCALE):
+                part[:] = 3 / 127  # three deviations fill the integers
+            else:
+                part[:] = rng.standard_normal(part.shape, np.float32)
     snapshots.write(path, session.identity, session.plan, session.state, ids.tolist(), len(ids), {})
 
 
