@@ -53,6 +53,5 @@ const Kernels& best_kernels() {
 }
 
 float half_to_float(uint16_t half) { return half_bits_to_float(half); }
-uint16_t float_to_half(float value) { return float_to_half_bits(value); }
 
 }  // namespace edge_kv

@@ -30,10 +30,6 @@ inline Digits splat_group(const Digit* p) { return _mm512_set1_epi32(four_bytes(
 inline Digits widen(const int8_t* p) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
 }
-inline Digits widen(const uint8_t* p) {  // a byte is its value plus 128
-  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
-  return _mm512_cvtepi8_epi16(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
-}
 inline Dots dot_add(Dots sum, Digits a, Digits b) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpwssd_epi32(sum, a, b);
@@ -72,10 +68,6 @@ inline Digits load_digits(const Digit* p) { return _mm256_loadu_si256((const __m
 inline Digits splat_group(const Digit* p) { return _mm256_set1_epi32(four_bytes(p)); }
 inline Digits widen(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-}
-inline Digits widen(const uint8_t* p) {
-  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
-  return _mm256_cvtepi8_epi16(_mm_xor_si128(bytes, _mm_set1_epi8(-128)));
 }
 inline Dots dot_add(Dots sum, Digits a, Digits b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
@@ -149,9 +141,6 @@ inline Digits splat_group(const Digit* p) {
   return vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(p)));
 }
 inline Digits widen(const int8_t* p) { return vld1q_s8(p); }
-inline Digits widen(const uint8_t* p) {  // a byte is its value plus 128
-  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128)));
-}
 inline Dots dot_add(Dots sum, Digits a, Digits b) { return vdotq_s32(sum, a, b); }
 inline Dots joined(const Dots (&sum)[2]) { return vaddq_s32(vshlq_n_s32(sum[0], 8), sum[1]); }
 inline Vec as_floats(const Dots (&sum)[2]) { return vcvtq_f32_s32(joined(sum)); }

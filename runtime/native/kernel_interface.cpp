@@ -160,6 +160,3 @@ EDGE_KV_API int edge_kv_linear_float(const char* isa, int threads, const float* 
   edge_kv::linear_float(*kernels, {threads, run_on_threads}, x, tokens, rows, n_out, n_in, out);
   return 0;
 }
-
-EDGE_KV_API uint16_t edge_kv_to_half(float value) { return edge_kv::float_to_half(value); }
-EDGE_KV_API float edge_kv_from_half(uint16_t half) { return edge_kv::half_to_float(half); }

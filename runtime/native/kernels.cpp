@@ -248,8 +248,8 @@ inline Partial head_of(const Partial& all, int head) {
   return {all.top + at, all.sum + at, all.mix + at, 0};
 }
 
-// Attention in floats: K and V are what a key and a value are stored as.
-template <class K, class V>
+// Attention in floats over rows that are stored as T.
+template <class T>
 void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                const Partial& out) {
   const int dim = cache.dim;
@@ -258,19 +258,19 @@ void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
   walk<kRows>(cache, begin, end, q.count, [&](auto block, int head, int first, const Tile& tile) {
     constexpr int R = decltype(block)::count;
     if (!sees(q, first, R, tile)) return;
-    const Cache one = head_of(cache, head, sizeof(K));
+    const Cache one = head_of(cache, head, sizeof(T));
     const Partial partial = head_of(out, head);
     alignas(64) float scores[R][kTile];
     float keep[R];
     const float* rows = q.rows + head * q.next + int64_t(first) * dim;
     const int64_t stride = one.row_stride;
-    const K* keys = static_cast<const K*>(one.keys) + tile.slot * stride;
-    const V* values = static_cast<const V*>(one.values) + tile.slot * stride;
+    const T* keys = static_cast<const T*>(one.keys) + tile.slot * stride;
+    const T* values = static_cast<const T*>(one.values) + tile.slot * stride;
     int j = 0;
     for (; j + 2 <= tile.count; j += 2) {
       if (first == 0) {
-        prefetch(values + j * stride, dim * int64_t(sizeof(V)));
-        prefetch(values + (j + 1) * stride, dim * int64_t(sizeof(V)));
+        prefetch(values + j * stride, dim * int64_t(sizeof(T)));
+        prefetch(values + (j + 1) * stride, dim * int64_t(sizeof(T)));
       }
       dot_pair<R>(rows, dim, keys + j * stride, keys + (j + 1) * stride, scores, j);
     }
@@ -623,13 +623,13 @@ void attend_int8(const Cache& cache, const Queries& q, int64_t begin, int64_t en
   if (cache.dim % kSpan == 0 && cache.dim <= kQueryValues / kDotRows)
     return attend_digits(cache, q, begin, end, out);
 #endif
-  attend_as<int8_t, int8_t>(cache, q, begin, end, out);
+  attend_as<int8_t>(cache, q, begin, end, out);
 }
 
 void attend(const Cache& cache, const Queries& q, int64_t begin, int64_t end, const Partial& out) {
   switch (cache.storage) {
-    case Storage::f32: return attend_as<float, float>(cache, q, begin, end, out);
-    case Storage::f16: return attend_as<uint16_t, uint16_t>(cache, q, begin, end, out);
+    case Storage::f32: return attend_as<float>(cache, q, begin, end, out);
+    case Storage::f16: return attend_as<uint16_t>(cache, q, begin, end, out);
     case Storage::int8: return attend_int8(cache, q, begin, end, out);
   }
 }

@@ -136,6 +136,5 @@ const Kernels& best_kernels();
 const Kernels* find_kernels(const char* name);
 
 float half_to_float(uint16_t half);
-uint16_t float_to_half(float value);
 
 }  // namespace edge_kv

@@ -75,6 +75,26 @@ void embed_q(Call& call) {
 
 namespace {
 
+// What experts_q and glu_q are told of the gated units between their products.
+struct Unit {
+  int64_t width;
+  Activation activation;
+  float limit;
+};
+
+// Of activations x [tokens, values].
+Unit unit_of(const View& x, const Attribute& width, const Attribute& act, const Attribute& limit) {
+  if (x.rank != 2 || x.shape[1] > kMostOfAxis) refuse("x is ", x, "; it must be [tokens, values].");
+  if (width.whole < 1 || width.whole > kMostOfAxis)
+    refuse("width is ", width.whole, "; it is out of range.");
+  const bool silu = act.text == "silu";
+  if (!silu && act.text != "gelu_tanh")
+    refuse("act is \"", act.text, "\"; it must be \"silu\" or \"gelu_tanh\".");
+  const float most = float(limit.real);
+  if (!(most >= 0)) refuse("limit is ", double(most), "; it must be 0 (none) or more.");
+  return {width.whole, silu ? Activation::silu : Activation::gelu_tanh, most};
+}
+
 // The matrices of all experts, one after the other: packed in a format, or f32 [E, rows, cols].
 struct Stack {
   const Format* format;  // null: f32
@@ -225,19 +245,12 @@ void multiply_chosen(const Call& call, const Stack& stack, const Expert* experts
 
 void experts_q(Call& call) {
   const View &x = call.in[0], &index = call.in[1], &weight = call.in[2];
-  const int64_t width = call.attributes[0].whole;
-  const std::string_view act = call.attributes[3].text;
-  const float limit = float(call.attributes[4].real);
-  if (x.rank != 2 || x.shape[1] > kMostOfAxis) refuse("x is ", x, "; it must be [tokens, values].");
-  const int64_t tokens = x.shape[0], dim = x.shape[1];
-  if (width < 1 || width > kMostOfAxis) refuse("width is ", width, "; it is out of range.");
+  const Unit unit = unit_of(x, call.attributes[0], call.attributes[3], call.attributes[4]);
+  const int64_t tokens = x.shape[0], dim = x.shape[1], width = unit.width;
   if (index.rank != 2 || index.shape[0] != tokens)
     refuse("index is ", index, "; it must be [", tokens, ", choices].");
   if (weight.rank != 2 || weight.shape[0] != tokens || weight.shape[1] != index.shape[1])
     refuse("weight is ", weight, " and index is ", index, "; they must have the same shape.");
-  if (act != "silu" && act != "gelu_tanh")
-    refuse("act is \"", act, "\"; it must be \"silu\" or \"gelu_tanh\".");
-  if (!(limit >= 0)) refuse("limit is ", double(limit), "; it must be 0 (none) or more.");
   const Stack into = stack_of(call.in[3], "gate_up", call.attributes[1].text, 2 * width, dim);
   const Stack back = stack_of(call.in[4], "down", call.attributes[2].text, dim, width);
   if (into.experts != back.experts)
@@ -275,7 +288,6 @@ void experts_q(Call& call) {
     const Expert* const to = experts + std::min(first + part, count);
     return std::unique_ptr<Part>(new Part{{bank, into, from, to}, {bank, back, from, to}});
   };
-  const Activation activation = act == "silu" ? Activation::silu : Activation::gelu_tanh;
   std::unique_ptr<Part> now = begin(0), next;
   for (int64_t first = 0; first < count; first += part) {
     const Expert* const from = experts + first;
@@ -284,7 +296,7 @@ void experts_q(Call& call) {
     const int64_t start = from->begin;
     parallel(team, from[now->into.size() - 1].end - start, [&](int64_t i) {
       float* gate = products + (start + i) * stride;
-      call.kernels.gated(gate, gate + width, width, activation, limit, gate);
+      call.kernels.gated(gate, gate + width, width, unit.activation, unit.limit, gate);
       prepare(call, back, gate, hidden.row(start + i));
     });
     multiply_chosen(call, back, from, now->back.take(), hidden, products, stride);
@@ -308,8 +320,7 @@ namespace {
 
 // What glu_q computes, of activations as they are: slow, as `linear_exact`.
 void glu_exact(const Call& call, const View& x, const Weights& gate, const Weights* up,
-               const View& factor, const Weights& down, Activation activation, float limit,
-               float* out) {
+               const View& factor, const Weights& down, const Unit& unit, float* out) {
   const int64_t tokens = x.shape[0], count = tokens * gate.rows;
   std::vector<float> opened(static_cast<size_t>(count)), lifted(up ? size_t(count) : 0);
   const auto multiply = [&](const float* from, const Weights& by, float* to) {
@@ -318,7 +329,7 @@ void glu_exact(const Call& call, const View& x, const Weights& gate, const Weigh
   multiply(x.as<const float>(), gate, opened.data());
   if (up) multiply(x.as<const float>(), *up, lifted.data());
   call.kernels.gated(opened.data(), up ? lifted.data() : factor.as<const float>(), count,
-                     activation, limit, opened.data());
+                     unit.activation, unit.limit, opened.data());
   multiply(opened.data(), down, out);
 }
 
@@ -328,15 +339,8 @@ void glu_exact(const Call& call, const View& x, const Weights& gate, const Weigh
 // threads meet twice.
 void glu_q(Call& call) {
   const View &x = call.in[0], &factor = call.in[3];
-  const int64_t width = call.attributes[0].whole;
-  const std::string_view act = call.attributes[4].text;
-  const float limit = float(call.attributes[5].real);
-  if (x.rank != 2 || x.shape[1] > kMostOfAxis) refuse("x is ", x, "; it must be [tokens, values].");
-  const int64_t tokens = x.shape[0], dim = x.shape[1];
-  if (width < 1 || width > kMostOfAxis) refuse("width is ", width, "; it is out of range.");
-  if (act != "silu" && act != "gelu_tanh")
-    refuse("act is \"", act, "\"; it must be \"silu\" or \"gelu_tanh\".");
-  if (!(limit >= 0)) refuse("limit is ", double(limit), "; it must be 0 (none) or more.");
+  const Unit unit = unit_of(x, call.attributes[0], call.attributes[4], call.attributes[5]);
+  const int64_t tokens = x.shape[0], dim = x.shape[1], width = unit.width;
   if (bool(call.in[2]) == bool(factor)) refuse("up or factor must be given, and not both.");
   if (factor && (factor.rank != 2 || factor.shape[0] != tokens || factor.shape[1] != width))
     refuse("factor is ", factor, "; it must be [", tokens, ", ", width, "].");
@@ -350,10 +354,8 @@ void glu_q(Call& call) {
   const Weights up = factor ? gate : stored(2, 2, "up", width, dim);
   const View out = call.output_like(0, x);
 
-  const Activation activation = act == "silu" ? Activation::silu : Activation::gelu_tanh;
   if (call.exact)
-    return glu_exact(call, x, gate, factor ? nullptr : &up, factor, down, activation, limit,
-                     out.as<float>());
+    return glu_exact(call, x, gate, factor ? nullptr : &up, factor, down, unit, out.as<float>());
   const int64_t groups = (width + kGroupRows - 1) / kGroupRows, stride = groups * kGroupRows;
   const int64_t given_bytes = rounded_bytes(tokens, dim), between = rounded_bytes(tokens, width);
   float* const opened = scratch(size_t(2 * tokens * stride + (given_bytes + between) / 4 + 1));
@@ -377,7 +379,7 @@ void glu_q(Call& call) {
       float* const to = opened + t * stride + row;
       call.kernels.gated(to, factor ? factor.as<const float>() + t * width + row
                                     : lifted + t * stride + row,
-                         rows, activation, limit, to);
+                         rows, unit.activation, unit.limit, to);
     }
   });
   uint8_t* const hidden = memory + given_bytes;

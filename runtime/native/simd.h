@@ -67,10 +67,6 @@ inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-inline Vec load(const uint8_t* p) {  // a byte is its value plus 128
-  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-}
 inline Vec load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void save(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 inline void save(uint16_t* p, Vec x) {
@@ -100,10 +96,6 @@ using Vec = __m256;
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-inline Vec load(const uint8_t* p) {
-  const __m128i bytes = _mm_xor_si128(_mm_loadl_epi64((const __m128i*)p), _mm_set1_epi8(-128));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 inline Vec load(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void save(float* p, Vec x) { _mm256_storeu_ps(p, x); }
@@ -145,14 +137,12 @@ constexpr int kWidth = 4;
 constexpr int kRows = 8;
 using Vec = float32x4_t;
 inline Vec load(const float* p) { return vld1q_f32(p); }
-inline Vec load_bytes(const void* p, uint32_t flip) {
+inline Vec load(const int8_t* p) {
   uint32_t four;
   memcpy(&four, p, 4);
-  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four ^ flip)));
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
-inline Vec load(const int8_t* p) { return load_bytes(p, 0); }
-inline Vec load(const uint8_t* p) { return load_bytes(p, 0x80808080u); }
 inline Vec load(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void save(float* p, Vec x) { vst1q_f32(p, x); }
 inline void save(uint16_t* p, Vec x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
@@ -182,7 +172,6 @@ constexpr int kRows = 4;
 using Vec = float;
 inline Vec load(const float* p) { return *p; }
 inline Vec load(const int8_t* p) { return float(*p); }
-inline Vec load(const uint8_t* p) { return float(int(*p) - 128); }
 inline Vec load(const uint16_t* p) { return half_bits_to_float(*p); }
 inline void save(float* p, Vec x) { *p = x; }
 inline void save(uint16_t* p, Vec x) { *p = float_to_half_bits(x); }
@@ -203,7 +192,6 @@ inline Vec power_of_two(Vec n) { return ldexpf(1.0f, int(n)); }
 
 inline float value_of(float x) { return x; }
 inline float value_of(int8_t x) { return float(x); }
-inline float value_of(uint8_t x) { return float(int(x) - 128); }
 inline float value_of(uint16_t x) { return half_bits_to_float(x); }
 
 // exp(x) for x <= 0, relative error below 2e-7; arguments below -87 give exp(-87), about 1.6e-38.
