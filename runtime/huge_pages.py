@@ -13,25 +13,16 @@ import logging
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from edge_kv.runtime.available import available_memory
-from edge_kv.runtime.mapped import Span
+from edge_kv.runtime.mapped import Mapping, Span, mappings
 
 log = logging.getLogger(__name__)
 RESERVE = 256 << 20  # bytes that stay available beside a copy
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_MAPS = Path("/proc/self/maps")
 _FIXED, _COLLAPSE = 0x10, 25  # MAP_FIXED and MADV_COLLAPSE of Linux, which Python does not name
-
-
-class _Mapping(NamedTuple):
-    start: int
-    bytes: int
-    offset: int  # of the file
-    path: str
 
 
 def use_huge_pages(held: Iterable[Span], folder: Path) -> int:
@@ -40,7 +31,8 @@ def use_huge_pages(held: Iterable[Span], folder: Path) -> int:
     Nobody may read them meanwhile. 0 where the system has no huge pages, or too little memory.
     """
     spans = set(held)
-    found = [m for m in _mappings(folder) if (m.start, m.bytes) in spans]
+    there = (m for m in mappings(folder) if not m.path.endswith(" (deleted)"))
+    found = [m for m in there if m.span in spans]
     total = sum(m.bytes for m in found)
     if not found or not _has_huge_pages():
         return 0
@@ -69,25 +61,12 @@ def _has_huge_pages() -> bool:
         return False
 
 
-def _mappings(folder: Path) -> Iterator[_Mapping]:
-    inside = f"{folder.resolve()}/"
-    try:
-        lines = _MAPS.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        parts = line.split(None, 5)
-        if len(parts) == 6 and parts[5].startswith(inside) and not parts[5].endswith(" (deleted)"):
-            start, stop = (int(part, 16) for part in parts[0].split("-"))
-            yield _Mapping(start, stop - start, int(parts[2], 16), parts[5])
-
-
-def _advise(libc: ctypes.CDLL, m: _Mapping, advice: int) -> bool:
+def _advise(libc: ctypes.CDLL, m: Mapping, advice: int) -> bool:
     address, size = ctypes.c_void_p(m.start), ctypes.c_size_t(m.bytes)
     return bool(libc.madvise(address, size, advice) == 0)
 
 
-def _map(libc: ctypes.CDLL, m: _Mapping, access: int, flags: int, fd: int, offset: int) -> bool:
+def _map(libc: ctypes.CDLL, m: Mapping, access: int, flags: int, fd: int, offset: int) -> bool:
     """Map over `m`; what was there is gone at once."""
     libc.mmap.restype = ctypes.c_void_p
     found = libc.mmap(
@@ -97,7 +76,7 @@ def _map(libc: ctypes.CDLL, m: _Mapping, access: int, flags: int, fd: int, offse
     return bool(found == m.start)
 
 
-def _replace(libc: ctypes.CDLL, m: _Mapping) -> bool:
+def _replace(libc: ctypes.CDLL, m: Mapping) -> bool:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if not _map(libc, m, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0):
         return False
@@ -105,7 +84,7 @@ def _replace(libc: ctypes.CDLL, m: _Mapping) -> bool:
     return True
 
 
-def _fill(libc: ctypes.CDLL, m: _Mapping) -> bool:
+def _fill(libc: ctypes.CDLL, m: Mapping) -> bool:
     """Read the file into the memory that took its place; map it again where that fails."""
     fd = os.open(m.path, os.O_RDONLY)
     try:

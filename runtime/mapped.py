@@ -11,14 +11,49 @@ from __future__ import annotations
 import ctypes
 import mmap
 from pathlib import Path
+from typing import NamedTuple
 
 _SMAPS = Path("/proc/self/smaps")
 Span = tuple[int, int]  # address and bytes
 
 
-def spans(folder: Path) -> set[Span]:
+class Mapping(NamedTuple):
+    """A part of a file in memory."""
+
+    start: int
+    bytes: int
+    offset: int  # of the file
+    path: str  # ends in " (deleted)" where the file is gone
+    dirty: bool  # whether a page of it is a private, changed copy
+
+    @property
+    def span(self) -> Span:
+        return self.start, self.bytes
+
+
+def mappings(folder: Path) -> list[Mapping]:
     """Where files in `folder` are mapped now; empty where the system does not say."""
-    return {span for span, _ in _clean_and_dirty(str(folder.resolve()))}
+    inside = f"{folder.resolve()}/"
+    try:
+        text = _SMAPS.read_text()
+    except OSError:
+        return []
+    found: list[Mapping] = []
+    head: list[str] = []
+    for line in text.splitlines():
+        words = line.split(None, 5)
+        if "-" in words[0] and not words[0].endswith(":"):
+            head = words if len(words) == 6 and words[5].startswith(inside) else []
+        elif head and words[0] == "Anonymous:":
+            start, stop = (int(part, 16) for part in head[0].split("-"))
+            dirty = words[1] != "0"
+            found.append(Mapping(start, stop - start, int(head[2], 16), head[5], dirty))
+    return found
+
+
+def spans(folder: Path) -> set[Span]:
+    """The places of `mappings`."""
+    return {m.span for m in mappings(folder)}
 
 
 def let_go(held: set[Span], folder: Path) -> None:
@@ -26,25 +61,6 @@ def let_go(held: set[Span], folder: Path) -> None:
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     advise = ctypes.CDLL(None).madvise
-    for span, dirty in _clean_and_dirty(str(folder.resolve())):
-        if span in held and not dirty:
-            advise(ctypes.c_void_p(span[0]), ctypes.c_size_t(span[1]), mmap.MADV_DONTNEED)
-
-
-def _clean_and_dirty(folder: str) -> list[tuple[Span, bool]]:
-    """Mappings of files in `folder`, and whether a page of them is a private, changed copy."""
-    try:
-        text = _SMAPS.read_text()
-    except OSError:
-        return []
-    found: list[tuple[Span, bool]] = []
-    current: Span | None = None
-    for line in text.splitlines():
-        head = line.split(None, 5)
-        if "-" in head[0] and not head[0].endswith(":"):
-            start, stop = (int(part, 16) for part in head[0].split("-"))
-            inside = len(head) == 6 and head[5].startswith(f"{folder}/")
-            current = (start, stop - start) if inside else None
-        elif current and head[0] == "Anonymous:":
-            found.append((current, head[1] != "0"))
-    return found
+    for m in mappings(folder):
+        if m.span in held and not m.dirty:
+            advise(ctypes.c_void_p(m.start), ctypes.c_size_t(m.bytes), mmap.MADV_DONTNEED)
