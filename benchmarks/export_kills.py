@@ -31,7 +31,7 @@ from common import EXPORT, run_main, say, write_result
 
 from edge_kv.artifact import sha256_file
 from edge_kv.errors import RuntimeFault
-from edge_kv.export.unfinished import unfinished
+from edge_kv.files import unfinished
 from edge_kv.runtime import load
 from edge_kv.runtime.cache import CACHE_VARIABLE
 

@@ -26,7 +26,7 @@ import numpy as np
 from common import EXPORT, run_main, say, write_result
 
 from edge_kv.errors import RuntimeFault
-from edge_kv.export.unfinished import unfinished
+from edge_kv.files import unfinished
 
 
 def main() -> None:

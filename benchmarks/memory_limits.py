@@ -29,7 +29,7 @@ from common import EXPORT, run_main, say, show, write_result
 from edge_kv.amounts import parse_bytes, parse_size
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ConfigError, RuntimeFault
-from edge_kv.export.unfinished import unfinished
+from edge_kv.files import unfinished
 from edge_kv.runtime.bench import MODULE, Job, fill_depths
 from edge_kv.runtime.cache import cache_directory
 from edge_kv.runtime.threads import thread_count

@@ -13,6 +13,7 @@ from edge_kv import models
 from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
 from edge_kv.errors import Cancelled
+from edge_kv.files import unfinished
 from edge_kv.memory import COSTS, predict_artifact
 from edge_kv.needs import count_needs
 from edge_kv.request import check_backend, check_output, check_packages, find_subject
@@ -60,8 +61,8 @@ def carry_out(order: Order) -> tuple[Artifact, float]:
     held = subject.formats() if order.quant == AUTO else {}
     rows = models.weights(subject.config)
     needs = count_needs(subject.config, *storage(order.quant, rows, held, order.changes))
-    unfinished = out.parent / f".{out.name}.part"
-    written = size_of(unfinished) if unfinished.is_dir() else 0
+    part = unfinished(out)
+    written = size_of(part) if part.is_dir() else 0
     check_output(out, int(_SPACE * (needs.weight_file + needs.lookup_file)), written)
     be_quiet()
     try:
@@ -87,7 +88,7 @@ def carry_out(order: Order) -> tuple[Artifact, float]:
                 progress=bar,
             )
     except KeyboardInterrupt as e:
-        raise Cancelled(_interrupted(unfinished)) from e
+        raise Cancelled(_interrupted(part)) from e
     from edge_kv.artifact import read_artifact
 
     return read_artifact(root), time.monotonic() - began
@@ -99,12 +100,12 @@ def be_quiet() -> None:
     logging.getLogger().addHandler(logging.NullHandler())  # instead of the last resort: stderr
 
 
-def _interrupted(unfinished: Path) -> str:
-    if not unfinished.is_dir():
+def _interrupted(part: Path) -> str:
+    if not part.is_dir():
         return "Interrupted; what was downloaded is kept, and the same command goes on from there."
     return (
-        f"Interrupted; the same command goes on where this one stopped. {unfinished} holds "
-        f"{size(size_of(unfinished))}; remove it if you do not want to go on."
+        f"Interrupted; the same command goes on where this one stopped. {part} holds "
+        f"{size(size_of(part))}; remove it if you do not want to go on."
     )
 
 

@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def unfinished(out: Path) -> Path:
+    """Where an export to `out` is kept until it is finished."""
+    return out.parent / f".{out.name}.part"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes; it changes only if the block ends without an exception.

@@ -32,7 +32,7 @@ from edge_kv.export.calibrated_weights import (
     plain_encoder,
 )
 from edge_kv.export.packed_weights import PackedWeights
-from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
+from edge_kv.export.unfinished import read_record, sole_exporter, write_record
 from edge_kv.export.weight_file import (
     Journal,
     StoredWeights,
@@ -42,6 +42,7 @@ from edge_kv.export.weight_file import (
     write_ple,
     write_weights,
 )
+from edge_kv.files import unfinished
 from edge_kv.manifest import (
     UNFINISHED,
     Backend,

@@ -15,11 +15,6 @@ from edge_kv.errors import ExportError
 from edge_kv.files import write_text
 
 
-def unfinished(out: Path) -> Path:
-    """Where an export to `out` is kept until it is finished."""
-    return out.parent / f".{out.name}.part"
-
-
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write JSON so that a killed export leaves all of it or nothing."""
     write_text(path, json.dumps(record, sort_keys=True))

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from edge_kv import models
 from edge_kv.errors import ExportError, WeightsError
 from edge_kv.export import backends, export_model
-from edge_kv.export.unfinished import read_record, sole_exporter, unfinished, write_record
+from edge_kv.export.unfinished import read_record, sole_exporter, write_record
+from edge_kv.files import unfinished
 from edge_kv.progress import Silent
 from edge_kv.runtime import load
 
