@@ -28,6 +28,16 @@ def exact_artifact(tmp_path_factory):
     return _exported(tmp_path_factory, "tiny-512-exact", quant="none", kv="f32")
 
 
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """The app's runtime in a desktop JVM, for the Android tests of one file."""
+    from android_host import start
+
+    server = start(tmp_path_factory.mktemp("scratch"))
+    yield server
+    server.close()
+
+
 def _exported(tmp_path_factory, name, **options):
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # a pytest-xdist worker

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from android_artifacts import VOCAB, export
-from android_host import DEMO, HostError, floats, start
+from android_host import DEMO, HostError, floats
 from fake_artifact import edit_manifest, write_artifact
 
 from edge_kv.artifact import read_artifact
@@ -27,13 +27,6 @@ FAMILIES = {  # rings of 15 slots, strides of 4 and 16, two programs each
     "zaya-sliding": {"ctx": 300},
     "deepseek_v4": {"ctx": 1100},  # rows of four positions are bound in prefixes of 256
 }
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    server = start(tmp_path_factory.mktemp("scratch"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

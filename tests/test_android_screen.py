@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from android_artifacts import export
-from android_host import DEMO, HostError, start
+from android_host import DEMO, HostError
 from test_android_text import MARKS, THINKER
 
 from edge_kv.runtime import load
@@ -14,13 +14,6 @@ from edge_kv.runtime.chat import Chat, Options
 ANDROID = "{http://schemas.android.com/apk/res/android}"
 RES = DEMO / "src/main/res"
 FORM = ["", "", "", "", "", "", "", "0"]  # the settings form, empty
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    server = start(tmp_path_factory.mktemp("scratch"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

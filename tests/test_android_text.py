@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from android_artifacts import export
-from android_host import HostError, start
+from android_host import HostError
 from fake_artifact import TEMPLATE, edit_manifest
 from test_replies import FAMILIES, make_tokenizer
 from tokenizers import Tokenizer
@@ -94,13 +94,6 @@ def corpus():
                 parts.append(rng.choice(EDGES)[:50])
         texts.append(rng.choice(["", " ", "\n", "  "]).join(parts))
     return texts
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    server = start(tmp_path_factory.mktemp("scratch"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
