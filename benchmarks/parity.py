@@ -1,27 +1,29 @@
-"""Records how far the decoder and its programs are from transformers, family by family.
+"""Records how far the programs of every family are from transformers.
 
 Tiny models, every parameter randomised, float weights, f32 state; mixed chunks, ring wraps and
-rewinds (`tests/parity_runs.py`). `tests/test_parity.py` bounds what this writes to results/.
-Mixtures of experts have no ExecuTorch programs: the exporter's reason is recorded.
+rewinds (`tests/parity_runs.py`). Where a model has no programs of an engine, the exporter's reason
+is recorded. Rows of models that are not asked for stay in the result file.
 
-    python benchmarks/parity.py
+    python benchmarks/parity.py [--model llama --model zaya]
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import run_main, say, write_result
+from common import RESULTS, run_main, say, write_result
 
 from edge_kv.errors import ExportError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from parity_runs import LENGTH, export, program_logits, reference
-from weights_models import NAMES
+from tiny_models import NAMES
 
 # What is run: engine and attention of each column.
 PROGRAMS = {
@@ -51,22 +53,25 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    rows = {}
-    for name in NAMES:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", action="append", choices=NAMES, help="default: all")
+    args = parser.parse_args()
+    rows = json.loads((RESULTS / "parity.json").read_text(encoding="utf-8"))["families"]
+    for name in args.model or NAMES:
         with (
             tempfile.TemporaryDirectory() as folder,
             mock.patch("edge_kv.export.executorch_portable.BLOCK", BLOCK),
         ):
             rows[name] = measure(name, Path(folder))
         say(f"{name}: {rows[name]}")
-    write_result(
-        "parity",
-        {
-            "what": "largest |Δlogit| against transformers in fp32, quant none, KV f32",
-            "tokens": LENGTH,
-            "families": rows,
-        },
-    )
+        write_result(
+            "parity",
+            {
+                "what": "largest |Δlogit| against transformers in fp32, quant none, KV f32",
+                "tokens": LENGTH,
+                "families": rows,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ DOCUMENTS = (
     "docs/speed.md",
 )  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
-STORED = {  # how a row calls a run of benchmarks/quality.py
-    "int8 weights": "int8 block 32, f32 KV",
-    "int4 weights": "int4 block 32, f32 KV",
-    "int4 weights and int8 KV (the default)": "int4 block 32, int8 KV",
+STORED = {  # how a row calls a run of benchmarks/calibration.py
+    "int8 weights": "int8",
+    "int4 weights, the default": "int4",
+    "int4 weights, `--calibration none`": "int4, not calibrated",
 }
 NEW = 64  # greedy tokens compared
+FORMATS_SINCE = "2026-11-29"  # results before it are of weight formats that are gone
 PEER = "llama.cpp"  # the better of its settings counts, figure by figure
 MISSING = "–"
 BOARDS = {"Pi 4, 4 GB": 4 << 30, "Pi 5, 8 GB": 8 << 30}
@@ -44,7 +46,7 @@ BOARD_MODELS = ("gemma3-270m", "gemma3-1b", "e2b", "e4b")
 CONTEXTS = {"32k": 32_768, "128k": 131_072}
 ROOMS = ("edge_kv", "edge_kv/weights", "export", "runtime", "runtime/native",
          "benchmarks", "tests")  # fmt: skip
-_PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+_PART = re.compile(r"(<!-- generated: ([\w, -]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -78,9 +80,9 @@ def results() -> str:
     """Every claim that a committed result file holds, one column a model."""
     rows = [
         row(f"first {NEW} greedy tokens equal to `transformers` fp32", greedy),
-        row("perplexity, `transformers` fp32", lambda model: perplexity(model, "float")),
+        row("perplexity of the float checkpoint", float_perplexity),
         *(
-            row(f"perplexity, {label}", lambda model, run=run: perplexity(model, run))
+            row(f"{label}: perplexity, KL, bits", lambda model, run=run: quality(model, run))
             for label, run in STORED.items()
         ),
         *(
@@ -115,13 +117,15 @@ def greedy(model: str) -> str:
     return f"{equal} of {len(prompts)} prompts, logits within {worst:.0e}"
 
 
-def perplexity(model: str, run: str) -> str:
-    """Over windows of text; with the bytes of the weights where they are stored by us."""
-    result = load(f"quality_{model}")
-    if run == "float":
-        return f"{result['float_perplexity']['windows']:.2f}"
-    variant = next(v for v in result["variants"] if v["run"] == run)
-    return f"{variant['windows']['perplexity']:.2f} ({size(variant['weight_bytes'])})"
+def float_perplexity(model: str) -> str:
+    return f"{load(f'calibration_{model}')['rows'][0]['against']['perplexity']:.2f}"
+
+
+def quality(model: str, run: str) -> str:
+    """What weights stored so predict, how far that is from float ones, and what they take."""
+    stored = next(r for r in load(f"calibration_{model}")["rows"] if r["run"] == run)
+    weights = f"{stored['bits']:.2f} ({size(stored['weight_bytes'])})"
+    return f"{stored['perplexity']:.2f}, {stored['against']['mean_kl']:.2g}, {weights}"
 
 
 def int8_kv(model: str, depth: int) -> str:
@@ -139,11 +143,19 @@ def parity_sentence() -> str:
     if not (RESULTS / "parity.json").is_file():
         return ""
     families = load("parity")["families"]
-    worst = max(f["onnx"] for f in families.values())
+    engines = {
+        "onnx": "ONNX Runtime",
+        "executorch": "ExecuTorch",
+        "executorch_portable": "portable",
+    }
+    said = []
+    for column, label in engines.items():
+        found = {name: row[column] for name, row in families.items() if row.get(column)}
+        if found:
+            said.append(f"{label} {max(found.values()):.0e} ({', '.join(found)})")
     return (
-        f"Small models of every family ({', '.join(families)}) with every parameter drawn at "
-        f"random: logits of the exported programs within {worst:.0e} of `transformers` fp32, past "
-        "ring wraps and rewinds."
+        "Small models with every parameter drawn at random, past ring wraps and rewinds: the "
+        f"largest difference of a logit from `transformers` fp32 is {'; '.join(said)}."
     )
 
 
@@ -153,15 +165,19 @@ def prefill_sentence() -> str:
         if (RESULTS / f"{name}.json").is_file():
             r = load(name)
             return (
-                f"Prefill ({r['model']}, {r['prompt_tokens']} tokens) runs {r['owning_layers']} of "
-                f"{r['layers']} layers and is {r['speed_up']:.1f} times as fast as the same graph "
-                "with all of them, leaving the same state."
+                f"Prefill ({r['model']}, {r['quant']} and f32 scales, an earlier format, "
+                f"{r['prompt_tokens']} tokens) runs {r['owning_layers']} of {r['layers']} layers "
+                f"and is {r['speed_up']:.1f} times as fast as the same graph with all of them, "
+                "leaving the same state."
             )
     return ""
 
 
-def full_size() -> str:
-    """Both E models on both engines beside llama.cpp: a row a depth, medians of all rounds."""
+def full_size(today: bool) -> str:
+    """The E models on both engines beside llama.cpp: a row a depth, medians of all rounds.
+
+    Of the weight formats of today, or of the earlier ones.
+    """
     engines = {PEER: PEER, " onnx": "ONNX", " executorch": "ExecuTorch"}
     figures = {
         "decode": ("decode tok/s", max, lambda x: f"{x:.1f}"),
@@ -171,7 +187,9 @@ def full_size() -> str:
     }
     parts = []
     for model in ("e2b", "e4b"):
-        found = by_depth(model, engines)
+        found = by_depth(model, engines, today)
+        if not found:
+            continue
         for names in (("decode", "prefill"), ("anon_peak", "rss_peak")):
             chosen = [(n, *figures[n]) for n in names]
             head = [f"{model.upper()}: depth"]
@@ -189,11 +207,16 @@ def full_size() -> str:
     return "\n\n".join(parts)
 
 
-def by_depth(model: str, engines: dict[str, str]) -> dict[int, dict[str, list[dict[str, Any]]]]:
+def by_depth(
+    model: str, engines: dict[str, str], today: bool
+) -> dict[int, dict[str, list[dict[str, Any]]]]:
     """Rows of all full-size results of a model by depth and column of the engine."""
     found: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted(RESULTS.glob(f"full_size_{model}*.json")):
-        for r in load(path.stem)["summary"]:
+        result = load(path.stem)
+        if (result["date"] >= FORMATS_SINCE) != today:
+            continue
+        for r in result["summary"]:
             column = next(c for part, c in engines.items() if part in r["subject"])
             found.setdefault(r["depth"], {}).setdefault(column, []).append(r)
     return found
@@ -377,7 +400,8 @@ def jvm() -> str:
         f"{t['tokenizer']} {t['equal']:,} of {t['strings']:,}" for t in result["tokenizers"]
     )
     sentence = f"Strings with the ids of Hugging Face `tokenizers`: {strings}."
-    return f"{table(head, rows, left=2)}\n\n{sentence}"
+    when = f"Measured {result['date']}; int4 and int8 in the formats of then, with f32 scales."
+    return f"{table(head, rows, left=2)}\n\n{sentence} {when}"
 
 
 def apk() -> str:
@@ -386,32 +410,31 @@ def apk() -> str:
     files = sorted(result["files"], key=lambda f: -f["stored"])
     rows = [[f"`{f['path']}`", size(f["bytes"]), size(f["stored"])] for f in files]
     rows.append(["the APK, signed", "", size(result["bytes"])])
-    return table(["file", "bytes", "in the APK"], rows)
+    when = f"Built {result['date']}, without the model that it ships with now."
+    return f"{table(['file', 'bytes', 'in the APK'], rows)}\n\n{when}"
 
 
 def executorch_export() -> str:
-    """What exports to ExecuTorch took, under which hard limit of memory."""
+    """What exports with ExecuTorch programs took, under which hard limit of memory."""
     rows = []
-    for path in sorted(RESULTS.glob("export_*_executorch.json")):
+    for path in sorted(RESULTS.glob("export_*_both.json")):
         r = load(path.stem)
-        shown = (a for a in r["arguments"] if "/" not in a and a not in ("--out", "--backend"))
         rows.append(
             [
-                f"`{' '.join(a for a in shown if a != 'executorch')}`",
+                f"`{' '.join(a for a in r['arguments'] if '/' not in a and a != '--out')}`",
                 size(r["limit"]),
                 size(r["rss_peak"]),
                 f"{r['seconds'] / 60:.1f}",
                 f"{r['cpu_seconds'] / 60:.1f}",
-                f"{r['machine']['load_average'][1]:.0f}",
             ]
         )
-    head = ["export", "limit", "peak RSS of a process", "minutes", "CPU minutes", "load average"]
-    return table(head, rows)
+    return table(["export", "limit", "peak RSS of a process", "minutes", "CPU minutes"], rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
-    "full-size": full_size,
+    "full-size": partial(full_size, today=True),
+    "full-size, earlier": partial(full_size, today=False),
     "memory": memory,
     "boards": boards,
     "arm64": arm64,

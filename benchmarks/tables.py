@@ -14,24 +14,31 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 MODELS = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}
+FORMATS_SINCE = "2026-11-29"  # results before it are of formats that are gone
+EARLIER_BITS = {
+    "int8 block 32": 9,
+    "int4 block 32": 5,
+    "int4 block 64": 4.5,
+    "int4 block 128": 4.25,
+}
 
 
 def main() -> None:
     tables = {
         "greedy": greedy(result("greedy_gemma3_270m")),
-        "weights": "\n\n".join(weights(m, result(f"quality_{m}")) for m in MODELS),
+        "weights": "\n\n".join(weights(m, result(f"calibration_{m}")) for m in MODELS),
+        "earlier formats": earlier_formats({m: result(f"quality_{m}") for m in MODELS}),
         "kv": kv({m: result(f"kv_quality_{m}") for m in MODELS}),
         "prefill": prefill(result("prefill_skip"), result("prefill_skip_exact")),
         "full size": "\n\n".join(full_size(r) for r in results("full_size_")),
         "limits": "\n\n".join(limits(r) for r in results("limits_")),
         "exports": exports(results("export_")),
         "resume": "\n\n".join(resume(r) for r in results("resume_")),
-        "memory": memory(results("bench_")),
+        "memory": "\n\n".join(memory_model(r) for r in results("memory_model")),
         "startup": startup(result("startup")),
         "agreement": "\n\n".join(agreement(r) for r in results("engines_agree_")),
         "peers": "\n\n".join(peers(r) for r in results("peers_")),
         "contexts": "\n\n".join(contexts(r) for r in results("executorch_contexts")),
-        "methods": "\n\n".join(methods(r) for r in results("executorch_methods")),
         "exporters": "\n\n".join(exporters(r) for r in results("executorch_peer")),
         "devices": devices(result("device_classes")),
         "smollm2": smollm2(result("greedy_smollm2")),
@@ -52,6 +59,25 @@ def result(name: str) -> dict[str, Any]:
 def results(prefix: str) -> list[dict[str, Any]]:
     """Every result file whose name starts with `prefix`, in order of name."""
     return [result(p.stem) for p in sorted((HERE / "results").glob(f"{prefix}*.json"))]
+
+
+def earlier(r: dict[str, Any], model: str) -> str:
+    """The format that a result was measured with, if it is none of today's, and what that loses."""
+    if r["date"] >= FORMATS_SINCE:
+        return ""
+    stored = "int8 block 32" if "gemma" in model else "int4 block 128"
+    rows = result("quality_gemma3_270m")["variants"]
+    lost = next(v["windows"]["mean_kl"] for v in rows if v["run"].startswith(stored))
+    return (
+        f"Measured with {stored} and f32 scales, an earlier format: its KL on Gemma 3 270M is "
+        f"{lost:.2g}, today's int4 has {todays_kl():.2g}."
+    )
+
+
+def todays_kl() -> float:
+    rows = result("calibration_gemma3_270m")["rows"]
+    kl: float = next(r["against"]["mean_kl"] for r in rows if r["run"] == "int4")
+    return kl
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -109,26 +135,42 @@ def greedy(r: dict[str, Any]) -> str:
 
 def weights(model: str, r: dict[str, Any]) -> str:
     head = (
-        MODELS[model], "MB", "relative error", "perplexity, windows", "perplexity, long", "mean KL",
+        MODELS[model],
+        "bits a weight",
+        "MB",
+        "perplexity",
+        "mean KL",
+        "99 % below",
         "same top-1",
-    )  # fmt: skip
-    floats = r["float_perplexity"]
-    rows: list[tuple[Any, ...]] = [
-        ("float (transformers fp32)", "", "", floats["windows"], floats.get("long", ""), 0, "100 %")
-    ]
-    for v in r["variants"]:
-        w, n = v["windows"], v.get("long", {})
+    )
+    float_row = ("float", "", "", f"{r['rows'][0]['against']['perplexity']:.3f}", 0, 0, "100 %")
+    rows: list[tuple[Any, ...]] = [float_row]
+    for row in r["rows"]:
+        against = row["against"]
         rows.append(
             (
-                v["run"],
-                f"{v['weight_bytes'] / 1e6:.1f}",
-                f"{v['mean_relative_error']:.3f}",
-                w["perplexity"],
-                n.get("perplexity", ""),
-                w["mean_kl"],
-                f"{w['top1_agreement']:.1%}",
+                row["run"],
+                row["bits"],
+                f"{row['weight_bytes'] / 1e6:.1f}",
+                f"{row['perplexity']:.3f}",
+                f"{against['mean_kl']:.4f}",
+                f"{against['p99_kl']:.3f}",
+                f"{against['top1']:.1%}",
             )
         )
+    return markdown(head, rows)
+
+
+def earlier_formats(results: dict[str, dict[str, Any]]) -> str:
+    """What the formats that are gone lost, as they were measured then."""
+    head = ("earlier format", "bits a weight", *(f"{MODELS[m]}: perplexity, KL" for m in results))
+    rows: list[tuple[Any, ...]] = []
+    for label, bits in EARLIER_BITS.items():
+        cells = []
+        for r in results.values():
+            at = next(v["windows"] for v in r["variants"] if v["run"].startswith(label))
+            cells.append(f"{at['perplexity']:.2f}, {at['mean_kl']:.2g}")
+        rows.append((label, bits, *cells))
     return markdown(head, rows)
 
 
@@ -185,8 +227,10 @@ def full_size(r: dict[str, Any]) -> str:
     ]
     how = {"prefill": "by prefill", "random": "with random rows"}[c["fill"]]
     rounds = max(x["rounds"] for x in r["summary"])
+    format = earlier(r, r["summary"][0]["subject"])
+    said = " ".join(s for s in (format, r.get("note", "").strip()) if s)
     return (
-        f"{r.get('note', '')}{c['threads']} threads, prefill of {c['prompt']} tokens, depth "
+        f"{said} {c['threads']} threads, prefill of {c['prompt']} tokens, depth "
         f"reached {how}; medians of {rounds} alternating rounds.\n\n" + markdown(head, rows)
     )
 
@@ -228,9 +272,11 @@ def peers(r: dict[str, Any]) -> str:
                 *peaks(x),
             )
         )
+    format = earlier(r, r["model"])
     return (
-        f"{c['threads']} threads, {c['prompt']} tokens up to the first new one, {c['tokens']} more "
-        f"from there; medians of {rounds} alternating rounds.\n\n" + markdown(head, rows)
+        f"{format} {c['threads']} threads, {c['prompt']} tokens up to the first new one, "
+        f"{c['tokens']} more from there; medians of {rounds} alternating rounds.\n\n"
+        + markdown(head, rows)
     )
 
 
@@ -248,7 +294,7 @@ def limits(r: dict[str, Any]) -> str:
         else:
             speed = ("killed", "", "")
         rows.append((name, *speed, x["peak"] >> 20))
-    return markdown(head, rows)
+    return f"{earlier(r, r['artifact'])}\n\n{markdown(head, rows)}".strip()
 
 
 def exports(documents: list[dict[str, Any]]) -> str:
@@ -278,22 +324,27 @@ def resume(r: dict[str, Any]) -> str:
     )
 
 
-def memory(documents: list[dict[str, Any]]) -> str:
-    """Anonymous memory of each phase, planned and measured in MB, and the error."""
-    phases = ("load", "prefill", "decode")
-    head = ("artifact", "engine", "KV", "context", *(f"{p}: MB, error" for p in phases))
+def memory_model(r: dict[str, Any]) -> str:
+    """Planned and measured megabytes of every phase, a row a model and engine."""
+    phases = ("load", "tokenizer", "prefill", "decode")
+    head = ("model, use", "engine", "MB", *phases)
     rows: list[tuple[Any, ...]] = []
-    for r in documents:
-        for run in r["runs"]:
-            cells = [
-                f"{m['anon_planned'] / 1e6:.0f}, {m['anon_peak'] / 1e6:.0f}, {m['anon_error']:+.1%}"
-                for m in map(run["memory"].get, phases)
-                if m.get("anon_planned")
-            ]
-            if cells:
-                a = r["artifact"]
-                rows.append((a["name"], run["engine"], a["kv"], f"{run['ctx']:,}", *cells))
-    return markdown(head, rows)
+    for x in r["rows"]:
+        for kind, label in (("anon", "anonymous"), ("total", "all")):
+            cells = []
+            for phase in phases:
+                if phase not in x["measured"]:
+                    cells.append("–")
+                    continue
+                planned, measured = x["planned"][phase][kind], x["measured"][phase][kind]
+                off = abs(planned - measured) > max(0.05 * measured, 5e6)
+                cells.append(f"{planned / 1e6:.0f}, {measured / 1e6:.0f}{' *' if off else ''}")
+            rows.append((f"{x['model']}, {x['use']}", x["engine"], label, *cells))
+    promise = r["promise"]
+    return (
+        f"{promise['held']} of {promise['of']} figures are within 5 % or 5 MB; the others are "
+        f"marked.\n\n{markdown(head, rows)}"
+    )
 
 
 def startup(r: dict[str, Any]) -> str:
@@ -345,26 +396,6 @@ def contexts(r: dict[str, Any]) -> str:
             f"{row['decode_at_end_ms']:.2f}",
         )
         for row in r["rows"]
-    ]
-    return markdown(head, rows)
-
-
-def methods(r: dict[str, Any]) -> str:
-    """Two methods beside a single dynamic one."""
-    head = ("methods", "prefill tok/s", "decode tok/s", "file MB", "anonymous MB", "delegates",
-            "lowering s")  # fmt: skip
-    names = {"two": "prefill and decode", "one": "one, 1 … chunk tokens"}
-    rows: list[tuple[Any, ...]] = [
-        (
-            names[form],
-            f"{row['prefill_rate']:.0f}",
-            f"{row['decode_rate']:.1f}",
-            f"{row['bytes'] / 1e6:.0f}",
-            f"{row['anon'] / 1e6:.0f}",
-            row["delegates"],
-            row["lower_seconds"],
-        )
-        for form, row in r["rows"].items()
     ]
     return markdown(head, rows)
 

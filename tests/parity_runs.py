@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from weights_models import tiny_hf
+from tiny_models import tiny
 
 from edge_kv import runtime
 from edge_kv.export import export_model
@@ -20,11 +20,11 @@ CHUNKS = (8, 3, 1, 8, 5, 2, 7)  # 34 prompt tokens, the rest is decoded
 
 def reference(name: str, root: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Save the tiny model `name` to `root`; ids [LENGTH] and transformers' logits of them."""
-    model = tiny_hf(name)
+    model = tiny(name)
     model.save_pretrained(root)
     ids = torch.from_numpy(np.random.default_rng(1).integers(3, 90, LENGTH))
     with torch.no_grad():
-        return ids, model(ids[None]).logits[0]
+        return ids, model(ids[None], use_cache=False).logits[0]
 
 
 def export(root: Path, out: Path, backend: str = "onnx", attention: str = "native") -> None:
