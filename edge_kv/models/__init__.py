@@ -1,19 +1,22 @@
 """What each model is: its config, weights, state tables and official sizes. No torch.
 
 A model is one module here and one of the same name in `edge_kv.nets`; `MODULES` is the only list.
+Drafters are models that read the state of a target: `attach` binds one to its target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 from edge_kv.errors import ConfigError, PlanError, did_you_mean
-from edge_kv.models import deepseek_v4, gemma, laguna, llama, zaya
+from edge_kv.models import deepseek_v4, gemma, gemma_assistant, laguna, llama, zaya
 from edge_kv.models.model import Model, Row, Weight
 from edge_kv.plan import Plan, Sizes
 
 MODULES: tuple[ModuleType, ...] = (gemma, llama, laguna, zaya, deepseek_v4)
+DRAFTERS: tuple[ModuleType, ...] = (gemma_assistant,)
 ROWS: dict[str, Row] = {name: row for module in MODULES for name, row in module.ROWS.items()}
 
 
@@ -30,7 +33,7 @@ def get_row(name: str) -> Row:
 
 def module_of(config: Model) -> ModuleType:
     """The module that describes the model of `config`."""
-    return next(m for m in MODULES if m.Config is type(config))
+    return next(m for m in (*MODULES, *DRAFTERS) if m.Config is type(config))
 
 
 def name_of(config: Model) -> str:
@@ -44,7 +47,8 @@ def module_for(format: str, kind: object, where: str) -> ModuleType:
     Raises:
         ConfigError: no model here is called that.
     """
-    known = {name: module for module in MODULES for name in getattr(module, format)}
+    modules = (*MODULES, *DRAFTERS)
+    known = {name: module for module in modules for name in getattr(module, format)}
     if not isinstance(kind, str) or kind not in known:
         field = {"HF": "model_type", "GGUF": "general.architecture"}[format]
         raise ConfigError(
@@ -53,18 +57,60 @@ def module_for(format: str, kind: object, where: str) -> ModuleType:
     return known[kind]
 
 
-def weights(config: Model) -> tuple[Weight, ...]:
-    """All weights of a model in the order in which a forward pass meets them."""
+def weights(config: Model, drafter: Model | None = None) -> tuple[Weight, ...]:
+    """All weights of a model in the order in which a forward pass meets them, then a drafter's."""
     rows: Iterator[Weight] = module_of(config).weights(config)
-    return tuple(rows)
+    return (*rows, *(weights(drafter) if drafter else ()))
+
+
+def is_drafter(config: Model) -> bool:
+    """Whether a model drafts for another."""
+    return module_of(config) in DRAFTERS
+
+
+def attach(drafter: Model, target: Model) -> Model:
+    """The config of a drafter as it reads the tables of its target.
+
+    Raises:
+        ConfigError: it is no drafter, or one of another target.
+    """
+    if not is_drafter(drafter):
+        raise ConfigError(
+            f"A {name_of(drafter)} model drafts for no other; give an assistant of the target."
+        )
+    bound: Model = module_of(drafter).attach(drafter, target)
+    return bound
+
+
+def official_drafter(target: Model) -> Row:
+    """The drafter that was published for the target's shape.
+
+    Raises:
+        ConfigError: none is known.
+    """
+    for module in DRAFTERS:
+        for row in module.OFFICIAL.values():
+            try:
+                bound: Row = replace(row, config=attach(row.config, target))
+                return bound
+            except ConfigError:
+                continue
+    raise ConfigError(
+        "No assistant is known for this model; leave --assistant out, or give a checkpoint of one."
+    )
 
 
 def plan(config: Model, *, ctx: int, chunk: int = 128, kv: str = "int8") -> Plan:
     """Lay out the state of `config` for `ctx` positions and prompt chunks of at most `chunk`.
 
     Raises:
-        PlanError: ctx or chunk out of range, or an unknown `kv` storage.
+        PlanError: ctx or chunk out of range, an unknown `kv` storage, or a drafter.
     """
+    if is_drafter(config):
+        raise PlanError(
+            "This model drafts for another and has no state of its own; name its target, and give "
+            "this one as --assistant."
+        )
     if not 1 <= ctx <= config.max_ctx:
         raise PlanError(
             f"ctx {ctx} is outside 1 … {config.max_ctx}, the positions this model was made for."

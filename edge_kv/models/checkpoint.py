@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from edge_kv import models
 from edge_kv.errors import ArtifactError, ConfigError, WeightsError
 from edge_kv.formats import Format, Quantised, find_format, pack
-from edge_kv.models.model import FLOAT, PLE_TABLE, TABLE, Model, Weight
+from edge_kv.models.model import EMBED, FLOAT, PLE_TABLE, TABLE, Model, Weight
 from edge_kv.weights.compressed_tensors import is_pack_quantised, joined_packed
 from edge_kv.weights.gemma_quant import QUANTISATION, is_gemma_quant, joined_integers
 from edge_kv.weights.gguf_blocks import NEAREST
@@ -233,7 +233,7 @@ class Checkpoint:
     def own_head(self) -> str:
         """The LM head that is stored beside the token table and is another, though the config says
         that the table is the head; "" when there is none. Both are read whole."""
-        if "head" in self.rows or self._fault(self.rows["embed"]):
+        if "head" in self.rows or EMBED not in self.rows or self._fault(self.rows[EMBED]):
             return ""
         [[table]] = self._parts["embed"]
         heads = (h for h in _HEADS if h in self._stored and h != table)

@@ -81,10 +81,7 @@ class Config(Model):
             yield from self.uneven_heads(a.q_heads, a.kv_heads, name)
             if a.head_dim < 1 or a.rope.dim > a.head_dim:
                 yield f"{name}rope of {a.rope.dim} dims must fit head_dim {a.head_dim}"
-        if not 0 <= self.shared < max(1, self.layers):
-            yield f"{self.shared} sharing layers must be fewer than all {self.layers}"
-        elif lost := set(self.pattern[self.owners :]) - set(self.pattern[: self.owners]):
-            yield f"sharing layers of type {''.join(sorted(lost))} have no owner to read from"
+        yield from self.sharing_faults()
         for name in ("ple_dim", "shared_mlp_width"):
             if (width := getattr(self, name)) < 0:
                 yield f"{name} {width} must not be negative"
@@ -95,6 +92,12 @@ class Config(Model):
                 yield f"{self.moe.experts} experts of width {self.moe.width} must be positive"
             if not 1 <= self.moe.top_k <= self.moe.experts:
                 yield f"top_k {self.moe.top_k} must be from 1 to the {self.moe.experts} experts"
+
+    def sharing_faults(self) -> Iterator[str]:
+        if not 0 <= self.shared < max(1, self.layers):
+            yield f"{self.shared} sharing layers must be fewer than all {self.layers}"
+        elif lost := set(self.pattern[self.owners :]) - set(self.pattern[: self.owners]):
+            yield f"sharing layers of type {''.join(sorted(lost))} have no owner to read from"
 
     @property
     def owners(self) -> int:
@@ -286,7 +289,7 @@ def weights(c: Config) -> Iterator[Weight]:
             "per_layer_projection_norm.weight", "per_layer_proj_norm.weight",
         )  # fmt: skip
     for i in range(c.layers):
-        yield from _layer(c, i)
+        yield from layer_weights(c, i, f"layers.{i}")
     yield Weight(
         "norm", (c.hidden,), FLOAT, "norm.weight", "output_norm.weight", offset=c.norm_offset
     )
@@ -295,8 +298,9 @@ def weights(c: Config) -> Iterator[Weight]:
         yield Weight("head", (c.vocab, c.hidden), HEAD, hf, "output.weight", prefill=0)
 
 
-def _layer(c: Config, i: int) -> Iterator[Weight]:
-    a, d, at, blk = c.attention(i), c.hidden, f"layers.{i}", f"blk.{i}"
+def layer_weights(c: Config, i: int, at: str) -> Iterator[Weight]:
+    """The weights of layer `i`, called `at`.… here."""
+    a, d, blk = c.attention(i), c.hidden, f"blk.{i}"
     owns = i < c.owners
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     width = c.mlp_width if owns else c.shared_mlp_width or c.mlp_width
@@ -314,7 +318,7 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     def row(name: str, shape: tuple[int, ...], hf: str, gguf: str, kind: str = FLOAT) -> Weight:
         norm = name.endswith("norm")
         return Weight(
-            f"{at}.{name}", shape, kind, f"{at}.{hf}", f"{blk}.{gguf}",
+            f"{at}.{name}", shape, kind, f"layers.{i}.{hf}", f"{blk}.{gguf}",
             share=c.moe.top_k / c.moe.experts if c.moe and kind == EXPERT else 1,
             prefill=1 if owns else 0, offset=c.norm_offset if norm else 0, drawn=drawn.get(name),
         )  # fmt: skip

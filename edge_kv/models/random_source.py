@@ -23,6 +23,7 @@ from edge_kv.weights.random_rows import random_rows
 from edge_kv.weights.source import Text
 
 _DRAWN = 1 << 20  # bytes that a generator makes: whole groups, one at least
+_STRIDE = 7919  # between the entries of neighbours in a table; no divisor of a vocabulary
 # What a byte makes of a scale: 64 … 127, and a sign, so that no sum of products has a direction.
 _STEPS = np.array([(64 + b % 64) * (1 if b < 128 else -1) for b in range(256)], np.int8)
 _STEP = float(np.sqrt(np.square(_STEPS, dtype=np.float64).mean()))
@@ -50,8 +51,11 @@ class RandomSource:
             return np.stack([dequantise(fmt, unpack(fmt, m, *row.shape[1:])) for m in packed])
         if fmt is not None:
             return dequantise(fmt, self._integers(name, fmt, start, stop))
-        if row.kind == TABLE:  # distinct experts for each token
-            place = (np.arange(start, stop) * 7919)[:, None]
+        if row.kind == TABLE:
+            if len(row.shape) == 1:  # every row's number once, far from its neighbours'
+                return (np.arange(start, stop) * _STRIDE % row.shape[0]).astype(np.float32)
+            place = (np.arange(start, stop) * _STRIDE)[:, None]
+            # distinct experts for each token
             return ((place + np.arange(row.shape[1])) % self._experts).astype(np.float32)
         if row.drawn:
             centre, std = row.drawn

@@ -18,11 +18,11 @@ Ropes = dict[str, tuple[Tensor, Tensor]]
 class Attention(nn.Module):
     """A layer that owns keys and values stores them; a sharing layer reads its source's."""
 
-    def __init__(self, c: Config, w: Weights, i: int):
+    def __init__(self, c: Config, w: Weights, i: int, at: str):
         super().__init__()
-        at, source = f"layers.{i}.attn", c.source(i)
+        source = c.source(i)
         self.spec, self.kind, self.eps = c.attention(i), c.pattern[i], c.norm_eps
-        self.scale, self.v_norm, self.owns = c.attention_scale, c.v_norm, source == i
+        self.scale, self.v_norm, self.owns = c.attention_scale, c.v_norm, i < c.owners
         self.k_table, self.v_table = f"l{source}.k", f"l{source}.v"
         self.q, self.q_norm = w.linear(f"{at}.q"), w.value(f"{at}.q_norm")
         if self.owns:
@@ -81,10 +81,13 @@ class PleGate(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Config, w: Weights, i: int):
+    """Layer `i`, whose weights are called `at`.…"""
+
+    def __init__(self, c: Config, w: Weights, i: int, at: str):
         super().__init__()
-        at, eps = f"layers.{i}", c.norm_eps
-        self.attn_norm, self.attn = w.norm(f"{at}.attn_norm", eps), Attention(c, w, i)
+        eps = c.norm_eps
+        self.attn_norm = w.norm(f"{at}.attn_norm", eps)
+        self.attn = Attention(c, w, i, f"{at}.attn")
         self.attn_out_norm = w.norm(f"{at}.attn_out_norm", eps)
         self.mlp_norm = w.norm(f"{at}.mlp_norm", eps)
         self.mlp = w.glu(f"{at}.mlp", "gelu_tanh")
@@ -129,17 +132,20 @@ class PleInput(nn.Module):
         return ((rows * self.dim**0.5 + context) * 2**-0.5).flatten(1).split(self.dim, -1)
 
 
+def angles(c: Config) -> nn.ModuleDict:
+    """The rotary embedding of each layer type there is."""
+    kinds = {SLIDING: c.sliding, FULL: c.full}
+    return nn.ModuleDict({kind: parts.Angles(kinds[kind].rope) for kind in sorted(set(c.pattern))})
+
+
 class Net(nn.Module):
     def __init__(self, c: Config, w: Weights):
         super().__init__()
         self.c = c
         self.embed = w.embedding("embed")
         self.ple = PleInput(c, w) if c.ple_dim else None
-        kinds = {SLIDING: c.sliding, FULL: c.full}
-        self.angles = nn.ModuleDict(
-            {kind: parts.Angles(kinds[kind].rope) for kind in sorted(set(c.pattern))}
-        )
-        self.layers = nn.ModuleList(Layer(c, w, i) for i in range(c.layers))
+        self.angles = angles(c)
+        self.layers = nn.ModuleList(Layer(c, w, i, f"layers.{i}") for i in range(c.layers))
         self.norm, self.head = w.norm("norm", c.norm_eps), parts.Head(w)
 
     def forward(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> Tensor:
@@ -152,13 +158,17 @@ class Net(nn.Module):
         if self.ple is not None:
             ple = self.ple(x, rows)
         at = pos + torch.arange(ids.shape[0], device=pos.device)
-        ropes = {kind: angles(at) for kind, angles in self.angles.items()}
+        ropes = {kind: turn(at) for kind, turn in self.angles.items()}
         for i in range(stop):
             x = self.layers[i](x, ple[i], ropes, pos, state)
         return x
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """What a drafter takes up [T, hidden]: the residual x behind the last norm."""
+        return self.norm(x)
+
     def logits(self, x: Tensor) -> Tensor:
-        out = self.head(self.norm(x))
+        out = self.head(self.hidden(x))
         return torch.tanh(out / self.c.softcap) * self.c.softcap if self.c.softcap else out
 
     def prefill(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> None:

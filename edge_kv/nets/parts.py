@@ -149,11 +149,12 @@ def sinkhorn(x: Tensor, iters: int, eps: float) -> Tensor:
 
 
 class Head(nn.Module):
-    """Logits of normed rows [T, hidden]: row blocks of `head`, or of `embed` where tied."""
+    """Logits of normed rows [T, hidden]: row blocks of the weight `name`; without a name of `head`,
+    or of `embed` where tied."""
 
-    def __init__(self, w: Weights):
+    def __init__(self, w: Weights, name: str = ""):
         super().__init__()
-        name = "head" if "head" in w else "embed"
+        name = name or ("head" if "head" in w else "embed")
         self.blocks = nn.ModuleList(
             w.linear(name, start, stop) for start, stop in head_blocks(w.rows[name].shape[0])
         )

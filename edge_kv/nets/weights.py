@@ -38,6 +38,26 @@ class Decoder(Protocol):
         """Write the state of all tokens and nothing else."""
 
 
+class Drafter(Protocol):
+    """What the net of a drafter offers, which reads the state of its target and writes none."""
+
+    def __call__(self, ids: Tensor, hidden: Tensor, pos: Tensor, state: State) -> Tensor:
+        """A row [1, …] that `carry` and `logits` take.
+
+        Args:
+            ids: the last token [1], whose own rows are not in the state yet.
+            hidden: [1, width] of the token before it: at the start of a burst of drafts what the
+                target hands out (`hidden` of its net), then what `carry` made.
+            pos: position [1] of the token the burst started from, constant in it.
+        """
+
+    def carry(self, y: Tensor) -> Tensor:
+        """The `hidden` [1, width] of the next draft."""
+
+    def logits(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [n] of some tokens, and which these are [n]; None where they are all."""
+
+
 class Rows(NamedTuple):
     """Rows `start` … of the stored tensor `name`."""
 
