@@ -34,9 +34,9 @@ GROWTH = 2 << 20  # bytes
 class Soak:
     """One session under seeded moves, and a second one to compare with."""
 
-    def __init__(self, artifact: Path, engine: str, folder: Path, seed: int) -> None:
-        self.used: Session = load(artifact, engine)
-        self.fresh: Session = load(artifact, engine)
+    def __init__(self, artifact: Path, engine: str, threads: int, folder: Path, seed: int) -> None:
+        self.used: Session = load(artifact, engine, threads=threads)
+        self.fresh: Session = load(artifact, engine, threads=threads)
         self.rng = np.random.default_rng(seed)
         self.path = folder / "soak.kv"
         self.kept: list[Copy] = []
@@ -113,7 +113,7 @@ class Soak:
             )
 
 
-def soak(artifact: Path, engine: str, minutes: float, seed: int) -> dict[str, Any]:
+def soak(artifact: Path, engine: str, threads: int, minutes: float, seed: int) -> dict[str, Any]:
     """Use one engine for so long.
 
     Raises:
@@ -121,7 +121,7 @@ def soak(artifact: Path, engine: str, minutes: float, seed: int) -> dict[str, An
     """
     begin, memory, compared = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory() as folder:
-        run = Soak(artifact, engine, Path(folder), seed)
+        run = Soak(artifact, engine, threads, Path(folder), seed)
         with run.used, run.fresh:
             while time.monotonic() - begin < 60 * minutes:
                 for _ in range(CHECK):
@@ -134,6 +134,7 @@ def soak(artifact: Path, engine: str, minutes: float, seed: int) -> dict[str, An
     say(f"{engine}: {sum(run.moves.values())} moves, memory {second} then {last} bytes")
     return {
         "engine": engine,
+        "threads": threads,
         "minutes": minutes,
         "moves": run.moves,
         "comparisons": compared,
@@ -149,9 +150,13 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--engines", nargs="+", default=["onnx", "executorch"])
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows = [soak(args.artifact, engine, args.minutes, args.seed) for engine in args.engines]
+    rows = [
+        soak(args.artifact, engine, args.threads, args.minutes, args.seed)
+        for engine in args.engines
+    ]
     write_result("soak", {"artifact": args.artifact.name, "noise": NOISE, "engines": rows})
 
 
