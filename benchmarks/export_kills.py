@@ -6,9 +6,9 @@ For each backend tiny is exported once undisturbed; then the same command is sta
 (SIGKILL, children included) after a random part of that time, again and again. A target that exists
 after a kill has to be whole; every export that reaches its end is compared with the first byte by
 byte, and the next one starts afresh. Snapshots are killed while they are written over each other:
-what lies there has to be one of them, whole, and has to be taken up. Of the operator library a file
-under its final name has to be whole, and the next build has to end and leave nothing else.
-Writes results/export_kills.json.
+what lies there has to be one of them, whole, and has to be taken up; the next one leaves nothing
+beside it. Of the operator library a file under its final name has to be whole, and the next build
+has to end and leave nothing else. Writes results/export_kills.json.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ def kill_snapshots(kills: int, seed: int, folder: Path) -> dict[str, Any]:
                 raise RuntimeFault(f"After {number} snapshots, {before} lay there already.")
             kept, written = kept + (number == before), written + number - before
             before = number
+        session.snapshot(path)
+    if left := [p.name for p in folder.glob(".*.part")]:
+        raise RuntimeFault(f"Beside {path.name} were left {', '.join(left)}.")
     say(f"{kills} kills of snapshots, {written} were written between them")
     return {"kills": kills, "written": written, "earlier_one_kept": kept}
 

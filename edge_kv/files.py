@@ -1,20 +1,27 @@
 """Files that several processes use: written whole or not at all, and locked while they are made.
 
 A file is written beside its target under a name of this writer's own and renamed when it is
-complete, so that two writers of one path both succeed and the last one's content stays. A link is
-followed to the file that it names. What is no regular file (a terminal, a pipe, /dev/null) is
-written to as it is: a rename would replace the device by a file.
+complete, so that two writers of one path both succeed and the last one's content stays. What a
+writer that was killed left there is removed by the next writer of that path: files that are still
+being written are locked. A link is followed to the file that it names. What is no regular file (a
+terminal, a pipe, /dev/null) is written to as it is: a rename would replace the device by a file.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 
 def unfinished(out: Path) -> Path:
@@ -34,18 +41,49 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with target.open("wb") as f:
             yield f
         return
-    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    _remove_left_parts(target)
+    file, lock = _new_part(target)
+    part = Path(file.name)
     try:
-        with part.open("xb") as f:
+        with file:
             with suppress(OSError):  # of a file that is replaced
                 part.chmod(target.stat().st_mode & 0o777)
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(target)
     finally:
         with suppress(OSError):
             part.unlink()
+        lock.close()
+
+
+def _new_part(target: Path) -> tuple[BinaryIO, ExitStack]:
+    """A new file beside `target`, and what keeps it locked until it is closed."""
+    while True:
+        part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+        file, lock = part.open("xb"), ExitStack()
+        if sys.platform == "win32":  # which renames no file that is open
+            return file, lock
+        lock.callback(os.close, os.dup(file.fileno()))  # the lock outlives `file`
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if part.exists():  # nobody took it for a left one before it was locked
+            return file, lock
+        file.close()
+        lock.close()
+
+
+def _remove_left_parts(target: Path) -> None:
+    """Remove unfinished files of `target` whose writers have ended."""
+    if sys.platform == "win32":
+        return
+    name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.part")
+    with suppress(OSError):
+        for part in [p for p in target.parent.iterdir() if name.fullmatch(p.name)]:
+            with suppress(OSError), part.open("rb") as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is being written
+                part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,11 +105,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     with path.open("a") as f:
         if sys.platform == "win32":
-            import msvcrt
-
             msvcrt.locking(f.fileno(), msvcrt.LK_LOCK, 1)
         else:
-            import fcntl
-
             fcntl.flock(f, fcntl.LOCK_EX)
         yield

@@ -43,7 +43,7 @@ def cache_folder(name: str) -> Path:
         for part in (path.parent, path):
             part.mkdir(mode=0o700, exist_ok=True)
     except OSError as e:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path.is_dir, false where it may not look
             raise RuntimeFault(
                 f"Cannot make the cache directory {path} ({e.strerror}); "
                 f"set {CACHE_VARIABLE} to another."

@@ -1,6 +1,7 @@
 """Files of several processes: whole or not at all; caches that nobody else can have written."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -64,6 +65,24 @@ def test_two_writers_of_one_file_both_succeed(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    path, other = tmp_path / "talk.kv", tmp_path / ".other.kv.0123456789abcdef.part"
+    other.write_bytes(b"of another path")
+    code = "import os, signal, sys; from pathlib import Path; from edge_kv.files import replacing\n"
+    code += "with replacing(Path(sys.argv[1])) as f: os.kill(os.getpid(), signal.SIGKILL)"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+        assert done.returncode == -signal.SIGKILL
+    left = [p for p in tmp_path.iterdir() if p != other]
+    assert len(left) == 1  # the second took the first one's away
+    with replacing(path) as f:
+        f.write(b"whole")
+        assert not left[0].exists()
+        write_text(path, "another writer's")  # which leaves the one that is being written
+    assert path.read_bytes() == b"whole"
+    assert set(tmp_path.iterdir()) == {path, other}
+
+
 def test_a_lock_is_held_by_one_at_a_time(tmp_path):
     path, order = tmp_path / "lock", []
 
@@ -118,3 +137,19 @@ def test_a_cache_that_cannot_be_made_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     with pytest.raises(RuntimeFault, match="Cannot make the cache directory"):
         cache_folder("native")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_a_cache_that_may_not_be_looked_into_is_a_sentence(tmp_path):
+    (tmp_path / "cache" / "native").mkdir(parents=True)
+    (tmp_path / "cache").chmod(0o700)
+    code = "import os; from edge_kv.runtime.cache import cache_folder as f\n"
+    code += f"os.setuid({OTHER_USER})\ntry: f('native')\nexcept Exception as e: print(repr(e))"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, CACHE_VARIABLE: str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.startswith("RuntimeFault('Cannot make the cache directory")
