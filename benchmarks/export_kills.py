@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--backends", default="onnx,executorch")
     parser.add_argument("--snapshots", type=int, default=300)
     parser.add_argument("--libraries", type=int, default=40)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="at most, per backend")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     result: dict[str, Any] = {"arguments": MODEL, "backends": {}}
@@ -59,7 +60,8 @@ def main() -> None:
     for i, backend in enumerate(backends):
         share = args.kills // len(backends) + (i < args.kills % len(backends))
         with tempfile.TemporaryDirectory() as folder:
-            result["backends"][backend] = kill(backend, share, args.seed, Path(folder))
+            found = kill(backend, share, args.minutes, args.seed, Path(folder))
+            result["backends"][backend] = found
     write_result("export_kills", result)
 
 
@@ -145,8 +147,11 @@ def finish_build(environment: dict[str, str], folder: Path) -> Path:
     return library
 
 
-def kill(backend: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kill exports `kills` times; every one that ends is compared with an undisturbed one."""
+def kill(backend: str, kills: int, minutes: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Kill exports `kills` times; every one that ends is compared with an undisturbed one.
+
+    After `minutes` the export that runs is let come to its end.
+    """
     rng = np.random.default_rng(seed)
     # The same name in another folder: the manifest holds it.
     whole, out = folder / "whole" / backend, folder / "killed" / backend
@@ -154,9 +159,9 @@ def kill(backend: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
     export(backend, whole, None)
     longest = time.monotonic() - begin
     done = ended = taken_up = 0
-    while done < kills or not out.exists():
+    while (more := done < kills and time.monotonic() - begin < 60 * minutes) or not out.exists():
         taken_up += unfinished(out).exists()
-        limit = float(rng.uniform(0, longest)) if done < kills else None
+        limit = float(rng.uniform(0, longest)) if more else None
         if not export(backend, out, limit):
             done += 1
             if not out.exists():
@@ -164,7 +169,7 @@ def kill(backend: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
         compare(whole, out)
         ended += 1
         say(f"{backend}: {done} kills, {ended} exports ended byte-identical")
-        if done < kills:
+        if more:
             shutil.rmtree(out)
     return {"kills": done, "ended_identical": ended, "taken_up": taken_up}
 
