@@ -28,6 +28,7 @@ from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
 from edge_kv.runtime.huge_pages import use_huge_pages
 from edge_kv.runtime.mapped import Span
+from edge_kv.runtime.snapshot import Checkpoint, common_prefix
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -66,19 +67,6 @@ class Stats:
     def latency(self, percent: float) -> float:
         """Seconds a decoded token took at `percent` (50: median); 0 before the first."""
         return float(np.percentile(np.array(self.latencies), percent)) if self.latencies else 0.0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The rings as they were after `tokens`; append buffers keep those rows themselves."""
-
-    tokens: tuple[int, ...]
-    written: int
-    rows: tuple[bytes, ...]
-
-    def begins(self, ids: Sequence[int]) -> bool:
-        """Whether `ids` begin with its tokens."""
-        return common_prefix(self.tokens, ids) == len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -252,8 +240,11 @@ class Session(ABC):
         """All live rows, for `put_back`."""
         self._check_open()
         rows = snapshots.live_rows(self.plan, self.state, self.pos, self._written)
-        points = tuple(p for p in self._checkpoints if p.begins(self._tokens))
-        return Copy(self.tokens, self._written, tuple(map(bytes, rows)), points)
+        return Copy(self.tokens, self._written, tuple(map(bytes, rows)), self.own_checkpoints())
+
+    def own_checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints of what is held now; others are of texts that were reset."""
+        return tuple(p for p in self._checkpoints if p.begins(self._tokens))
 
     def put_back(self, kept: Copy) -> None:
         """Continue from a `copy` of this session, as if nothing had been fed since."""
@@ -271,7 +262,7 @@ class Session(ABC):
         self._written = 0
 
     def snapshot(self, path: str | Path, note: dict[str, Any] | None = None) -> None:
-        """Write the live rows and the ids to `path` (written beside, then renamed).
+        """Write the live rows, the ids and their checkpoints to `path` (beside, then renamed).
 
         `note` is kept with them for whoever restores: anything JSON can say.
 
@@ -287,6 +278,7 @@ class Session(ABC):
             self._tokens,
             self._written,
             note or {},
+            self.own_checkpoints(),
         )
 
     def restore(self, path: str | Path) -> dict[str, Any]:
@@ -304,7 +296,7 @@ class Session(ABC):
             self.reset()
             self._checkpoints.clear()
             try:
-                held.load(self.state)
+                self._checkpoints = held.load(self.state)
             except OSError as e:
                 raise SnapshotError(f"Cannot read {path} ({e.strerror}); session emptied.") from e
             self._tokens = list(held.tokens)
@@ -418,12 +410,6 @@ def held_of(
         if len(point.tokens) > common and point.begins(ids):
             common, best = len(point.tokens), point
     return common, best
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids `a` and `b` begin with alike."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _allocate(table: Table) -> npt.NDArray[Any]:

@@ -1,13 +1,15 @@
 """Snapshot files: the live rows of a session, so that a long prompt is read once.
 
-    magic "EDGEKVSN" | u32 version | u32 header bytes | header (JSON) | sections | SHA-256 of it all
+    magic "EDGEKVSN" | u32 version | u32 header bytes | header (JSON) | sections | checkpoints
+    | SHA-256 of it all
 
 Integers are little-endian. The header names the engine that took it (any other goes on from it,
 with logits that differ as the engines do), the manifest's identity of model and plan, pos, written,
 the caller's note and the sections with their bytes. The first section is the ids (int32), then one
-follows for every table in plan order: the rows that `Table.held` names, oldest first. Rows stream
-between file and tables: there is never a second copy of the state in memory. A file is verified
-before it is used.
+follows for every table in plan order: the rows that `Table.held` names, oldest first. Where the
+session kept its rings at earlier turns, those rows follow, and the header says of which positions.
+Rows stream between file and tables: there is never a second copy of the state in memory. A file is
+verified before it is used.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +29,7 @@ import numpy.typing as npt
 
 from edge_kv.errors import SnapshotError
 from edge_kv.files import replacing
+from edge_kv.memory import CHECKPOINTS
 from edge_kv.plan import Plan
 
 MAGIC = b"EDGEKVSN"
@@ -35,6 +38,7 @@ _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 _MAX_HEADER = 1 << 24
 _BLOCK = 1 << 20
+_SHRANK = "the file shrank while it was read"
 State = Mapping[str, npt.NDArray[Any]]
 
 
@@ -51,6 +55,25 @@ class Identity:
         return {"model": self.model, "plan": self.plan}
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The rings as they were after `tokens`; append buffers keep those rows themselves."""
+
+    tokens: tuple[int, ...]
+    written: int
+    rows: tuple[bytes, ...]
+
+    def begins(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` begin with its tokens."""
+        return common_prefix(self.tokens, ids) == len(self.tokens)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids `a` and `b` begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def write(
     path: Path,
     identity: Identity,
@@ -59,8 +82,11 @@ def write(
     tokens: Sequence[int],
     written: int,
     note: dict[str, Any],
+    checkpoints: Sequence[Checkpoint] = (),
 ) -> None:
     """Stream the live rows to `path`, written beside and renamed.
+
+    `checkpoints` are those of beginnings of `tokens`.
 
     Raises:
         SnapshotError: the file cannot be written.
@@ -73,6 +99,8 @@ def write(
         "note": note,
         "sections": _sections(plan, pos, written),
     }
+    if checkpoints:
+        header["checkpoints"] = [_entry(plan, len(c.tokens), c.written) for c in checkpoints]
     text = json.dumps(header, sort_keys=True).encode()
     digest = hashlib.sha256()
     try:
@@ -87,6 +115,8 @@ def write(
             put(np.asarray(tokens, "<i4").tobytes())
             for rows in live_rows(plan, state, pos, written):
                 put(rows)
+            for piece in (piece for c in checkpoints for piece in c.rows):
+                put(piece)
             f.write(digest.digest())
     except OSError as e:
         raise SnapshotError(f"Cannot write the snapshot {path}: {e.strerror}.") from e
@@ -102,18 +132,28 @@ class Held:
         tokens: Sequence[int],
         written: int,
         note: dict[str, Any],
+        checkpoints: list[Checkpoint],
     ) -> None:
         self._file = file
         self._plan = plan
         self.tokens = tokens
         self.written = written
         self.note = note
+        self.checkpoints = checkpoints  # without their rows
 
-    def load(self, state: State) -> None:
-        """Read the rows into the buffers of a session."""
+    def load(self, state: State) -> list[Checkpoint]:
+        """Read the rows into the buffers of a session; the checkpoints, with their rows."""
         for rows in live_rows(self._plan, state, len(self.tokens), self.written):
             if self._file.readinto(rows) != rows.nbytes:  # type: ignore[attr-defined]
-                raise OSError(0, "the file shrank while it was read")
+                raise OSError(0, _SHRANK)
+        return [replace(c, rows=tuple(self._rings(c, state))) for c in self.checkpoints]
+
+    def _rings(self, point: Checkpoint, state: State) -> Iterator[bytes]:
+        for rows in ring_rows(self._plan, state, len(point.tokens), point.written):
+            data = self._file.read(rows.nbytes)
+            if len(data) != rows.nbytes:
+                raise OSError(0, _SHRANK)
+            yield data
 
 
 @contextmanager
@@ -130,10 +170,11 @@ def verified(path: Path, identity: Identity, plan: Plan) -> Iterator[Held]:
     with file:
         header, body = _verify(file, path)
         _check_owner(path, header, identity)
-        pos, written = _positions(path, header, body, plan)
+        pos, written, points = _positions(path, header, body, plan)
         tokens = np.frombuffer(file.read(4 * pos), "<i4").tolist()
         note = header.get("note")
-        yield Held(file, plan, tokens, written, note if isinstance(note, dict) else {})
+        kept = [Checkpoint(tuple(tokens[:at]), end, ()) for at, end in points]
+        yield Held(file, plan, tokens, written, note if isinstance(note, dict) else {}, kept)
 
 
 def _verify(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
@@ -180,18 +221,45 @@ def _check_owner(path: Path, header: dict[str, Any], identity: Identity) -> None
             )
 
 
-def _positions(path: Path, header: dict[str, Any], body: int, plan: Plan) -> tuple[int, int]:
-    pos, written = header.get("pos"), header.get("written")
+def _positions(
+    path: Path, header: dict[str, Any], body: int, plan: Plan
+) -> tuple[int, int, list[tuple[int, int]]]:
+    """Where the session stood, how far it had written, and the same of its checkpoints."""
+    whole, kept = _position(header, plan), header.get("checkpoints", [])
+    faulty = SnapshotError(f"{path} does not hold the rows its plan asks for; take it again.")
     if (
-        not isinstance(pos, int)
-        or not isinstance(written, int)
-        or not 0 <= pos <= written <= plan.ctx
-        or not plan.can_rewind(pos, written)
-        or header.get("sections") != _sections(plan, pos, written)
-        or sum(s["bytes"] for s in header["sections"]) != body
+        whole is None
+        or header.get("sections") != _sections(plan, *whole)
+        or not isinstance(kept, list)
+        or len(kept) > CHECKPOINTS
     ):
-        raise SnapshotError(f"{path} does not hold the rows its plan asks for; take it again.")
-    return pos, written
+        raise faulty
+    points: list[tuple[int, int]] = []
+    for entry in kept:
+        point = _position(entry, plan)
+        before = points[-1][0] if points else 0
+        if not point or not before < point[0] <= whole[0] or entry != _entry(plan, *point):
+            raise faulty
+        points.append(point)
+    if sum(s["bytes"] for s in (*header["sections"], *kept)) != body:
+        raise faulty
+    return *whole, points
+
+
+def _position(entry: Any, plan: Plan) -> tuple[int, int] | None:
+    """`pos` and `written` of an entry, if a session may stand like that."""
+    pos, written = (entry.get(k) if isinstance(entry, dict) else None for k in ("pos", "written"))
+    if type(pos) is not int or type(written) is not int:
+        return None
+    possible = 0 <= pos <= written <= plan.ctx and plan.can_rewind(pos, written)
+    return (pos, written) if possible else None
+
+
+def _entry(plan: Plan, pos: int, written: int) -> dict[str, int]:
+    """What the header says of a checkpoint."""
+    rings = (t for t in plan.tables if t.keep)
+    count = sum(len(t.held(pos, written)) * t.row_bytes for t in rings)
+    return {"pos": pos, "written": written, "bytes": count}
 
 
 def _sections(plan: Plan, pos: int, written: int) -> list[dict[str, Any]]:

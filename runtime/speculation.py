@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from edge_kv.runtime.session import common_prefix
+from edge_kv.runtime.snapshot import common_prefix
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,13 @@ def forge(path, to, **changes):
     return seal(to, struct.pack("<8sII", magic, version, len(text)) + text + raw[16 + length : -32])
 
 
+def header_of(path):
+    """The header of the snapshot at `path`."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<I", raw[12:16])
+    return json.loads(raw[16 : 16 + length])
+
+
 def seal(to, body):
     """Write the bytes of a snapshot and the digest that fits them."""
     to.write_bytes(body + hashlib.sha256(body).digest())

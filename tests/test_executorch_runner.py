@@ -23,11 +23,14 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def taken(root, tmp_path_factory):
-    """A snapshot past two wraps of the rings, behind a rewind, and the session's next logits."""
+    """A snapshot past two wraps of the rings, behind a rewind, with the rings as they were at an
+    earlier turn; and the session's next logits."""
     path = tmp_path_factory.mktemp("taken") / "state.kv"
     ids = ids_for(100)
     with load(root, "executorch", threads=1, cache=False) as session:
-        session.prefill(ids[:95])
+        session.prefill(ids[:50])
+        session.checkpoint(50)
+        session.prefill(ids[50:95])
         session.rewind(3)
         session.snapshot(path, note={"of": ["this", 1.5, None]})
         session.prefill(ids[95:99])
@@ -119,6 +122,10 @@ def test_help_names_every_option(root):
         ({"sections": []}, "does not hold the rows"),
         ({"sections": [{}] * 7}, "it has no name"),
         ({"sections": None}, "it has no sections"),
+        ({"checkpoints": None}, "does not hold the rows"),
+        ({"checkpoints": [{"bytes": -8}]}, "does not hold the rows"),
+        ({"checkpoints": [{"bytes": (1 << 63) - 1}] * 2}, "does not hold the rows"),
+        ({"checkpoints": [{"pos": 50}]}, "it has no bytes"),
     ],
 )
 def test_wrong_headers_with_a_right_digest_are_refused(root, taken, tmp_path, changes, message):

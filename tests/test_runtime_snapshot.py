@@ -3,13 +3,14 @@
 import struct
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from fake_artifact import VOCAB, NumpySession, write_artifact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from snapshot_forgery import forge
+from snapshot_forgery import forge, header_of
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import SnapshotError
@@ -41,11 +42,15 @@ def taken(artifacts, tmp_path):
 @given(
     ids=st.lists(st.integers(0, VOCAB - 1), max_size=60),
     back=st.integers(0, 10),
+    kept=st.sets(st.integers(1, 60), max_size=3),
     kv=st.sampled_from(["f32", "int8"]),
 )
-def test_a_restored_session_is_the_same_session(artifacts, base, ids, back, kv):
+def test_a_restored_session_is_the_same_session(artifacts, base, ids, back, kept, kv):
     first = NumpySession(artifacts[kv])
-    first.prefill(ids)
+    kept = [at for at in sorted(kept) if at <= len(ids)]
+    for start, stop in pairwise([0, *kept, len(ids)]):
+        first.prefill(ids[start:stop])
+        first.checkpoint(stop)
     first.rewind(min(back, first.max_rewind))
     path = base / "round.kv"
     first.snapshot(path, {"n": len(ids)})
@@ -54,6 +59,7 @@ def test_a_restored_session_is_the_same_session(artifacts, base, ids, back, kv):
     assert second.restore(path) == {"n": len(ids)}
     assert (second.tokens, second.written) == (first.tokens, first.written)
     assert second.max_rewind == first.max_rewind
+    assert second.own_checkpoints() == first.own_checkpoints()
     for token in (3, 250, 9):
         if second.pos < second.plan.ctx:
             np.testing.assert_array_equal(first.decode(token), second.decode(token))
@@ -102,6 +108,37 @@ def test_wrong_headers_with_a_right_digest(artifacts, taken, changes, message):
         NumpySession(artifacts["f32"]).restore(
             forge(taken, taken.with_name("forged.kv"), **changes)
         )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        None,
+        {"pos": 9},  # before the first
+        {"pos": 21},  # behind the session
+        {"pos": 15, "written": 64},  # its rows were written over
+        {"bytes": 0},
+        {"bytes": -8},
+        {"written": "12"},
+        "checkpoint",
+    ],
+)
+def test_wrong_checkpoints_with_a_right_digest(artifacts, tmp_path, changes):
+    session, path = NumpySession(artifacts["f32"]), tmp_path / "s.kv"
+    for part in (range(10), range(5), range(5)):
+        session.prefill(part)
+        session.checkpoint(session.pos)
+    session.snapshot(path)
+    again = NumpySession(artifacts["f32"])
+    again.restore(path)
+    assert [len(c.tokens) for c in again.own_checkpoints()] == [10, 15, 20]
+    kept = header_of(path)["checkpoints"]
+    kept[1] = {**kept[1], **changes} if isinstance(changes, dict) else changes
+    with pytest.raises(SnapshotError, match="does not hold the rows"):
+        again.restore(forge(path, tmp_path / "forged.kv", checkpoints=kept))
+    with pytest.raises(SnapshotError, match="does not hold the rows"):
+        again.restore(forge(path, tmp_path / "forged.kv", checkpoints=None))
+    assert again.pos == 20
 
 
 def test_snapshot_of_another_model_or_plan(artifacts, taken, tmp_path):

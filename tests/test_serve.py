@@ -342,12 +342,23 @@ def test_coming_back_to_a_conversation_reads_nothing_again(artifact, tmp_path, w
     np.testing.assert_array_equal(session.decode(9), fresh.decode(9))
 
 
-def test_coming_back_to_a_turn_that_history_shortens_reads_that_turn_alone(artifact):
-    server = serving(artifact, None)
+@pytest.mark.parametrize("where", ["memory", "files", "restarted"])
+def test_coming_back_to_a_turn_that_history_shortens_reads_that_turn_alone(
+    artifact, tmp_path, where
+):
+    server = serving(artifact, None if where == "memory" else tmp_path)
     turn, other = tokens(1, 200), tokens(2, 200)
     hold(server, [*turn, *tokens(3, 80)], [len(turn)])  # a thought that history leaves out
     hold(server, other)
-    assert hold(server, [*turn, 9, 8, 7]) == len(turn)
+    if where == "restarted":
+        server.stop()
+        server = serving(artifact, tmp_path)
+    asked = [*turn, 9, 8, 7]
+    assert hold(server, asked) == len(turn)
+    fresh = NumpySession(artifact)
+    fresh.prefill(asked)
+    session = server.generator.session
+    np.testing.assert_array_equal(session.decode(9), fresh.decode(9))
 
 
 def test_an_answer_made_again_keeps_no_copy_of_the_first(artifact):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from edge_kv.errors import EdgeKVError, SnapshotError
 from edge_kv.memory import TOKEN_BYTES, MemoryPlan
 from edge_kv.runtime import snapshot
 from edge_kv.runtime.chat import Generator
-from edge_kv.runtime.session import Copy, common_prefix, held_of
+from edge_kv.runtime.session import Copy, held_of
+from edge_kv.runtime.snapshot import Checkpoint, common_prefix
 
 WORTH_KEEPING = 64  # tokens below which reading again is cheaper than keeping
 SUFFIX = ".kv"
@@ -40,6 +41,7 @@ class Kept:
     tokens: Sequence[int]
     written: int
     size: int  # bytes
+    checkpoints: Sequence[Checkpoint]  # of a file, without their rows
     rows: Copy | None = None
     path: Path | None = None
 
@@ -122,7 +124,8 @@ class States:
 
     def _copied(self) -> Kept:
         rows = self._session.copy()
-        return Kept(rows.tokens, rows.written, rows.size + TOKEN_BYTES * len(rows.tokens), rows)
+        size = rows.size + TOKEN_BYTES * len(rows.tokens)
+        return Kept(rows.tokens, rows.written, size, rows.checkpoints, rows)
 
     def _written_down(self, tokens: tuple[int, ...], older: list[Kept]) -> Kept | None:
         path = older[-1].path if older else None
@@ -136,7 +139,8 @@ class States:
         except (EdgeKVError, OSError) as e:
             log.warning("A conversation is not kept: %s", e)
             return None
-        return Kept(tokens, self._session.written, size, path=path)
+        points = [replace(p, rows=()) for p in self._session.own_checkpoints()]
+        return Kept(tokens, self._session.written, size, points, path=path)
 
     def _put_back(self, kept: Kept) -> None:
         if kept.rows:
@@ -154,14 +158,15 @@ class States:
 
     def _usable(self, kept: Kept, ids: Sequence[int]) -> int:
         """How many of `ids` the session would hold after putting `kept` back."""
-        points = kept.rows.checkpoints if kept.rows else ()
-        return held_of(self._session.plan, kept.tokens, kept.written, points, ids)[0]
+        plan = self._session.plan
+        return held_of(plan, kept.tokens, kept.written, kept.checkpoints, ids)[0]
 
     def _take_up(self, path: Path) -> None:
         session = self._session
         try:
             with snapshot.verified(path, session.identity, session.plan) as held:
-                kept = Kept(list(held.tokens), held.written, path.stat().st_size, path=path)
+                size, points = path.stat().st_size, held.checkpoints
+                kept = Kept(list(held.tokens), held.written, size, points, path=path)
                 note = held.note
         except (EdgeKVError, OSError) as e:
             log.warning("%s is left alone: %s", path, e)

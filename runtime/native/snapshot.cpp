@@ -83,7 +83,19 @@ std::string verified_header(const File& file) {
   return header;
 }
 
-// Whether the sections of a snapshot are the rows that its plan asks for, and all it holds.
+// Bytes of the rings as they were at earlier turns, which follow the rows; they are not taken up.
+int64_t checkpoint_bytes(const Json& header) {
+  int64_t bytes = 0;
+  if (const Json* checkpoints = header.find("checkpoints"))
+    for (const Json& checkpoint : checkpoints->items) {
+      const int64_t own = checkpoint.at("bytes").integer();
+      if (own < 0 || __builtin_add_overflow(bytes, own, &bytes)) return -1;
+    }
+  return bytes;
+}
+
+// Whether the sections of a snapshot are the rows that its plan asks for, and all it holds but for
+// checkpoints, `body` bytes.
 bool fits(const Json& sections, const Manifest& manifest, int64_t pos, int64_t written,
           int64_t body) {
   if (sections.items.size() != manifest.tables.size() + 1) return false;
@@ -136,9 +148,10 @@ int64_t restore(const std::string& path, const Manifest& manifest, const FindTab
     const Json header = parse_json(text);
     check_owner(file, header, owner);
     const int64_t pos = header.at("pos").integer(), written = header.at("written").integer();
-    const int64_t sections = file.bytes - kPrefix - kDigest - int64_t(text.size());
-    if (!manifest.can_rewind(pos, written) ||
-        !fits(header.at("sections"), manifest, pos, written, sections))
+    const int64_t body = file.bytes - kPrefix - kDigest - int64_t(text.size());
+    const int64_t checkpoints = checkpoint_bytes(header);
+    if (!manifest.can_rewind(pos, written) || checkpoints < 0 || checkpoints > body ||
+        !fits(header.at("sections"), manifest, pos, written, body - checkpoints))
       file.refuse(" does not hold the rows its plan asks for; take it again");
     file.seek(kPrefix + int64_t(text.size()) + 4 * pos);
     load(file, state, pos, written);

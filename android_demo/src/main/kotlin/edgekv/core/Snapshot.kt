@@ -124,7 +124,7 @@ object Snapshot {
         val possible = pos in 0..written && written <= plan.ctx && plan.canRewind(pos, written)
         val wanted = if (possible) sections(plan, pos, written) else null
         val bytes = wanted?.sumOf { it.getValue("bytes") as Long }
-        if (wanted == null || bytes != body || header["sections"] != wanted) {
+        if (wanted == null || bytes != body - checkpointBytes(header) || header["sections"] != wanted) {
             throw SnapshotException("$file does not hold the rows its plan asks for; take it again.")
         }
         val ids = ByteBuffer.allocate(4 * pos).order(ByteOrder.LITTLE_ENDIAN)
@@ -162,6 +162,10 @@ object Snapshot {
         if (header !is Map<*, *>) throw SnapshotException("$file has a header that is not an object; take it again.")
         return Pair(header, body - length)
     }
+
+    /** Bytes of the rings as they were at earlier turns, which follow the rows; they are not taken up. */
+    private fun checkpointBytes(header: Map<*, *>): Long =
+        (header["checkpoints"] as? List<*>).orEmpty().sumOf { (it as? Map<*, *>)?.get("bytes") as? Long ?: 0L }
 
     private fun digestMatches(channel: FileChannel, prefix: ByteArray, body: Long): Boolean {
         val digest = MessageDigest.getInstance("SHA-256")
