@@ -150,6 +150,9 @@ Revision = Annotated[
 ]
 Ctx = Annotated[str, typer.Option("--ctx", help="Context in tokens: 32768 or 32k.")]
 Chunk = Annotated[str, typer.Option("--chunk", help="Tokens a prefill step takes.")]
+Drafts = Annotated[
+    int, typer.Option("--drafts", help="Most drafted tokens that a pass of decode checks: 0 … 8.")
+]
 Kv = Annotated[str, typer.Option("--kv", help="State storage: f32, f16 or int8 (rings stay f32).")]
 _STORAGE = "Weight storage: int4, int8, none, or auto: as a quantised checkpoint has it, else int4."
 Quant = Annotated[str, typer.Option("--quant", help=_STORAGE)]
@@ -176,6 +179,7 @@ def plan(
     weights: Weights = None,
     revision: Revision = None,
     chunk: Chunk = "128",
+    drafts: Drafts = 7,
     kv: Annotated[
         str | None, typer.Option("--kv", help="State storage: f32, f16 or int8 (the default).")
     ] = None,
@@ -224,7 +228,7 @@ def plan(
     scheme, formats = storage(quant, models.weights(subject.config), held, changes)
     data = plan_data(
         subject.config, subject.name, length, step, kv or "int8", scheme, formats,
-        {engine: machine_base(engine) for engine in COSTS}, available_memory(),
+        {engine: machine_base(engine) for engine in COSTS}, available_memory(), drafts,
     )  # fmt: skip
     if as_json:
         _print_json(data)
@@ -239,6 +243,7 @@ def export(
     weights: Weights = None,
     revision: Revision = None,
     chunk: Chunk = "128",
+    drafts: Drafts = 7,
     kv: Kv = "int8",
     quant: Quant = "auto",
     store: Store = None,
@@ -275,6 +280,7 @@ def export(
         revision=revision,
         ctx=parse_size(ctx),
         chunk=parse_size(chunk),
+        drafts=drafts,
         kv=kv,
         quant=quant,
         store=tuple(store or ()),

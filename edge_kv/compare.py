@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,12 +64,11 @@ class EagerSession(Session):
         self._net.prefill(torch.from_numpy(ids), at, self._rows, self._values(ids, layers))
 
     @torch.no_grad()
-    def _run_decode(self, token: int, pos: int) -> Logits:
-        ids = np.array([token], np.int64)
+    def _run_decode(self, ids: Ids, pos: int) -> Logits:
         layers = self._shape.layers if self._shape else 0
         at = torch.tensor([pos])
         x = self._net(torch.from_numpy(ids), at, self._rows, self._values(ids, layers))
-        logits: Logits = self._net.logits(x)[0].numpy()
+        logits: Logits = self._net.logits(x).numpy()
         return logits
 
     def _values(self, ids: Ids, layers: int) -> Tensor | None:

@@ -33,6 +33,7 @@ class Order:
     revision: str | None
     ctx: int
     chunk: int
+    drafts: int
     kv: str
     quant: str
     store: tuple[str, ...]
@@ -56,7 +57,7 @@ def carry_out(order: Order) -> tuple[Artifact, float]:
     storage(order.quant, (), {}, order.changes)  # refuses what is unknown before anything is read
     subject = find_subject(order.model, order.weights, order.revision)
     out = order.out or Path(f"{subject.name}-{order.ctx}")
-    models.plan(subject.config, ctx=order.ctx, chunk=order.chunk, kv=order.kv)
+    models.plan(subject.config, ctx=order.ctx, chunk=order.chunk, kv=order.kv, drafts=order.drafts)
     check_packages(backends, subject.weights)
     held = subject.formats() if order.quant == AUTO else {}
     rows = models.weights(subject.config)
@@ -76,6 +77,7 @@ def carry_out(order: Order) -> tuple[Artifact, float]:
                 weights=weights,
                 ctx=order.ctx,
                 chunk=order.chunk,
+                drafts=order.drafts,
                 kv=order.kv,
                 quant=order.quant,
                 store=order.store,

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_kv.errors import ArtifactError, PlanError
 from edge_kv.needs import Needs
-from edge_kv.plan import Plan, Table
+from edge_kv.plan import MOST_DRAFTS, Plan, Table
 
 SCHEMA_VERSION = 2
+DRAFTS_AXIS = "tokens"  # open axis of what `decode` takes
 PLE = "ple"  # input of programs that take rows of the per-layer embedding
 UNFINISHED = "0" * 64  # stands for every digest while an export is not over
 STATE_LIMIT = 1 << 42  # bytes of state that no plan exceeds
@@ -100,11 +101,15 @@ class PlanEntry(Entry):
     chunk: Count
     kv: Literal["f32", "f16", "int8"]
     tables: Annotated[list[TableEntry], Field(max_length=65_536)]
+    drafts: Annotated[int, Field(ge=0, le=MOST_DRAFTS)] = 0
 
     @classmethod
     def of(cls, plan: Plan) -> PlanEntry:
         tables = [TableEntry(**{**asdict(t), "readers": list(t.readers)}) for t in plan.tables]
-        return cls(ctx=plan.ctx, chunk=plan.chunk, kv=plan.kv, tables=tables)  # type: ignore[arg-type]
+        return cls(
+            ctx=plan.ctx, chunk=plan.chunk, kv=plan.kv, tables=tables,  # type: ignore[arg-type]
+            drafts=plan.drafts,
+        )  # fmt: skip
 
     def plan(self) -> Plan:
         """The plan it describes.
@@ -113,7 +118,7 @@ class PlanEntry(Entry):
             PlanError: tables that could lose a row, or more state than any machine has.
         """
         tables = [Table(**{**t.model_dump(), "readers": tuple(t.readers)}) for t in self.tables]
-        plan = Plan(self.ctx, self.chunk, self.kv, tuple(tables))
+        plan = Plan(self.ctx, self.chunk, self.kv, tuple(tables), self.drafts)
         plan.validate()
         if plan.bytes > STATE_LIMIT:
             raise PlanError(f"The tables take {plan.bytes} bytes, more than {STATE_LIMIT}.")
@@ -165,7 +170,7 @@ class PleEntry(Entry):
 
 
 class TensorIO(Entry):
-    """One graph input or output; an open axis is a name ("chunk", "live")."""
+    """One graph input or output; an open axis is a name ("chunk", "tokens", "live")."""
 
     name: Name
     dtype: Name
@@ -181,11 +186,17 @@ class Program(Entry):
 
 
 class Backend(Entry):
-    """Programs of one runtime: `prefill` (writes state, no logits) and `decode`."""
+    """Programs of one runtime: `prefill` (no logits) and `decode` (the logits of each token)."""
 
     programs: dict[Name, Program]
     files: Annotated[list[FileName], Field(max_length=4096)]  # what it needs beside the manifest
     details: dict[str, Any] = {}
+
+    @property
+    def checks_drafts(self) -> bool:
+        """Whether `decode` takes the drafts that the plan counts, behind the first token."""
+        decode = self.programs.get("decode")
+        return decode is not None and any(i.shape == [DRAFTS_AXIS] for i in decode.inputs)
 
 
 class TokenizerEntry(Entry):
@@ -331,6 +342,19 @@ def live_axis(table: Table) -> str | None:
 def table_shape(table: Table) -> tuple[int | str, ...]:
     """Shape under which programs take and return a table."""
     return (live_axis(table) or table.slots, *table.row)
+
+
+def tokens_axis(program: str, plan: Plan) -> str | None:
+    """The open axis of the tokens a program takes: up to a chunk, up to the drafts + 1; or one."""
+    if program == "decode":
+        return DRAFTS_AXIS if plan.drafts else None
+    return "chunk" if plan.chunk > 1 else None
+
+
+def logits_shape(plan: Plan, vocab: int) -> tuple[int | str, ...]:
+    """Shape of what `decode` returns; without drafts there is no axis of tokens."""
+    axis = tokens_axis("decode", plan)
+    return (axis, vocab) if axis else (vocab,)
 
 
 def model_digest(model: dict[str, Any], quant: QuantEntry, files: dict[str, FileEntry]) -> str:

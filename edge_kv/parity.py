@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +31,29 @@ class Divergence:
 
 def divergence(reference: Floats, run: Floats) -> Divergence:
     """Compare logits [steps, vocab]; a NaN in either makes every figure NaN."""
-    a, b = reference.astype(np.float64), run.astype(np.float64)
-    p, q = log_softmax(a), log_softmax(b)
-    kl = (np.exp(p) * (p - q)).sum(-1)
+    kl, largest, same = [], [], []
+    for rows in zip(reference, run, strict=True):  # one by one: a vocabulary may be large
+        a, b = (row.astype(np.float64) for row in rows)
+        p, q = log_softmax(a), log_softmax(b)
+        kl.append((np.exp(p) * (p - q)).sum())
+        largest.append(np.abs(a - b).max())
+        same.append(a.argmax() == b.argmax())
     return Divergence(
-        steps=len(a),
-        max_abs=float(np.abs(a - b).max()),
-        spread=float(a.std()),
-        mean_kl=float(kl.mean()),
-        max_kl=float(kl.max()),
-        top1=float((a.argmax(-1) == b.argmax(-1)).mean()),
+        steps=len(reference),
+        max_abs=float(np.max(largest)),
+        spread=float(reference.std(dtype=np.float64)),
+        mean_kl=float(np.mean(kl)),
+        max_kl=float(np.max(kl)),
+        top1=float(np.mean(same)),
     )
+
+
+def several(drafts: int, steps: int) -> Iterator[tuple[int, int]]:
+    """(first step, tokens) of passes that decode several of `steps` tokens: every number of them
+    that a pass with `drafts` takes, spread over the steps."""
+    counts = range(2, min(drafts + 1, steps) + 1)
+    for i, count in enumerate(counts):
+        yield i * (steps - counts[-1]) // max(1, len(counts) - 1), count
 
 
 def log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

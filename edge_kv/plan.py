@@ -19,6 +19,7 @@ from edge_kv.errors import PlanError, did_you_mean
 DTYPE_BYTES = {"f32": 4, "f16": 2, "int8": 1}
 STORAGES = ("f32", "f16", "int8")
 SCALE = ".scale"  # the table of an int8 table's scales is called like it, with this behind
+MOST_DRAFTS = 8  # tokens that one pass may check behind the one it decodes
 LIVE_STEP = 256  # prefix views are a multiple of this many rows long
 
 
@@ -92,6 +93,7 @@ class Plan:
     chunk: int  # most tokens of one step
     kv: str  # storage asked for: f32 | f16 | int8 (int8 is for tables without a `keep`)
     tables: tuple[Table, ...]
+    drafts: int = 0  # most tokens that one pass of decode checks behind the one it decodes
 
     @classmethod
     def of(cls, tables: Iterable[Table], sizes: Sizes) -> Plan:
@@ -105,7 +107,7 @@ class Plan:
             out.append(t)
             if t.dtype == "int8":
                 out.append(replace(t, name=t.name + SCALE, row=(t.row[0], 1), dtype="f32"))
-        plan = cls(sizes.ctx, sizes.chunk, sizes.kv, tuple(out))
+        plan = cls(sizes.ctx, sizes.chunk, sizes.kv, tuple(out), sizes.drafts)
         plan.validate()
         return plan
 
@@ -158,10 +160,16 @@ class Plan:
         Raises:
             PlanError: a table planned twice, too short for its `keep`, its stride or a chunk, read
                 before it is written, of int8 rows without scales, or of another length than those
-                it is bound with.
+                it is bound with; more drafts than fit in a chunk, whose rows alone can be taken
+                back without loss.
         """
         if not 1 <= self.chunk <= self.ctx:
             raise PlanError(f"chunk {self.chunk} is outside 1 … ctx ({self.ctx}).")
+        if not 0 <= self.drafts <= min(MOST_DRAFTS, self.chunk - 1):
+            raise PlanError(
+                f"{self.drafts} drafts are outside 0 … {min(MOST_DRAFTS, self.chunk - 1)}: a pass "
+                f"checks at most {MOST_DRAFTS}, and fewer than a chunk of {self.chunk} has tokens."
+            )
         if len(self.by_name) < len(self.tables):
             names = [t.name for t in self.tables]
             twice = next(n for n in names if names.count(n) > 1)
@@ -195,11 +203,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's `tables` are laid out for: context, chunk and storage policy."""
+    """What a model's `tables` are laid out for: context, chunk, storage policy and drafts."""
 
     ctx: int
     chunk: int
     kv: str
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         if self.kv not in STORAGES:

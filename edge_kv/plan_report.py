@@ -38,17 +38,19 @@ _STEP = 1024  # `fits` answers in whole multiples of this many tokens
 def plan_data(
     config: Model, name: str, ctx: int, chunk: int, kv: str, quant: str,
     formats: Mapping[str, str], bases: Mapping[str, Base], available: int | None,
+    drafts: int = models.DRAFTS,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything `plan` prints, as JSON data; bytes throughout.
 
     Args:
         bases: for each engine, what a process holds on this machine before it opens a model.
         available: memory that this machine has left; None where it does not say.
+        drafts: most tokens that a pass of decode checks.
 
     Raises:
         PlanError, ConfigError: a context, chunk, storage or quantisation that cannot be.
     """
-    plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv)
+    plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv, drafts=drafts)
     need = footprint(config, plan, quant, formats=formats, base=bases.get("onnx"))
     needs, memory = need.needs, need.memory
     others, rooms = models.plan(config, ctx=ctx, chunk=1, kv="f16"), _rooms(available)
@@ -60,6 +62,7 @@ def plan_data(
         "model": name,
         "ctx": plan.ctx,
         "chunk": plan.chunk,
+        "drafts": plan.drafts,
         "kv": plan.kv,
         "quant": quant,
         "available": available,

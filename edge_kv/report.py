@@ -212,6 +212,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "model": _model_data(artifact),
         "ctx": artifact.plan.ctx,
         "chunk": artifact.plan.chunk,
+        "drafts": artifact.plan.drafts,
         "kv": artifact.plan.kv,
         "state_bytes": artifact.plan.bytes,
         "buffers": _table_data(plan),
@@ -273,7 +274,7 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     console.print(
         f"[bold]{data['name']}[/]  {model['family']}, {model['layers']} layers "
         f"({model['kv_owners']} own keys and values), window {model['window']}, "
-        f"ctx {data['ctx']:,}, chunk {data['chunk']}"
+        f"ctx {data['ctx']:,}, chunk {data['chunk']}, drafts {data['drafts']}"
     )
     if model["pattern"]:
         console.print(f"Layers: {model['pattern']} (S sliding, F full)")

@@ -1,10 +1,11 @@
 """The parity gate: no artifact is finished before its programs were compared with the model.
 
-Three comparisons over one run that crosses the window edge, chunk edges, the ring wrap and a
-rewind: `lowering` (exact float kernels against PyTorch on the same stored weights: must be noise),
-`kernels` (the programs as they ship, with 8-bit activations, against the same), and `quantisation`
-(the programs as they ship against the float checkpoint: must at least be about the same model, and
-where storage loses nothing the stored weights must be the checkpoint's).
+Three comparisons over one run that crosses the window edge, chunk edges, the ring wrap and rewinds,
+token by token and in passes of several: `lowering` (exact float kernels against PyTorch on the same
+stored weights: must be noise), `kernels` (the programs as they ship, with 8-bit activations,
+against the same), and `quantisation` (the programs as they ship against the float checkpoint: must
+at least be about the same model, and where storage loses nothing the stored weights must be the
+checkpoint's).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from edge_kv.errors import ParityError
-from edge_kv.parity import Divergence, divergence, log_softmax
+from edge_kv.parity import Divergence, divergence, log_softmax, several
 from edge_kv.plan import Plan
 
 DECODE_STEPS = 24
@@ -54,7 +55,10 @@ VERIFY_TOP1_LOSS = 0.25
 class Runner(Protocol):
     """What the gate needs of a session (`edge_kv.runtime.session.Session`)."""
 
+    @property
+    def drafts(self) -> int: ...
     def prefill(self, ids: Any) -> None: ...
+    def decode_many(self, ids: Any) -> npt.NDArray[np.float32]: ...
     def decode(self, token: int) -> npt.NDArray[np.float32]: ...
     def rewind(self, n: int) -> None: ...
     def close(self) -> None: ...
@@ -65,16 +69,26 @@ OpenSession = Callable[[Path, str], Runner]  # (artifact directory, engine)
 
 @dataclass(frozen=True)
 class GateRun:
-    """The tokens of the gate: `ids` [n], of which `prompt` are prefilled in `chunks`."""
+    """The tokens of the gate: `ids` [n], of which `prompt` are prefilled in `chunks`.
+
+    The others are decoded one by one, and some of them before that together: `passes` are (first
+    step, tokens).
+    """
 
     ids: npt.NDArray[np.int64]
     prompt: int
     chunks: tuple[int, ...]
     text: bool = False  # ids of a text, whose perplexity means something
+    passes: tuple[tuple[int, int], ...] = ()
 
     @property
     def steps(self) -> int:
         return len(self.ids) - self.prompt
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """The step of each row of logits that `replay` yields."""
+        return np.concatenate([np.arange(at, at + n) for at, n in ((0, self.steps), *self.passes)])
 
 
 def plan_run(plan: Plan, vocab: int, encode: Callable[[str], list[int]] | None) -> GateRun:
@@ -90,7 +104,8 @@ def plan_run(plan: Plan, vocab: int, encode: Callable[[str], list[int]] | None) 
     else:
         ids = np.random.default_rng(0).integers(0, vocab, prompt + steps)
     chunks = tuple(_chunks(prompt, plan.chunk))
-    return GateRun(ids.astype(np.int64), prompt, chunks, text=encode is not None)
+    passes = tuple(several(plan.drafts, steps))
+    return GateRun(ids.astype(np.int64), prompt, chunks, encode is not None, passes)
 
 
 def _turn(plan: Plan) -> int:
@@ -108,7 +123,10 @@ def _chunks(prompt: int, chunk: int) -> Iterator[int]:
 
 
 def replay(session: Runner, run: GateRun) -> npt.NDArray[np.float32]:
-    """Teacher-forced logits [steps, vocab]; the first decode steps are rewound and run again."""
+    """Teacher-forced logits [steps, vocab], and those of the passes of several tokens behind them.
+
+    The first decode steps are rewound and run again, as are all passes of several tokens.
+    """
     at = 0
     for size in run.chunks:
         session.prefill(run.ids[at : at + size])
@@ -117,7 +135,14 @@ def replay(session: Runner, run: GateRun) -> npt.NDArray[np.float32]:
     for token in run.ids[run.prompt : run.prompt + again]:
         session.decode(int(token))
     session.rewind(again)
-    return np.stack([session.decode(int(t)) for t in run.ids[run.prompt :]])
+    alone, together = [], []
+    for step, token in enumerate(run.ids[run.prompt :]):
+        for count in (n for at, n in run.passes if at == step):
+            start = run.prompt + step
+            together.append(session.decode_many(run.ids[start : start + count]))
+            session.rewind(count)
+        alone.append(session.decode(int(token)))
+    return np.concatenate([np.stack(alone), *together])
 
 
 def judge(
@@ -137,7 +162,7 @@ def judge(
     """The manifest's `parity` entry from runs of logits [steps, vocab].
 
     Args:
-        exact, shipped: the programs without and with 8-bit activations.
+        exact, shipped: the programs without and with 8-bit activations, as `replay` yields them.
         stored, source: the model over the stored weights and state, and over the checkpoint.
         scheme: how weights are stored, a key of AGREEMENT or a storage of fewer bits.
         moved: runs `stored` again over `perturbed` rows; called only when float32's noise on this
@@ -152,9 +177,9 @@ def judge(
             loss lost something, or the artifact has nothing to do with its checkpoint.
     """
     reference = stored.numpy()
-    lowering = divergence(reference, exact)
-    kernels = divergence(reference, shipped)
-    quantisation = divergence(source.numpy(), shipped)
+    lowering = divergence(reference[run.rows], exact)
+    kernels = divergence(reference[run.rows], shipped)
+    quantisation = divergence(source.numpy()[run.rows], shipped)
 
     def noise() -> Divergence:
         return divergence(reference, moved().numpy())
@@ -180,7 +205,7 @@ def judge(
                 f"{lost.max_abs:.3g} where storage is exact, so nothing was written; run the same "
                 "command again, and report it if it happens again."
             )
-    agreement = float(np.mean(correlations(source.numpy(), shipped)))
+    agreement = float(np.mean(correlations(source.numpy()[run.rows], shipped)))
     needed = AGREEMENT.get(scheme, AGREEMENT_OF_FEWER_BITS)
     if not agreement >= needed:
         raise ParityError(
@@ -190,7 +215,10 @@ def judge(
             f"{'--quant int8' if needed < AGREEMENT['int8'] else '--quant none --kv f32'} to see "
             "whether storage is the reason."
         )
-    perplexity = {"float": _perplexity(run, source.numpy()), "stored": _perplexity(run, shipped)}
+    perplexity = {
+        "float": _perplexity(run, source.numpy()),
+        "stored": _perplexity(run, shipped[: run.steps]),
+    }
     return {
         "prompt": run.prompt,
         "steps": run.steps,
@@ -239,14 +267,13 @@ def _limits(
 
 def correlations(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Pearson correlation of the logits of each step: 1 is the same shape, 0 is unrelated."""
-    x = a.astype(np.float64) - a.mean(-1, keepdims=True)
-    y = b.astype(np.float64) - b.mean(-1, keepdims=True)
-    scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-    products = (x * y).sum(-1)
-    found: npt.NDArray[np.float64] = np.divide(
-        products, scale, out=np.zeros_like(products), where=scale > 0
-    )
-    return found
+    return np.array([_correlation(x, y) for x, y in zip(a, b, strict=True)])
+
+
+def _correlation(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    x, y = (row.astype(np.float64) - row.mean() for row in (a, b))
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else 0.0
 
 
 def perturbed(read: Callable[[str, int, int], Tensor]) -> Callable[[str, int, int], Tensor]:

@@ -1,9 +1,10 @@
 """Lowers any net of `edge_kv.nets` to ONNX: two programs over one external weight file.
 
-`prefill` takes a chunk and writes state, `decode` takes one token and returns its logits too. Both
-take every table of the plan as an input and return it as an output of the same name with `.out`
-behind; a session binds the two to the same memory. A table without a `keep` is bound as far as it
-is in use, so that the cost of a step follows the position and not the context.
+`prefill` takes a chunk and writes state; `decode` takes a token and the drafts behind it, writes
+state and returns the logits of each. Both take every table of the plan as an input and return it as
+an output of the same name with `.out` behind; a session binds the two to the same memory. A table
+without a `keep` is bound as far as it is in use, so that the cost of a step follows the position
+and not the context.
 
 Graphs are traced on the meta device, so a full-size graph costs no weight memory; initializers
 then become references into the weight file that `weight_file` streamed.
@@ -26,7 +27,14 @@ from edge_kv.export.onnx_graph import EXACT, make_exact, place, simplify
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import WeightLayout
-from edge_kv.manifest import Program, TensorIO, live_axis, table_shape
+from edge_kv.manifest import (
+    Program,
+    TensorIO,
+    live_axis,
+    logits_shape,
+    table_shape,
+    tokens_axis,
+)
 from edge_kv.models.model import Model, TokenRows
 from edge_kv.nets import make_net, ops
 from edge_kv.nets.state import TORCH_DTYPES, Read
@@ -70,7 +78,7 @@ class TableState:
 
 
 class _DecodeProgram(nn.Module):
-    """ids [1], pos [1], rows, tables -> logits [vocab], tables."""
+    """ids [n], pos [1], rows, tables -> logits [n, vocab] ([vocab] without drafts), tables."""
 
     def __init__(self, net: Decoder, plan: Plan):
         super().__init__()
@@ -78,7 +86,8 @@ class _DecodeProgram(nn.Module):
 
     def forward(self, ids: Tensor, pos: Tensor, rows: Tensor | None, *tables: Tensor) -> Any:
         state = TableState(self.plan, tables)
-        return self.net.logits(self.net(ids, pos, state, rows))[0], *state.values.values()
+        logits = self.net.logits(self.net(ids, pos, state, rows))
+        return logits if self.plan.drafts else logits[0], *state.values.values()
 
 
 class _PrefillProgram(nn.Module):
@@ -115,11 +124,10 @@ def lower_onnx(
     programs = {}
     for name, build in PROGRAMS.items():
         try:
-            decode = name == "decode"
-            model = _trace_program(build(net, plan), plan, config.token_rows, decode=decode)
+            model = _trace_program(build(net, plan), plan, config.token_rows, name)
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
-        _name_io(model, plan, name, has_rows=config.token_rows is not None)
+        _name_io(model, plan, name, config.vocab, has_rows=config.token_rows is not None)
         simplify(model)
         _place_weights(model, net, computed, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
@@ -133,12 +141,11 @@ def lower_onnx(
     return programs
 
 
-def _trace_program(
-    module: nn.Module, plan: Plan, rows: TokenRows | None, *, decode: bool
-) -> ir.Model:
-    tokens = 1 if decode else 3  # any example length: the chunk is dynamic
-    grows = None if decode or plan.chunk == 1 else {0: "chunk"}
-    most = {"chunk": plan.chunk}
+def _trace_program(module: nn.Module, plan: Plan, rows: TokenRows | None, name: str) -> ir.Model:
+    decode, axis = name == "decode", tokens_axis(name, plan)
+    most = {"chunk": plan.chunk, "tokens": plan.drafts + 1}
+    tokens = min(3, most[axis]) if axis else 1  # any example length: the axis is open
+    grows = {0: axis} if axis else None
     with torch.device("meta"):
         args: list[Tensor | None] = [
             torch.empty(tokens, dtype=torch.int64), torch.empty(1, dtype=torch.int64), None
@@ -187,21 +194,22 @@ def to_onnx(
     return program.model
 
 
-def _name_io(model: ir.Model, plan: Plan, name: str, *, has_rows: bool) -> None:
+def _name_io(model: ir.Model, plan: Plan, name: str, vocab: int, *, has_rows: bool) -> None:
     tables = [t.name for t in plan.tables]
     inputs = ["ids", "pos", *(["ple"] if has_rows else []), *tables]
     outputs = [*(["logits"] if name == "decode" else []), *(f"{t}.out" for t in tables)]
     shapes: dict[str, tuple[int | str, ...]] = {}
     for t in plan.tables:
         shapes[t.name] = shapes[f"{t.name}.out"] = table_shape(t)
-    if name == "prefill" and plan.chunk > 1:
-        shapes["ids"] = ("chunk",)
+    shapes["ids"] = (tokens_axis(name, plan) or 1,)
+    if name == "decode":
+        shapes["logits"] = logits_shape(plan, vocab)
     for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         if len(values) != len(names):
             raise ExportError(f"The {name} graph has {len(values)} values, {len(names)} expected.")
         for value, new in zip(values, names, strict=True):
             value.name = new
-            if new == "ple" and "ids" in shapes:
+            if new == "ple":
                 assert value.shape is not None
                 value.shape = ir.Shape((*shapes["ids"], *list(value.shape)[1:]))
             elif new in shapes:

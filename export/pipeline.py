@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def export_model(
     weights: str | None = None,
     ctx: int,
     chunk: int = 128,
+    drafts: int = models.DRAFTS,
     kv: str = "int8",
     quant: str = AUTO,
     store: Sequence[str] = (),
@@ -106,6 +107,7 @@ def export_model(
             left out.
         weights: directory, `.gguf`, hub id or `random[:seed]`.
         ctx, chunk: positions of context, tokens of a prefill step.
+        drafts: most tokens that a pass of decode checks behind the one it decodes.
         kv: state storage f32 | f16 | int8.
         quant: weight storage int4 | int8 | none | auto, which keeps a quantised checkpoint as it is
             and makes int4 of a float one.
@@ -132,7 +134,7 @@ def export_model(
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
     source = open_model(models.get_row(model) if model else None, weights, formats)
     config = source.config
-    plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv)
+    plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv, drafts=drafts)
     held = source.formats()
     scheme, formats = storage(quant, models.weights(config), held, changes)
     if held and scheme not in (KEPT, "none"):
@@ -232,7 +234,7 @@ class _Job:
             "source": self.source.label,
             "files": self.identity,
             "model": self.model,
-            "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv],
+            "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv, self.plan.drafts],
             "quant": [self.scheme, self.layout.formats],
             "backends": list(self.layouts),
             "attention": self.attention,
@@ -316,7 +318,7 @@ class _Job:
     def _finish(self, written: _Written, lowered: dict[str, Lowered]) -> None:
         """Judge the programs of every backend and write the manifest."""
 
-        def logits_of(name: str, backend: Backend) -> Logits:
+        def logits_of(run: gate.GateRun, name: str, backend: Backend) -> Logits:
             write_manifest(self.root, self._manifest(written, {name: backend}, {}))
             session = self.open_session(self.root, BACKENDS[name].gate)
             try:
@@ -335,6 +337,7 @@ class _Job:
         references: dict[str, Tensor] = {}  # of each weight file
         for name, programs in lowered.items():
             owner, stored = self._owner(name), self._stored(name)
+            fed = run if programs.shipped.checks_drafts else replace(run, passes=())
             if owner not in references:
                 self.progress.stage(f"parity: stored weights of {owner}", "modules")
                 references[owner] = self._oracle(run, written, stored)
@@ -345,10 +348,10 @@ class _Job:
             assert source is not None
             self.progress.stage(f"parity: programs of {name}")
             judged = gate.judge(
-                run,
+                fed,
                 self.plan,
-                exact=logits_of(name, programs.exact),
-                shipped=logits_of(name, programs.shipped),
+                exact=logits_of(fed, name, programs.exact),
+                shipped=logits_of(fed, name, programs.shipped),
                 stored=references[owner],
                 source=source,
                 scheme=self.scheme,

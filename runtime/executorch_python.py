@@ -125,13 +125,16 @@ class ExecuTorchPythonSession(Session):
             raise ValueError(f"its table {table.name} is {rows.dtype} {rows.shape}")
         return rows
 
+    @property
+    def drafts(self) -> int:
+        return self.plan.drafts if self.artifact.backend(self.backend).checks_drafts else 0
+
     def _run_prefill(self, ids: Ids, pos: int) -> None:
         self._run(self._prefill, "prefill", ids, pos)
 
-    def _run_decode(self, token: int, pos: int) -> Logits:
-        ids = np.array([token], np.int64)
+    def _run_decode(self, ids: Ids, pos: int) -> Logits:
         output = self._run(self._decode, "decode", ids, pos)
-        logits: Logits = output.numpy().copy()
+        logits: Logits = output.numpy().reshape(len(ids), -1).copy()
         return logits
 
     def _run(self, method: Any, name: str, ids: Ids, pos: int) -> Any:

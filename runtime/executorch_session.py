@@ -128,6 +128,10 @@ class ExecuTorchSession(Session):
         rows: npt.NDArray[Any] = np.ctypeslib.as_array(memory).view(STORAGE[table.dtype])
         return rows.reshape(table.shape)
 
+    @property
+    def drafts(self) -> int:
+        return self.plan.drafts if self.artifact.backend(self.backend).checks_drafts else 0
+
     def _run_prefill(self, ids: Ids, pos: int) -> None:
         tokens = np.ascontiguousarray(ids)
         rows = self._ple.rows(tokens, self._layers["prefill"]) if self._ple else None
@@ -137,12 +141,11 @@ class ExecuTorchSession(Session):
         )  # fmt: skip
         self._check(status, "prefill", pos)
 
-    def _run_decode(self, token: int, pos: int) -> Logits:
-        logits = np.empty(self.artifact.tokens.vocab, np.float32)
-        ids = np.array([token], np.int64)
+    def _run_decode(self, ids: Ids, pos: int) -> Logits:
+        logits = np.empty((1, self.artifact.tokens.vocab), np.float32)
         rows = self._ple.rows(ids, self._layers["decode"]) if self._ple else None
         status = self._native.edge_kv_decode(
-            self._handle, token, pos, _address(rows), logits.ctypes.data, len(logits),
+            self._handle, int(ids[0]), pos, _address(rows), logits.ctypes.data, logits.size,
             self._error, _ERROR_BYTES,
         )  # fmt: skip
         self._check(status, "decode", pos)

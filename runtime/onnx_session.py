@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
-from edge_kv.manifest import Program, live_axis, table_shape
+from edge_kv.manifest import Program, live_axis, logits_shape, table_shape, tokens_axis
 from edge_kv.ple import PleTable
 from edge_kv.runtime import experts, heap, mapped, native_library, packed
 from edge_kv.runtime.ort import onnxruntime as ort
@@ -198,11 +198,10 @@ class OnnxSession(Session):
         program = self._program("prefill")
         program.run(ids, pos, self._ple.rows(ids, program.ple_layers) if self._ple else None)
 
-    def _run_decode(self, token: int, pos: int) -> Logits:
-        ids = np.array([token], np.int64)
+    def _run_decode(self, ids: Ids, pos: int) -> Logits:
         program = self._program("decode")
         program.run(ids, pos, self._ple.rows(ids, program.ple_layers) if self._ple else None)
-        logits: Logits = program.logits.copy()
+        logits: Logits = program.logits[: len(ids)].copy()
         return logits
 
     def _weights(self) -> tuple[set[mapped.Span], Path]:
@@ -233,7 +232,7 @@ class _Bound:
         plan, vocab = session.plan, session.artifact.tokens.vocab
         path = session.artifact.path(program.file)
         decode = name == "decode"
-        width = 1 if decode else plan.chunk
+        width = plan.drafts + 1 if decode else plan.chunk
         self._name = name
         self._views, self._axes = _views(session)
         self._engine = engine
@@ -243,7 +242,7 @@ class _Bound:
         rows = [_fixed(t.shape[1:], path) for t in program.inputs if t.name == "ple"]
         self._ple = np.zeros((width, *(rows[0] if rows else (0, 0))), np.float32)
         self._has_ple = bool(rows)
-        self.logits: Logits = np.zeros(vocab if decode else 0, np.float32)
+        self.logits: Logits = np.zeros((width if decode else 0, vocab), np.float32)
         fed = ["ids", "pos", *(["ple"] if self._has_ple else []), *(v.name for v in self._views)]
         if sorted(fed) != sorted(self._dtypes) or self._has_ple != bool(
             session.artifact.manifest.ple
@@ -253,17 +252,25 @@ class _Bound:
                 f"{path} does not have the inputs its KV plan asks for ({', '.join(odd)}); "
                 "export again."
             )
-        real = {t.name: tuple(t.shape) for t in engine.get_inputs()}
-        for view in self._views:
-            if real[view.name] != view.shape or (
-                self._dtypes[view.name](0).itemsize != view.memory.itemsize
+        tokens = tokens_axis(name, plan)
+        wanted: dict[str, tuple[int | str, ...]] = {v.name: v.shape for v in self._views}
+        wanted["ids"] = (tokens or 1,)
+        if decode:
+            wanted["logits"] = logits_shape(plan, vocab)
+        real = {t.name: tuple(t.shape) for t in (*engine.get_inputs(), *engine.get_outputs())}
+        sizes = {v.name: v.memory.itemsize for v in self._views}
+        for value, shape in wanted.items():
+            if real.get(value) != shape or (
+                value in sizes and self._dtypes[value](0).itemsize != sizes[value]
             ):
                 raise ArtifactError(
-                    f"{path} takes {view.name!r} as {list(real[view.name])}, its plan has "
-                    f"{list(view.shape)}; export again."
+                    f"{path} has {value!r} as {list(real.get(value, ()))}, its plan has "
+                    f"{list(shape)}; export again."
                 )
+        self._flat = not tokens  # logits without an axis of tokens
         self._binding = self._engine.io_binding()
-        self._bound: tuple[int, ...] = ()
+        self._bound_tokens: int | None = None
+        self._bound_lengths: tuple[int, ...] | None = None
 
     @property
     def ple_layers(self) -> int:
@@ -278,31 +285,38 @@ class _Bound:
         self._pos[0] = pos
         if ple is not None:
             self._ple[:n] = ple
-        sizes = (n, *(live(pos + n) for live in self._axes.values()))
+        lengths = tuple(live(pos + n) for live in self._axes.values())
         try:
-            if sizes != self._bound:
-                self._bind(*sizes)
+            if lengths != self._bound_lengths:
+                self._bind_tables(lengths)
+            if n != self._bound_tokens:
+                self._bind_tokens(n)
             self._engine.run_with_iobinding(self._binding)
         except Exception as e:  # onnxruntime's exceptions share no base of their own
             message = f"onnxruntime failed in {self._name} at position {pos}: {_line(e)}"
             raise _fault(e, RuntimeFault(message)) from e
 
-    def _bind(self, n: int, *lengths: int) -> None:
-        self._bound = ()  # a failure half way must not look like a finished binding
+    def _bind_tokens(self, n: int) -> None:
+        self._bound_tokens = None  # a failure half way must not look like a finished binding
         self._put("ids", self._ids[:n])
         self._put("pos", self._pos)
         if self._has_ple:
             self._put("ple", self._ple[:n])
+        if self.logits.size:
+            shape = self.logits.shape[1:] if self._flat else (n, *self.logits.shape[1:])
+            address = self.logits.ctypes.data
+            self._binding.bind_output("logits", "cpu", 0, np.float32, shape, address)
+        self._bound_tokens = n
+
+    def _bind_tables(self, lengths: tuple[int, ...]) -> None:
+        self._bound_lengths = None
         open_axes = dict(zip(self._axes, lengths, strict=True))
         for view in self._views:
             shape = [open_axes[d] if isinstance(d, str) else d for d in view.shape]
             at = ("cpu", 0, self._dtypes[view.name], shape, view.memory.ctypes.data)
             self._binding.bind_input(view.name, *at)
             self._binding.bind_output(f"{view.name}.out", *at)
-        if self.logits.size:
-            address = self.logits.ctypes.data
-            self._binding.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, address)
-        self._bound = (n, *lengths)
+        self._bound_lengths = lengths
 
     def _put(self, name: str, array: npt.NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

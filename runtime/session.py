@@ -50,7 +50,8 @@ class Stats:
     huge_page_bytes: int = 0  # of weights; 0: they stay in pages of their file
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
-    decode_tokens: int = 0
+    decode_tokens: int = 0  # fed to passes, refused drafts included
+    decode_passes: int = 0
     decode_seconds: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES), repr=False)
 
@@ -65,7 +66,7 @@ class Stats:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def latency(self, percent: float) -> float:
-        """Seconds a decoded token took at `percent` (50: median); 0 before the first."""
+        """Seconds a pass of decode took at `percent` (50: median); 0 before the first."""
         return float(np.percentile(np.array(self.latencies), percent)) if self.latencies else 0.0
 
 
@@ -88,8 +89,10 @@ class Copy:
 class Session(ABC):
     """One running model: state buffers, position, and the two programs.
 
-    The last token of a prompt goes through `decode`, the others through `prefill`. A session is
-    used from one thread. After Ctrl-C or an error it stands where the last finished step left it.
+    The last token of a prompt goes through `decode`, the others through `prefill`. Tokens that are
+    only supposed to come next (drafts) go through `decode_many` with it, and are taken back with
+    `rewind` as far as they turn out to be others. A session is used from one thread. After Ctrl-C
+    or an error it stands where the last finished step left it.
     """
 
     engine: ClassVar[str]
@@ -131,6 +134,11 @@ class Session(ABC):
         return self._written
 
     @property
+    def drafts(self) -> int:
+        """Most tokens that `decode_many` takes behind the first."""
+        return self.plan.drafts
+
+    @property
     def closed(self) -> bool:
         return self._closed
 
@@ -158,12 +166,35 @@ class Session(ABC):
             PromptError: `token` is not a token id of the model.
             ContextFullError: the context is full.
         """
-        row = self._checked((token,))
+        logits: Logits = self._pass(self._checked((token,)))[0]
+        return logits
+
+    def decode_many(self, ids: Iterable[int]) -> Logits:
+        """Feed up to `drafts` + 1 ids in one pass: float32 [n, vocab], a fresh array.
+
+        Row i holds the logits of the successor of `ids[i]`. The ids of the last pass can always be
+        taken back with `rewind`.
+
+        Raises:
+            PromptError: something in `ids` is not a token id of the model, or they are none or too
+                many.
+            ContextFullError: they do not fit behind `pos`.
+        """
+        row = self._checked(ids)
+        if not 1 <= len(row) <= self.drafts + 1:
+            raise PromptError(
+                f"A pass takes 1 … {self.drafts + 1} tokens, not {len(row)}; feed fewer at a time, "
+                "or export with more --drafts."
+            )
+        return self._pass(row)
+
+    def _pass(self, ids: Ids) -> Logits:
         begin = time.perf_counter()
-        logits = self._step(row, lambda ids, pos: self._run_decode(int(ids[0]), pos))
+        logits = self._step(ids, self._run_decode)
         seconds = time.perf_counter() - begin
         self.stats.decode_seconds += seconds
-        self.stats.decode_tokens += 1
+        self.stats.decode_tokens += len(ids)
+        self.stats.decode_passes += 1
         self.stats.latencies.append(seconds)
         return logits
 
@@ -327,8 +358,11 @@ class Session(ABC):
         """Write the rows of `ids` (int64 [n], 1 <= n <= plan.chunk) at positions pos … pos+n-1."""
 
     @abstractmethod
-    def _run_decode(self, token: int, pos: int) -> Logits:
-        """Write the rows of `token` at `pos` and return a fresh float32 [vocab]."""
+    def _run_decode(self, ids: Ids, pos: int) -> Logits:
+        """Write the rows of `ids` (int64 [n], 1 <= n <= drafts + 1) and return their logits.
+
+        They are a fresh float32 [n, vocab].
+        """
 
     def use_huge_pages(self) -> None:
         """Put the weights that a token reads into huge pages; see `runtime.load`.

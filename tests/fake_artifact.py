@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_kv.artifact import Artifact, sha256_file, write_manifest
-from edge_kv.manifest import Manifest, PlanEntry, table_shape
+from edge_kv.manifest import Manifest, PlanEntry, logits_shape, table_shape, tokens_axis
 from edge_kv.plan import SCALE, Plan, Sizes
 from edge_kv.runtime.session import Session
 
@@ -36,10 +36,12 @@ SOURCES = (0, 1, 0)  # the layer whose rows each layer reads
 
 
 def make_plan(
-    ctx: int = 64, chunk: int = 3, kv: str = "f32", window: int = 5, heads: int = HEADS
-) -> Plan:
+    ctx: int = 64, chunk: int = 3, kv: str = "f32", window: int = 5, heads: int = HEADS,
+    drafts: int = 2,
+) -> Plan:  # fmt: skip
     """A layer with a window, one without, and a layer that shares the window's rows."""
-    sizes = Sizes(ctx, min(chunk, ctx), kv)
+    chunk = min(chunk, ctx)
+    sizes = Sizes(ctx, chunk, kv, min(drafts, chunk - 1))
     return Plan.of(
         [
             sizes.table(f"l{layer}.{name}", (heads, DIM), layer=layer, keep=keep, readers=readers)
@@ -119,15 +121,21 @@ class NumpySession(Session):
         assert 1 <= len(ids) <= self.plan.chunk
         self._write(ids, pos)
 
-    def _run_decode(self, token: int, pos: int) -> np.ndarray:
-        self._write(np.array([token]), pos)
+    def _run_decode(self, ids: np.ndarray, pos: int) -> np.ndarray:
+        assert 1 <= len(ids) <= self.drafts + 1
+        self._write(ids, pos)
+        last = pos + len(ids) - 1
+        return np.stack([self._logits(token, pos + i, last) for i, token in enumerate(ids)])
+
+    def _logits(self, token: int, pos: int, last: int) -> np.ndarray:
+        """Of the token at `pos`, rows up to position `last` being written."""
         sums = []
         for source in SOURCES:
             for name in "kv":
                 t = self.plan[f"l{source}.{name}"]
                 at = np.arange(t.slots)
                 if t.keep:
-                    at = pos - (pos - at) % t.slots
+                    at = last - (last - at) % t.slots
                 seen = (at >= 0) & (at <= pos) & ((t.keep == 0) | (pos - at < t.keep))
                 rows = self.state[t.name].astype(np.float32) * (STEP if t.dtype == "int8" else 1)
                 w = np.where(seen, self.toy.weight(at), 0)[:, None, None]
@@ -142,6 +150,7 @@ def write_artifact(
     chunk: int = 3,
     kv: str = "f32",
     window: int = 5,
+    drafts: int = 2,
     ple: bool = True,
     programs: bool = True,
     template: bool | str = True,
@@ -153,7 +162,7 @@ def write_artifact(
 
     `marks`: further special tokens, instead of the last bytes of the vocabulary.
     """
-    plan = make_plan(ctx, chunk, kv, window)
+    plan = make_plan(ctx, chunk, kv, window, drafts=drafts)
     toy = Toy(ple, seed)
     root.mkdir(parents=True)
     backends: dict[str, object] = {}
@@ -273,14 +282,14 @@ def _build(path: Path, name: str, plan: Plan, toy: Toy) -> dict:
     }  # fmt: skip
     storage = {"f32": "float", "f16": "float16", "int8": "int8"}
     decode = name == "decode"
-    n: int | str = 1 if decode else "chunk"
+    n = tokens_axis(name, plan) or 1
     layers = LAYERS if decode else OWNERS
     inits: list = []
     nodes: list = []
     inputs = [("ids", "int64", [n]), ("pos", "int64", [1])]
     if toy.has_ple:
         inputs.append(("ple", "float", [n, layers, DIM]))
-    outputs = [("logits", "float", [VOCAB])] if decode else []
+    outputs = [("logits", "float", list(logits_shape(plan, VOCAB)))] if decode else []
     for t in plan.tables:
         inputs.append((t.name, storage[t.dtype], list(table_shape(t))))
         outputs.append((f"{t.name}.out", storage[t.dtype], list(table_shape(t))))
@@ -295,7 +304,7 @@ def _build(path: Path, name: str, plan: Plan, toy: Toy) -> dict:
         nodes.append(helper.make_node(kind, list(args), [label], **attrs))
         return label
 
-    zero, one, first = const(0, np.int64), const(1, np.int64), const([0], np.int64)
+    zero, one = const(0, np.int64), const(1, np.int64)
 
     def length(tensor: str) -> str:
         return op("Gather", op("Shape", tensor), zero)
@@ -324,6 +333,8 @@ def _build(path: Path, name: str, plan: Plan, toy: Toy) -> dict:
         written[t.name] = op("ScatterND", t.name, slots, rows, out=f"{t.name}.out")
     if decode:
         sums = []
+        last = op("Sub", op("Add", pos, length("ids")), one)
+        queries = op("Unsqueeze", fed, const([1], np.int64))  # [n, 1]
         for source in SOURCES:
             for letter in "kv":
                 t = plan[f"l{source}.{letter}"]
@@ -333,23 +344,24 @@ def _build(path: Path, name: str, plan: Plan, toy: Toy) -> dict:
                 at = op("Range", zero, length(rows), one)
                 if t.keep:
                     size = length(rows)
-                    at = op("Sub", pos, op("Mod", op("Sub", pos, at), size))
-                seen = op("And", op("GreaterOrEqual", at, zero), op("LessOrEqual", at, pos))
+                    at = op("Sub", last, op("Mod", op("Sub", last, at), size))
+                seen = op("And", op("GreaterOrEqual", at, zero), op("LessOrEqual", at, queries))
                 if t.keep:
-                    near = op("Less", op("Sub", pos, at), const(t.keep, np.int64))
+                    near = op("Less", op("Sub", queries, at), const(t.keep, np.int64))
                     seen = op("And", seen, near)
                 w = op("Add", op("Mod", at, const(3, np.int64)), one)
                 w = op("Mul", w, op("Cast", seen, to=TensorProto.INT64))
-                w = op("Unsqueeze", op("Cast", w, to=TensorProto.FLOAT), const([1, 2], np.int64))
-                total = op("ReduceSum", op("Mul", rows, w), first, keepdims=0)
-                sums.append(op("Reshape", total, const([-1], np.int64)))
+                w = op("Cast", w, to=TensorProto.FLOAT)  # [n, slots]
+                sums.append(op("MatMul", w, op("Flatten", rows, axis=1)))
         if toy.has_ple:
-            last = op("Gather", "ple", const(layers - 1, np.int64), axis=1)
-            sums.append(op("Reshape", last, const([-1], np.int64)))
+            sums.append(op("Gather", "ple", const(layers - 1, np.int64), axis=1))
         else:
-            sums.append(const(np.zeros(DIM), np.float32))
-        joined = op("Mul", op("Concat", *sums, axis=0), const(1 / 8, np.float32))
-        op("MatMul", joined, const(toy.head, np.float32), out="logits")
+            none = op("Mul", op("Cast", queries, to=TensorProto.FLOAT), const(0, np.float32))
+            sums.append(op("Expand", none, const([1, DIM], np.int64)))
+        joined = op("Mul", op("Concat", *sums, axis=1), const(1 / 8, np.float32))
+        logits = op("MatMul", joined, const(toy.head, np.float32))
+        shape = [-1, VOCAB] if plan.drafts else [VOCAB]
+        op("Reshape", logits, const(shape, np.int64), out="logits")
 
     def infos(items):
         return [helper.make_tensor_value_info(i, types[t], s) for i, t, s in items]

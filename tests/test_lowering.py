@@ -6,6 +6,8 @@ rewinds, wrong continuations that are overwritten, snapshots into memory full of
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 import torch
@@ -51,11 +53,19 @@ def made(request, tmp_path_factory):
 
 
 def decode(session, count, expected):
-    """Decode the next `count` ids; the largest |Δlogit|."""
-    worst = 0.0
-    for _ in range(count):
-        at = session.pos
-        worst = max(worst, float(np.abs(session.decode(int(IDS[at])) - expected[at]).max()))
+    """Decode the next `count` ids, in passes of every size; the largest |Δlogit|.
+
+    The second half of a pass is wrong drafts, which are taken back.
+    """
+    worst, stop = 0.0, session.pos + count
+    sizes = cycle((1, session.drafts + 1, 3, 2, 6, 4, 5, 7))
+    while (at := session.pos) < stop:
+        ids = IDS[at : min(at + next(sizes), stop)].copy()
+        kept = -(-len(ids) // 2)
+        ids[kept:] = (ids[kept:] + 11) % 96
+        logits = session.decode_many(ids)
+        worst = max(worst, float(np.abs(logits[:kept] - expected[at : at + kept]).max()))
+        session.rewind(len(ids) - kept)
     return worst
 
 
@@ -190,9 +200,12 @@ def test_native_operators_are_the_functions_over_rows_that_nobody_sees(rounded):
                 for memory in session.state.values():
                     memory[:] = np.nan if memory.dtype.kind == "f" else 1
             prefill(session, 21)
-            found.append(np.stack([session.decode(int(i)) for i in IDS[21:50]]))
+            passes = [session.decode_many(IDS[at : at + 7]) for at in range(21, 42, 7)]
+            found.append(
+                np.concatenate(passes + [session.decode(int(i))[None] for i in IDS[42:50]])
+            )
             session.rewind(9)
-            found.append(np.stack([session.decode(int(i)) for i in IDS[41:50]]))
+            found.append(session.decode_many(IDS[41:49]))
     np.testing.assert_allclose(found[2], found[0], atol=2e-4)
     np.testing.assert_allclose(found[3], found[1], atol=2e-4)
 

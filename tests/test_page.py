@@ -35,9 +35,9 @@ CONTRAST = """(() => {
 class Slow(NumpySession):
     """A session whose tokens take a moment, so that there is something to stop."""
 
-    def _run_decode(self, token, pos):
+    def _run_decode(self, ids, pos):
         time.sleep(0.01)
-        return super()._run_decode(token, pos)
+        return super()._run_decode(ids, pos)
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,10 @@ class Scripted(NumpySession):
     def stop_of(self, chat):
         return END
 
-    def _run_decode(self, token, pos):
-        logits = super()._run_decode(token, pos)
-        logits[self.left.pop(0)] = 1e6
+    def _run_decode(self, ids, pos):
+        logits = super()._run_decode(ids, pos)
+        for row in logits:
+            row[self.left.pop(0)] = 1e6
         return logits
 
 

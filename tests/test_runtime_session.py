@@ -29,6 +29,9 @@ moves = st.lists(
     st.one_of(
         st.tuples(st.just("prefill"), st.lists(st.integers(0, VOCAB - 1), max_size=12)),
         st.tuples(st.just("decode"), st.integers(0, VOCAB - 1)),
+        st.tuples(
+            st.just("decode_many"), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3)
+        ),
         st.tuples(st.just("rewind"), st.integers(0, 30)),
         st.tuples(
             st.just("interrupt"), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
@@ -55,6 +58,11 @@ def test_any_history_gives_the_logits_of_its_tokens(artifacts, moves, kv):
             fed.append(value)
             want = oracle(session.toy, session.plan, fed)
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        elif move == "decode_many" and len(value) <= room:
+            for token, got in zip(value, session.decode_many(value), strict=True):
+                fed.append(token)
+                want = oracle(session.toy, session.plan, fed)
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
         elif move == "rewind" and value <= session.max_rewind:
             session.rewind(value)
             fed = fed[: len(fed) - value]
@@ -122,6 +130,29 @@ def test_rewind_says_how_far_it_can_go(session):
     assert session.max_rewind == 2
     session.rewind(19)  # to 0: a fresh start, always possible
     assert session.written == 0
+
+
+def test_a_refused_draft_is_taken_back_after_any_pass(session):
+    session.prefill(range(20))
+    passes, fed = session.stats.decode_passes, list(range(20))
+    for token in range(30, 45):
+        session.decode_many([token, 1, 2])  # 7 slots for a window of 5: two may be other rows
+        session.rewind(2)
+        fed.append(token)
+    np.testing.assert_allclose(
+        session.decode(5), oracle(session.toy, session.plan, [*fed, 5]), rtol=1e-4, atol=1e-4
+    )
+    assert session.stats.decode_passes - passes == 16 and session.stats.decode_tokens == 46
+
+
+def test_a_pass_takes_as_many_tokens_as_were_exported(session):
+    for ids in ([], [1, 2, 3, 4]):
+        with pytest.raises(PromptError, match=f"A pass takes 1 … 3 tokens, not {len(ids)}"):
+            session.decode_many(ids)
+    session.prefill([1] * 62)
+    with pytest.raises(ContextFullError):
+        session.decode_many([1, 2, 3])
+    assert session.pos == 62
 
 
 @pytest.mark.parametrize(

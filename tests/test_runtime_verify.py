@@ -33,7 +33,7 @@ def test_an_untouched_artifact_passes(tmp_path, kv):
 
 
 def test_other_logits_fail_with_their_divergence(tmp_path):
-    root = write_artifact(tmp_path / "a", programs=False)
+    root = write_artifact(tmp_path / "a", programs=False, drafts=0)
     with np.load(root / "verify.npz") as arrays:
         logits = arrays["logits"].copy()
     shifted = logits.copy()
@@ -55,10 +55,24 @@ def test_a_constant_added_to_all_logits_is_the_same_distribution(tmp_path):
     assert parity.passed and parity.max_abs > 4.9
 
 
+def test_passes_of_several_tokens_that_differ_fail(tmp_path):
+    session = NumpySession(read_artifact(write_artifact(tmp_path / "a", programs=False)))
+    decode = session._run_decode
+
+    def shifted(ids, pos):
+        logits = decode(ids, pos)
+        logits[2:, 0] += 3
+        return logits
+
+    session._run_decode = shifted
+    parity = verify(session)
+    assert not parity.passed and parity.max_kl > 10 * parity.mean_kl > 0
+
+
 def test_nan_does_not_pass(tmp_path):
     root = write_artifact(tmp_path / "a", programs=False)
     session = NumpySession(read_artifact(root))
-    session._run_decode = lambda token, pos: np.full(VOCAB, np.nan, np.float32)
+    session._run_decode = lambda ids, pos: np.full((len(ids), VOCAB), np.nan, np.float32)
     assert not verify(session).passed
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from edge_kv.errors import ConfigError, PlanError, did_you_mean
 from edge_kv.models import deepseek_v4, gemma, gemma_assistant, laguna, llama, zaya
 from edge_kv.models.model import Model, Row, Weight
-from edge_kv.plan import Plan, Sizes
+from edge_kv.plan import MOST_DRAFTS, Plan, Sizes
 
 MODULES: tuple[ModuleType, ...] = (gemma, llama, laguna, zaya, deepseek_v4)
 DRAFTERS: tuple[ModuleType, ...] = (gemma_assistant,)
@@ -100,11 +100,19 @@ def official_drafter(target: Model) -> Row:
     )
 
 
-def plan(config: Model, *, ctx: int, chunk: int = 128, kv: str = "int8") -> Plan:
+DRAFTS = 7  # a pass of 8 tokens: kernels take as many at a time
+
+
+def plan(
+    config: Model, *, ctx: int, chunk: int = 128, kv: str = "int8", drafts: int = DRAFTS
+) -> Plan:
     """Lay out the state of `config` for `ctx` positions and prompt chunks of at most `chunk`.
 
+    A pass of decode checks at most `drafts` tokens behind the one it decodes, and no more than a
+    chunk leaves room for.
+
     Raises:
-        PlanError: ctx or chunk out of range, an unknown `kv` storage, or a drafter.
+        PlanError: ctx, chunk or drafts out of range, an unknown `kv` storage, or a drafter.
     """
     if is_drafter(config):
         raise PlanError(
@@ -117,5 +125,8 @@ def plan(config: Model, *, ctx: int, chunk: int = 128, kv: str = "int8") -> Plan
         )
     if chunk < 1:
         raise PlanError(f"chunk {chunk} must be at least 1 token.")
-    sizes = Sizes(ctx, min(chunk, ctx), kv)
+    if not 0 <= drafts <= MOST_DRAFTS:
+        raise PlanError(f"{drafts} drafts are outside 0 … {MOST_DRAFTS}, what a pass may check.")
+    chunk = min(chunk, ctx)
+    sizes = Sizes(ctx, chunk, kv, min(drafts, chunk - 1))
     return Plan.of(module_of(config).tables(config, sizes), sizes)

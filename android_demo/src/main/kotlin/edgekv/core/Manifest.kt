@@ -66,6 +66,7 @@ class Manifest private constructor(
         private const val LABEL = 256
         private const val MANY = 65_536
         private const val FEW = 4096
+        private const val MOST_DRAFTS = 8
         private const val STATE_LIMIT = 1L shl 42
 
         /** @throws ArtifactException not JSON, another version, or not the schema */
@@ -141,10 +142,12 @@ class Manifest private constructor(
         }
 
         private fun plan(f: Fields): Plan {
-            f.only("ctx", "chunk", "kv", "tables")
+            f.only("ctx", "chunk", "kv", "tables", "drafts")
             val ctx = f.int("ctx", COUNT)
             val chunk = f.int("chunk", COUNT)
             if (chunk > ctx) f.refuse("chunk", "at most ctx ($ctx)")
+            val drafts = if ("drafts" in f.names) f.int("drafts", 0..MOST_DRAFTS) else 0
+            if (drafts >= chunk) f.refuse("drafts", "fewer than the tokens of a chunk ($chunk)")
             val tables = f.listOfFields("tables", MANY).map { table(it, ctx, chunk) }
             val names = HashSet<String>()
             tables.firstOrNull { !names.add(it.name) }?.let { f.refuse("tables", "${it.name} once") }
@@ -153,7 +156,7 @@ class Manifest private constructor(
             if (tables.sumOf { it.slots.toDouble() * it.rowBytes } > STATE_LIMIT) {
                 f.refuse("tables", "tables of at most $STATE_LIMIT bytes")
             }
-            return Plan(ctx, chunk, f.text("kv", STORAGE), tables)
+            return Plan(ctx, chunk, f.text("kv", STORAGE), tables, drafts)
         }
 
         /** A table, refused where it could lose a row: the checks of `edge_kv.plan.Plan.validate`. */

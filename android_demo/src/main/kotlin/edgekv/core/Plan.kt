@@ -47,8 +47,12 @@ class Table(
     }
 }
 
-/** All state of one artifact at its context length; what it is made of was decided by the exporter. */
-class Plan(val ctx: Int, val chunk: Int, val kv: String, val tables: List<Table>) {
+/**
+ * All state of one artifact at its context length; what it is made of was decided by the exporter.
+ *
+ * `decode` takes up to `drafts` tokens behind the first; this app feeds it one.
+ */
+class Plan(val ctx: Int, val chunk: Int, val kv: String, val tables: List<Table>, val drafts: Int = 0) {
     val bytes: Long get() = tables.sumOf { it.slots * it.rowBytes }
 
     /** Bytes of state that hold rows once `depth` positions were written. */

@@ -54,7 +54,7 @@ class OnnxSession(
             ple = artifact.manifest.ple?.let { PleTable(artifact.file(it.file), it) }?.also { opened += it }
             val engines = load().onEach { opened += Closeable { it.value.close() } }
             prefill = Bound("prefill", engines, plan.chunk)
-            decode = Bound("decode", engines, 1)
+            decode = Bound(DECODE, engines, 1)
         } catch (e: Exception) {
             opened.asReversed().forEach { it.close() }
             run.close()
@@ -140,7 +140,8 @@ class OnnxSession(
                 outputs[table.name + OUT] = bound
             }
             if (logits.isNotEmpty()) {
-                val shape = longArrayOf(logits.size.toLong())
+                val vocab = logits.size.toLong()
+                val shape = if (plan.drafts > 0) longArrayOf(1, vocab) else longArrayOf(vocab)
                 outputs[LOGITS] = tensor(logitsBytes, logitsBytes.capacity(), shape, OnnxJavaType.FLOAT)
             }
             bound = sizes
@@ -182,6 +183,16 @@ class OnnxSession(
                 val shape = listOf(if (table.grows) OPEN else table.slots.toLong(), table.heads.toLong(), table.dim.toLong())
                 if (found.shape.toList() != shape || BYTES[found.type] != Table.BYTES.getValue(table.dtype)) {
                     throw ArtifactException("$file takes '${table.name}' in another form than its plan; export again.")
+                }
+            }
+            val vocab = artifact.manifest.tokens.vocab.toLong()
+            val open = if (name == DECODE) plan.drafts > 0 else plan.chunk > 1
+            val tokens = if (open) OPEN else 1L
+            val forms = mutableMapOf(IDS to listOf(tokens))
+            if (name == DECODE) forms[LOGITS] = if (open) listOf(tokens, vocab) else listOf(vocab)
+            for ((value, form) in forms) {
+                if (real[value]?.shape?.toList() != form) {
+                    throw ArtifactException("$file has '$value' in another form than its plan; export again.")
                 }
             }
             if (entry == null) return 0
@@ -247,7 +258,8 @@ class OnnxSession(
         /** Of onnxruntime's core. */
         val version: String get() = OrtEnvironment.getEnvironment().version
         private const val PACKED = "packed"
-        private val PROGRAMS = listOf("prefill", "decode")
+        private const val DECODE = "decode"
+        private val PROGRAMS = listOf("prefill", DECODE)
         private const val IDS = "ids"
         private const val POS = "pos"
         private const val PLE = "ple"
