@@ -148,6 +148,10 @@ Weights = Annotated[
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit.")
 ]
+Assistant = Annotated[
+    str | None,
+    typer.Option("--assistant", help="What drafts beside it: HF directory, hub id or random."),
+]
 Ctx = Annotated[str, typer.Option("--ctx", help="Context in tokens: 32768 or 32k.")]
 Chunk = Annotated[str, typer.Option("--chunk", help="Tokens a prefill step takes.")]
 Drafts = Annotated[
@@ -178,6 +182,7 @@ def plan(
     model: Model = None,
     weights: Weights = None,
     revision: Revision = None,
+    assistant: Assistant = None,
     chunk: Chunk = "128",
     drafts: Drafts = 7,
     kv: Annotated[
@@ -199,7 +204,7 @@ def plan(
     from edge_kv.memory import COSTS
     from edge_kv.plan import STORAGES
     from edge_kv.plan_report import fit_choices, fits_data, plan_data, print_fits, print_plan
-    from edge_kv.request import find_subject
+    from edge_kv.request import find_assistant, find_subject
     from edge_kv.runtime.available import available_memory
     from edge_kv.runtime.base import machine_base
     from edge_kv.tensors import AUTO, SCHEMES, parse_changes, storage
@@ -225,10 +230,11 @@ def plan(
             print_fits(answer, choices, output(), named)
         return
     held = subject.formats() if quant == AUTO else {}
-    scheme, formats = storage(quant, models.weights(subject.config), held, changes)
+    drafter = find_assistant(assistant, subject.config) if assistant else None
+    scheme, formats = storage(quant, models.weights(subject.config, drafter), held, changes)
     data = plan_data(
         subject.config, subject.name, length, step, kv or "int8", scheme, formats,
-        {engine: machine_base(engine) for engine in COSTS}, available_memory(), drafts,
+        {engine: machine_base(engine) for engine in COSTS}, available_memory(), drafts, drafter,
     )  # fmt: skip
     if as_json:
         _print_json(data)
@@ -242,6 +248,7 @@ def export(
     model: Model = None,
     weights: Weights = None,
     revision: Revision = None,
+    assistant: Assistant = None,
     chunk: Chunk = "128",
     drafts: Drafts = 7,
     kv: Kv = "int8",
@@ -278,6 +285,7 @@ def export(
         model=model,
         weights=weights,
         revision=revision,
+        assistant=assistant,
         ctx=parse_size(ctx),
         chunk=parse_size(chunk),
         drafts=drafts,

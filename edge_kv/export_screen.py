@@ -16,7 +16,14 @@ from edge_kv.errors import Cancelled
 from edge_kv.files import unfinished
 from edge_kv.memory import COSTS, predict_artifact
 from edge_kv.needs import count_needs
-from edge_kv.request import check_backend, check_output, check_packages, find_subject
+from edge_kv.request import (
+    check_backend,
+    check_output,
+    check_packages,
+    fetch_assistant,
+    find_assistant,
+    find_subject,
+)
 from edge_kv.shelf import size_of
 from edge_kv.tensors import AUTO, storage
 from edge_kv.terminal import Bar
@@ -31,6 +38,7 @@ class Order:
     model: str | None
     weights: str | None
     revision: str | None
+    assistant: str | None
     ctx: int
     chunk: int
     drafts: int
@@ -58,10 +66,12 @@ def carry_out(order: Order) -> tuple[Artifact, float]:
     subject = find_subject(order.model, order.weights, order.revision)
     out = order.out or Path(f"{subject.name}-{order.ctx}")
     models.plan(subject.config, ctx=order.ctx, chunk=order.chunk, kv=order.kv, drafts=order.drafts)
+    drafter = find_assistant(order.assistant, subject.config) if order.assistant else None
     check_packages(backends, subject.weights)
     held = subject.formats() if order.quant == AUTO else {}
-    rows = models.weights(subject.config)
-    needs = count_needs(subject.config, *storage(order.quant, rows, held, order.changes))
+    rows = models.weights(subject.config, drafter)
+    scheme, formats = storage(order.quant, rows, held, order.changes)
+    needs = count_needs(subject.config, scheme, formats, drafter)
     part = unfinished(out)
     written = size_of(part) if part.is_dir() else 0
     check_output(out, int(_SPACE * (needs.weight_file + needs.lookup_file)), written)
@@ -69,12 +79,14 @@ def carry_out(order: Order) -> tuple[Artifact, float]:
     try:
         with Bar() as bar:
             weights = subject.fetch(bar)
+            assistant = order.assistant and fetch_assistant(order.assistant, bar)
             from edge_kv.export import export_model
             from edge_kv.runtime import load
 
             root = export_model(
                 model=subject.model,
                 weights=weights,
+                assistant=assistant,
                 ctx=order.ctx,
                 chunk=order.chunk,
                 drafts=order.drafts,

@@ -61,7 +61,7 @@ class Footprint:
 
 def footprint(
     config: Model, plan: Plan, quant: str = "int4", *, formats: Mapping[str, str] | None = None,
-    depth: int | None = None, base: Base | None = None,
+    depth: int | None = None, base: Base | None = None, drafter: Model | None = None,
 ) -> Footprint:  # fmt: skip
     """What `config` needs under `plan`, with weights stored as `quant`.
 
@@ -69,11 +69,12 @@ def footprint(
         formats: weight formats by kind of tensor; those of the scheme when left out.
         depth: tokens of context in use; the whole context when left out.
         base: what a process holds before it opens a model; typical figures when left out.
+        drafter: what drafts for the model, which takes memory too.
 
     Raises:
         ConfigError: an unknown quantisation.
     """
-    needs = count_needs(config, quant, formats)
+    needs = count_needs(config, quant, formats, drafter)
     memory = predict(needs, plan, config.vocab, depth, base=base)
     return Footprint(quant, needs, memory, plan.read_traffic(memory.depth))
 

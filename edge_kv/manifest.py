@@ -22,6 +22,8 @@ from edge_kv.plan import MOST_DRAFTS, Plan, Table
 
 SCHEMA_VERSION = 2
 DRAFTS_AXIS = "tokens"  # open axis of what `decode` takes
+DRAFT = "draft"  # the program of a drafter
+HIDDEN = "hidden"  # what it takes up, and what `decode` returns for it
 PLE = "ple"  # input of programs that take rows of the per-layer embedding
 UNFINISHED = "0" * 64  # stands for every digest while an export is not over
 STATE_LIMIT = 1 << 42  # bytes of state that no plan exceeds
@@ -169,6 +171,14 @@ class PleEntry(Entry):
         return self.data_bytes + scales
 
 
+class DrafterEntry(Entry):
+    """What drafts beside the model, in the program `draft`: the values of a hidden state that it
+    takes up, and the bytes of weights that one draft reads."""
+
+    width: Count
+    read: Size
+
+
 class TensorIO(Entry):
     """One graph input or output; an open axis is a name ("chunk", "tokens", "live")."""
 
@@ -186,7 +196,8 @@ class Program(Entry):
 
 
 class Backend(Entry):
-    """Programs of one runtime: `prefill` (no logits) and `decode` (the logits of each token)."""
+    """Programs of one runtime: `prefill` (no logits), `decode` (the logits of each token), and
+    `draft` where the artifact has a drafter (the logits of some tokens)."""
 
     programs: dict[Name, Program]
     files: Annotated[list[FileName], Field(max_length=4096)]  # what it needs beside the manifest
@@ -257,6 +268,7 @@ class Manifest(Entry):
     plan: PlanEntry
     quant: QuantEntry
     ple: PleEntry | None
+    drafter: DrafterEntry | None = None
     backends: dict[Name, Backend]
     tokenizer: TokenizerEntry | None
     parity: dict[Name, ParityEntry]
@@ -315,7 +327,9 @@ def _check_token_rows(manifest: Manifest, where: str) -> None:
     ple = manifest.ple
     held = (ple.rows, ple.n_layers, ple.dim) if ple else None
     for backend in manifest.backends.values():
-        for program in backend.programs.values():
+        for name, program in backend.programs.items():
+            if name == DRAFT:
+                continue
             shapes = [i.shape for i in program.inputs if i.name == PLE]
             wanted = [(manifest.tokens.vocab, *shape[1:]) for shape in shapes]
             if len(wanted) != bool(ple) or not all(ple and _part_of(w, ple) for w in wanted):

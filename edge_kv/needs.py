@@ -47,9 +47,12 @@ def stored_bytes(weight: Weight, quant: str, formats: Mapping[str, str] | None =
 
 
 def count_needs(
-    config: Model, quant: str = "int4", formats: Mapping[str, str] | None = None
-) -> Needs:
+    config: Model, quant: str = "int4", formats: Mapping[str, str] | None = None,
+    drafter: Model | None = None,
+) -> Needs:  # fmt: skip
     """What `config` needs with weights stored as `quant`; `formats` as in `stored_bytes`.
+
+    A `drafter` takes memory beside it; what a token reads is without it (`read_by_draft`).
 
     Raises:
         ConfigError: an unknown quantisation.
@@ -73,4 +76,17 @@ def count_needs(
             cycle += round(size * weight.share)
         elif weight.share:
             dense += size
+    for weight in models.weights(drafter) if drafter else ():
+        size = stored_bytes(weight, quant, formats)
+        kinds[weight.kind] = kinds.get(weight.kind, 0) + size
+        dense += size
+        reads += 1
     return Needs(kinds, lookup, dense, experts, read, cycle, chunk, widest, ROW_BYTES * reads)
+
+
+def read_by_draft(
+    drafter: Model, quant: str = "int4", formats: Mapping[str, str] | None = None
+) -> int:
+    """Bytes of weights that one draft reads."""
+    rows = models.weights(drafter)
+    return sum(round(stored_bytes(w, quant, formats) * w.share) for w in rows)

@@ -16,6 +16,7 @@ from edge_kv.errors import MemoryLimitError
 from edge_kv.footprint import DEVICES, Footprint, footprint, streaming
 from edge_kv.memory import COSTS, Base, predict
 from edge_kv.models.model import Model
+from edge_kv.needs import count_needs, read_by_draft
 from edge_kv.plan import STORAGES
 from edge_kv.tensors import SCHEMES, weight_formats
 from edge_kv.terminal import layers
@@ -38,7 +39,7 @@ _STEP = 1024  # `fits` answers in whole multiples of this many tokens
 def plan_data(
     config: Model, name: str, ctx: int, chunk: int, kv: str, quant: str,
     formats: Mapping[str, str], bases: Mapping[str, Base], available: int | None,
-    drafts: int = models.DRAFTS,
+    drafts: int = models.DRAFTS, drafter: Model | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything `plan` prints, as JSON data; bytes throughout.
 
@@ -46,12 +47,13 @@ def plan_data(
         bases: for each engine, what a process holds on this machine before it opens a model.
         available: memory that this machine has left; None where it does not say.
         drafts: most tokens that a pass of decode checks.
+        drafter: what drafts them, where it is exported beside the model.
 
     Raises:
         PlanError, ConfigError: a context, chunk, storage or quantisation that cannot be.
     """
     plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv, drafts=drafts)
-    need = footprint(config, plan, quant, formats=formats, base=bases.get("onnx"))
+    need = footprint(config, plan, quant, formats=formats, base=bases.get("onnx"), drafter=drafter)
     needs, memory = need.needs, need.memory
     others, rooms = models.plan(config, ctx=ctx, chunk=1, kv="f16"), _rooms(available)
     engines = {
@@ -92,7 +94,10 @@ def plan_data(
             "formats": dict(formats),
             "weight_file": needs.weight_file,
             "weights": needs.weights,
-            "weight_files": {q: footprint(config, plan, q).weight_file for q in SCHEMES},
+            "weight_files": {
+                q: footprint(config, plan, q, drafter=drafter).weight_file for q in SCHEMES
+            },
+            "assistant": _assistant(config, quant, formats, drafter) if drafter else None,
             "ple_file": needs.lookup_file,
             "read_per_token": {
                 "weights": needs.read_weights, "experts": needs.read_experts,
@@ -104,6 +109,14 @@ def plan_data(
             "engines": {e: m.as_dict()["phases"] for e, m in engines.items()},
         },
     }  # fmt: skip
+
+
+def _assistant(
+    config: Model, quant: str, formats: Mapping[str, str], drafter: Model
+) -> dict[str, int]:
+    """Bytes of the weight file that are a drafter's, and that one draft reads."""
+    both, alone = (count_needs(config, quant, formats, d).weight_file for d in (drafter, None))
+    return {"weights": both - alone, "read_per_draft": read_by_draft(drafter, quant, formats)}
 
 
 def _rooms(available: int | None) -> dict[str, int]:
@@ -164,6 +177,11 @@ def print_plan(data: dict[str, Any], console: Console, buffers: bool = False) ->
         f"\nOne token at {memory['depth']:,} tokens reads {size(read['weights'])} of weights and "
         f"{size(read['state'])} of state."
     )
+    if assistant := memory["assistant"]:
+        console.print(
+            f"Its assistant is {size(assistant['weights'])} of the weights; a draft reads "
+            f"{size(assistant['read_per_draft'])} of them."
+        )
     files = ", ".join(f"{quant} {size(n)}" for quant, n in memory["weight_files"].items())
     console.print(f"Weight files: {files}.")
     if memory["ple_file"]:

@@ -228,6 +228,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
             "worst": {n: t.error for n, t in worst},
         },
         "ple": manifest.ple.model_dump() if manifest.ple else None,
+        "drafter": manifest.drafter.model_dump() if manifest.drafter else None,
         "sampling": asdict(Sampling.of(artifact)),
         "tokenizer": manifest.tokenizer.model_dump() if manifest.tokenizer else None,
         "files": {n: f.size for n, f in manifest.files.items()},
@@ -283,6 +284,8 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     for name, engine in data["engines"].items():
         files = ", ".join(f"{n} ({f})" for n, f in engine["programs"].items())
         console.print(f"Engine {name}: {files}.")
+    if drafter := data["drafter"]:
+        console.print(f"It has an assistant; a draft reads {size(drafter['read'])} of weights.")
     if quant["tensors"]:
         worst = ", ".join(f"{n} {e:.3g}" for n, e in quant["worst"].items())
         console.print(

@@ -99,6 +99,33 @@ def find_subject(model: str | None, weights: str | None, revision: str | None = 
     return Subject(name, config, weights, model, revision)
 
 
+def find_assistant(spec: str, target: Model) -> Model:
+    """The config of what `--assistant` names, bound to its target; of a hub repository only its
+    config is fetched.
+
+    Raises:
+        ConfigError: it drafts for no model, or for another.
+        WeightsError: nothing there, damaged, or the hub cannot provide it.
+    """
+    if is_random(spec):
+        random_seed(spec)
+        return models.official_drafter(target).config
+    path = Path(spec).expanduser()
+    if is_hub_id(spec) and not path.exists():
+        path = download(spec, config_only=True)
+    return models.attach(_described(path, spec), target)
+
+
+def fetch_assistant(spec: str, progress: Progress | None = None) -> str:
+    """What `--assistant` names, brought here if it is on the hub.
+
+    Raises:
+        WeightsError: see `weights.hub.download`.
+    """
+    there = is_random(spec) or Path(spec).expanduser().exists()
+    return spec if there or not is_hub_id(spec) else str(download(spec, progress=progress))
+
+
 def _row(model: str) -> Row:
     """The official model called `model`; other spellings of one are answered with its name."""
     if model not in models.ROWS:

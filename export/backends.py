@@ -7,20 +7,19 @@ shipped ones round activations, so that the parity gate can tell the lowering fr
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from edge_kv import models
 from edge_kv.errors import ConfigError, ExportError
 from edge_kv.export.apart import apart
 from edge_kv.export.quiet import quiet
 from edge_kv.export.unfinished import read_record, write_record
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.manifest import Backend, PleEntry
-from edge_kv.models.model import Model
+from edge_kv.models.model import Model, Weight
 from edge_kv.plan import Plan
 
 WEIGHTS = "weights.bin"
@@ -33,13 +32,15 @@ ATTENTIONS = ("native", "portable")
 class Request:
     """What every backend lowers: a model, its state, and the layout of its per-layer rows.
 
-    `attention` is what ExecuTorch programs attend with: operators of ours, or stock ones only.
+    `drafter` is the config of what drafts for the model. `attention` is what ExecuTorch programs
+    attend with: operators of ours, or stock ones only.
     """
 
     config: Model
     plan: Plan
     ple: PleEntry | None
     attention: str = "native"
+    drafter: Model | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Lowering(Protocol):
             ConfigError: a package is missing. ExportError: the model cannot be expressed.
         """
 
-    def layout(self, config: Model, formats: Mapping[str, str], attention: str) -> WeightLayout:
+    def layout(
+        self, rows: Iterable[Weight], formats: Mapping[str, str], attention: str
+    ) -> WeightLayout:
         """How this backend's weights are stored; backends whose layouts agree share one file."""
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
@@ -86,14 +89,18 @@ class OnnxLowering:
     def check(self, config: Model, attention: str) -> None:
         pass
 
-    def layout(self, config: Model, formats: Mapping[str, str], attention: str) -> WeightLayout:
-        return WeightLayout(models.weights(config), formats)
+    def layout(
+        self, rows: Iterable[Weight], formats: Mapping[str, str], attention: str
+    ) -> WeightLayout:
+        return WeightLayout(rows, formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
         from edge_kv.export.lower_onnx import DETAILS, lower_onnx
         from edge_kv.export.onnx_graph import EXACT
 
-        programs = lower_onnx(request.config, request.plan, weights.layout, folder, WEIGHTS)
+        programs = lower_onnx(
+            request.config, request.plan, weights.layout, folder, WEIGHTS, request.drafter
+        )
 
         def backend(variant: str) -> Backend:
             named = {
@@ -131,12 +138,14 @@ class ExecuTorchLowering:
                 "this model computes with; use --attention native."
             )
 
-    def layout(self, config: Model, formats: Mapping[str, str], attention: str) -> WeightLayout:
+    def layout(
+        self, rows: Iterable[Weight], formats: Mapping[str, str], attention: str
+    ) -> WeightLayout:
         if attention == "native":
-            return WeightLayout(models.weights(config), formats)
+            return WeightLayout(rows, formats)
         with quiet():
             from edge_kv.export.executorch_xnnpack import XnnpackLayout
-        return XnnpackLayout(models.weights(config), formats)
+        return XnnpackLayout(rows, formats)
 
     def lower(self, request: Request, weights: StoredWeights, folder: Path) -> Lowered:
         if request.attention == "native":

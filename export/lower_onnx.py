@@ -12,7 +12,8 @@ then become references into the weight file that `weight_file` streamed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import WeightLayout
 from edge_kv.manifest import (
+    DRAFT,
+    HIDDEN,
     Program,
     TensorIO,
     live_axis,
@@ -35,10 +38,10 @@ from edge_kv.manifest import (
     table_shape,
     tokens_axis,
 )
-from edge_kv.models.model import Model, TokenRows
+from edge_kv.models.model import Model
 from edge_kv.nets import make_net, ops
 from edge_kv.nets.state import TORCH_DTYPES, Read
-from edge_kv.nets.weights import Decoder
+from edge_kv.nets.weights import Decoder, Drafter
 from edge_kv.plan import LIVE_STEP, SCALE, Plan
 
 DETAILS = {"opset": OPSET}
@@ -78,24 +81,29 @@ class TableState:
 
 
 class _DecodeProgram(nn.Module):
-    """ids [n], pos [1], rows, tables -> logits [n, vocab] ([vocab] without drafts), tables."""
+    """ids [n], pos [1], rows, tables -> logits [n, vocab] ([vocab] without drafts), tables.
 
-    def __init__(self, net: Decoder, plan: Plan):
+    With a drafter, the hidden states [n, width] that it takes up stand behind the logits.
+    """
+
+    def __init__(self, net: Any, plan: Plan, drafted: bool):
         super().__init__()
-        self.net, self.plan = net, plan
+        self.net, self.plan, self.drafted = net, plan, drafted
 
     def forward(self, ids: Tensor, pos: Tensor, rows: Tensor | None, *tables: Tensor) -> Any:
         state = TableState(self.plan, tables)
-        logits = self.net.logits(self.net(ids, pos, state, rows))
-        return logits if self.plan.drafts else logits[0], *state.values.values()
+        x = self.net(ids, pos, state, rows)
+        logits = self.net.logits(x)
+        hidden = [self.net.hidden(x)] if self.drafted else []
+        return logits if self.plan.drafts else logits[0], *hidden, *state.values.values()
 
 
 class _PrefillProgram(nn.Module):
     """ids [chunk], pos [1], rows, tables -> tables."""
 
-    def __init__(self, net: Decoder, plan: Plan):
+    def __init__(self, net: Decoder, plan: Plan, drafted: bool):
         super().__init__()
-        self.net, self.plan = net, plan
+        self.net, self.plan, self.drafted = net, plan, False
 
     def forward(self, ids: Tensor, pos: Tensor, rows: Tensor | None, *tables: Tensor) -> Any:
         state = TableState(self.plan, tables)
@@ -103,33 +111,65 @@ class _PrefillProgram(nn.Module):
         return tuple(state.values.values())
 
 
+class _DraftProgram(nn.Module):
+    """ids [1], pos [1], hidden [1, width], tables -> logits [n], hidden [1, width], tokens [n].
+
+    Without the tokens where the logits are those of the whole vocabulary.
+    """
+
+    def __init__(self, net: Drafter, plan: Plan):
+        super().__init__()
+        self.net, self.plan = net, plan
+
+    def forward(self, ids: Tensor, pos: Tensor, hidden: Tensor, *tables: Tensor) -> Any:
+        y = self.net(ids, hidden, pos, TableState(self.plan, tables))
+        logits, tokens = self.net.logits(y)
+        return logits, self.net.carry(y), *([] if tokens is None else [tokens])
+
+
 PROGRAMS: dict[str, Any] = {"prefill": _PrefillProgram, "decode": _DecodeProgram}
+Shape = tuple[int | str, ...]
+
+
+class _OnMeta:
+    """A net without memory for its weights, and what it computes of none: frequencies of ropes."""
+
+    def __init__(self, config: Model, weights: PackedWeights):
+        with torch.device("meta"):
+            net: Any = make_net(config, weights)
+        self.net: Any = net
+        named = net.named_buffers(remove_duplicate=False)
+        self.computed: dict[str, Tensor] = {n: b for n, b in named if not b.is_meta}
+        net.to("meta")
 
 
 def lower_onnx(
-    config: Model, plan: Plan, layout: WeightLayout, folder: Path, weights: str
-) -> dict[str, Program]:
-    """Write `prefill.onnx` and `decode.onnx` into `folder`, over the file `weights` beside them.
+    config: Model, plan: Plan, layout: WeightLayout, folder: Path, weights: str,
+    drafter: Model | None = None,
+) -> dict[str, Program]:  # fmt: skip
+    """Write `prefill.onnx`, `decode.onnx` and, of a drafter, `draft.onnx` into `folder`.
+
+    They read the file `weights` beside them.
 
     Raises:
         ExportError: torch could not trace or translate the net.
     """
-    with torch.device("meta"):
-        net = make_net(config, PackedWeights(models.weights(config), layout, fused=True))
-    assert isinstance(net, nn.Module)
-    computed = {
-        n: b for n, b in net.named_buffers(remove_duplicate=False) if not b.is_meta
-    }  # frequencies of ropes
-    net.to("meta")
+    stored = PackedWeights(models.weights(config, drafter), layout, fused=True)
+    net, drafts = _OnMeta(config, stored), _OnMeta(drafter, stored) if drafter else None
+    traced: dict[str, tuple[_OnMeta, Callable[[], ir.Model]]] = {
+        name: (net, partial(_trace_program, build(net.net, plan, drafts is not None), config, name))
+        for name, build in PROGRAMS.items()
+    }
+    if drafter and drafts:
+        module = _DraftProgram(drafts.net, models.drafter_plan(drafter, plan))
+        traced[DRAFT] = drafts, partial(_trace_draft, module, config)
     programs = {}
-    for name, build in PROGRAMS.items():
+    for name, (own, trace) in traced.items():
         try:
-            model = _trace_program(build(net, plan), plan, config.token_rows, name)
+            model = trace()
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
-        _name_io(model, plan, name, config.vocab, has_rows=config.token_rows is not None)
-        simplify(model)
-        _place_weights(model, net, computed, layout, folder, weights)
+        _place_weights(model, own.net, own.computed, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
         make_exact(model)
         ir.save(model, folder / f"{name}{EXACT}.onnx")
@@ -141,28 +181,67 @@ def lower_onnx(
     return programs
 
 
-def _trace_program(module: nn.Module, plan: Plan, rows: TokenRows | None, name: str) -> ir.Model:
-    decode, axis = name == "decode", tokens_axis(name, plan)
-    most = {"chunk": plan.chunk, "tokens": plan.drafts + 1}
+def _example_tables(
+    plan: Plan,
+) -> tuple[list[Tensor], tuple[dict[int, str] | None, ...], dict[str, int]]:
+    """Tables to trace with, their open axes, and the most that these grow to."""
+    tables, axes, most = [], [], {}
+    for t in plan.tables:
+        axis = live_axis(t)
+        slots = min(LIVE_STEP, t.slots) if axis else t.slots
+        tables.append(torch.empty(slots, *t.row, dtype=TORCH_DTYPES[t.dtype], device="meta"))
+        axes.append({0: axis} if axis else None)
+        if axis:
+            most[axis] = t.slots
+    return tables, tuple(axes), most
+
+
+def _trace_draft(module: _DraftProgram, config: Model) -> ir.Model:
+    tables, axes, most = _example_tables(module.plan)
+    with torch.device("meta"):
+        args = (
+            torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64),
+            torch.empty(1, config.hidden),
+        )  # fmt: skip
+    model = to_onnx(module, (*args, *tables), (None, None, None, axes), most)
+    attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
+    simplify(model)
+    read: dict[str, Shape] = {t.name: table_shape(t) for t in module.plan.tables}
+    _name_values(model.graph.inputs, {"ids": (1,), "pos": (1,), HIDDEN: (1, config.hidden), **read})
+    names = ("logits", f"{HIDDEN}.out", "tokens")[: len(model.graph.outputs)]
+    _name_values(model.graph.outputs, dict.fromkeys(names))
+    return model
+
+
+def _trace_program(module: _PrefillProgram | _DecodeProgram, config: Model, name: str) -> ir.Model:
+    plan, rows, decode = module.plan, config.token_rows, name == "decode"
+    axis = tokens_axis(name, plan)
+    tables, axes, most = _example_tables(plan)
+    most |= {"chunk": plan.chunk, "tokens": plan.drafts + 1}
     tokens = min(3, most[axis]) if axis else 1  # any example length: the axis is open
     grows = {0: axis} if axis else None
     with torch.device("meta"):
         args: list[Tensor | None] = [
             torch.empty(tokens, dtype=torch.int64), torch.empty(1, dtype=torch.int64), None
         ]  # fmt: skip
+        layers = (rows.layers if decode else rows.prefill) if rows else 0
         if rows:
-            args[2] = torch.empty(tokens, rows.layers if decode else rows.prefill, rows.dim)
-        axes = []
-        for t in plan.tables:
-            axis = live_axis(t)
-            slots = min(LIVE_STEP, t.slots) if axis else t.slots
-            args.append(torch.empty(slots, *t.row, dtype=TORCH_DTYPES[t.dtype]))
-            axes.append({0: axis} if axis else None)
-            if axis:
-                most[axis] = t.slots
-    shapes = (grows, None, grows if rows else None, tuple(axes))
-    model = to_onnx(module, tuple(args), shapes, most)
+            args[2] = torch.empty(tokens, layers, rows.dim)
+    shapes = (grows, None, grows if rows else None, axes)
+    model = to_onnx(module, (*args, *tables), shapes, most)
     attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
+    simplify(model)
+    width = axis or 1
+    inputs: dict[str, Shape] = {"ids": (width,), "pos": (1,)}
+    if rows:
+        inputs["ple"] = (width, layers, rows.dim)
+    outputs: dict[str, Shape] = {"logits": logits_shape(plan, config.vocab)} if decode else {}
+    if module.drafted:
+        outputs[HIDDEN] = (width, config.hidden)
+    inputs |= {t.name: table_shape(t) for t in plan.tables}
+    outputs |= {f"{t.name}.out": table_shape(t) for t in plan.tables}
+    _name_values(model.graph.inputs, inputs)
+    _name_values(model.graph.outputs, outputs)
     return model
 
 
@@ -194,26 +273,14 @@ def to_onnx(
     return program.model
 
 
-def _name_io(model: ir.Model, plan: Plan, name: str, vocab: int, *, has_rows: bool) -> None:
-    tables = [t.name for t in plan.tables]
-    inputs = ["ids", "pos", *(["ple"] if has_rows else []), *tables]
-    outputs = [*(["logits"] if name == "decode" else []), *(f"{t}.out" for t in tables)]
-    shapes: dict[str, tuple[int | str, ...]] = {}
-    for t in plan.tables:
-        shapes[t.name] = shapes[f"{t.name}.out"] = table_shape(t)
-    shapes["ids"] = (tokens_axis(name, plan) or 1,)
-    if name == "decode":
-        shapes["logits"] = logits_shape(plan, vocab)
-    for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
-        if len(values) != len(names):
-            raise ExportError(f"The {name} graph has {len(values)} values, {len(names)} expected.")
-        for value, new in zip(values, names, strict=True):
-            value.name = new
-            if new == "ple":
-                assert value.shape is not None
-                value.shape = ir.Shape((*shapes["ids"], *list(value.shape)[1:]))
-            elif new in shapes:
-                value.shape = ir.Shape(shapes[new])
+def _name_values(values: Sequence[ir.Value], named: Mapping[str, Shape | None]) -> None:
+    """Give the inputs or outputs of a graph their names and shapes; None: as it was traced."""
+    if len(values) != len(named):
+        raise ExportError(f"The graph has {len(values)} values, {len(named)} are expected.")
+    for value, (name, shape) in zip(values, named.items(), strict=True):
+        value.name = name
+        if shape is not None:
+            value.shape = ir.Shape(shape)
 
 
 def _place_weights(

@@ -46,6 +46,7 @@ from edge_kv.files import unfinished
 from edge_kv.manifest import (
     UNFINISHED,
     Backend,
+    DrafterEntry,
     FileEntry,
     IdentityEntry,
     Manifest,
@@ -63,8 +64,8 @@ from edge_kv.manifest import (
 )
 from edge_kv.models.model import Model
 from edge_kv.models.random_source import RandomSource
-from edge_kv.models.sources import Source, open_model
-from edge_kv.needs import count_needs
+from edge_kv.models.sources import Paired, Source, open_drafter, open_model
+from edge_kv.needs import count_needs, read_by_draft
 from edge_kv.nets.oracle import TokenValues, oracle_logits, table_values
 from edge_kv.nets.weights import Read, Weights
 from edge_kv.plan import Plan
@@ -86,6 +87,7 @@ def export_model(
     *,
     model: str | None = None,
     weights: str | None = None,
+    assistant: str | None = None,
     ctx: int,
     chunk: int = 128,
     drafts: int = models.DRAFTS,
@@ -106,6 +108,8 @@ def export_model(
         model: name of a row of `models.ROWS`; its official checkpoint is used when `weights` is
             left out.
         weights: directory, `.gguf`, hub id or `random[:seed]`.
+        assistant: what drafts for the model, exported beside it: a directory, hub id or
+            `random[:seed]`.
         ctx, chunk: positions of context, tokens of a prefill step.
         drafts: most tokens that a pass of decode checks behind the one it decodes.
         kv: state storage f32 | f16 | int8.
@@ -128,6 +132,11 @@ def export_model(
         raise ConfigError(f"Unknown attention {attention!r}.{did_you_mean(attention, ATTENTIONS)}")
     if attention != "native" and "executorch" not in backends:
         raise ConfigError(f"Attention {attention!r} is ExecuTorch's; add --backend executorch.")
+    if attention != "native" and assistant:
+        raise ConfigError(
+            f"Programs with {attention} attention do not check drafts; leave --assistant out, or "
+            "use --attention native."
+        )
     changes = parse_changes(store)
     scheme, formats = storage(quant, (), {}, changes)
     if out.exists():
@@ -135,8 +144,13 @@ def export_model(
     source = open_model(models.get_row(model) if model else None, weights, formats)
     config = source.config
     plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv, drafts=drafts)
-    held = source.formats()
-    scheme, formats = storage(quant, models.weights(config), held, changes)
+    drafter: Model | None = None
+    whole: Source = source
+    if assistant:
+        drafter, drafting = open_drafter(assistant, config, formats)
+        whole = Paired(source, drafting)
+    rows, held = models.weights(config, drafter), whole.formats()
+    scheme, formats = storage(quant, rows, held, changes)
     if held and scheme not in (KEPT, "none"):
         log.warning(
             "%s holds integers already (%s); --quant %s rounds them a second time, and parity says "
@@ -145,13 +159,13 @@ def export_model(
         )  # fmt: skip
     for backend in backends:
         BACKENDS[backend].check(config, attention)
-    layouts = {b: BACKENDS[b].layout(config, formats, attention) for b in backends}
+    layouts = {b: BACKENDS[b].layout(rows, formats, attention) for b in backends}
     for layout in layouts.values():
-        layout.steps = dict(source.steps())
-    source.check()
+        layout.steps = dict(whole.steps())
+    whole.check()
     job = _Job(
-        source, plan, scheme, layouts, attention, calibration, device, out, open_session,
-        progress or Silent(),
+        source, whole, drafter, plan, scheme, layouts, attention, calibration, device, out,
+        open_session, progress or Silent(),
     )  # fmt: skip
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -177,17 +191,19 @@ class _Job:
     """One export: the paths and facts its stages share."""
 
     def __init__(
-        self, source: Source, plan: Plan, scheme: str, layouts: dict[str, WeightLayout],
+        self, source: Source, whole: Source, drafter: Model | None, plan: Plan, scheme: str,
+        layouts: dict[str, WeightLayout],
         attention: str, calibration: str, device: str, out: Path, open_session: gate.OpenSession,
         progress: Progress,
     ):  # fmt: skip
         self.source, self.plan, self.layouts, self.out = source, plan, layouts, out
+        self.whole, self.drafter = whole, drafter  # source is of the model that it drafts for
         self.scheme, self.attention, self.device = scheme, attention, device
         self.layout = next(iter(layouts.values()))
         self.config: Model = source.config
         self.open_session, self.progress = open_session, progress
         self.root = unfinished(out)
-        self.identity = identity(source.files)
+        self.identity = identity(whole.files)
         self.start = [] if self.config.bos_id is None else [self.config.bos_id]
         text = source.text
         content = text.tokenizer_json() if text else None
@@ -195,13 +211,12 @@ class _Job:
         self.template = text.chat_template() if text else None
         self.generation = text.generation() if text else Generation()
         self.stop_ids = text.stop_ids() if text else []
-        wanted = scheme != KEPT and any(calibrated(layout) for layout in layouts.values())
+        wanted = scheme != KEPT and any(self._calibrated(layout) for layout in layouts.values())
         encode, longest = plain_encoder(self.tokenizer_json), self.config.max_ctx
         self.calibration = (
             Calibration.of(calibration, encode, self.start, longest) if wanted else None
         )
-        model = {"type": models.name_of(self.config), **asdict(self.config)}
-        self.model = json.loads(json.dumps(model))
+        self.model = _described(self.config)
 
     def run(self) -> None:
         self._begin()
@@ -210,7 +225,7 @@ class _Job:
             lowered = {}
             for name in self.layouts:
                 self.progress.stage(f"programs: {name}")
-                request = Request(self.config, self.plan, written.ple, self.attention)
+                request = Request(self.config, self.plan, written.ple, self.attention, self.drafter)
                 lowered[name] = BACKENDS[name].lower(request, self._stored(name), self.root / name)
             self._finish(written, lowered)
         except (ParityError, WeightsError):  # running it again would end the same way
@@ -231,9 +246,10 @@ class _Job:
         request = {
             "edge_kv": __version__,
             "torch": torch.__version__,
-            "source": self.source.label,
+            "source": self.whole.label,
             "files": self.identity,
             "model": self.model,
+            "drafter": self.drafter and _described(self.drafter),
             "plan": [self.plan.ctx, self.plan.chunk, self.plan.kv, self.plan.drafts],
             "quant": [self.scheme, self.layout.formats],
             "backends": list(self.layouts),
@@ -262,8 +278,8 @@ class _Job:
             self.progress.stage("weights")
             journal = Journal(self.root / name / JOURNAL)
             path = self._stored(name).path
-            left = calibrated(layout) if self.calibration else frozenset()
-            write_weights(self.source, layout, path, journal, self.progress, left)
+            left = self._calibrated(layout) if self.calibration else frozenset()
+            write_weights(self.whole, layout, path, journal, self.progress, left)
             if self.calibration and left:
                 self.progress.stage("calibration", "matrices")
                 calibrate_weights(
@@ -284,11 +300,15 @@ class _Job:
         self._unchanged()
         return _Written(reports, ple, self._tokenizer())
 
+    def _calibrated(self, layout: WeightLayout) -> frozenset[str]:
+        """What is calibrated: weights of the model, and none of its drafter."""
+        return calibrated(layout) & {row.name for row in models.weights(self.config)}
+
     def _unchanged(self) -> None:
         """Refuse to go on when a source file is not what it was at the start."""
-        if identity(self.source.files) != self.identity:
+        if identity(self.whole.files) != self.identity:
             raise WeightsError(
-                f"{self.source.label} was changed while it was exported, so nothing was written; "
+                f"{self.whole.label} was changed while it was exported, so nothing was written; "
                 "run the same command again when its files are complete."
             )
 
@@ -379,7 +399,8 @@ class _Job:
 
     def _keeps_all(self, layout: WeightLayout) -> bool:
         """Whether every matrix is stored as the checkpoint holds it."""
-        stored = (t.spec.name for t in layout.tensors if t.format)
+        own = {row.name for row in models.weights(self.config)}
+        stored = (t.spec.name for t in layout.tensors if t.format and t.spec.name in own)
         return self.scheme == KEPT and layout.calibrates and all(map(self.source.is_exact, stored))
 
     def _manifest(
@@ -391,6 +412,10 @@ class _Job:
         quant = QuantEntry(scheme=self.scheme, formats=formats, tensors=written.reports)
         entry = PlanEntry.of(self.plan)
         calibration = {"calibration": self.calibration.as_dict()} if self.calibration else {}
+        drafter = None
+        if self.drafter:
+            read = read_by_draft(self.drafter, self.scheme, formats)
+            drafter = DrafterEntry(width=config.hidden, read=read)
         return Manifest(
             schema_version=2,
             edge_kv=__version__,
@@ -415,15 +440,17 @@ class _Job:
             plan=entry,
             quant=quant,
             ple=written.ple,
+            drafter=drafter,
             backends=backends,
             tokenizer=written.tokenizer,
             parity=parity,
-            needs=NeedsEntry.of(count_needs(config, self.scheme, formats)),
+            needs=NeedsEntry.of(count_needs(config, self.scheme, formats, self.drafter)),
             files=files,
             made={
-                "source": self.source.label,
+                "source": self.whole.label,
                 "torch": torch.__version__,
                 "model": self.model,
+                **({"drafter": _described(self.drafter)} if self.drafter else {}),
                 **calibration,
             },
         )
@@ -476,6 +503,14 @@ class _Job:
         finally:
             if table:
                 table.close()
+
+
+def _described(config: Model) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    fields: dict[str, Any] = json.loads(
+        json.dumps({"type": models.name_of(config), **asdict(config)})
+    )
+    return fields
 
 
 def _files(root: Path, *, digests: bool) -> dict[str, FileEntry]:

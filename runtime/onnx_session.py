@@ -19,16 +19,25 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
-from edge_kv.manifest import Program, live_axis, logits_shape, table_shape, tokens_axis
+from edge_kv.manifest import (
+    DRAFT,
+    HIDDEN,
+    Program,
+    live_axis,
+    logits_shape,
+    table_shape,
+    tokens_axis,
+)
 from edge_kv.ple import PleTable
 from edge_kv.runtime import experts, heap, mapped, native_library, packed
 from edge_kv.runtime.ort import onnxruntime as ort
 from edge_kv.runtime.packed import PROGRAMS
-from edge_kv.runtime.session import Ids, Logits, Session
+from edge_kv.runtime.session import Draft, Hidden, Ids, Logits, Session
 from edge_kv.runtime.threads import thread_count
 
 log = logging.getLogger(__name__)
 WARNING, ERROR = 2, 3  # onnxruntime's log severities
+_CARRY, _TOKENS = f"{HIDDEN}.out", "tokens"  # outputs of a drafter
 _TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
     "float": np.float32,
     "float16": np.float16,
@@ -114,6 +123,7 @@ class OnnxSession(Session):
         self._running = ""  # the program whose pages are resident
         self._lean = not artifact.manifest.finished
         self._bound: dict[str, _Bound] = {}
+        self._drafting: _Drafts | None = None
         try:
             for name in PROGRAMS:
                 if name not in programs:
@@ -121,6 +131,8 @@ class OnnxSession(Session):
             self._create = self._load(cache, log_severity)
             for name in () if self._lean else PROGRAMS:
                 self._open(name)
+            if self.has_drafter and not self._lean:
+                self._drafts()
             heap.trim()
         except BaseException:
             if self._ple:
@@ -141,11 +153,12 @@ class OnnxSession(Session):
         def create(model: Path, options: ort.SessionOptions | None = None) -> Any:
             return create_engine(model, self.threads, log_severity, options, self.operators, exact)
 
-        plain = {name: self.artifact.program(programs[name].file) for name in PROGRAMS}
+        names = (*PROGRAMS, DRAFT) if self.has_drafter else PROGRAMS
+        plain = {name: self.artifact.program(programs[name].file) for name in names}
         # Native operators multiply weights as they were exported: nothing is packed.
         wanted = cache and not self.operators
         files = (packed.packed_programs(self.artifact, create) if wanted else None) or {}
-        self._folders = {name: files.get(name, plain[name]).parent for name in PROGRAMS}
+        self._folders = {name: files.get(name, plain[name]).parent for name in names}
 
         def create_program(name: str) -> Any:
             if name not in files:
@@ -202,7 +215,20 @@ class OnnxSession(Session):
         program = self._program("decode")
         program.run(ids, pos, self._ple.rows(ids, program.ple_layers) if self._ple else None)
         logits: Logits = program.logits[: len(ids)].copy()
+        if self.has_drafter:
+            self._hidden = program.hidden[: len(ids)].copy()
         return logits
+
+    def _drafts(self) -> _Drafts:
+        """The program of the drafter, which keeps its pages beside those of `decode`."""
+        if self._drafting is None:
+            program = self.artifact.backend(self.backend).programs[DRAFT]
+            self._drafting = _Drafts(self, program, self._create(DRAFT))
+        return self._drafting
+
+    def _run_draft(self, token: Ids, hidden: Hidden, pos: int) -> Draft:
+        self._program("decode")
+        return self._drafts().run(token, hidden, pos)
 
     def _weights(self) -> tuple[set[mapped.Span], Path]:
         self._program("decode")  # prefill keeps the file: it waits for its multiplications
@@ -214,6 +240,7 @@ class OnnxSession(Session):
         if self.operators:
             experts.forget_experts(ctypes.CDLL(str(self.operators)), self.artifact)
         self._bound.clear()
+        self._drafting = None
 
 
 class OnnxStockSession(OnnxSession):
@@ -243,6 +270,10 @@ class _Bound:
         self._ple = np.zeros((width, *(rows[0] if rows else (0, 0))), np.float32)
         self._has_ple = bool(rows)
         self.logits: Logits = np.zeros((width if decode else 0, vocab), np.float32)
+        entry = session.artifact.manifest.drafter
+        drafted = decode and entry is not None and session.has_drafter
+        self.hidden: Hidden = np.zeros((width if drafted else 0, entry.width if entry else 0),
+                                       np.float32)  # fmt: skip
         fed = ["ids", "pos", *(["ple"] if self._has_ple else []), *(v.name for v in self._views)]
         if sorted(fed) != sorted(self._dtypes) or self._has_ple != bool(
             session.artifact.manifest.ple
@@ -257,6 +288,8 @@ class _Bound:
         wanted["ids"] = (tokens or 1,)
         if decode:
             wanted["logits"] = logits_shape(plan, vocab)
+        if self.hidden.size:
+            wanted[HIDDEN] = (tokens or 1, self.hidden.shape[1])
         real = {t.name: tuple(t.shape) for t in (*engine.get_inputs(), *engine.get_outputs())}
         sizes = {v.name: v.memory.itemsize for v in self._views}
         for value, shape in wanted.items():
@@ -306,6 +339,9 @@ class _Bound:
             shape = self.logits.shape[1:] if self._flat else (n, *self.logits.shape[1:])
             address = self.logits.ctypes.data
             self._binding.bind_output("logits", "cpu", 0, np.float32, shape, address)
+        if self.hidden.size:
+            shape, address = (n, self.hidden.shape[1]), self.hidden.ctypes.data
+            self._binding.bind_output(HIDDEN, "cpu", 0, np.float32, shape, address)
         self._bound_tokens = n
 
     def _bind_tables(self, lengths: tuple[int, ...]) -> None:
@@ -320,6 +356,72 @@ class _Bound:
 
     def _put(self, name: str, array: npt.NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+class _Drafts:
+    """The program of a drafter, bound to the tables that it reads."""
+
+    def __init__(self, session: OnnxSession, program: Program, engine: Any) -> None:
+        path, entry = session.artifact.path(program.file), session.artifact.manifest.drafter
+        assert entry
+        self._engine = engine
+        self._dtypes = _check_contract(engine, program, path)
+        views, axes = _views(session)
+        self._views = [v for v in views if v.name in self._dtypes]
+        self._axes = axes
+        shapes = {t.name: tuple(t.shape) for t in (*program.inputs, *program.outputs)}
+        scored = shapes.get("logits", ())
+        wanted: dict[str, tuple[int | str, ...]] = {v.name: v.shape for v in self._views}
+        wanted |= {"ids": (1,), "pos": (1,), HIDDEN: (1, entry.width), "logits": scored}
+        wanted[_CARRY] = (1, entry.width)
+        if _TOKENS in shapes:
+            wanted[_TOKENS] = scored
+        vocab = session.artifact.tokens.vocab
+        if (
+            shapes != wanted
+            or len(scored) != 1
+            or not isinstance(scored[0], int)
+            or scored[0] > vocab
+            or (_TOKENS not in shapes and scored[0] != vocab)
+        ):
+            raise ArtifactError(
+                f"{path} does not take and give what a drafter of its plan does; export again."
+            )
+        self._ids, self._pos = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._hidden = np.zeros((1, entry.width), np.float32)
+        self._carry = np.zeros((1, entry.width), np.float32)
+        self._logits: Logits = np.zeros(scored[0], np.float32)
+        self._tokens = np.zeros(scored[0], np.int64) if _TOKENS in shapes else None
+        self._binding = engine.io_binding()
+        self._bound: tuple[int, ...] | None = None
+
+    def run(self, token: Ids, hidden: Hidden, pos: int) -> Draft:
+        self._ids[:], self._pos[0], self._hidden[0] = token, pos, hidden
+        lengths = tuple(live(pos) for live in self._axes.values())
+        try:
+            if lengths != self._bound:
+                self._bind(lengths)
+            self._engine.run_with_iobinding(self._binding)
+        except Exception as e:  # onnxruntime's exceptions share no base of their own
+            message = f"onnxruntime failed in {DRAFT} at position {pos}: {_line(e)}"
+            raise _fault(e, RuntimeFault(message)) from e
+        tokens = None if self._tokens is None else self._tokens.copy()
+        return Draft(self._logits.copy(), tokens, self._carry[0].copy())
+
+    def _bind(self, lengths: tuple[int, ...]) -> None:
+        self._bound = None  # a failure half way must not look like a finished binding
+        for name, array in (("ids", self._ids), ("pos", self._pos), (HIDDEN, self._hidden)):
+            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        open_axes = dict(zip(self._axes, lengths, strict=True))
+        for view in self._views:
+            shape = [open_axes[d] if isinstance(d, str) else d for d in view.shape]
+            address = view.memory.ctypes.data
+            self._binding.bind_input(view.name, "cpu", 0, self._dtypes[view.name], shape, address)
+        outputs = {"logits": self._logits, _CARRY: self._carry, _TOKENS: self._tokens}
+        for name, out in outputs.items():
+            if out is not None:
+                self._binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
+        self._bound = lengths
 
 
 class _View(NamedTuple):

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ContextFullError, PromptError, RewindError, RuntimeFault, SnapshotError
+from edge_kv.manifest import DRAFT
 from edge_kv.memory import CHECKPOINTS
 from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
@@ -32,6 +33,7 @@ from edge_kv.runtime.snapshot import Checkpoint, common_prefix
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+Hidden = npt.NDArray[np.float32]
 _Self = TypeVar("_Self", bound="Session")
 _Result = TypeVar("_Result")
 
@@ -53,6 +55,8 @@ class Stats:
     decode_tokens: int = 0  # fed to passes, refused drafts included
     decode_passes: int = 0
     decode_seconds: float = 0.0
+    drafted_tokens: int = 0  # by the artifact's drafter
+    draft_seconds: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES), repr=False)
 
     @property
@@ -86,6 +90,21 @@ class Copy:
         return sum(map(len, self.rows)) + rings
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What a drafter says of the token after one."""
+
+    logits: Logits  # [n] of some tokens
+    tokens: Ids | None  # which these are [n]; None: all, in their order
+    hidden: Hidden  # [width], what the next draft takes up
+
+    @property
+    def token(self) -> int:
+        """The likeliest one."""
+        best = int(self.logits.argmax())
+        return best if self.tokens is None else int(self.tokens[best])
+
+
 class Session(ABC):
     """One running model: state buffers, position, and the two programs.
 
@@ -107,6 +126,8 @@ class Session(ABC):
         self._written = 0
         self._checkpoints: list[Checkpoint] = []  # by length
         self._closed = False
+        self._hidden: Hidden | None = None  # [n, width] of the last pass of decode
+        self._hidden_start = 0  # position of its first token
 
     @property
     def backend(self) -> str:
@@ -139,6 +160,24 @@ class Session(ABC):
         return self.plan.drafts
 
     @property
+    def has_drafter(self) -> bool:
+        """Whether the artifact holds what `draft` runs."""
+        programs = self.artifact.backend(self.backend).programs
+        return self.artifact.manifest.drafter is not None and DRAFT in programs
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """Hidden state [width] of the newest token fed, which the first draft behind it takes up.
+
+        None unless that token went through `decode` with the last step, and without a drafter.
+        """
+        row = self.pos - 1 - self._hidden_start
+        if self._hidden is None or not 0 <= row < len(self._hidden):
+            return None
+        state: Hidden = self._hidden[row]
+        return state
+
+    @property
     def closed(self) -> bool:
         return self._closed
 
@@ -152,6 +191,7 @@ class Session(ABC):
             ContextFullError: they do not fit behind `pos`.
         """
         row = self._checked(ids)
+        self._hidden = None
         for start in range(0, len(row), self.plan.chunk):
             part = row[start : start + self.plan.chunk]
             begin = time.perf_counter()
@@ -188,8 +228,33 @@ class Session(ABC):
             )
         return self._pass(row)
 
+    def draft(self, token: int, hidden: Hidden) -> Draft:
+        """What may come after `token`, of which nothing is written; nothing is fed.
+
+        Args:
+            token: the one that is to stand at `pos`, or the last draft behind it.
+            hidden: `hidden` of the session, then that of the draft before.
+
+        Raises:
+            PromptError: `token` is not a token id of the model.
+            RuntimeFault: the artifact has no drafter, or nothing was fed.
+        """
+        row = self._checked((token,))
+        entry = self.artifact.manifest.drafter
+        if not self.has_drafter or entry is None or not self.pos:
+            raise RuntimeFault(
+                f"{self.artifact.root} has no drafter for engine {self.engine}, or nothing was fed "
+                "yet; export it with --assistant, and feed a token first."
+            )
+        begin = time.perf_counter()
+        draft = self._run_draft(row, np.ascontiguousarray(hidden, np.float32), self.pos)
+        self.stats.draft_seconds += time.perf_counter() - begin
+        self.stats.drafted_tokens += 1
+        return draft
+
     def _pass(self, ids: Ids) -> Logits:
         begin = time.perf_counter()
+        self._hidden, self._hidden_start = None, self.pos
         logits = self._step(ids, self._run_decode)
         seconds = time.perf_counter() - begin
         self.stats.decode_seconds += seconds
@@ -291,6 +356,7 @@ class Session(ABC):
         self._check_open()
         self._tokens.clear()
         self._written = 0
+        self._hidden = None
 
     def snapshot(self, path: str | Path, note: dict[str, Any] | None = None) -> None:
         """Write the live rows, the ids and their checkpoints to `path` (beside, then renamed).
@@ -361,8 +427,13 @@ class Session(ABC):
     def _run_decode(self, ids: Ids, pos: int) -> Logits:
         """Write the rows of `ids` (int64 [n], 1 <= n <= drafts + 1) and return their logits.
 
-        They are a fresh float32 [n, vocab].
+        They are a fresh float32 [n, vocab]. Of an artifact with a drafter the hidden states
+        [n, width] of the ids are left in `_hidden`.
         """
+
+    def _run_draft(self, token: Ids, hidden: Hidden, pos: int) -> Draft:
+        """What the drafter says behind `token` [1] in a burst at `pos`, from `hidden` [width]."""
+        raise NotImplementedError
 
     def use_huge_pages(self) -> None:
         """Put the weights that a token reads into huge pages; see `runtime.load`.

@@ -75,17 +75,22 @@ def saved(model, root):
     return root
 
 
-class Pair:
-    """A target and its assistant, both read back from what transformers saved."""
+def read_back(target, drafter, root):
+    """Both as `open_checkpoint` reads what transformers saved."""
+    pair = [open_checkpoint(saved(m, root / n)) for m, n in ((target, "t"), (drafter, "d"))]
+    pair[1].check()
+    return Pair(*pair)
 
-    def __init__(self, target, drafter, root):
-        self.target = open_checkpoint(saved(target, root / "target"))
-        self.drafter = open_checkpoint(saved(drafter, root / "drafter"))
-        self.drafter.check()
-        self.config = models.attach(self.drafter.config, self.target.config)
-        self.net = self.made(self.target.config)
+
+class Pair:
+    """The nets of a target and its assistant, over the weights of two sources."""
+
+    def __init__(self, target, drafter, ctx=CTX, chunk=CHUNK):
+        self.target, self.drafter = target, drafter
+        self.config = models.attach(drafter.config, target.config)
+        self.net = self.made(target.config)
         self.draft = self.made(self.config)
-        self.plan = models.plan(self.target.config, ctx=CTX, chunk=CHUNK, kv="f32")
+        self.plan = models.plan(target.config, ctx=ctx, chunk=chunk, kv="f32")
         self.state = StaticState(self.plan, fill=torch.nan)
 
     def made(self, config):
@@ -129,7 +134,7 @@ def trio(request, tmp_path):
     name = request.param
     target = tiny_hf(name)
     drafter = tiny_assistant(name, target, clustered=name in CLUSTERED)
-    return target, drafter, Pair(target, drafter, tmp_path)
+    return target, drafter, read_back(target, drafter, tmp_path)
 
 
 def theirs(target, drafter, ids, token, n):
@@ -191,7 +196,7 @@ def test_candidates_are_those_of_assisted_generation(name, tmp_path, monkeypatch
     """The first burst behind each prompt: a later one of transformers sees a refused row."""
     target = tiny_hf(name, sliding_window=48)
     drafter = tiny_assistant(name, target, clustered=name in CLUSTERED, window=48)
-    pair = Pair(target, drafter, tmp_path)
+    pair = read_back(target, drafter, tmp_path)
     drafter.generation_config.num_assistant_tokens = 5
     found = []
     kind = candidate_generator.SinglePositionMultiTokenCandidateGenerator

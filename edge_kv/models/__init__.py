@@ -13,7 +13,7 @@ from types import ModuleType
 from edge_kv.errors import ConfigError, PlanError, did_you_mean
 from edge_kv.models import deepseek_v4, gemma, gemma_assistant, laguna, llama, zaya
 from edge_kv.models.model import Model, Row, Weight
-from edge_kv.plan import MOST_DRAFTS, Plan, Sizes
+from edge_kv.plan import MOST_DRAFTS, SCALE, Plan, Sizes
 
 MODULES: tuple[ModuleType, ...] = (gemma, llama, laguna, zaya, deepseek_v4)
 DRAFTERS: tuple[ModuleType, ...] = (gemma_assistant,)
@@ -80,6 +80,13 @@ def attach(drafter: Model, target: Model) -> Model:
         )
     bound: Model = module_of(drafter).attach(drafter, target)
     return bound
+
+
+def drafter_plan(drafter: Model, plan: Plan) -> Plan:
+    """Of a target's plan, the tables that its drafter reads."""
+    names = set(module_of(drafter).read_tables(drafter))
+    tables = tuple(t for t in plan.tables if t.name.removesuffix(SCALE) in names)
+    return replace(plan, tables=tables)
 
 
 def official_drafter(target: Model) -> Row:

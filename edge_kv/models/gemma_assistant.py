@@ -171,6 +171,12 @@ def _kv(a: Attention) -> tuple[int, int, Rope]:
     return a.kv_heads, a.head_dim, a.rope
 
 
+def read_tables(c: Config) -> Iterator[str]:
+    """The tables of its target that it reads."""
+    for i in sorted(set(c.reads)):
+        yield from (f"l{i}.k", f"l{i}.v")
+
+
 def check_values(c: Config, read: Callable[[str], Any], label: str) -> None:
     """Refuse a token order that is none: the head looks rows up by it.
 

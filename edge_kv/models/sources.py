@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from edge_kv import models
 from edge_kv.errors import ConfigError, WeightsError
+from edge_kv.formats import Format, Quantised
 from edge_kv.models.checkpoint import open_checkpoint
 from edge_kv.models.model import Model, Row
 from edge_kv.models.random_source import RandomSource
@@ -103,6 +104,63 @@ def open_model(row: Row | None, weights: str | None, formats: Mapping[str, str])
         raise ConfigError("Name a model (--model e2b) or its weights (--weights DIR).")
     official = row.official if row else ""
     return open_weights(weights or official, row.config if row else None, formats)
+
+
+def open_drafter(spec: str, target: Model, formats: Mapping[str, str]) -> tuple[Model, Source]:
+    """What drafts for `target`, by what `--assistant` says: its config, bound to it, and weights.
+
+    Args:
+        spec: a directory, a hub id, or `random[:SEED]` for the shape that was published.
+
+    Raises:
+        WeightsError: nothing there, damaged, or a hub that cannot be reached.
+        ConfigError: it drafts for no model, or for another.
+    """
+    row = models.official_drafter(target) if is_random(spec) else None
+    source = open_weights(spec, row.config if row else None, formats)
+    config = models.attach(source.config, target)
+    models.module_of(config).check_values(config, source.read, source.label)
+    return config, source
+
+
+class Paired:
+    """The weights of a target and of its drafter, which have no name in common, as one source."""
+
+    def __init__(self, target: Source, drafter: Source):
+        self.config, self.text = target.config, target.text
+        self.label = f"{target.label} with {drafter.label}"
+        self.files = [*target.files, *drafter.files]
+        self._both = target, drafter
+        self._of: dict[str, Any] = {
+            row.name: source for source in self._both for row in models.weights(source.config)
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows of a weight: see `Source`."""
+        rows: Array = self._of[name].read(name, start, stop)
+        return rows
+
+    def formats(self) -> dict[str, str]:
+        return {name: f for source in self._both for name, f in source.formats().items()}
+
+    def steps(self) -> dict[str, tuple[float, float]]:
+        return {name: s for source in self._both for name, s in source.steps().items()}
+
+    def is_exact(self, name: str) -> bool:
+        return bool(self._of[name].is_exact(name))
+
+    def packed(self, name: str, fmt: Format, start: int, stop: int) -> Any:
+        """Rows of a weight as `fmt` stores them: see `Checkpoint.packed`."""
+        return self._of[name].packed(name, fmt, start, stop)
+
+    def integers(self, name: str, fmt: Format, start: int, stop: int) -> Quantised | None:
+        """Rows of a weight in integers: see `Checkpoint.integers`."""
+        found: Quantised | None = self._of[name].integers(name, fmt, start, stop)
+        return found
+
+    def check(self) -> None:
+        for source in self._both:
+            source.check()
 
 
 def _random(spec: str, config: Model | None, formats: Mapping[str, str]) -> RandomSource:

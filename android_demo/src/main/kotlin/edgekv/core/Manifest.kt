@@ -89,7 +89,7 @@ class Manifest private constructor(
 
         private fun read(f: Fields): Manifest {
             f.only(
-                "schema_version", "edge_kv", "name", "tokens", "sampling", "identity", "plan", "quant", "ple",
+                "schema_version", "edge_kv", "name", "tokens", "sampling", "identity", "plan", "quant", "ple", "drafter",
                 "backends", "tokenizer", "parity", "needs", "files", "made",
             )
             f.tree("made") // for people

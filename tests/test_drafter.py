@@ -1,0 +1,178 @@
+"""A drafter in an artifact: its program on each engine against PyTorch, what sessions keep for it,
+what is counted for it, and what is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_assistant import Pair
+
+from edge_kv import models, runtime
+from edge_kv.artifact import read_artifact
+from edge_kv.errors import ArtifactError, ConfigError, RuntimeFault
+from edge_kv.export import export_model
+from edge_kv.models.sources import open_drafter, open_model
+from edge_kv.needs import count_needs, read_by_draft
+
+CTX, CHUNK = 200, 16  # windows of 64: rings of 79 slots wrap twice
+ENGINES = ("onnx", "onnx-stock")
+NEAR = 1e-3  # of float weights and float state, after a dozen layers and four drafts
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Tiny with a drafter of random weights, all in floats."""
+    return export_model(
+        model="tiny", assistant="random:1", ctx=CTX, chunk=CHUNK, kv="f32", quant="none",
+        backends=("onnx",), calibration="none", out=tmp_path_factory.mktemp("d") / "drafted",
+        open_session=runtime.load,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair():
+    row = models.get_row("tiny")
+    target = open_model(row, None, {})
+    return Pair(target, open_drafter("random:1", row.config, {})[1], CTX, CHUNK)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@torch.no_grad()
+def test_drafts_are_those_of_pytorch(made, pair, engine):
+    """Bursts before and behind the window, after prompts in chunks, refused drafts and rewinds."""
+    ids = np.random.default_rng(4).integers(0, 2048, CTX)
+    with runtime.load(made, engine) as session:
+        assert session.has_drafter and session.hidden is None
+        for depth in (1, 20, 64, 65, 130, 190):
+            session.prefill(ids[session.pos : depth - 1])
+            assert session.hidden is None
+            session.decode(int(ids[depth - 1]))
+            kept = session.hidden.copy()
+            session.decode_many(ids[depth : depth + 4])  # refused
+            session.rewind(4)
+            assert session.hidden is None
+            session.rewind(1)
+            session.decode_many(ids[depth - 1 : depth + 3])
+            session.rewind(3)
+            np.testing.assert_allclose(session.hidden, kept, atol=NEAR)
+            pair.state.tables.update(
+                {n: torch.full_like(t, torch.nan) for n, t in pair.state.tables.items()}
+            )
+            for at in range(0, depth, CHUNK):
+                part = torch.from_numpy(ids[at : min(at + CHUNK, depth)])
+                hidden, _ = pair.feed(part, at)
+            np.testing.assert_allclose(session.hidden, hidden[-1], atol=NEAR)
+            token, carry = int(ids[depth]), session.hidden
+            rows = {name: table.copy() for name, table in session.state.items()}
+            for wanted, best in pair.burst(token, hidden[-1:], depth, 4):
+                drafted = session.draft(token, carry)
+                np.testing.assert_allclose(
+                    drafted.logits, wanted[torch.from_numpy(drafted.tokens)], atol=NEAR
+                )
+                assert drafted.token == best
+                token, carry = drafted.token, drafted.hidden
+            assert session.pos == depth
+            for name, table in session.state.items():
+                np.testing.assert_array_equal(table, rows[name])
+    assert session.stats.drafted_tokens == 24 and session.stats.draft_seconds > 0
+
+
+def test_a_state_that_is_taken_up_has_no_hidden_state(made, tmp_path):
+    with runtime.load(made, "onnx") as session:
+        session.prefill(range(10, 14))
+        session.decode(14)
+        assert session.hidden.shape == (128,)
+        copy = session.copy()
+        session.snapshot(tmp_path / "s")
+        session.put_back(copy)
+        assert session.hidden is None
+        session.decode(15)
+        session.restore(tmp_path / "s")
+        assert session.hidden is None
+        with pytest.raises(RuntimeFault, match="nothing was fed"):
+            session.reset()
+            session.draft(3, np.zeros(128, np.float32))
+
+
+def test_the_manifest_says_what_a_draft_reads(made):
+    manifest = read_artifact(made).manifest
+    target = models.get_row("tiny").config
+    drafter = models.official_drafter(target).config
+    assert manifest.drafter.width == target.hidden
+    assert manifest.drafter.read == read_by_draft(drafter, "none") > 0
+    assert manifest.made["drafter"]["reads"] == [2, 2, 2, 3]
+    alone, both = count_needs(target, "none"), count_needs(target, "none", drafter=drafter)
+    added = sum(4 * w.elements for w in models.weights(drafter)) + 4 * target.vocab  # order: i64
+    assert both.weight_file - alone.weight_file == both.dense - alone.dense == added
+    assert both.read_weights == alone.read_weights and both.prefill == alone.prefill
+    read = manifest.backends["onnx"].programs["draft"]
+    tables = {f"l{i}.{n}" for i in (2, 3) for n in "kv"}
+    assert {t.name for t in read.inputs} == {"ids", "pos", "hidden", *tables}
+
+
+def test_every_published_pair_is_counted():
+    for name in ("e2b", "e4b", "12b", "26b-a4b", "31b"):
+        target = models.get_row(name).config
+        drafter = models.official_drafter(target).config
+        plan = models.plan(target, ctx=4096)
+        read = models.drafter_plan(drafter, plan).tables
+        assert {t.writer for t in read} == set(drafter.reads)
+        assert len(read) == 6  # two of each, and scales of the int8 ones
+        share = read_by_draft(drafter) / count_needs(target).read_weights
+        assert share < 0.15
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda m: m["drafter"].update(width=96), "'hidden'"),
+        (lambda m: m["backends"]["onnx"]["programs"]["draft"]["outputs"].pop(), "disagree"),
+        (
+            lambda m: m["backends"]["onnx"]["programs"]["draft"].update(file="onnx/decode.onnx"),
+            "disagree",
+        ),
+        (lambda m: m["drafter"].update(width=0), "not a valid manifest"),
+    ],
+)
+def test_edited_manifests_are_refused(made, tmp_path, change, what):
+    root = tmp_path / "edited"
+    shutil.copytree(made, root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    change(manifest)
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=what):
+        runtime.load(root, "onnx").close()
+
+
+def test_an_artifact_without_a_drafter_says_so(tmp_path, made):
+    root = tmp_path / "plain"
+    shutil.copytree(made, root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["drafter"] = None
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with runtime.load(root, "onnx") as session:
+        session.decode(5)
+        assert not session.has_drafter and session.hidden is None
+        with pytest.raises(RuntimeFault, match="has no drafter for engine onnx"):
+            session.draft(3, np.zeros(128, np.float32))
+
+
+def test_what_is_not_of_this_target_is_refused_early(tmp_path):
+    wanted = {"ctx": 64, "out": tmp_path / "x", "open_session": runtime.load}
+    with pytest.raises(ConfigError, match="No assistant is known"):
+        export_model(model="gemma3-270m", weights="random", assistant="random", **wanted)
+    with pytest.raises(ConfigError, match="do not check drafts"):
+        export_model(
+            model="tiny", assistant="random", backends=("executorch",), attention="portable",
+            **wanted,
+        )  # fmt: skip
+    other = replace(models.get_row("tiny").config, hidden=64)
+    with pytest.raises(ConfigError, match="No assistant is known"):
+        open_drafter("random", other, {})
+    assert not (tmp_path / "x").exists()
