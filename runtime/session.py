@@ -55,7 +55,7 @@ class Stats:
     decode_tokens: int = 0  # fed to passes, refused drafts included
     decode_passes: int = 0
     decode_seconds: float = 0.0
-    drafted_tokens: int = 0  # by the artifact's drafter
+    draft_runs: int = 0  # of the drafter that an artifact holds
     draft_seconds: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES), repr=False)
 
@@ -249,7 +249,7 @@ class Session(ABC):
         begin = time.perf_counter()
         draft = self._run_draft(row, np.ascontiguousarray(hidden, np.float32), self.pos)
         self.stats.draft_seconds += time.perf_counter() - begin
-        self.stats.drafted_tokens += 1
+        self.stats.draft_runs += 1
         return draft
 
     def _pass(self, ids: Ids) -> Logits:

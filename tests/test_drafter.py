@@ -80,7 +80,7 @@ def test_drafts_are_those_of_pytorch(made, pair, engine):
             assert session.pos == depth
             for name, table in session.state.items():
                 np.testing.assert_array_equal(table, rows[name])
-    assert session.stats.drafted_tokens == 24 and session.stats.draft_seconds > 0
+    assert session.stats.draft_runs == 24 and session.stats.draft_seconds > 0
 
 
 def test_a_state_that_is_taken_up_has_no_hidden_state(made, tmp_path):
