@@ -120,7 +120,11 @@ ROWS = {
         {**_DECODER, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3},
     ),
     "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {**_DECODER, "tie_word_embeddings": True}),
-    "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {**_DECODER, "attention_bias": True}),
+    "qwen3": (  # whole blocks: what reads the residual can be packed
+        hf.Qwen3Config,
+        hf.Qwen3ForCausalLM,
+        {**_DECODER, "attention_bias": True, "hidden_size": 64},
+    ),
     "laguna": (hf.LagunaConfig, hf.LagunaForCausalLM, {**_LAGUNA, "gating": True}),
     "laguna-element": (
         hf.LagunaConfig,

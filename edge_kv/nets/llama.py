@@ -18,11 +18,12 @@ class Attention(nn.Module):
         self.c, self.k_table, self.v_table = c, f"l{i}.k", f"l{i}.v"
         self.q, self.k, self.v = (w.linear(f"{at}.{n}") for n in "qkv")
         self.out = w.linear(f"{at}.out")
-        self.norms = w.values(f"{at}.") if c.qk_norm else None
+        norms = {n: w.value(f"{at}.{n}_norm") for n in "qk"} if c.qk_norm else None
+        self.norms = nn.ModuleDict(norms) if norms else None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], pos: Tensor, state: State) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.c.head_dim)) for p in (self.q, self.k, self.v))
-        q, k = self.normed(q, "q_norm", rope), self.normed(k, "k_norm", rope)
+        q, k = self.normed(q, "q", rope), self.normed(k, "k", rope)
         state.put(self.k_table, k, pos)
         state.put(self.v_table, v, pos)
         reads = [Read(self.k_table, self.v_table)]
