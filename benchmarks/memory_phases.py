@@ -6,6 +6,7 @@ python benchmarks/memory_phases.py ARTIFACT ENGINE DEPTH STEPS THREADS
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ from edge_kv.runtime.bench import Watch, prompt_ids
 def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> dict[str, Any]:
     """Peaks of every phase in this process, what it held before, and the plan of both."""
     artifact = read_artifact(root)
+    for name in artifact.manifest.files:
+        forget(root / name)
     base = own_base(engine)
     memory: dict[str, dict[str, int | None]] = {}
     with Watch(memory, "load"):
@@ -39,7 +42,7 @@ def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> di
         for token in ids[depth - steps :]:
             session.decode(int(token))
     planned = predict_artifact(artifact, depth, engine=engine, base=base)
-    needs, tokens = needs_of(artifact, engine), artifact.manifest.tokenizer
+    needs, tokens = needs_of(artifact), artifact.manifest.tokenizer
     merges = count_merges(root / tokens.file) if tokens else 0
     return {
         "depth": depth,
@@ -54,11 +57,20 @@ def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> di
             for n, p in planned.phases.items()
         },
         "sizes": {
-            "programs": needs.programs, "row": needs.row, "vocab": artifact.tokens.vocab,
+            "layers": artifact.layers, "row": needs.row, "vocab": artifact.tokens.vocab,
             "merges": merges or 0, "chunk": artifact.plan.chunk, "dense": needs.dense,
             "state": artifact.plan.touched(depth) + TOKEN_BYTES * depth,
         },
     }  # fmt: skip
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache. Pages of one that was just written lie there in pieces of up
+    to 2 MB, which are mapped as a whole; read from storage, as on a device, they do not."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) ->
         if line := parity_line(made.parity(backend)):
             say(line)
             break
-    engine = next((e for e, c in COSTS.items() if c.backend in made.manifest.backends), None)
+    engine = next((name for name in COSTS if name in made.manifest.backends), None)
     if engine:
         memory = predict_artifact(made, engine=engine, base=machine_base(engine))
         say(

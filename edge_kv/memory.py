@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import expm1
 from pathlib import Path
@@ -35,7 +35,7 @@ TOKEN_BYTES = 40  # a session's list of fed ids: one Python integer and its plac
 ENTRY_BYTES, MERGE_BYTES = 223, 80  # heap of the tokenizers library for an entry, for a merge
 ENTRY_READING, MERGE_READING = 266, 551  # … while it reads them
 USUAL_MERGES = 2  # merges an entry has where they were not counted; the most that is usual
-TOKENIZER_CODE = 3_500_000  # pages of that library
+TOKENIZER_CODE = 5_000_000  # pages of that library
 LOOKUP_BYTES = 65_536  # file pages mapped around one looked-up row of the token table
 
 
@@ -51,27 +51,26 @@ class Base:
 class Costs:
     """What an engine takes for a model, beside weights and state."""
 
-    backend: str  # of an artifact
     typical: Base  # where a process cannot be measured
     opened: int  # heap of a session, whatever its model
-    program: float  # heap for each byte of a program file
+    layer: int  # … and for each layer of a model, in both programs
     running: int  # heap that the first step takes, whatever the model: pools, a thread's stack
     code_opened: int  # pages of libraries that opening a model touches
     code: int  # … and that running one does
-    copies: float  # of a chunk's widest rows of activations, f32
+    copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
     logits: float  # rows of logits, f32
 
 
 COSTS = {
     "onnx": Costs(
-        "onnx", Base(34_500_000, 33_600_000),
-        opened=3_100_000, program=22.0, running=3_000_000, code_opened=8_500_000,
-        code=13_500_000, copies=5.4, logits=4.0,
+        Base(34_500_000, 33_600_000),
+        opened=4_200_000, layer=300_000, running=3_200_000, code_opened=8_800_000,
+        code=12_500_000, copies=1.3, logits=2.0,
     ),
     "executorch": Costs(
-        "executorch", Base(25_500_000, 24_000_000),
-        opened=1_000_000, program=12.0, running=1_000_000, code_opened=4_000_000,
-        code=6_000_000, copies=6.3, logits=2.0,
+        Base(25_500_000, 24_000_000),
+        opened=1_100_000, layer=18_000, running=1_200_000, code_opened=2_300_000,
+        code=7_000_000, copies=0.9, logits=1.5,
     ),
 }  # fmt: skip
 
@@ -139,7 +138,7 @@ class MemoryPlan:
 
 def predict(
     needs: Needs, plan: Plan, vocab: int, depth: int | None = None, *, engine: str = "onnx",
-    base: Base | None = None, text: bool = True, merges: int | None = None,
+    base: Base | None = None, text: bool = True, merges: int | None = None, packed: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """Peak memory by phase of a session that feeds `depth` tokens, the whole context if left out.
 
@@ -149,6 +148,7 @@ def predict(
         base: what the process holds before; typical figures when left out.
         text: whether a tokenizer is read; a session that is fed ids does without.
         merges: rules of the tokenizer; as many as is usual when left out.
+        packed: bytes of weights that the engine brings into another order on the heap.
 
     Raises:
         ConfigError: an engine without costs.
@@ -162,7 +162,8 @@ def predict(
     base = base or costs.typical
     depth = plan.ctx if depth is None else min(depth, plan.ctx)
     rows = min(plan.chunk, depth)
-    programs = costs.opened + int(costs.program * needs.programs)
+    layers = 1 + max((r for t in plan.tables for r in t.readers), default=0)
+    programs = costs.opened + costs.layer * layers + packed
     tokenizer = ENTRY_BYTES * vocab + MERGE_BYTES * merges if text else 0
     work = costs.running + int(4 * (costs.copies * rows * needs.row + costs.logits * vocab))
     touched, ids = plan.touched(depth), TOKEN_BYTES * depth
@@ -209,16 +210,21 @@ def predict_artifact(
     artifact: Any, depth: int | None = None, *, engine: str = "onnx", base: Base | None = None,
     text: bool = True,
 ) -> MemoryPlan:  # fmt: skip
-    """`predict` of an artifact, from what its exporter counted and the size of its programs.
+    """`predict` of an artifact, from what its exporter counted.
 
     Raises:
         ConfigError: an engine without costs.
     """
-    needs, plan = needs_of(artifact, engine), artifact.plan
+    needs, plan = needs_of(artifact), artifact.plan
     vocab, tokenizer = artifact.tokens.vocab, artifact.manifest.tokenizer
     merges = count_merges(artifact.root / tokenizer.file) if text and tokenizer else 0
     text = text and tokenizer is not None
-    return predict(needs, plan, vocab, depth, engine=engine, base=base, text=text, merges=merges)
+    backend = artifact.manifest.backends.get(engine)
+    portable = backend is not None and backend.details.get("attention") == "portable"
+    return predict(
+        needs, plan, vocab, depth, engine=engine, base=base, text=text, merges=merges,
+        packed=needs.dense if portable else 0,
+    )  # fmt: skip
 
 
 @cache
@@ -242,14 +248,11 @@ def count_merges(path: Path) -> int | None:
     return (quotes - escaped) // (4 if listed.startswith(b"[") else 2)
 
 
-def needs_of(artifact: Any, engine: str = "onnx") -> Needs:
-    """What an artifact's manifest says of its weights, with the size of an engine's programs."""
+def needs_of(artifact: Any) -> Needs:
+    """What an artifact's manifest says of its weights."""
     manifest = artifact.manifest
     lookup = manifest.files[manifest.ple.file].size if manifest.ple else 0
-    needs = Needs(**manifest.needs.model_dump(), lookup_file=lookup, programs=0)
-    backend = manifest.backends.get(COSTS[engine].backend) if engine in COSTS else None
-    files = {p.file for p in backend.programs.values()} if backend else set()
-    return replace(needs, programs=sum(manifest.files[f].size for f in files))
+    return Needs(**manifest.needs.model_dump(), lookup_file=lookup)
 
 
 def read_weights(artifact: Any) -> int:

@@ -5,15 +5,13 @@ Everything here is in the manifest of an artifact, so that a runtime counts noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from edge_kv import models
 from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, PLE_TABLE, TABLE, Model, Weight
 from edge_kv.tensors import PLE_BLOCK, ple_bits, stored_format, stored_shape, weight_formats
-
-ROW_BYTES = 1100  # of a program file for each weight that it reads: nodes, names, attributes
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,7 @@ class Needs:
     read_weights: int  # a decoded token reads of the weights
     read_experts: int  # … of them routed experts: a token's cycle
     prefill: int  # a chunk of a prompt reads of them
-    row: int  # f32 values of a token's widest activations in a chunk of a prompt
-    programs: int  # of both program files, about
+    row: int  # f32 values that a chunk of a prompt holds for each of its tokens, most at a time
 
     @property
     def weight_file(self) -> int:
@@ -59,8 +56,9 @@ def count_needs(
     """
     formats = weight_formats(quant) if formats is None else formats
     kinds: dict[str, int] = {}
-    lookup = dense = experts = read = cycle = chunk = reads = widest = 0
-    for weight in models.weights(config):
+    lookup = dense = experts = read = cycle = chunk = 0
+    weights = models.weights(config)
+    for weight in weights:
         size = stored_bytes(weight, quant, formats)
         if weight.kind == PLE_TABLE:
             lookup = size
@@ -68,9 +66,6 @@ def count_needs(
         kinds[weight.kind] = kinds.get(weight.kind, 0) + size
         read += round(size * weight.share)
         chunk += round(size * weight.prefill)
-        reads += 2 if weight.prefill else 1
-        if weight.prefill and len(weight.shape) > 1 and weight.kind not in (FLOAT, TABLE):
-            widest = max(widest, weight.shape[-2])
         if weight.kind in (EXPERT, EXPERT8):
             experts += size
             cycle += round(size * weight.share)
@@ -80,8 +75,8 @@ def count_needs(
         size = stored_bytes(weight, quant, formats)
         kinds[weight.kind] = kinds.get(weight.kind, 0) + size
         dense += size
-        reads += 1
-    return Needs(kinds, lookup, dense, experts, read, cycle, chunk, widest, ROW_BYTES * reads)
+    row = step_values(config, weights)
+    return Needs(kinds, lookup, dense, experts, read, cycle, chunk, row)
 
 
 def read_by_draft(
@@ -90,3 +85,39 @@ def read_by_draft(
     """Bytes of weights that one draft reads."""
     rows = models.weights(drafter)
     return sum(round(stored_bytes(w, quant, formats) * w.share) for w in rows)
+
+
+def step_values(config: Model, weights: Iterable[Weight]) -> int:
+    """f32 values that a chunk of a prompt holds for each of its tokens.
+
+    They are what lies between operators where most of it does (the residual and its norm, what a
+    module projects them to, and as much again for the widest of these: queries before and after
+    their norm), the workspace of the widest gated unit (both its products, and its two inputs in 8
+    bits), and a token's rows from a file (decoded, put in order, added to what the program
+    projects, and kept for all layers).
+    """
+    rows = config.token_rows
+    given = rows.prefill * rows.dim if rows else 0
+    modules: dict[str, list[Weight]] = {}
+    for weight in weights:
+        if weight.prefill and len(weight.shape) > 1 and weight.kind not in (FLOAT, TABLE):
+            modules.setdefault(weight.name.rpartition(".")[0], []).append(weight)
+    between = unit = 0
+    for name, held in modules.items():
+        opened = [_out(w) for w in held if w.shape[-1] == config.hidden]
+        if any(w.name == f"{name}.down" for w in held):
+            unit = max(unit, sum(opened) + (_ran(held[0]) * config.hidden + max(opened)) // 4)
+        elif opened:
+            between = max(between, sum(opened) + max(opened))
+    return 2 * config.hidden + between + unit + 4 * given
+
+
+def _ran(weight: Weight) -> int:
+    """How many matrices of a stack a token goes through; 1 of a plain matrix."""
+    return round(weight.share * weight.shape[0]) if len(weight.shape) > 2 else 1
+
+
+def _out(weight: Weight) -> int:
+    """Values that a token's products with `weight` have."""
+    plain = len(weight.shape) == 2
+    return round(weight.prefill * weight.shape[0]) if plain else _ran(weight) * weight.shape[1]

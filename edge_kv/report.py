@@ -235,8 +235,8 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "parity": {n: p.model_dump() for n, p in manifest.parity.items()},
         "memory": {
             name: predict_artifact(artifact, engine=name).as_dict()
-            for name, costs in COSTS.items()
-            if costs.backend in manifest.backends
+            for name in COSTS
+            if name in manifest.backends
         },
     }
 

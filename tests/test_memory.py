@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import tokenizers
+from ram_runs import least_limit, peak_under
 
-from edge_kv import models
+from edge_kv import models, runtime
 from edge_kv.amounts import parse_bytes
 from edge_kv.errors import ConfigError
+from edge_kv.export import export_model
 from edge_kv.manifest import PleEntry
 from edge_kv.memory import (
     COSTS,
@@ -73,6 +75,18 @@ def test_experts_are_counted_apart():
     share = sum(w.share * w.elements for w in stacks) / sum(w.elements for w in stacks)
     assert needs.read_experts == pytest.approx(share * needs.experts, rel=1e-6)
     assert needs.read_weights == pytest.approx(needs.dense + needs.read_experts, rel=0.01)
+
+
+def test_a_chunk_holds_what_its_operators_meet():
+    """Of E2B: residual and norm; q, k, v and q again of a full layer; a gated unit of 6,144 with
+    its inputs in 8 bits; four times the 15 rows of 256 a token. Laguna's widest unit is dense."""
+    assert count_needs(E2B).row == (
+        2 * 1536 + (4096 + 2 * 512 + 4096) + (2 * 6144 + (1536 + 6144) // 4) + 4 * 15 * 256
+    )
+    laguna = models.get_row("laguna-xs2").config
+    between = 8192 + 2 * 1024 + 64 + 8192
+    dense = 2 * 8192 + (2048 + 8192) // 4
+    assert count_needs(laguna).row == 2 * 2048 + between + dense
 
 
 @pytest.mark.parametrize("engine", COSTS)
@@ -141,6 +155,25 @@ def test_without_a_measurement_typical_figures_stand_in(monkeypatch, tmp_path):
     assert predict_memory(E2B, plan(512)) == predict_memory(
         E2B, plan(512), base=COSTS["onnx"].typical
     )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """tiny for both engines."""
+    out = tmp_path_factory.mktemp("both") / "tiny"
+    return export_model(
+        model="tiny", ctx=512, chunk=32, out=out, open_session=runtime.load, calibration="none",
+        backends=("onnx", "executorch"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", COSTS)
+def test_a_run_that_a_limit_lets_start_stays_inside(engine, both):
+    """The whole context is used, so that all of the state is written; SmolLM2 and Gemma 3 270M are
+    held to the same by `benchmarks/memory_model.py`."""
+    limit = least_limit(both, engine)
+    long = ["In those days " * 60, "--max-new-tokens", "400", "--temperature", "1.5"]
+    assert 0.7 * limit < peak_under(both, engine, limit, *long) <= limit
 
 
 def test_margin():

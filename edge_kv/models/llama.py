@@ -207,7 +207,7 @@ def weights(c: Config) -> Iterator[Weight]:
         share=1 if c.tied else 0, prefill=0,
     )  # fmt: skip
     for i in range(c.layers):
-        yield from _layer(c, f"layers.{i}", f"blk.{i}")
+        yield from _layer(c, i)
     yield Weight("norm", (c.hidden,), FLOAT, "norm.weight", "output_norm.weight", prefill=0)
     if not c.tied:
         yield Weight(
@@ -215,8 +215,16 @@ def weights(c: Config) -> Iterator[Weight]:
         )
 
 
-def _layer(c: Config, at: str, blk: str) -> Iterator[Weight]:
+_OF_STATE = ("attn_norm", "attn.k", "attn.k_norm", "attn.v")  # all that the last layer's rows take
+
+
+def _layer(c: Config, i: int) -> Iterator[Weight]:
+    at, blk = f"layers.{i}", f"blk.{i}"
     q, kv = c.q_heads * c.head_dim, c.kv_heads * c.head_dim
+
+    def read(name: str) -> int:
+        return 1 if i < c.layers - 1 or name in _OF_STATE else 0
+
     linears = (
         ("attn.q", (q, c.hidden), "self_attn.q_proj", "attn_q", c.attn_bias),
         ("attn.k", (kv, c.hidden), "self_attn.k_proj", "attn_k", c.attn_bias),
@@ -240,10 +248,17 @@ def _layer(c: Config, at: str, blk: str) -> Iterator[Weight]:
         # llama.cpp's converter makes the two halves of a Llama head's rotation neighbours.
         pairs = {"attn.q": c.q_heads, "attn.k": c.kv_heads}.get(name, 0) if c.paired else 0
         kind = KV if name in ("attn.k", "attn.v") else LINEAR
-        yield Weight(f"{at}.{name}", shape, kind, f"{hf}.weight", f"{gguf}.weight", pairs=pairs)
+        yield Weight(
+            f"{at}.{name}", shape, kind, f"{hf}.weight", f"{gguf}.weight", pairs=pairs,
+            prefill=read(name),
+        )  # fmt: skip
         if bias:
             yield Weight(
-                f"{at}.{name}.bias", shape[:1], FLOAT, f"{hf}.bias", f"{gguf}.bias", pairs=pairs
-            )
+                f"{at}.{name}.bias", shape[:1], FLOAT, f"{hf}.bias", f"{gguf}.bias", pairs=pairs,
+                prefill=read(name),
+            )  # fmt: skip
     for name, width, hf, gguf in norms:
-        yield Weight(f"{at}.{name}", (width,), FLOAT, f"{at}.{hf}.weight", f"{blk}.{gguf}.weight")
+        yield Weight(
+            f"{at}.{name}", (width,), FLOAT, f"{at}.{hf}.weight", f"{blk}.{gguf}.weight",
+            prefill=read(name),
+        )  # fmt: skip

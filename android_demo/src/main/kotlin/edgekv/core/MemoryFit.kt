@@ -2,8 +2,8 @@ package edgekv.core
 
 /** What an artifact needs of this device's memory. */
 object MemoryFit {
-    private const val ACTIVATIONS = 6 // f32 copies of a chunk's widest activations that a step holds
-    private const val LOGITS = 4 // … and of the logits
+    private const val ACTIVATIONS = 2 // of what a chunk of a prompt holds: onnxruntime's own operators hold more
+    private const val LOGITS = 4 // f32 rows of logits
     private const val PROGRAM = 20 // bytes of heap for each byte of a program's file
 
     /**
