@@ -2,11 +2,11 @@
 
 tiny was trained on running text: nothing it says by itself is JSON. The masks are timed beside an
 unconstrained step of the same session, with the vocabulary of the artifact; the share of a token of
-a larger model follows from the time of its own token, which `--beside` reads from a result of
-`edge-kv bench`.
+a larger model follows from the time of its own token, the median of the first subject's rows in a
+result of full_size.py that `--beside` names.
 
 python benchmarks/constrained.py artifacts/tiny --tokenizer GEMMA/tokenizer.json \\
-    --beside benchmarks/results/bench_e2b_onnx.json --write
+    --beside benchmarks/results/full_size_e2b_code4.json --write
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--engine", default="onnx")
     parser.add_argument("--replies", type=int, default=REPLIES, help="of each schema")
     parser.add_argument("--tokenizer", type=Path, help="time masks over this vocabulary too")
-    parser.add_argument("--beside", type=Path, help="a bench whose token the mask is a share of")
+    parser.add_argument("--beside", type=Path, help="times of a token the mask is a share of")
     parser.add_argument("--write", action="store_true", help="keep it as a result")
     args = parser.parse_args()
     with load(args.artifact, args.engine) as session:
@@ -154,10 +154,12 @@ def main() -> None:
             "mask_seconds": mask_seconds(large, {"type": "object", "additionalProperties": NAME}),
         }
     if args.tokenizer and args.beside:
-        run = json.loads(args.beside.read_text())["runs"][0]
-        token = run["decode"]["seconds"]["p50"]
+        rows = json.loads(args.beside.read_text())["rows"]
+        subject = rows[0]["subject"]
+        own = [r["decode_seconds"]["p50"] for r in rows if r["subject"] == subject]
+        token = statistics.median(own)
         document["large"] |= {
-            "beside": args.beside.stem,
+            "beside": f"{args.beside.stem}: {subject}",
             "token_seconds": token,
             "share_of_token": document["large"]["mask_seconds"] / token,
         }

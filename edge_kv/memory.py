@@ -116,6 +116,11 @@ class MemoryPlan:
         running = max(p.total for n, p in self.phases.items() if n not in ("load", TOKENIZER))
         return max(self.peak, running + self.checkpoints)
 
+    @property
+    def aside(self) -> int:
+        """Heap of another conversation of `depth` tokens, kept beside the one a session holds."""
+        return self.touched + self.checkpoints + TOKEN_BYTES * self.depth
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything above, in bytes."""
         return {
@@ -124,6 +129,7 @@ class MemoryPlan:
             "state": self.state,
             "state_touched": self.touched,
             "checkpoints": self.checkpoints,
+            "aside": self.aside,
             "anonymous": self.anonymous,
             "peak": self.peak,
             "conversation": self.conversation,

@@ -172,6 +172,7 @@ def print_plan(data: dict[str, Any], console: Console, buffers: bool = False) ->
             f"A conversation keeps {size(memory['checkpoints'])} more: its rings as they were at "
             "earlier turns."
         )
+    console.print(f"Each further one that edge-kv serve keeps aside takes {size(memory['aside'])}.")
     read = memory["read_per_token"]
     console.print(
         f"\nOne token at {memory['depth']:,} tokens reads {size(read['weights'])} of weights and "

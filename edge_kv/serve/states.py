@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 
 def kept_bytes(memory: MemoryPlan, conversations: int) -> int:
     """The most bytes of RAM that so many kept conversations take, each of the planned depth."""
-    rows = memory.touched + memory.checkpoints + TOKEN_BYTES * memory.depth
-    return conversations * rows
+    return conversations * memory.aside
 
 
 @dataclass
