@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,7 +117,11 @@ class OnnxLowering:
 
 class ExecuTorchLowering:
     """One `.pte` with both methods. The weights of a native one stay in the weight file; a portable
-    one holds its own, as XNNPACK multiplies them, so their file does not ship."""
+    one holds its own, as XNNPACK multiplies them, so their file does not ship.
+
+    A portable one decodes token by token: its loops over a table have one size, so that a single
+    token would cost as much as a pass with all drafts.
+    """
 
     gate = "executorch"
 
@@ -152,6 +156,7 @@ class ExecuTorchLowering:
             shipped = self._lower(request, weights, folder / "model.pte", delegate=False)
             exact = shipped.model_copy(update={"details": {**shipped.details, "exact": True}})
             return Lowered(shipped, exact, (folder / "model.json",))
+        request = replace(request, plan=replace(request.plan, drafts=0))
         paths = folder / "exact.pte", folder / "model.pte"
         backends = []
         for path, delegate in zip(paths, (False, True), strict=True):

@@ -33,7 +33,7 @@ from edge_kv.export.executorch_xnnpack import for_xnnpack, sigmoids
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import StoredWeights
-from edge_kv.manifest import Program, TensorIO
+from edge_kv.manifest import Program, TensorIO, logits_shape, tokens_axis
 from edge_kv.models.model import Model
 from edge_kv.nets import make_net
 from edge_kv.nets.state import State
@@ -89,15 +89,17 @@ class StatePlanning(MemoryPlanningPass):  # type: ignore[misc]
 
 
 class _Decode(nn.Module):
-    """ids [1], pos [1], ple [1, layers, dim] -> logits [vocab]."""
+    """ids [n], pos [1], ple [n, layers, dim] -> logits [n, vocab] ([vocab] without drafts)."""
 
     def __init__(self, net: Decoder, tables: Tables, attention: Attention):
         super().__init__()
         self.net, self.state, self.attention = net, tables, attention
 
     def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
-        state = self.attention.state(self.state, 1)
-        return self.net.logits(self.net(ids, pos, state, ple))[0]
+        drafts = self.state.plan.drafts
+        state = self.attention.state(self.state, drafts + 1)
+        logits = self.net.logits(self.net(ids, pos, state, ple))
+        return logits if drafts else logits[0]
 
 
 class _Prefill(nn.Module):
@@ -178,13 +180,15 @@ def programs(config: Model, plan: Plan, file: str) -> dict[str, Program]:
     return {
         "prefill": Program(
             file=file,
-            inputs=inputs("chunk" if plan.chunk > 1 else 1, fed.prefill if fed else 0),
+            inputs=inputs(tokens_axis("prefill", plan) or 1, fed.prefill if fed else 0),
             outputs=[TensorIO(name="end", dtype="int64", shape=[1])],
         ),
         "decode": Program(
             file=file,
-            inputs=inputs(1, fed.layers if fed else 0),
-            outputs=[TensorIO(name="logits", dtype="float", shape=[config.vocab])],
+            inputs=inputs(tokens_axis("decode", plan) or 1, fed.layers if fed else 0),
+            outputs=[
+                TensorIO(name="logits", dtype="float", shape=[*logits_shape(plan, config.vocab)])
+            ],
         ),
     }
 
@@ -218,11 +222,11 @@ def _export(
 
 def _trace(config: Model, plan: Plan, net: Decoder, attention: Attention) -> dict[str, Any]:
     tables, fed = Tables(plan), config.token_rows
-    chunk = torch.export.Dim("chunk", min=1, max=plan.chunk)
+    most = {"prefill": plan.chunk, "decode": plan.drafts + 1}
     exported = {}
     for name, method in METHODS.items():
-        tokens = 1 if name == "decode" else min(3, plan.chunk)
-        grows = {0: chunk} if tokens > 1 else None
+        tokens, axis = min(3, most[name]), tokens_axis(name, plan)
+        grows = {0: torch.export.Dim(axis, min=1, max=most[name])} if axis else None
         args = [torch.zeros(tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)]
         shapes: dict[str, Any] = {"ids": grows, "pos": None}
         if fed is not None:

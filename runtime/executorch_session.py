@@ -142,11 +142,12 @@ class ExecuTorchSession(Session):
         self._check(status, "prefill", pos)
 
     def _run_decode(self, ids: Ids, pos: int) -> Logits:
-        logits = np.empty((1, self.artifact.tokens.vocab), np.float32)
-        rows = self._ple.rows(ids, self._layers["decode"]) if self._ple else None
+        tokens, vocab = np.ascontiguousarray(ids), self.artifact.tokens.vocab
+        logits = np.empty((len(tokens), vocab), np.float32)
+        rows = self._ple.rows(tokens, self._layers["decode"]) if self._ple else None
         status = self._native.edge_kv_decode(
-            self._handle, int(ids[0]), pos, _address(rows), logits.ctypes.data, logits.size,
-            self._error, _ERROR_BYTES,
+            self._handle, tokens.ctypes.data, len(tokens), pos, _address(rows),
+            logits.ctypes.data, vocab, self._error, _ERROR_BYTES,
         )  # fmt: skip
         self._check(status, "decode", pos)
         return logits

@@ -109,7 +109,7 @@ def load_library() -> ctypes.CDLL:
         pointer, pointer, number, number, pointer, text, ctypes.c_int,
     ]  # fmt: skip
     library.edge_kv_decode.argtypes = [
-        pointer, number, number, pointer, pointer, number, text, ctypes.c_int,
+        pointer, pointer, number, number, pointer, pointer, number, text, ctypes.c_int,
     ]  # fmt: skip
     library.edge_kv_isa.restype = text
     return library

@@ -49,13 +49,16 @@ class Engine:
         )
         assert status == 0, self.error.value.decode()
 
-    def decode(self, token, pos):
-        logits = np.full(self.checkpoint.config.vocab, np.nan, np.float32)
-        rows = self.rows(np.array([token]), self.checkpoint.config.layers)
+    def decode(self, ids, pos):
+        ids = np.ascontiguousarray(ids, np.int64)
+        vocab = self.checkpoint.config.vocab
+        logits = np.full((len(ids), vocab), np.nan, np.float32)
+        rows = self.rows(ids, self.checkpoint.config.layers)
         address = None if rows is None else rows.ctypes.data
         status = self.native.edge_kv_decode(
-            self.handle, int(token), pos, address, logits.ctypes.data, len(logits), self.error, 512
-        )
+            self.handle, ids.ctypes.data, len(ids), pos, address, logits.ctypes.data, vocab,
+            self.error, 512,
+        )  # fmt: skip
         assert status == 0, self.error.value.decode()
         return logits
 
@@ -87,19 +90,29 @@ def lowered(checkpoint, folder, kv, quant="none"):
 
 
 def errors(engine, ids, expected):
-    """The largest error of each position's logits, over the steps of `test_models`."""
+    """The largest error of each position's logits, over the steps of `test_models`.
+
+    The second half of a pass of several tokens is wrong drafts.
+    """
     found, pos = {}, 0
-    steps = [8, 8, 5, "1", "1", 3, "1", -3, 7, "1", "1", "wrong", 3, *["1"] * 21, -5, 8]
+    several = [("pass", n) for n in (8, 3, 2, 5, 4, 6, 7)]
+    steps = [8, 8, 5, "1", "1", 3, "1", -3, 7, "1", "1", "wrong", 3, *several, -5, 8]
     for step in [*steps, *["1"] * LENGTH]:
         if step == "wrong":
             engine.prefill((ids[pos : pos + 7] + 7) % 90, pos)
-        elif step == "1" and pos < LENGTH:
-            error = np.abs(engine.decode(ids[pos], pos) - expected[pos]).max()
-            found[pos] = max(found.get(pos, 0.0), float(error))
-            pos += 1
-        elif step != "1" and step < 0:
+        elif step == "1" and pos == LENGTH:
+            break
+        elif step == "1" or isinstance(step, tuple):
+            fed = ids[pos : pos + (step[1] if isinstance(step, tuple) else 1)].copy()
+            kept = -(-len(fed) // 2)
+            fed[kept:] = (fed[kept:] + 11) % 90
+            logits = engine.decode(fed, pos)
+            for row in logits[:kept]:
+                error = float(np.abs(row - expected[pos]).max())
+                found[pos], pos = max(found.get(pos, 0.0), error), pos + 1
+        elif step < 0:
             pos += step
-        elif step != "1":
+        else:
             engine.prefill(ids[pos : pos + step], pos)
             pos += step
     engine.close()

@@ -341,13 +341,13 @@ int edge_kv_prefill(edge_kv_engine* engine, const int64_t* ids, int64_t count, i
   return fault.empty() ? 0 : fail(error, error_bytes, fault);
 }
 
-int edge_kv_decode(edge_kv_engine* engine, int64_t id, int64_t pos, const float* ple, float* logits,
-                   int64_t vocab, char* error, int error_bytes) {
-  const std::string fault = engine->run(engine->decode, &id, 1, pos, ple);
+int edge_kv_decode(edge_kv_engine* engine, const int64_t* ids, int64_t count, int64_t pos,
+                   const float* ple, float* logits, int64_t vocab, char* error, int error_bytes) {
+  const std::string fault = engine->run(engine->decode, ids, count, pos, ple);
   if (!fault.empty()) return fail(error, error_bytes, fault);
   const Tensor out = engine->decode.method->get_output(0).toTensor();
-  if (out.numel() != vocab) return fail(error, error_bytes, "it has another vocabulary");
-  memcpy(logits, out.const_data_ptr<float>(), size_t(vocab) * sizeof(float));
+  if (out.numel() != count * vocab) return fail(error, error_bytes, "it has another vocabulary");
+  memcpy(logits, out.const_data_ptr<float>(), size_t(count * vocab) * sizeof(float));
   return 0;
 }
 

@@ -40,9 +40,10 @@ EDGE_KV_API int64_t edge_kv_fact(edge_kv_engine*, const char* name, int64_t othe
 EDGE_KV_API int edge_kv_prefill(edge_kv_engine*, const int64_t* ids, int64_t count, int64_t pos,
                                 const float* ple, char* error, int error_bytes);
 
-// One token at `pos`; fills logits [vocab].
-EDGE_KV_API int edge_kv_decode(edge_kv_engine*, int64_t id, int64_t pos, const float* ple,
-                               float* logits, int64_t vocab, char* error, int error_bytes);
+// `count` tokens from position `pos`, as many as the program takes; fills logits [count, vocab].
+EDGE_KV_API int edge_kv_decode(edge_kv_engine*, const int64_t* ids, int64_t count, int64_t pos,
+                               const float* ple, float* logits, int64_t vocab, char* error,
+                               int error_bytes);
 
 // The instruction set the kernels use, a name as EDGE_KV_ISA takes it (kernels.h).
 EDGE_KV_API const char* edge_kv_isa(void);

@@ -13,6 +13,7 @@ constexpr int64_t kMost = (int64_t(1) << 31) - 1;         // of a count
 constexpr int64_t kMostState = int64_t(1) << 42;          // bytes of state that no plan exceeds
 constexpr int64_t kMostText = 8 << 20;                    // bytes of a manifest
 constexpr int64_t kCheckedBytes = 64 << 20;               // of a program that is read at every start
+constexpr int64_t kMostDrafts = 8;
 constexpr size_t kMostTables = 65536, kMostName = 128, kMostPath = 256, kMostAxes = 8;
 
 [[noreturn]] void refuse(const std::string& what) { throw JsonError(what); }
@@ -86,6 +87,8 @@ bool long_enough(const Table& t, int64_t ctx, int64_t chunk) {
 void read_plan(const Json& plan, Manifest& into) {
   into.ctx = number(plan, "ctx", 1);
   into.chunk = number(plan, "chunk", 1, into.ctx);
+  if (plan.find("drafts"))
+    into.drafts = number(plan, "drafts", 0, std::min(kMostDrafts, into.chunk - 1));
   const Json& tables = plan.at("tables");
   if (tables.kind != '[' || tables.items.size() > kMostTables) refuse("tables is no list of them");
   int64_t left = kMostState;
@@ -106,6 +109,7 @@ void read_plan(const Json& plan, Manifest& into) {
 // The contract of a program; returns the layers of the per-layer rows that it takes.
 int64_t read_program(const Json& program, const char* name, Manifest& into) {
   int64_t layers = 0;
+  const int64_t most = std::string(name) == "decode" ? into.drafts + 1 : into.chunk;
   for (const char* what : {"inputs", "outputs"}) {
     const Json& tensors = program.at(what);
     if (tensors.kind != '[' || tensors.items.size() > kMostTables) refuse("a program has no " + std::string(what));
@@ -117,7 +121,7 @@ int64_t read_program(const Json& program, const char* name, Manifest& into) {
       if (shape.size() > kMostAxes || (rows && shape.size() != 3))
         refuse("a tensor has other axes than it should");
       for (const Json& axis : shape) {
-        const int64_t size = axis.kind == '"' ? into.chunk : axis.integer();
+        const int64_t size = axis.kind == '"' ? most : axis.integer();
         line += " " + std::to_string(size);
       }
       if (rows) layers = shape[1].integer();

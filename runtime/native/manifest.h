@@ -46,6 +46,7 @@ struct TokenRows {
 
 struct Manifest {
   int64_t vocab, ctx, chunk;
+  int64_t drafts;  // most tokens that decode takes behind the first
   std::vector<Table> tables;
   std::string model, plan;        // digests that a snapshot repeats
   std::string program, weights;   // files; weights: "" where they are inside of the program

@@ -245,7 +245,7 @@ int main(int argc, char** argv) {
   int64_t id = ids.back(), pos = restored + prompt, made = 0;
   for (; made < wanted && pos < ctx; ++made, ++pos) {
     const float* rows = ple.read(&id, 1, manifest.decode_layers);
-    if (edge_kv_decode(engine, id, pos, rows, logits.data(), vocab, error, kErrorBytes))
+    if (edge_kv_decode(engine, &id, 1, pos, rows, logits.data(), vocab, error, kErrorBytes))
       stop(std::string("Decoding failed: ") + error + ".");
     if (kept.is_open())
       kept.write(reinterpret_cast<const char*>(logits.data()), vocab * int64_t(sizeof logits[0]));
