@@ -64,13 +64,13 @@ class Costs:
 COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
-        opened=4_200_000, layer=300_000, running=3_200_000, code_opened=8_800_000,
-        code=12_500_000, copies=1.3, logits=2.0,
+        opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
+        code=13_700_000, copies=1.24, logits=3.4,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
-        opened=1_100_000, layer=18_000, running=1_200_000, code_opened=2_300_000,
-        code=7_000_000, copies=0.9, logits=1.5,
+        opened=1_100_000, layer=13_500, running=1_360_000, code_opened=2_300_000,
+        code=7_500_000, copies=0.92, logits=0.36,
     ),
 }  # fmt: skip
 

@@ -533,7 +533,9 @@ def _judged(run: dict[str, Any], artifact: Artifact, plan: dict[str, Any] | None
     if plan:
         for name, measured in run["memory"].items():
             expected = plan["phases"][name]
-            total = expected["anon"] + expected["file"]
+            # A token was decoded before the prompt, so that pages of all weights are there.
+            files = plan["phases"]["decode" if name == "prefill" else name]["file"]
+            total = expected["anon"] + files
             measured["anon_planned"], measured["total_planned"] = expected["anon"], total
             for kind, peak, planned in (
                 ("anon", measured["anon_peak"], expected["anon"]),
