@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edge_kv import models
 from edge_kv.errors import ExportError
 from edge_kv.export.onnx_functions import OPSET, attach_functions, translation_table
-from edge_kv.export.onnx_graph import EXACT, make_exact, place, simplify
+from edge_kv.export.onnx_graph import EXACT, fold_views, make_exact, place, simplify
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import WeightLayout
@@ -169,6 +169,7 @@ def lower_onnx(
             model = trace()
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
+        fold_views(model)
         _place_weights(model, own.net, own.computed, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
         make_exact(model)

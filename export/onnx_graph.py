@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
@@ -30,18 +31,35 @@ def simplify(model: ir.Model) -> None:
     model.opset_imports.setdefault("com.microsoft", 1)
 
 
+def fold_views(model: ir.Model) -> None:
+    """Give an initializer the shape in which a graph reshapes it, if it uses it in no other.
+
+    Left to onnxruntime, every program would hold a reshaped copy of its own on the heap.
+    """
+    for value in model.graph.initializers.values():
+        uses = list(value.uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Reshape" or uses[0].idx != 0:
+            continue
+        view = uses[0].node.outputs[0]
+        if view.shape is None or not view.shape.is_static() or view.is_graph_output():
+            continue
+        value.shape = view.shape
+        view.replace_all_uses_with(value)
+    passes.RemoveUnusedNodesPass()(model)
+
+
 def place(value: ir.Value, region: Region, start: int, folder: Path, weights: str) -> None:
     """Point an initializer at its rows of `region` in the file `weights` beside `folder`'s program.
 
     A small one becomes a constant of the graph.
     """
     assert value.name and value.shape is not None
-    shape = [int(d) for d in value.shape]  # type: ignore[arg-type]
+    shape, dtype = value.shape.numpy(), IR_DTYPES[region.dtype]
     external = ir.ExternalTensor(
         location=weights,
         offset=region.offset + start * region.row_bytes,
-        length=shape[0] * region.row_bytes,
-        dtype=IR_DTYPES[region.dtype],
+        length=prod(shape) * dtype.bitwidth // 8,
+        dtype=dtype,
         shape=ir.Shape(shape),
         name=value.name,
         base_dir=str(folder),

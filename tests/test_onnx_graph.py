@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from edge_kv import models, runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.export import export_model
+from edge_kv.export.onnx_graph import fold_views
 from edge_kv.manifest import table_shape
 from edge_kv.runtime.onnx_session import OnnxSession, _Bound
 from edge_kv.runtime.ort import onnxruntime as ort
@@ -109,3 +111,23 @@ def test_no_graph_value_is_as_large_as_ctx_squared_or_a_rope_table(artifacts):
         model = onnx.load(path, load_external_data=False)
         for tensor in model.graph.initializer:
             assert 32_768 not in tensor.dims
+
+
+def test_an_initializer_that_is_only_reshaped_takes_that_shape():
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 4] x) => (float[n, 2] y, float[4, 2] z)
+        <float[2, 2, 2] once = {1, 2, 3, 4, 5, 6, 7, 8}, float[8] twice = {1, 2, 3, 4, 5, 6, 7, 8},
+         int64[2] shape = {4, 2}, float[4, 2] a, float[4, 2] b, float[8] c> {
+            a = Reshape(once, shape)
+            b = Reshape(twice, shape)
+            c = Add(twice, twice)
+            y = MatMul(x, a)
+            z = Reshape(c, shape)
+        }"""
+    )
+    fold_views(model)
+    kept = model.graph.initializers
+    assert kept["once"].shape == (4, 2)
+    assert kept["twice"].shape == (8,)
+    assert [node.op_type for node in model.graph] == ["Add", "MatMul", "Reshape"]

@@ -50,17 +50,18 @@ class Attention(nn.Module):
         Zeros stand before the text, once: the second convolution sees what the first makes of
         them, its bias.
         """
-        n, heads = raw.shape[0], (-1, self.c.head_dim)
+        n, dim = raw.shape[0], self.c.head_dim
+        heads = self.c.channels // dim
         state.put(f"l{self.i}.qk", raw[:, None], pos)
         at = pos - 2 + torch.arange(n + 2, device=pos.device)
         rows = state.take(f"l{self.i}.qk", at)[:, 0]
         tap = self.depth["weight"]()[:, 0]
         rows = rows[:-1] * tap[:, 0] + rows[1:] * tap[:, 1] + self.depth["bias"]()
-        grouped = rows.unflatten(-1, heads)
-        tap = self.group["weight"]().unflatten(0, heads)  # [heads, out, in, 2]
-        before = torch.einsum("tgi,goi->tgo", grouped[:-1], tap[..., 0])
-        now = torch.einsum("tgi,goi->tgo", grouped[1:], tap[..., 1])
-        return before + now + self.group["bias"]().unflatten(0, heads)
+        pairs = torch.stack((rows[:-1], rows[1:]), -1).reshape(n, heads, 2 * dim)
+        # The weight is the left factor, so that it is multiplied as it is stored: [out, in, 2].
+        taps = self.group["weight"]().reshape(heads, dim, 2 * dim)
+        mixed = torch.matmul(taps, pairs.permute(1, 2, 0)).permute(2, 0, 1)
+        return mixed + self.group["bias"]().reshape(heads, dim)
 
 
 def l2(x: Tensor) -> Tensor:
