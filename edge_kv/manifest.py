@@ -24,6 +24,8 @@ SCHEMA_VERSION = 2
 DRAFTS_AXIS = "tokens"  # open axis of what `decode` takes
 DRAFT = "draft"  # the program of a drafter
 HIDDEN = "hidden"  # what it takes up, and what `decode` returns for it
+CARRY = f"{HIDDEN}.out"  # what `draft` returns for the next draft
+TOKENS = "tokens"  # which tokens its logits are of
 PLE = "ple"  # input of programs that take rows of the per-layer embedding
 UNFINISHED = "0" * 64  # stands for every digest while an export is not over
 STATE_LIMIT = 1 << 42  # bytes of state that no plan exceeds
@@ -369,6 +371,17 @@ def logits_shape(plan: Plan, vocab: int) -> tuple[int | str, ...]:
     """Shape of what `decode` returns; without drafts there is no axis of tokens."""
     axis = tokens_axis("decode", plan)
     return (axis, vocab) if axis else (vocab,)
+
+
+def draft_outputs(vocab: int, width: int, scored: int) -> list[TensorIO]:
+    """What `draft` returns: logits of `scored` tokens, what the next draft takes up, and which
+    tokens these are where they are not all `vocab`."""
+    out = [
+        TensorIO(name="logits", dtype="float", shape=[scored]),
+        TensorIO(name=CARRY, dtype="float", shape=[1, width]),
+    ]
+    tokens = TensorIO(name=TOKENS, dtype="int64", shape=[scored])
+    return out if scored == vocab else [*out, tokens]
 
 
 def model_digest(model: dict[str, Any], quant: QuantEntry, files: dict[str, FileEntry]) -> str:

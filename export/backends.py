@@ -181,7 +181,7 @@ class ExecuTorchLowering:
             details = run(
                 lower_executorch, request.config, request.plan, weights, path,
                 facts=_facts(request, weights.layout), attention=request.attention,
-                delegate=delegate,
+                delegate=delegate, drafter=request.drafter,
             )  # fmt: skip
             done = {"bytes": path.stat().st_size, "details": details}
             write_record(record, done)
@@ -193,7 +193,9 @@ class ExecuTorchLowering:
             details["weights"] = f"{weights.path.parent.name}/{weights.path.name}"
             files.append(details["weights"])
         return Backend(
-            programs=programs(request.config, request.plan, files[0]), files=files, details=details
+            programs=programs(request.config, request.plan, files[0], request.drafter),
+            files=files,
+            details=details,
         )
 
 

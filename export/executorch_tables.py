@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,35 @@ def attribute(name: str) -> str:
     return name.replace(".", "_")
 
 
-class Tables(nn.Module):
+class Held(ABC):
+    """Where the tables of a plan are found."""
+
+    plan: Plan
+
+    @abstractmethod
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A table and its scales, None where it is not quantised."""
+
+    def take(self, name: str, at: Tensor) -> Tensor:
+        """Rows of an exact table: see `nets.state.State.take`."""
+        values, _ = self.stored(name)
+        # the runtime's remainder of a negative number is negative, as in C
+        rows = values[torch.remainder(at.clamp_min(0), values.shape[0])]
+        return torch.where((at >= 0)[..., None, None], rows, 0.0)
+
+
+class PassedTables(Held):
+    """Tables that a program is handed, to read."""
+
+    def __init__(self, plan: Plan, tables: Sequence[Tensor]):
+        self.plan = plan
+        self.values = {t.name: v for t, v in zip(plan.tables, tables, strict=True)}
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return self.values[name], self.values.get(name + SCALE)
+
+
+class Tables(nn.Module, Held):
     """Every table of a plan [slots, heads, dim], in its own type."""
 
     def __init__(self, plan: Plan):
@@ -29,21 +58,13 @@ class Tables(nn.Module):
             self.register_buffer(attribute(t.name), buffer, persistent=False)
 
     def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """A table and its scales, None where it is not quantised."""
         return getattr(self, attribute(name)), getattr(self, attribute(name + SCALE), None)
-
-    def take(self, name: str, at: Tensor) -> Tensor:
-        """Rows of an exact table: see `nets.state.State.take`."""
-        values, _ = self.stored(name)
-        # the runtime's remainder of a negative number is negative, as in C
-        rows = values[torch.remainder(at.clamp_min(0), values.shape[0])]
-        return torch.where((at >= 0)[..., None, None], rows, 0.0)
 
 
 class NativeState:
-    """`nets.state.State` over `Tables`, in operators of ours."""
+    """`nets.state.State` over tables, in operators of ours."""
 
-    def __init__(self, tables: Tables):
+    def __init__(self, tables: Held):
         self.tables, self.take = tables, tables.take
 
     def put(self, table: str, rows: Tensor, start: Tensor) -> None:

@@ -28,19 +28,28 @@ from edge_kv.export.executorch_fuse import fuse
 from edge_kv.export.executorch_lean import lean
 from edge_kv.export.executorch_native import fakes, weight_keys, weights_outside
 from edge_kv.export.executorch_portable import TRACED, PortableState, replace_embeddings
-from edge_kv.export.executorch_tables import NativeState, Tables, attribute
+from edge_kv.export.executorch_tables import NativeState, PassedTables, Tables, attribute
 from edge_kv.export.executorch_xnnpack import for_xnnpack, sigmoids
 from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.quiet import quiet_trace
 from edge_kv.export.weight_file import StoredWeights
-from edge_kv.manifest import Program, TensorIO, logits_shape, tokens_axis
+from edge_kv.manifest import (
+    DRAFT,
+    HIDDEN,
+    Program,
+    TensorIO,
+    draft_outputs,
+    logits_shape,
+    tokens_axis,
+)
 from edge_kv.models.model import Model
 from edge_kv.nets import make_net
-from edge_kv.nets.state import State
-from edge_kv.nets.weights import Decoder, Rows, holders, load, replace
+from edge_kv.nets.state import TORCH_DTYPES, State
+from edge_kv.nets.weights import Decoder, Drafter, Rows, holders, load, replace
 from edge_kv.plan import Plan
 
 INPLACE_WRITE = "aten.index_put_.default"
+_TYPES = {"f32": "float", "f16": "float16", "int8": "int8"}  # as manifests name them
 STATE_ALIGNMENT = 16  # ExecuTorch aligns every planned tensor to this many bytes
 
 
@@ -89,23 +98,29 @@ class StatePlanning(MemoryPlanningPass):  # type: ignore[misc]
 
 
 class _Decode(nn.Module):
-    """ids [n], pos [1], ple [n, layers, dim] -> logits [n, vocab] ([vocab] without drafts)."""
+    """ids [n], pos [1], ple [n, layers, dim] -> logits [n, vocab] ([vocab] without drafts).
 
-    def __init__(self, net: Decoder, tables: Tables, attention: Attention):
+    With a drafter, the hidden states [n, width] that it takes up stand behind the logits.
+    """
+
+    def __init__(self, net: Any, tables: Tables, attention: Attention, drafted: bool):
         super().__init__()
         self.net, self.state, self.attention = net, tables, attention
+        self.drafted = drafted
 
-    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, pos: Tensor, ple: Tensor | None = None) -> Any:
         drafts = self.state.plan.drafts
         state = self.attention.state(self.state, drafts + 1)
-        logits = self.net.logits(self.net(ids, pos, state, ple))
-        return logits if drafts else logits[0]
+        x = self.net(ids, pos, state, ple)
+        logits = self.net.logits(x)
+        logits = logits if drafts else logits[0]
+        return (logits, self.net.hidden(x)) if self.drafted else logits
 
 
 class _Prefill(nn.Module):
     """ids [chunk], pos [1], ple [chunk, layers, dim] -> the position after them, [1]."""
 
-    def __init__(self, net: Decoder, tables: Tables, attention: Attention):
+    def __init__(self, net: Decoder, tables: Tables, attention: Attention, drafted: bool):
         super().__init__()
         self.net, self.state, self.attention = net, tables, attention
 
@@ -115,25 +130,46 @@ class _Prefill(nn.Module):
         return pos + ids.shape[0]
 
 
+class _Draft(nn.Module):
+    """ids [1], pos [1], hidden [1, width], tables -> logits [n], hidden [1, width], tokens [n].
+
+    The tables are the state that the other methods own, handed in: a method that writes none of
+    its buffers would hold constants in their place.
+    """
+
+    def __init__(self, net: Drafter, plan: Plan):
+        super().__init__()
+        self.drafter, self.plan = net, plan
+
+    def forward(self, ids: Tensor, pos: Tensor, hidden: Tensor, *tables: Tensor) -> Any:
+        state = NativeState(PassedTables(self.plan, tables))
+        y = self.drafter(ids, hidden, pos, state)
+        logits, tokens = self.drafter.logits(y)
+        return logits, self.drafter.carry(y), *([] if tokens is None else [tokens])
+
+
 METHODS: dict[str, Any] = {"prefill": _Prefill, "decode": _Decode}
 
 
 def lower_executorch(
     config: Model, plan: Plan, weights: StoredWeights, path: Path, *, facts: dict[str, int],
-    attention: str, delegate: bool,
+    attention: str, delegate: bool, drafter: Model | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the `.pte` at `path`; returns the backend's manifest details.
 
     `attention` is a key of ATTENTIONS. With `delegate`, which is for portable programs, XNNPACK
     takes what it can; else their linears multiply float activations, and what is left against
-    PyTorch is the lowering. `facts` are integers for a runner that reads no manifest.
+    PyTorch is the lowering. A `drafter` becomes the method `draft` of a native program. `facts`
+    are integers for a runner that reads no manifest.
 
     Raises:
         ExportError: ExecuTorch cannot lower this net, or it plans state that is not the plan's.
     """
     try:
         with quiet_trace(), lean():
-            exported, keys = _export(config, plan, weights, ATTENTIONS[attention], delegate)
+            exported, keys = _export(
+                config, plan, weights, ATTENTIONS[attention], delegate, drafter
+            )
             # XNNPACK knows a linear as what it is; else it becomes a product by a transpose.
             kept = [torch.ops.aten.linear.default] if delegate else []
             edge = to_edge(
@@ -164,8 +200,10 @@ def lower_executorch(
     return {"attention": attention, "delegates": delegates}
 
 
-def programs(config: Model, plan: Plan, file: str) -> dict[str, Program]:
-    """The manifest's description of both methods; state is inside and has no inputs."""
+def programs(
+    config: Model, plan: Plan, file: str, drafter: Model | None = None
+) -> dict[str, Program]:
+    """The manifest's description of all methods; state is inside, and only `draft` is handed it."""
     fed = config.token_rows
 
     def inputs(tokens: int | str, layers: int) -> list[TensorIO]:
@@ -177,7 +215,10 @@ def programs(config: Model, plan: Plan, file: str) -> dict[str, Program]:
             listed.append(TensorIO(name="ple", dtype="float", shape=[tokens, layers, fed.dim]))
         return listed
 
-    return {
+    width = tokens_axis("decode", plan) or 1
+    logits = TensorIO(name="logits", dtype="float", shape=[*logits_shape(plan, config.vocab)])
+    hidden = TensorIO(name=HIDDEN, dtype="float", shape=[width, config.hidden])
+    made = {
         "prefill": Program(
             file=file,
             inputs=inputs(tokens_axis("prefill", plan) or 1, fed.prefill if fed else 0),
@@ -185,24 +226,42 @@ def programs(config: Model, plan: Plan, file: str) -> dict[str, Program]:
         ),
         "decode": Program(
             file=file,
-            inputs=inputs(tokens_axis("decode", plan) or 1, fed.layers if fed else 0),
-            outputs=[
-                TensorIO(name="logits", dtype="float", shape=[*logits_shape(plan, config.vocab)])
-            ],
+            inputs=inputs(width, fed.layers if fed else 0),
+            outputs=[logits, hidden] if drafter else [logits],
         ),
     }
+    if drafter:
+        made[DRAFT] = Program(
+            file=file,
+            inputs=[
+                TensorIO(name="ids", dtype="int64", shape=[1]),
+                TensorIO(name="pos", dtype="int64", shape=[1]),
+                TensorIO(name=HIDDEN, dtype="float", shape=[1, config.hidden]),
+                *(
+                    TensorIO(name=t.name, dtype=_TYPES[t.dtype], shape=[*t.shape])
+                    for t in models.drafter_plan(drafter, plan).tables
+                ),
+            ],
+            outputs=draft_outputs(config.vocab, config.hidden, drafter.scored),
+        )
+    return made
 
 
 def _export(
-    config: Model, plan: Plan, weights: StoredWeights, attention: Attention, delegate: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Both methods traced, and the keys of weights that stay outside."""
+    config: Model, plan: Plan, weights: StoredWeights, attention: Attention, delegate: bool,
+    drafter: Model | None,
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """All methods traced, and the keys of weights that stay outside."""
+    rows = models.weights(config, drafter)
     with torch.device("meta"):
-        packed = PackedWeights(models.weights(config), weights.layout, fused=attention.outside)
+        packed = PackedWeights(rows, weights.layout, fused=attention.outside)
         net: Any = make_net(config, packed)
+        drafts: Any = make_net(drafter, packed) if drafter else None
     held: dict[str, Rows] = {
-        f"net.{name}.{leaf}": rows
-        for name, module in net.named_modules()
+        f"{above}.{name}.{leaf}": rows
+        for above, of in (("net", net), ("drafter", drafts))
+        if of is not None
+        for name, module in of.named_modules()
         for leaf, rows in getattr(module, "held", {}).items()
     }
     if not attention.outside:
@@ -210,17 +269,31 @@ def _export(
         replace_embeddings(net)
         if delegate:
             for_xnnpack(net)
-        return _trace(config, plan, net, attention), {}
+        return _trace(config, plan, net, attention, drafted=False), {}
     with fakes():
-        for holder in holders(net):
+        for holder in (*holders(net), *(holders(drafts) if drafts is not None else ())):
             for leaf in holder.held:
                 old: Tensor = getattr(holder, leaf)
                 replace(holder, leaf, torch.empty(old.shape, dtype=old.dtype))
-        exported = _trace(config, plan, net, attention)
+        exported = _trace(config, plan, net, attention, drafted=drafter is not None)
+        if drafter:
+            exported[DRAFT] = _trace_draft(config, models.drafter_plan(drafter, plan), drafts)
         return exported, weight_keys(exported, held.get, weights.layout)
 
 
-def _trace(config: Model, plan: Plan, net: Decoder, attention: Attention) -> dict[str, Any]:
+def _trace_draft(config: Model, plan: Plan, net: Drafter) -> Any:
+    tables = [torch.zeros(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in plan.tables]
+    ids, pos = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    args = (ids, pos, torch.zeros(1, config.hidden), *tables)
+    with torch.no_grad():
+        program = torch.export.export(_Draft(net, plan).eval(), args, strict=False)
+    fuse(program)
+    return program
+
+
+def _trace(
+    config: Model, plan: Plan, net: Decoder, attention: Attention, *, drafted: bool
+) -> dict[str, Any]:
     tables, fed = Tables(plan), config.token_rows
     most = {"prefill": plan.chunk, "decode": plan.drafts + 1}
     exported = {}
@@ -235,7 +308,7 @@ def _trace(config: Model, plan: Plan, net: Decoder, attention: Attention) -> dic
             shapes["ple"] = grows
         with torch.no_grad():
             program = torch.export.export(
-                method(net, tables, attention).eval(), tuple(args), dynamic_shapes=shapes,
+                method(net, tables, attention, drafted).eval(), tuple(args), dynamic_shapes=shapes,
                 strict=False,
             )  # fmt: skip
         if attention.outside:

@@ -33,6 +33,7 @@ from edge_kv.manifest import (
     HIDDEN,
     Program,
     TensorIO,
+    draft_outputs,
     live_axis,
     logits_shape,
     table_shape,
@@ -117,9 +118,9 @@ class _DraftProgram(nn.Module):
     Without the tokens where the logits are those of the whole vocabulary.
     """
 
-    def __init__(self, net: Drafter, plan: Plan):
+    def __init__(self, net: Drafter, plan: Plan, scored: int):
         super().__init__()
-        self.net, self.plan = net, plan
+        self.net, self.plan, self.scored = net, plan, scored
 
     def forward(self, ids: Tensor, pos: Tensor, hidden: Tensor, *tables: Tensor) -> Any:
         y = self.net(ids, hidden, pos, TableState(self.plan, tables))
@@ -161,7 +162,7 @@ def lower_onnx(
         for name, build in PROGRAMS.items()
     }
     if drafter and drafts:
-        module = _DraftProgram(drafts.net, models.drafter_plan(drafter, plan))
+        module = _DraftProgram(drafts.net, models.drafter_plan(drafter, plan), drafter.scored)
         traced[DRAFT] = drafts, partial(_trace_draft, module, config)
     programs = {}
     for name, (own, trace) in traced.items():
@@ -209,8 +210,10 @@ def _trace_draft(module: _DraftProgram, config: Model) -> ir.Model:
     simplify(model)
     read: dict[str, Shape] = {t.name: table_shape(t) for t in module.plan.tables}
     _name_values(model.graph.inputs, {"ids": (1,), "pos": (1,), HIDDEN: (1, config.hidden), **read})
-    names = ("logits", f"{HIDDEN}.out", "tokens")[: len(model.graph.outputs)]
-    _name_values(model.graph.outputs, dict.fromkeys(names))
+    outputs: dict[str, Shape] = {
+        t.name: tuple(t.shape) for t in draft_outputs(config.vocab, config.hidden, module.scored)
+    }
+    _name_values(model.graph.outputs, outputs)
     return model
 
 
@@ -274,14 +277,12 @@ def to_onnx(
     return program.model
 
 
-def _name_values(values: Sequence[ir.Value], named: Mapping[str, Shape | None]) -> None:
-    """Give the inputs or outputs of a graph their names and shapes; None: as it was traced."""
+def _name_values(values: Sequence[ir.Value], named: Mapping[str, Shape]) -> None:
+    """Give the inputs or outputs of a graph their names and shapes."""
     if len(values) != len(named):
         raise ExportError(f"The graph has {len(values)} values, {len(named)} are expected.")
     for value, (name, shape) in zip(values, named.items(), strict=True):
-        value.name = name
-        if shape is not None:
-            value.shape = ir.Shape(shape)
+        value.name, value.shape = name, ir.Shape(shape)
 
 
 def _place_weights(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
+from edge_kv.manifest import DRAFT
 from edge_kv.plan import Table
 
-METHODS = ("prefill", "decode")
+METHODS = ("prefill", "decode")  # of every program; one with a drafter has DRAFT too
 STATE = "state"
 _STORAGE = {"f32": "float", "f16": "float16", "int8": "int8"}
 
@@ -74,7 +75,8 @@ def check_contract(artifact: Artifact, path: Path, lines: Iterable[str]) -> None
 
 def _expected(artifact: Artifact) -> Iterator[str]:
     backend = artifact.backend("executorch")
-    for name in METHODS:
+    drafted = artifact.manifest.drafter is not None and DRAFT in backend.programs
+    for name in (*METHODS, DRAFT) if drafted else METHODS:
         program = backend.programs[name]
         most = artifact.plan.drafts + 1 if name == "decode" else artifact.plan.chunk
         for what, tensors in (("input", program.inputs), ("output", program.outputs)):

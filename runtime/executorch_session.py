@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
-from edge_kv.manifest import Backend
+from edge_kv.manifest import DRAFT, Backend, Program
 from edge_kv.plan import Table
 from edge_kv.ple import PleTable
 from edge_kv.runtime import experts, mapped
@@ -31,7 +31,15 @@ from edge_kv.runtime.executorch_contract import (
     tables,
 )
 from edge_kv.runtime.native_library import load_library
-from edge_kv.runtime.session import STORAGE, Ids, Logits, Session
+from edge_kv.runtime.session import (
+    STORAGE,
+    Draft,
+    Hidden,
+    Ids,
+    Logits,
+    Session,
+    scored_tokens,
+)
 from edge_kv.runtime.threads import return_threads, share_threads, thread_count
 
 _ERROR_BYTES = 512
@@ -77,6 +85,8 @@ class ExecuTorchSession(Session):
             if backend.details.get("attention") == "portable":
                 share_threads(self, self.threads)
             self._handle = self._open(path, backend)
+            if self.has_drafter:
+                self._load_draft(backend.programs[DRAFT], path)
             check_contract(artifact, path, self._describe().splitlines())
             self.state = {t.name: self._view(t) for t in tables(artifact)}
             self._ple = PleTable(artifact.path(entry.file), entry) if entry else None
@@ -150,7 +160,43 @@ class ExecuTorchSession(Session):
             logits.ctypes.data, vocab, self._error, _ERROR_BYTES,
         )  # fmt: skip
         self._check(status, "decode", pos)
+        if self.has_drafter:
+            self._hidden = np.empty((len(tokens), self._width), np.float32)
+            status = self._native.edge_kv_hidden(
+                self._handle, self._hidden.ctypes.data, self._hidden.size, self._error, _ERROR_BYTES
+            )
+            self._check(status, "decode", pos)
         return logits
+
+    def _load_draft(self, program: Program, path: Path) -> None:
+        entry = self.artifact.manifest.drafter
+        self._width, self._scored = (
+            entry.width if entry else 0,
+            scored_tokens(self.artifact, program),
+        )
+        read = [t.name for t in program.inputs[3:]]
+        odd = [name for name in read if name not in self.plan.by_name]
+        if odd or not self._scored:
+            raise ArtifactError(
+                f"{path} does not take and give what a drafter of its plan does; export again."
+            )
+        names = "\n".join(map(state_name, read)).encode()
+        if self._native.edge_kv_load_draft(self._handle, names, self._error, _ERROR_BYTES):
+            reason = self._error.value.decode(errors="replace")
+            raise ArtifactError(f"ExecuTorch cannot load {path}: {reason}.")
+
+    def _run_draft(self, token: Ids, hidden: Hidden, pos: int) -> Draft:
+        logits = np.empty(self._scored, np.float32)
+        some = self._scored < self.artifact.tokens.vocab
+        tokens = np.empty(self._scored, np.int64) if some else None
+        carry = np.empty(self._width, np.float32)
+        status = self._native.edge_kv_draft(
+            self._handle, int(token[0]), pos, hidden.ctypes.data, carry.ctypes.data, self._width,
+            logits.ctypes.data, None if tokens is None else tokens.ctypes.data, self._scored,
+            self._error, _ERROR_BYTES,
+        )  # fmt: skip
+        self._check(status, DRAFT, pos)
+        return Draft(logits, tokens, carry)
 
     def _check(self, status: int, method: str, pos: int) -> None:
         if status:

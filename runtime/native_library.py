@@ -111,6 +111,12 @@ def load_library() -> ctypes.CDLL:
     library.edge_kv_decode.argtypes = [
         pointer, pointer, number, number, pointer, pointer, number, text, ctypes.c_int,
     ]  # fmt: skip
+    library.edge_kv_load_draft.argtypes = [pointer, text, text, ctypes.c_int]
+    library.edge_kv_hidden.argtypes = [pointer, pointer, number, text, ctypes.c_int]
+    library.edge_kv_draft.argtypes = [
+        pointer, number, number, pointer, pointer, number, pointer, pointer, number, text,
+        ctypes.c_int,
+    ]  # fmt: skip
     library.edge_kv_isa.restype = text
     return library
 

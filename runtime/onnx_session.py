@@ -20,8 +20,10 @@ import numpy.typing as npt
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.manifest import (
+    CARRY,
     DRAFT,
     HIDDEN,
+    TOKENS,
     Program,
     live_axis,
     logits_shape,
@@ -32,12 +34,11 @@ from edge_kv.ple import PleTable
 from edge_kv.runtime import experts, heap, mapped, native_library, packed
 from edge_kv.runtime.ort import onnxruntime as ort
 from edge_kv.runtime.packed import PROGRAMS
-from edge_kv.runtime.session import Draft, Hidden, Ids, Logits, Session
+from edge_kv.runtime.session import Draft, Hidden, Ids, Logits, Session, scored_tokens
 from edge_kv.runtime.threads import thread_count
 
 log = logging.getLogger(__name__)
 WARNING, ERROR = 2, 3  # onnxruntime's log severities
-_CARRY, _TOKENS = f"{HIDDEN}.out", "tokens"  # outputs of a drafter
 _TYPES: dict[str, type[np.generic]] = {  # as ONNX names them
     "float": np.float32,
     "float16": np.float16,
@@ -369,29 +370,20 @@ class _Drafts:
         views, axes = _views(session)
         self._views = [v for v in views if v.name in self._dtypes]
         self._axes = axes
-        shapes = {t.name: tuple(t.shape) for t in (*program.inputs, *program.outputs)}
-        scored = shapes.get("logits", ())
+        shapes = {t.name: tuple(t.shape) for t in program.inputs}
         wanted: dict[str, tuple[int | str, ...]] = {v.name: v.shape for v in self._views}
-        wanted |= {"ids": (1,), "pos": (1,), HIDDEN: (1, entry.width), "logits": scored}
-        wanted[_CARRY] = (1, entry.width)
-        if _TOKENS in shapes:
-            wanted[_TOKENS] = scored
-        vocab = session.artifact.tokens.vocab
-        if (
-            shapes != wanted
-            or len(scored) != 1
-            or not isinstance(scored[0], int)
-            or scored[0] > vocab
-            or (_TOKENS not in shapes and scored[0] != vocab)
-        ):
+        wanted |= {"ids": (1,), "pos": (1,), HIDDEN: (1, entry.width)}
+        scored = scored_tokens(session.artifact, program)
+        if shapes != wanted or not scored:
             raise ArtifactError(
                 f"{path} does not take and give what a drafter of its plan does; export again."
             )
         self._ids, self._pos = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._hidden = np.zeros((1, entry.width), np.float32)
         self._carry = np.zeros((1, entry.width), np.float32)
-        self._logits: Logits = np.zeros(scored[0], np.float32)
-        self._tokens = np.zeros(scored[0], np.int64) if _TOKENS in shapes else None
+        self._logits: Logits = np.zeros(scored, np.float32)
+        some = scored < session.artifact.tokens.vocab
+        self._tokens = np.zeros(scored, np.int64) if some else None
         self._binding = engine.io_binding()
         self._bound: tuple[int, ...] | None = None
 
@@ -417,7 +409,7 @@ class _Drafts:
             shape = [open_axes[d] if isinstance(d, str) else d for d in view.shape]
             address = view.memory.ctypes.data
             self._binding.bind_input(view.name, "cpu", 0, self._dtypes[view.name], shape, address)
-        outputs = {"logits": self._logits, _CARRY: self._carry, _TOKENS: self._tokens}
+        outputs = {"logits": self._logits, CARRY: self._carry, TOKENS: self._tokens}
         for name, out in outputs.items():
             if out is not None:
                 self._binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ContextFullError, PromptError, RewindError, RuntimeFault, SnapshotError
-from edge_kv.manifest import DRAFT
+from edge_kv.manifest import DRAFT, Program, draft_outputs
 from edge_kv.memory import CHECKPOINTS
 from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
@@ -246,8 +246,14 @@ class Session(ABC):
                 f"{self.artifact.root} has no drafter for engine {self.engine}, or nothing was fed "
                 "yet; export it with --assistant, and feed a token first."
             )
+        taken = np.ascontiguousarray(hidden, np.float32)
+        if taken.shape != (entry.width,):
+            raise RuntimeFault(
+                f"A draft takes up {entry.width} values, not {list(taken.shape)}; give it "
+                "`hidden` of the session, or that of the draft before."
+            )
         begin = time.perf_counter()
-        draft = self._run_draft(row, np.ascontiguousarray(hidden, np.float32), self.pos)
+        draft = self._run_draft(row, taken, self.pos)
         self.stats.draft_seconds += time.perf_counter() - begin
         self.stats.draft_runs += 1
         return draft
@@ -497,6 +503,17 @@ class Session(ABC):
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeFault("This session is closed; load the artifact again.")
+
+
+def scored_tokens(artifact: Artifact, program: Program) -> int:
+    """How many logits a draft program gives; 0 where its outputs are not those of one."""
+    entry = artifact.manifest.drafter
+    shapes = [t.shape for t in program.outputs if t.name == "logits"]
+    scored = shapes[0][0] if shapes and len(shapes[0]) == 1 else 0
+    vocab = artifact.tokens.vocab
+    if entry is None or not isinstance(scored, int) or not 0 < scored <= vocab:
+        return 0
+    return scored if draft_outputs(vocab, entry.width, scored) == program.outputs else 0
 
 
 def held_of(

@@ -85,19 +85,23 @@ def read_back(target, drafter, root):
 class Pair:
     """The nets of a target and its assistant, over the weights of two sources."""
 
-    def __init__(self, target, drafter, ctx=CTX, chunk=CHUNK):
-        self.target, self.drafter = target, drafter
+    def __init__(self, target, drafter, ctx=CTX, chunk=CHUNK, kv="f32", stored=None):
+        """`stored`: what makes the modules, and what yields their values, where not the sources."""
+        self.target, self.drafter, self.stored = target, drafter, stored
         self.config = models.attach(drafter.config, target.config)
         self.net = self.made(target.config)
         self.draft = self.made(self.config)
-        self.plan = models.plan(target.config, ctx=ctx, chunk=chunk, kv="f32")
+        self.plan = models.plan(target.config, ctx=ctx, chunk=chunk, kv=kv)
         self.state = StaticState(self.plan, fill=torch.nan)
 
     def made(self, config):
-        rows = models.weights(self.target.config, self.config)
+        make, read = self.stored or (
+            Weights(models.weights(self.target.config, self.config)),
+            lambda *rows: torch.from_numpy(self.source(rows[0]).read(*rows)),
+        )
         with torch.device("meta"):
-            net = nets.make_net(config, Weights(rows))
-        load(net, lambda *rows: torch.from_numpy(self.source(rows[0]).read(*rows)))
+            net = nets.make_net(config, make)
+        load(net, read)
         return net
 
     def source(self, name):

@@ -17,22 +17,28 @@ from edge_kv import models, runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ArtifactError, ConfigError, RuntimeFault
 from edge_kv.export import export_model
+from edge_kv.export.packed_weights import PackedWeights
+from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.models.sources import open_drafter, open_model
 from edge_kv.needs import count_needs, read_by_draft
 
 CTX, CHUNK = 200, 16  # windows of 64: rings of 79 slots wrap twice
-ENGINES = ("onnx", "onnx-stock")
+ENGINES = ("onnx", "onnx-stock", "executorch")
 NEAR = 1e-3  # of float weights and float state, after a dozen layers and four drafts
+
+
+def export(root, **how):
+    return export_model(
+        model="tiny", assistant="random:1", ctx=CTX, chunk=CHUNK, calibration="none", out=root,
+        open_session=runtime.load, **how,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Tiny with a drafter of random weights, all in floats."""
-    return export_model(
-        model="tiny", assistant="random:1", ctx=CTX, chunk=CHUNK, kv="f32", quant="none",
-        backends=("onnx",), calibration="none", out=tmp_path_factory.mktemp("d") / "drafted",
-        open_session=runtime.load,
-    )  # fmt: skip
+    root = tmp_path_factory.mktemp("floats") / "made"
+    return export(root, kv="f32", quant="none", backends=("onnx", "executorch"))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,33 @@ def test_drafts_are_those_of_pytorch(made, pair, engine):
             for name, table in session.state.items():
                 np.testing.assert_array_equal(table, rows[name])
     assert session.stats.draft_runs == 24 and session.stats.draft_seconds > 0
+
+
+@torch.no_grad()
+def test_drafts_over_stored_integers(tmp_path, pair):
+    """Four-bit weights and eight-bit state: the programs as they ship against what they store."""
+    root = export(tmp_path / "packed", quant="int4", kv="int8")
+    rows = models.weights(pair.target.config, pair.config)
+    layout = WeightLayout(rows, read_artifact(root).manifest.quant.formats)
+    stored = StoredWeights(layout, root / "onnx" / "weights.bin")
+    packed = Pair(
+        pair.target, pair.drafter, CTX, CHUNK, "int8", (PackedWeights(rows, layout), stored.read)
+    )
+    ids = np.random.default_rng(5).integers(0, 2048, 90)
+    for at in range(0, 89, CHUNK):
+        hidden, _ = packed.feed(torch.from_numpy(ids[at : min(at + CHUNK, 89)]), at)
+    with runtime.load(root, "onnx") as session:
+        session.prefill(ids[:88])
+        session.decode(int(ids[88]))
+        assert np.corrcoef(session.hidden, hidden[-1])[0, 1] > 0.99
+        token, carry = int(ids[89]), session.hidden
+        for wanted, best in packed.burst(token, hidden[-1:], 89, 3):
+            drafted = session.draft(token, carry)
+            same = np.isin(drafted.tokens, np.flatnonzero(wanted > wanted.min()))
+            logits, asked = drafted.logits[same], wanted[drafted.tokens][same]
+            assert same.mean() > 0.7  # clusters at the edge of the chosen ones may change places
+            assert np.corrcoef(logits, asked)[0, 1] > 0.98
+            token, carry = best, drafted.hidden
 
 
 def test_a_state_that_is_taken_up_has_no_hidden_state(made, tmp_path):

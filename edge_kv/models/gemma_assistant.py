@@ -57,6 +57,10 @@ class Config(gemma.Config):
         if self.reads and len(self.reads) != self.layers:
             yield f"reads {self.reads} must name a layer for each of {self.layers}"
 
+    @property
+    def scored(self) -> int:
+        return self.vocab // self.centroids * self.top_centroids if self.centroids else self.vocab
+
     def source(self, layer: int) -> int:
         """The layer of the target whose keys and values `layer` reads."""
         return self.reads[layer]

@@ -57,6 +57,11 @@ class Model:
         """The per-layer embedding of a model that has one: its weight row is of kind PLE_TABLE."""
         return None
 
+    @property
+    def scored(self) -> int:
+        """Tokens whose logits it gives: all, or those that a drafter chose."""
+        return self.vocab
+
     def faults(self) -> Iterator[str]:
         """What no model can be; a config adds its own."""
         yield from self.not_positive("vocab", "hidden", "layers", "max_ctx", "norm_eps")

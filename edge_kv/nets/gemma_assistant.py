@@ -8,6 +8,7 @@ checked them.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_kv.models.gemma_assistant import Config
@@ -30,7 +31,7 @@ class ClusterHead(nn.Module):
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         top = self.centroids(y)[0].topk(self.top).indices
         tokens = self.order().view(self.clusters, -1).index_select(0, top).flatten()
-        return self.rows(tokens) @ y[0], tokens
+        return F.linear(y, self.rows(tokens))[0], tokens
 
 
 class Net(nn.Module):

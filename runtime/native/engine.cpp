@@ -18,6 +18,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,7 @@ using namespace executorch::runtime;
 constexpr char kXnnpack[] = "XnnpackBackend";
 constexpr char kState[] = "state.";
 constexpr const char* kMethods[] = {"prefill", "decode"};
+constexpr char kDraft[] = "draft";
 
 // Anonymous pages: they cost nothing until they are written.
 class Arena {
@@ -164,11 +166,14 @@ struct edge_kv_engine {
   MallocMemoryAllocator method_memory, temporary_memory;
   std::vector<std::unique_ptr<Arena>> arenas;
   bool delegated = false;  // to XNNPACK, which runs on threads of the process
-  LoadedMethod prefill, decode;
+  LoadedMethod prefill, decode, draft;
+  std::vector<EValue> drafted_from;  // the state buffers that `draft` reads
 
   std::string open(const std::string& path, const std::string& weight_file);
   std::string load(const char* name, LoadedMethod& into);
   std::string run(LoadedMethod& m, const int64_t* ids, int64_t count, int64_t pos, const float* ple);
+  std::string load_draft(const std::string& tables);
+  std::string run_draft(int64_t id, int64_t pos, const float* hidden, int64_t width);
   std::string describe() const;
 };
 
@@ -200,6 +205,13 @@ std::string edge_kv_engine::open(const std::string& path, const std::string& wei
     }
     delegated = delegated || meta->uses_backend(kXnnpack);
   }
+  if (auto meta = program->method_meta(kDraft); meta.ok()) {
+    for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+      const size_t bytes = size_t(meta->memory_planned_buffer_size(i).get());
+      if (i == arenas.size()) arenas.push_back(std::make_unique<Arena>(bytes));
+      else if (arenas[i]->size() < bytes) arenas[i] = std::make_unique<Arena>(bytes);
+    }
+  }
   for (const auto& arena : arenas)
     if (!arena->ok()) return "out of memory for its planned buffers";
   if (delegated) {
@@ -226,7 +238,7 @@ std::string edge_kv_engine::load(const char* name, LoadedMethod& into) {
   }
   into.planned.emplace(Span<Span<uint8_t>>(into.spans.data(), into.spans.size()));
   into.memory.emplace(&method_memory, &*into.planned, &temporary_memory);
-  if (meta->num_inputs() > 2) {
+  if (&into != &draft && meta->num_inputs() > 2) {
     auto ple = meta->input_tensor_meta(2);
     if (!ple.ok() || ple->sizes().size() != 3) return std::string(name) + " has unknown inputs";
     into.ple_layers = ple->sizes()[1];
@@ -247,9 +259,43 @@ std::string edge_kv_engine::load(const char* name, LoadedMethod& into) {
   return "";
 }
 
+std::string edge_kv_engine::load_draft(const std::string& tables) {
+  if (!program->method_meta(kDraft).ok()) return std::string("it has no method ") + kDraft;
+  std::string fault = load(kDraft, draft);
+  if (!fault.empty()) return fault;
+  std::istringstream names(tables);
+  for (std::string name; std::getline(names, name);) {
+    auto buffer = decode.method->get_attribute(name);
+    if (!buffer.ok()) return "it holds no state " + name;
+    drafted_from.push_back(EValue(*buffer));
+  }
+  return draft.method->inputs_size() == 3 + drafted_from.size()
+             ? ""
+             : std::string(kDraft) + " reads other state than it should";
+}
+
+std::string edge_kv_engine::run_draft(int64_t id, int64_t pos, const float* hidden, int64_t width) {
+  forget_reason();
+  const edge_kv::Turn turn(running);
+  std::optional<executorch::extension::threadpool::NoThreadPoolGuard> alone;
+  if (!delegated) alone.emplace();
+  Input token(ScalarType::Long, &id, {1}), position(ScalarType::Long, &pos, {1});
+  Input state(ScalarType::Float, hidden, {1, width});
+  std::vector<EValue> inputs = {token.value(), position.value(), state.value()};
+  inputs.insert(inputs.end(), drafted_from.begin(), drafted_from.end());
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Error error = draft.method->set_input(inputs[i], i);
+    if (error != Error::Ok) return said("an input was refused", error);
+  }
+  const Error error = draft.method->execute();
+  return error == Error::Ok ? "" : said("execution failed", error);
+}
+
 std::string edge_kv_engine::describe() const {
   std::string text;
-  for (const char* name : kMethods) {
+  std::vector<const char*> names(std::begin(kMethods), std::end(kMethods));
+  if (draft.method) names.push_back(kDraft);
+  for (const char* name : names) {
     const auto meta = program->method_meta(name);
     const auto add = [&](const char* what, const Result<TensorInfo>& tensor) {
       text += std::string(name) + " " + what;
@@ -348,6 +394,40 @@ int edge_kv_decode(edge_kv_engine* engine, const int64_t* ids, int64_t count, in
   const Tensor out = engine->decode.method->get_output(0).toTensor();
   if (out.numel() != count * vocab) return fail(error, error_bytes, "it has another vocabulary");
   memcpy(logits, out.const_data_ptr<float>(), size_t(count * vocab) * sizeof(float));
+  return 0;
+}
+
+int edge_kv_load_draft(edge_kv_engine* engine, const char* tables, char* error, int error_bytes) {
+  const std::string fault = engine->load_draft(tables);
+  return fault.empty() ? 0 : fail(error, error_bytes, fault);
+}
+
+int edge_kv_hidden(edge_kv_engine* engine, float* hidden, int64_t values, char* error,
+                   int error_bytes) {
+  const Method& decode = *engine->decode.method;
+  if (decode.outputs_size() < 2) return fail(error, error_bytes, "it returns no hidden states");
+  const Tensor out = decode.get_output(1).toTensor();
+  if (out.numel() != values) return fail(error, error_bytes, "its hidden states are of another width");
+  memcpy(hidden, out.const_data_ptr<float>(), size_t(values) * sizeof(float));
+  return 0;
+}
+
+int edge_kv_draft(edge_kv_engine* engine, int64_t id, int64_t pos, const float* hidden, float* carry,
+                  int64_t width, float* logits, int64_t* tokens, int64_t scored, char* error,
+                  int error_bytes) {
+  const std::string fault = engine->run_draft(id, pos, hidden, width);
+  if (!fault.empty()) return fail(error, error_bytes, fault);
+  const Method& draft = *engine->draft.method;
+  const Tensor scores = draft.get_output(0).toTensor(), next = draft.get_output(1).toTensor();
+  if (scores.numel() != scored || next.numel() != width || draft.outputs_size() != (tokens ? 3 : 2))
+    return fail(error, error_bytes, "its drafts have another shape");
+  memcpy(logits, scores.const_data_ptr<float>(), size_t(scored) * sizeof(float));
+  memcpy(carry, next.const_data_ptr<float>(), size_t(width) * sizeof(float));
+  if (tokens) {
+    const Tensor which = draft.get_output(2).toTensor();
+    if (which.numel() != scored) return fail(error, error_bytes, "its drafts have another shape");
+    memcpy(tokens, which.const_data_ptr<int64_t>(), size_t(scored) * sizeof(int64_t));
+  }
   return 0;
 }
 

@@ -1,4 +1,4 @@
-// One loaded .pte: its two methods over one state arena. A C interface for ctypes, JNI and C++.
+// One loaded .pte: its methods over one state arena. A C interface for ctypes, JNI and C++.
 //
 // Functions that can fail return 0 or fill `error` with one line and return non-zero.
 #pragma once
@@ -21,7 +21,7 @@ EDGE_KV_API edge_kv_engine* edge_kv_open(const char* program, const char* weight
                                          int exact, char* error, int error_bytes);
 EDGE_KV_API void edge_kv_close(edge_kv_engine*);
 
-// Inputs, outputs and state of both methods as the program has them, one a line with its method,
+// Inputs, outputs and state of the loaded methods as the program has them, one a line with its method,
 // what it is, type and sizes, the largest where they vary: "prefill input int64 128". Returns the
 // bytes of that text, of which at most `bytes` are written.
 EDGE_KV_API int64_t edge_kv_describe(edge_kv_engine*, char* text, int64_t bytes);
@@ -44,6 +44,21 @@ EDGE_KV_API int edge_kv_prefill(edge_kv_engine*, const int64_t* ids, int64_t cou
 EDGE_KV_API int edge_kv_decode(edge_kv_engine*, const int64_t* ids, int64_t count, int64_t pos,
                                const float* ple, float* logits, int64_t vocab, char* error,
                                int error_bytes);
+
+// Get ready to draft with a program that has a method `draft`, which reads the state buffers
+// `tables`, names one a line in the order of its inputs. To be called once, before it is described.
+EDGE_KV_API int edge_kv_load_draft(edge_kv_engine*, const char* tables, char* error,
+                                   int error_bytes);
+
+// The hidden states [count, width] of the tokens that decode took last.
+EDGE_KV_API int edge_kv_hidden(edge_kv_engine*, float* hidden, int64_t values, char* error,
+                               int error_bytes);
+
+// What may follow the token `id` in a burst of drafts from position `pos`, which writes no state:
+// from hidden [width] fills logits [scored] and carry [width], and tokens [scored] unless null.
+EDGE_KV_API int edge_kv_draft(edge_kv_engine*, int64_t id, int64_t pos, const float* hidden,
+                              float* carry, int64_t width, float* logits, int64_t* tokens,
+                              int64_t scored, char* error, int error_bytes);
 
 // The instruction set the kernels use, a name as EDGE_KV_ISA takes it (kernels.h).
 EDGE_KV_API const char* edge_kv_isa(void);
