@@ -173,6 +173,10 @@ NoCache = Annotated[
     bool,
     typer.Option("--no-cache", help="Keep no packed weights for this device; use the heap."),
 ]
+Guesses = Annotated[
+    str,
+    typer.Option("--drafts", help="Guessed tokens fed at once: auto (where it pays), off, N."),
+]
 ArtifactDir = Annotated[Path, typer.Argument(help="The directory `edge-kv export` made.")]
 
 
@@ -340,6 +344,7 @@ def run(
     on_full: Annotated[
         str, typer.Option("--on-full", help="Context full: stop, or slide (forget the middle).")
     ] = "stop",
+    drafts: Guesses = "auto",
     think: Annotated[
         str, typer.Option("--think", help="Thinking before an answer: on, off, or auto (template).")
     ] = "auto",
@@ -413,6 +418,7 @@ def run(
             system=system,
             tools=offered,
             on_slide=_say_slide,
+            drafts=drafts,
         )
         if restore:
             chat.load(restore)
@@ -796,6 +802,7 @@ def serve(
     engine: Engine = "onnx",
     threads: Threads = None,
     no_cache: NoCache = False,
+    drafts: Guesses = "auto",
     ram_limit: Annotated[
         str | None, typer.Option("--ram-limit", help="Refuse to start if the plan needs more: 2g.")
     ] = None,
@@ -843,6 +850,7 @@ def serve(
             state=state,
             conversations=conversations,
             kept_ram=kept if memory else None,
+            drafts=drafts,
             ready=lambda url: _listening(url, settings.planned, kept),
         )
 
@@ -1033,8 +1041,9 @@ def _status(session: Session) -> str:
         if stats.decode_tokens
         else f"reading at {stats.prefill_rate:.0f} tokens/s"
     )
+    drafts = f" · {stats.tokens_per_pass:.1f} a pass" if stats.drafted_tokens else ""
     return (
-        f"{speed} · {session.pos:,}/{session.plan.ctx:,} tokens"
+        f"{speed}{drafts} · {session.pos:,}/{session.plan.ctx:,} tokens"
         f"{f' · {size(memory)}' if memory else ''}"
     )
 
@@ -1071,6 +1080,11 @@ def _summary(chat: Chat, base: Base | None) -> dict[str, Any]:
         "prefill_rate": stats.prefill_rate,
         "decode_tokens": stats.decode_tokens,
         "decode_rate": stats.decode_rate,
+        "decode_passes": stats.decode_passes,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
+        "tokens_per_pass": stats.tokens_per_pass,
+        "ties": reply.ties if reply else 0,
         "latency_p50": stats.latency(50),
         "latency_p95": stats.latency(95),
         "ctx_used": session.pos,
@@ -1085,11 +1099,18 @@ def _summary_line(summary: dict[str, Any]) -> str:
     from edge_kv.amounts import size
 
     peak, planned = summary["peak_bytes"], summary["planned_peak_bytes"]
+    drafted, drafts = summary["drafted_tokens"], ""
+    if drafted:
+        drafts = (
+            f"{summary['tokens_per_pass']:.2f} tokens a pass "
+            f"({summary['accepted_tokens']:,} of {drafted:,} drafts came) · "
+        )
     return (
         f"first token {summary['first_token_seconds']:.2f} s · "
         f"prefill {summary['prefill_rate']:.1f} tokens/s · "
         f"decode {summary['decode_rate']:.1f} tokens/s "
         f"(p50 {1e3 * summary['latency_p50']:.1f} ms, p95 {1e3 * summary['latency_p95']:.1f} ms) · "
+        f"{drafts}"
         f"{summary['ctx_used']:,}/{summary['ctx']:,} tokens · "
         f"peak RSS {size(peak) if peak else 'unknown'}"
         + (f", planned {size(planned)}" if planned else "")

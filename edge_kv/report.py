@@ -159,6 +159,16 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
         )
     console.print(speed)
     console.print("[dim]limit: how much of the speed that this memory allows is reached[/]")
+    for r in document["runs"]:
+        several = r["decode"].get("several", {})
+        if len(several) > 1:
+            times = ", ".join(
+                f"{n}: {t / several['1']:.2f}" for n, t in several.items() if n != "1"
+            )
+            console.print(
+                f"[dim]{r['engine']}, {r['ctx']:,}: time of a pass by its tokens, one being 1: "
+                f"{times}[/]"
+            )
     console.print()
     memory = Table("engine", box=None, pad_edge=False)
     for name in ("context", "peak of", "heap", "planned", "error", "total", "planned", "error"):

@@ -53,6 +53,7 @@ SCHEMA_VERSION = 1
 PHASES = ("load", "prefill", "decode")
 FILLS = ("prefill", "random")
 SAMPLE_SECONDS = 0.02  # between two looks at anonymous memory
+PASSES = (2, 3, 4, 6, 8)  # tokens of the passes with drafts that are timed
 F16_BYTES = 2  # naive baselines are counted in the 16-bit storage that other runtimes use
 BASELINES = {  # name -> (sharing, rings)
     "every_layer_full": (False, False),
@@ -384,6 +385,8 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
                     session.decode(int(ids[0]))
                     steps[-1].append(time.perf_counter() - begin)
         reads.append(_plain_read(job))
+        at_depth()
+        several = _several(session, int(ids[0]), job.repeats)
         load = session.stats.load_seconds
     warm, latencies = steps[0][0], np.array(steps[1:])
     percentiles = {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 95, 99)}
@@ -402,6 +405,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
             "rate": 1 / float(latencies.mean()),
             "seconds": percentiles,
             "first_after_prefill": warm,
+            "several": several,
         },
         "first_token": seconds + percentiles["p50"],
         "memory": memory,
@@ -410,6 +414,23 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
             for times, before, after in zip(steps[1:], reads[1:], reads[2:], strict=False)
         ],
     }
+
+
+def _several(session: Session, token: int, repeats: int) -> dict[str, float]:
+    """Median seconds of passes by how many tokens they take, one at a time for comparison."""
+    counts = [
+        n for n in (1, *PASSES) if n <= min(session.drafts + 1, session.plan.ctx - session.pos)
+    ]
+    times: dict[int, list[float]] = {n: [] for n in counts}
+    for turn in range(2 * repeats + 1):
+        for n in counts:
+            begin = time.perf_counter()
+            session.decode_many([token] * n)
+            seconds = time.perf_counter() - begin
+            session.rewind(n)
+            if turn:  # the first pass of a size sets its buffers up
+                times[n].append(seconds)
+    return {str(n): float(np.median(found)) for n, found in times.items()}
 
 
 def _plain_read(job: Job) -> float:

@@ -20,6 +20,7 @@ from edge_kv.runtime.messages import Message, Tool, ToolCall
 from edge_kv.runtime.replies import CONTENT, THINKING, Holdback, Piece, ReplyFormat, ReplyParser
 from edge_kv.runtime.sampling import Sampling, TokenLogprobs
 from edge_kv.runtime.session import Session
+from edge_kv.runtime.speculation import AUTO, OFF, Speculation
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.runtime.text import TextStream, Tokenizer
 
@@ -80,6 +81,10 @@ class Reply:
     finish: str = STOP  # STOP | LENGTH | FULL (the context) | CALLS | CANCELLED
     stopped_by: str = ""  # the stop text, if one ended it
     logprobs: tuple[TokenLogprobs, ...] = ()  # one an id, where asked for
+    passes: int = 0  # runs of the model
+    drafted: int = 0  # ids that were fed before it was known that they come
+    accepted: int = 0  # of them, those that came
+    ties: int = 0  # choices in passes with drafts that another summation order may reverse
 
     @property
     def message(self) -> Message:
@@ -144,12 +149,15 @@ class Generator:
         template: Template | None = None,
         *,
         on_slide: Callable[[Slide], None] | None = None,
+        drafts: Speculation | str | int = AUTO,
     ) -> None:
-        """Tokenizer and template default to those of the session's artifact.
+        """Tokenizer and template default to those of the session's artifact; `drafts` are as in
+        `generate`.
 
         Raises:
             ArtifactError: the artifact has no tokenizer.
-            ConfigError: it has no chat template (pass `Template(RAW_TEMPLATE)` for a base model).
+            ConfigError: it has no chat template (pass `Template(RAW_TEMPLATE)` for a base model),
+                or a pass does not take so many drafts.
         """
         artifact = session.artifact
         template = template or Template.of(artifact)
@@ -164,6 +172,7 @@ class Generator:
         self.format = ReplyFormat.of(self.tokenizer, template.source)
         self.sampling = Sampling.of(artifact)
         self.on_slide = on_slide
+        self.drafts: Speculation | str = Speculation.of(drafts, session) or OFF
         self._ids = _Ids(session)
         self.stop_ids = self._ids.stop | self.format.ends
         self._engine: Engine | None = None
@@ -225,6 +234,7 @@ class Generator:
             logprobs=options.logprobs,
             checkpoints=prompt.checkpoints,
             cancelled=cancelled,
+            drafts=self.drafts,
             trace=trace,
         )
         said = _Said(
@@ -257,6 +267,7 @@ class Generator:
                         yield from said.keep([Piece(CONTENT, held)])
                 finished = trace.finish != CANCELLED
             finally:
+                tokens.close()  # the session then holds what was said and no drafts
                 if finished or said.ids:  # a question that failed before its reply was not asked
                     seconds = time.perf_counter() - begin
                     turn.reply = said.reply(prompt, trace, first, seconds, finished, ended)
@@ -514,6 +525,10 @@ class _Said:
             finish=finish,
             stopped_by=stop,
             logprobs=tuple(trace.logprobs),
+            passes=trace.passes,
+            drafted=trace.drafted,
+            accepted=trace.accepted,
+            ties=trace.ties,
         )
 
 
@@ -535,14 +550,17 @@ class Chat:
         system: str | None = None,
         tools: Sequence[Tool] = (),
         on_slide: Callable[[Slide], None] | None = None,
+        drafts: Speculation | str | int = AUTO,
     ) -> None:
-        """Tokenizer and template default to those of the session's artifact.
+        """Tokenizer and template default to those of the session's artifact; `drafts` are as in
+        `generate`.
 
         Raises:
             ArtifactError: the artifact has no tokenizer.
-            ConfigError: it has no chat template (pass `Template(RAW_TEMPLATE)` for a base model).
+            ConfigError: it has no chat template (pass `Template(RAW_TEMPLATE)` for a base model),
+                or a pass does not take so many drafts.
         """
-        self.generator = Generator(session, tokenizer, template, on_slide=on_slide)
+        self.generator = Generator(session, tokenizer, template, on_slide=on_slide, drafts=drafts)
         self.options = options or Options()
         self.tools = tuple(tools)
         self.history: list[Message] = []

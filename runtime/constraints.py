@@ -140,6 +140,10 @@ class Matcher:
         """`token` came."""
         self._matcher.consume_token(token)
 
+    def possible(self, ids: Sequence[int]) -> int:
+        """How many of `ids` may come one after another."""
+        return int(self._matcher.validate_tokens(list(ids)))
+
     @property
     def ended(self) -> bool:
         """Whether the text is whole and cannot go on."""
@@ -267,6 +271,18 @@ class ReplyConstraint:
                 self._answer.accept(token)
             elif self._said == 1 and self._bare and self._tools:
                 self._maybe_call(token)
+
+    def possible(self, ids: Sequence[int]) -> int:
+        """How many of `ids` could come one after another; no mark and nothing behind one counts."""
+        marks = {self._think, self._thought, self._opens}
+        plain = next((i for i, id in enumerate(ids) if id in marks), len(ids))
+        if self._state == THINKING:
+            return plain
+        if self._call:
+            return self._call.possible(ids)
+        if self._required and self._opens is not None:
+            return 0
+        return self._answer.possible(ids[:plain]) if self._answer else plain
 
     def _allowed(self, logits: Logits, left: int) -> npt.NDArray[np.bool_] | None:
         if self._state == THINKING:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_kv.errors import ConfigError, ContextFullError, PromptError, did_you_mean
-from edge_kv.runtime.sampling import Sampler, TokenLogprobs
+from edge_kv.runtime.sampling import Sampler, TokenLogprobs, lead
 from edge_kv.runtime.session import Logits, Session
+from edge_kv.runtime.speculation import AUTO, Speculation
 
 ON_FULL = ("stop", "slide", "error")
 MAX_LOGPROBS = 100
@@ -30,6 +32,10 @@ class Trace:
     reused: int = 0  # tokens of the prompt that the session still held
     finish: str = ""  # "stop" (a stop id), "length", "full" or "cancelled"; "" until it ends
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a yielded id, if asked for
+    passes: int = 0  # runs of the model over the newest id and the drafts behind it
+    drafted: int = 0  # ids that were fed before it was known that they come
+    accepted: int = 0  # of them, those that came
+    ties: int = 0  # greedy choices in passes with drafts that another summation order may reverse
 
 
 class Constraint(Protocol):
@@ -40,6 +46,9 @@ class Constraint(Protocol):
 
     def accept(self, token: int) -> None:
         """`token` was drawn."""
+
+    def possible(self, ids: Sequence[int]) -> int:
+        """How many of `ids` could come one after another, as far as that is known."""
 
 
 def generate(
@@ -63,8 +72,9 @@ def generate(
     logprobs: int | None = None,
     checkpoints: Collection[int] = (),
     cancelled: Callable[[], bool] | None = None,
+    drafts: Speculation | str | int = AUTO,
     trace: Trace | None = None,
-) -> Iterator[int]:
+) -> Generator[int]:
     """Continue `ids` by up to `max_new_tokens` sampled ids; a stop id ends them and is not yielded.
 
     What the session already holds of `ids` is kept: it rewinds to the common prefix where the rings
@@ -82,9 +92,17 @@ def generate(
     before every step, chunks of the prompt included: True ends the ids, and the session stays as
     the last step left it.
 
+    `drafts`: "auto" feeds guessed ids with the newest one wherever that promises more ids a second,
+    a number feeds so many wherever there is a guess, "off" none; a `Speculation` keeps what it has
+    learnt from one call to the next. The ids are those of plain decoding: each is drawn, in its
+    turn, from the logits behind the ids before it. While ids of one pass are being yielded the
+    session holds all of the pass; once the iterator is exhausted or closed it holds what plain
+    decoding would have fed.
+
     Raises:
         PromptError: `ids` is empty or holds something that is not a token id.
-        ConfigError: a sampling argument out of range, or an unknown `on_full`.
+        ConfigError: a sampling argument out of range, an unknown `on_full`, or more drafts than a
+            pass takes.
         ContextFullError: the prompt does not fit the context ("slide" shortens it), or "error".
     """
     prompt = list(ids)
@@ -117,7 +135,8 @@ def generate(
         )
     run = _Run(
         session, sampler, max_new_tokens, frozenset(stop), on_full, keep_first, on_slide,
-        constraint, logprobs, frozenset(checkpoints), cancelled or _never, trace or Trace(),
+        constraint, logprobs, frozenset(checkpoints), cancelled or _never,
+        Speculation.of(drafts, session), trace or Trace(),
     )  # fmt: skip
     return run.ids(prompt)
 
@@ -135,13 +154,15 @@ class _Run:
     logprobs: int | None
     checkpoints: frozenset[int]
     cancelled: Callable[[], bool]
+    speculation: Speculation | None
     trace: Trace
 
-    def ids(self, history: list[int]) -> Iterator[int]:
+    def ids(self, history: list[int]) -> Generator[int]:
         """`history` is prompt and yielded ids; all but the newest are in the session."""
         ctx = self.session.plan.ctx
         held = False
-        for made in range(self.max_new_tokens):
+        made = 0
+        while made < self.max_new_tokens:
             full = len(history) > ctx
             if full and self.on_full == "stop":
                 self.trace.finish = "full"
@@ -161,6 +182,8 @@ class _Run:
                 reused = feed(self.session, history[:-1], self.checkpoints, self.cancelled)
                 if not made:
                     self.trace.reused = reused
+                if self.speculation:
+                    self.speculation.begin(history)
                 held = True
             if self.cancelled():
                 self.trace.finish = "cancelled"
@@ -168,23 +191,81 @@ class _Run:
             left = self.max_new_tokens - made
             if self.on_full != "slide":
                 left = min(left, ctx + 1 - len(history))
-            token = self._drawn(history, left)
-            if token in self.stop:
-                self.trace.finish = "stop"
+            before = len(history)
+            yield from self._pass(history, left)
+            made += len(history) - before
+            if self.trace.finish:
                 return
-            history.append(token)
-            yield token
         self.trace.finish = "length"
 
-    def _drawn(self, history: list[int], left: int) -> int:
-        logits = self.session.decode(history[-1])
+    def _pass(self, history: list[int], left: int) -> Generator[int]:
+        """Feed the newest id with drafts behind it, and yield the ids that come: at least one.
+
+        Ends early, with a `finish`, at a stop id and when cancelled.
+        """
+        session, trace = self.session, self.trace
+        drafts = self._drafts(history, min(left - 1, session.plan.ctx - len(history)))
+        begin = time.perf_counter()
+        rows = session.decode_many([history[-1], *drafts]) if drafts else None
+        first = session.decode(history[-1]) if rows is None else rows[0]
+        seconds = time.perf_counter() - begin
+        mark = _mark(session)
+        came: list[int] = []
+        used = 0
+        try:
+            for used, draft in enumerate((*drafts, None), 1):
+                if used > 1 and self.cancelled():
+                    used -= 1
+                    trace.finish = "cancelled"
+                    return
+                row = first if rows is None else rows[used - 1]
+                token = self._drawn(row, history, left - len(came), tied=bool(drafts))
+                came.append(token)
+                if token in self.stop:
+                    trace.finish = "stop"
+                    return
+                history.append(token)
+                yield token
+                if token != draft:
+                    return
+        finally:
+            trace.passes += 1
+            trace.drafted += len(drafts)
+            trace.accepted += used - 1
+            refused = len(drafts) + 1 - used
+            if refused and _mark(session) == mark:  # else the session went on without this text
+                session.refuse(refused)
+            if self.speculation:
+                self.speculation.passed(len(drafts), came, seconds)
+
+    def _drafts(self, history: list[int], room: int) -> tuple[int, ...]:
+        """At most `room` ids to feed behind the newest one."""
+        if not self.speculation:
+            return ()
+        drafts = self.speculation.drafts(history, min(room, self.session.drafts))
+        ends = (i for i, id in enumerate(drafts) if id in self.stop)  # nothing follows a stop id
+        drafts = drafts[: next(ends, len(drafts))]
+        if drafts and self.constraint:
+            drafts = drafts[: self.constraint.possible(drafts)]
+        return drafts
+
+    def _drawn(self, logits: Logits, history: list[int], left: int, *, tied: bool) -> int:
+        """The next id; with `tied` it is counted where it nearly was another."""
         allowed = self.constraint.mask(logits, left) if self.constraint else logits
-        token = self.sampler(allowed, history)
+        shaped = self.sampler.shaped(allowed, history)
+        token = self.sampler.draw(shaped)
+        if tied and self.sampler.temperature == 0.0:
+            self.trace.ties += lead(shaped, token) < self.session.rounding
         if self.logprobs is not None and token not in self.stop:
             self.trace.logprobs.append(TokenLogprobs.of(logits, token, self.logprobs))
         if self.constraint:
             self.constraint.accept(token)
         return token
+
+
+def _mark(session: Session) -> tuple[bool, int, int, int]:
+    """What changes when a session is used or closed by someone else."""
+    return session.closed, session.pos, session.stats.decode_passes, session.stats.prefill_tokens
 
 
 def _never() -> bool:

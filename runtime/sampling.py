@@ -54,7 +54,7 @@ class TokenLogprobs:
         wide = logits.astype(np.float64)
         top = float(wide.max())
         total = top + math.log(np.exp(wide - top).sum())
-        best = _largest(wide, min(count, len(wide)))[:count]
+        best = _largest(wide, min(count, len(wide))) if count else ()
         likeliest = tuple((int(i), float(wide[i] - total)) for i in best)
         return cls(token, float(wide[token] - total), likeliest)
 
@@ -114,6 +114,16 @@ class Sampler:
         """Choose an id from float32 [vocab]; ids in `history` are subject to the penalty.
 
         Raises:
+            As `shaped`.
+        """
+        return self.draw(self.shaped(logits, history))
+
+    def shaped(
+        self, logits: npt.NDArray[np.float32], history: Iterable[int] = ()
+    ) -> npt.NDArray[np.float32]:
+        """Logits with bias and penalty, float32 [vocab]; the latter is for ids in `history`.
+
+        Raises:
             RuntimeFault: a logit is NaN or +inf, or all are -inf.
             ConfigError: `logit_bias` names an id the model does not have.
         """
@@ -126,6 +136,10 @@ class Sampler:
             )
         if self.repetition_penalty != 1.0:
             logits = self._penalised(logits, history)
+        return logits
+
+    def draw(self, logits: npt.NDArray[np.float32]) -> int:
+        """Choose an id from `shaped` logits."""
         if self.temperature == 0.0:
             return int(logits.argmax())
         ids, weights = self.candidates(logits)
@@ -190,6 +204,12 @@ class Sampler:
         penalty = np.float32(self.repetition_penalty)
         out[seen] = np.where(rows > 0, rows / penalty, rows * penalty)
         return out
+
+
+def lead(logits: npt.NDArray[np.float32], token: int) -> float:
+    """By how much the logit of `token` is above the largest other one in float32 [vocab]."""
+    others = np.concatenate([logits[:token], logits[token + 1 :]])
+    return float(logits[token] - others.max(initial=-np.inf))
 
 
 def _largest(weights: Floats, count: int) -> npt.NDArray[np.intp]:

@@ -54,6 +54,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0  # fed to passes, refused drafts included
     decode_passes: int = 0
+    refused_tokens: int = 0  # drafts that were fed and taken back
     decode_seconds: float = 0.0
     draft_runs: int = 0  # of the drafter that an artifact holds
     draft_seconds: float = 0.0
@@ -66,8 +67,25 @@ class Stats:
 
     @property
     def decode_rate(self) -> float:
-        """Decoded tokens a second; 0 before the first."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """Decoded tokens a second, refused drafts left out; 0 before the first."""
+        kept = self.decode_tokens - self.refused_tokens
+        return kept / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Drafts that were fed."""
+        return self.decode_tokens - self.decode_passes
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of them, those that stayed."""
+        return self.drafted_tokens - self.refused_tokens
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass of decode brought; 0 before the first."""
+        kept = self.decode_tokens - self.refused_tokens
+        return kept / self.decode_passes if self.decode_passes else 0.0
 
     def latency(self, percent: float) -> float:
         """Seconds a pass of decode took at `percent` (50: median); 0 before the first."""
@@ -285,6 +303,22 @@ class Session(ABC):
         del self._tokens[to:]
         if to == 0:
             self._written = 0
+
+    def refuse(self, n: int) -> None:
+        """Take back the last `n` ids of the newest `decode_many`: drafts that did not come."""
+        self.rewind(n)
+        self.stats.refused_tokens += n
+
+    @property
+    def rounding(self) -> float:
+        """Logits nearer to each other than this may change places between programs of this model.
+
+        It is what the export gate took for the noise of another summation order.
+        """
+        parity = self.artifact.manifest.parity.get(self.backend)
+        if parity is None:
+            return 0.0
+        return parity.lowering_limit.get("relative", 0.0) * parity.lowering.get("spread", 0.0)
 
     @property
     def max_rewind(self) -> int:

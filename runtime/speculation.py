@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
+from edge_kv.errors import ConfigError, did_you_mean
+from edge_kv.runtime.session import Session
 from edge_kv.runtime.snapshot import common_prefix
+
+AUTO, OFF = "auto", "off"
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,31 @@ class Speculation:
         self._seconds = self._lost = 0.0
         self._passed_over, self._gap = 0, self._GAP
         self._looking = False  # the pass under way is there to look at its costs again
+
+    @classmethod
+    def of(cls, drafts: Speculation | str | int, session: Session) -> Speculation | None:
+        """What "auto", "off" or a number of drafts (also as text) means; None: no drafts.
+
+        Raises:
+            ConfigError: another word, or a number outside what a pass of the session takes.
+        """
+        if isinstance(drafts, Speculation):
+            return drafts
+        if drafts == OFF or (drafts == AUTO and not session.drafts):
+            return None
+        if drafts == AUTO:
+            return cls(PromptLookup(session.plan.ctx))
+        try:
+            count = int(drafts)
+        except ValueError:
+            hint = did_you_mean(str(drafts), (AUTO, OFF))
+            raise ConfigError(f"Unknown drafts {drafts!r}: auto, off or a number.{hint}") from None
+        if not 0 <= count <= session.drafts:
+            raise ConfigError(
+                f"{count} drafts are outside 0 … {session.drafts}, what a pass of this artifact "
+                "takes; give fewer, or export with more --drafts."
+            )
+        return cls(PromptLookup(session.plan.ctx), fixed=count) if count else None
 
     def begin(self, history: Sequence[int]) -> None:
         """The text is `history` from here on."""

@@ -40,7 +40,7 @@ class Scripted(NumpySession):
     def __init__(self, artifact, *replies):
         super().__init__(artifact)
         self.replies = list(replies)
-        self.left = []
+        self.left, self.said = [], []
 
     def say(self, tokenizer):
         text = self.replies.pop(0)
@@ -52,8 +52,14 @@ class Scripted(NumpySession):
     def _run_decode(self, ids, pos):
         logits = super()._run_decode(ids, pos)
         for row in logits:
-            row[self.left.pop(0)] = 1e6
+            self.said.append(self.left.pop(0) if self.left else END)
+            row[self.said[-1]] = 1e6
         return logits
+
+    def refuse(self, n):
+        super().refuse(n)
+        self.left = self.said[-n:] + self.left
+        del self.said[-n:]
 
 
 def ask(chat, text):
@@ -452,3 +458,40 @@ def test_notes_of_another_kind_are_refused(artifact, tmp_path, note):
     session.snapshot(tmp_path / "c.kv", note)
     with pytest.raises(SnapshotError, match="holds"):
         Chat(NumpySession(artifact)).load(tmp_path / "c.kv")
+
+
+@pytest.fixture
+def repeating(tmp_path):
+    """Makes sessions whose passes take up to seven drafts, about a text that repeats itself."""
+    root = write_artifact(tmp_path / "a", ctx=600, chunk=9, drafts=7, programs=False)
+    said = ("to be, to be, to be, to be or not", "to be, to be, to be.")
+    return lambda: Scripted(read_artifact(root), *said)
+
+
+def test_a_stop_text_in_the_middle_of_a_pass_leaves_what_was_said(repeating):
+    replies, held = [], []
+    for drafts in ("off", 7):
+        chat = Chat(repeating(), options=Options(stop=("be or",)), drafts=drafts)
+        assert "".join(ask(chat, "to be?")) == "to be, to be, to be, to "
+        assert chat.last.stopped_by == "be or"
+        held.append(chat.session.tokens)
+        assert list(held[-1]) == chat.generator.newest[1][:-1]
+        chat.options = Options()
+        assert "".join(ask(chat, "again")) == "to be, to be, to be."
+        replies.append(chat.last)
+    plain, drafted = replies
+    assert held[0] == held[1] and plain.ids == drafted.ids
+    assert plain.reused_tokens == drafted.reused_tokens > 20
+    assert plain.passes == len(plain.ids) + 1 and plain.drafted == 0  # the end of the turn is one
+    assert drafted.passes < 10 < drafted.accepted <= drafted.drafted
+
+
+def test_a_reply_that_is_stopped_early_keeps_what_was_shown(repeating):
+    drafting = repeating()
+    chat = Chat(drafting, drafts=7)
+    drafting.say(chat.tokenizer)
+    pieces = chat.send("to be?")
+    shown = "".join(next(pieces) for _ in range(9))
+    pieces.close()
+    assert chat.last.text == shown and chat.last.finish == "cancelled"
+    assert list(drafting.tokens) == chat.generator.newest[1][:-1]

@@ -9,6 +9,7 @@ from edge_kv.errors import ConfigError, ContextFullError, PromptError
 from edge_kv.runtime import generate, load
 from edge_kv.runtime.generation import Trace, feed
 from edge_kv.runtime.session import CHECKPOINTS
+from edge_kv.runtime.speculation import Guess, PromptLookup, Speculation
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +269,211 @@ def test_a_copy_brings_back_rows_and_checkpoints(session):
     branch = [*first[:20], 5, 6, 7]
     assert session.reusable(branch) == 20  # far behind what the rings rewind
     assert list(generate(session, branch, max_new_tokens=5)) == naive(session, branch, 5)
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """An artifact whose passes take up to seven drafts."""
+    root = tmp_path_factory.mktemp("drafts") / "a"
+    return read_artifact(write_artifact(root, chunk=9, drafts=7, programs=False, verify=False))
+
+
+class Peeks:
+    """A drafter that knows what will come, and is wrong now and then."""
+
+    kinds = (0.5,)
+
+    def __init__(self, rng, text):
+        self.rng, self.text, self.at = rng, text, 0
+
+    def begin(self, history):
+        pass
+
+    def guess(self, history, most):
+        self.at = max(self.at, len(history))
+        ids = list(self.text[len(history) : len(history) + most])
+        if ids and self.rng.random() < 0.5:
+            ids[int(self.rng.integers(len(ids)))] = int(self.rng.integers(VOCAB))
+        return Guess(tuple(ids), (0,) * len(ids))
+
+
+class Multiples:
+    """Allows ids whose sum so far, with them, is no multiple of three; no more as the end nears."""
+
+    def __init__(self):
+        self.total = 0
+        self.lefts = []
+
+    def mask(self, logits, left):
+        self.lefts.append(left)
+        ids = self.total + np.arange(len(logits))
+        return np.where((ids % 3 != 0) | (left < 3), logits, np.float32(-np.inf))
+
+    def accept(self, token):
+        self.total += token
+
+    def possible(self, ids):
+        sums = self.total + np.cumsum(ids)
+        return next((i for i, s in enumerate(sums) if s % 3 == 0), len(ids))
+
+
+def schedule(rng):
+    """Arguments of a few calls that go on from each other, and after how many ids each is left."""
+    calls = []
+    for _ in range(5):
+        letters = rng.integers(5, VOCAB, 4)
+        greedy = rng.random() < 0.4
+        logprobs = int(rng.integers(3)) if rng.random() < 0.4 else None
+        calls.append((
+            rng.choice(letters, int(rng.integers(1, 40))).tolist(),
+            {
+                "max_new_tokens": int(rng.integers(0, 70)),
+                "temperature": 0.0 if greedy else float(rng.choice([0.05, 0.7])),
+                "top_k": int(rng.choice([0, 3])),
+                "top_p": float(rng.choice([1.0, 0.8])),
+                "repetition_penalty": float(rng.choice([1.0, 1.0, 1.3])),
+                "seed": int(rng.integers(100)),
+                "stop": set(rng.integers(5, VOCAB, int(rng.integers(0, 12))).tolist()),
+                "on_full": str(rng.choice(["stop", "slide", "error"])),
+                "logit_bias": {int(letters[0]): 1.5} if rng.random() < 0.3 else None,
+                "suppress": {int(letters[1])} if rng.random() < 0.3 else (),
+                "logprobs": logprobs,
+                "checkpoints": {3},
+            },
+            rng.random() < 0.3,  # constrained
+            int(rng.integers(1, 40)) if rng.random() < 0.3 else None,  # cancelled after so many
+            int(rng.integers(1, 40)) if rng.random() < 0.3 else None,  # closed after so many
+        ))  # fmt: skip
+    return calls
+
+
+def carried_out(session, calls, drafts_of):
+    """What each call gave, how it ended, and what the session then held."""
+    results, history = [], [2]
+    for n, (turn, arguments, constrained, cancelled, closed) in enumerate(calls):
+        trace, slides, out = Trace(), [], []
+        constraint = Multiples() if constrained else None
+        prompt = [*history, *turn][: session.plan.ctx - 3]
+        tokens = generate(
+            session, prompt, **arguments, trace=trace, on_slide=slides.append, keep_first=2,
+            constraint=constraint, drafts=drafts_of(n, prompt),
+            cancelled=(lambda out=out, most=cancelled: len(out) >= most) if cancelled else None,
+        )  # fmt: skip
+        try:
+            for token in tokens:
+                out.append(token)
+                if len(out) == closed:
+                    tokens.close()
+        except ContextFullError as e:
+            trace.finish = str(e)
+        history = [*prompt, *out][: int(session.plan.ctx * 0.7)]
+        results.append({
+            "prompt": prompt, "ids": out, "finish": trace.finish, "logprobs": trace.logprobs,
+            "slides": slides, "tokens": session.tokens, "lefts": constraint and constraint.lefts,
+            "trace": trace,
+        })  # fmt: skip
+    return results
+
+
+def assert_same(plain, drafted):
+    for a, b in zip(plain, drafted, strict=True):
+        for name in ("ids", "finish", "slides", "tokens", "lefts"):
+            assert a[name] == b[name], name
+        for p, q in zip(a["logprobs"], b["logprobs"], strict=True):
+            assert p.id == q.id and [i for i, _ in p.top] == [i for i, _ in q.top]
+            np.testing.assert_allclose(p.logprob, q.logprob, atol=1e-5)
+            np.testing.assert_allclose([v for _, v in p.top], [v for _, v in q.top], atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_drafts_change_nothing_but_the_passes(drafting, seed):
+    """Sampling, stops, limits, slides, constraints, cancelling: as without drafts."""
+    calls = schedule(np.random.default_rng(seed))
+    plain = carried_out(NumpySession(drafting), calls, lambda n, prompt: "off")
+    rng = np.random.default_rng(seed)
+
+    def peeking(n, prompt):
+        slid = bool(plain[n]["slides"])
+        text = [] if slid else [*prompt, *plain[n]["ids"], 7, 8]
+        return Speculation(Peeks(rng, text), fixed=int(rng.integers(1, 8)))
+
+    lookup = Speculation(PromptLookup(drafting.plan.ctx))
+    session = NumpySession(drafting)
+    for drafts_of in (peeking, lambda n, prompt: 7, lambda n, prompt: lookup):
+        session.reset()
+        drafted = carried_out(session, calls, drafts_of)
+        assert_same(plain, drafted)
+        for one in drafted:
+            trace = one["trace"]
+            assert trace.drafted >= trace.accepted >= 0
+            assert trace.passes + trace.accepted >= len(one["ids"])
+
+
+def test_what_was_right_costs_no_pass(drafting):
+    session = NumpySession(drafting)
+    prompt = [2, 9, 40, 77]
+    plain = list(generate(session, prompt, max_new_tokens=40, drafts="off"))
+    assert session.stats.decode_passes == 40 and session.stats.tokens_per_pass == 1
+    session = NumpySession(drafting)
+    drafter = Peeks(np.random.default_rng(0), [*prompt, *plain])
+    drafter.rng = None  # never wrong: not asked
+    drafter.guess = lambda history, most: Guess(
+        tuple(drafter.text[len(history) : len(history) + most]),
+        (0,) * min(most, len(drafter.text) - len(history)),
+    )
+    trace = Trace()
+    drafts = Speculation(drafter, fixed=7)
+    assert list(generate(session, prompt, max_new_tokens=40, drafts=drafts, trace=trace)) == plain
+    assert (trace.passes, trace.drafted, trace.accepted) == (5, 35, 35)
+    stats = session.stats
+    assert (stats.decode_passes, stats.drafted_tokens, stats.accepted_tokens) == (5, 35, 35)
+    assert stats.tokens_per_pass == 8
+
+
+def test_an_iterator_that_was_left_does_not_touch_what_came_after(drafting):
+    """A generation that nobody goes on with ends while the session reads something else."""
+    session = NumpySession(drafting)
+    prompt = [2, 9, 9, 9, 9, 9]
+    left = generate(session, prompt, max_new_tokens=40, drafts=7)
+    next(left)
+    other = list(range(20, 20 + session.pos))
+    session.reset()
+    feed(session, other)
+    left.close()
+    assert list(session.tokens) == other
+    left = generate(session, prompt, max_new_tokens=40, drafts=7)
+    next(left)
+    session.close()
+    left.close()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "message"),
+    [
+        ("aut", "Did you mean 'auto'"),
+        (8, "8 drafts are outside 0 … 7"),
+        ("-1", "-1 drafts are outside 0 … 7"),
+    ],
+)
+def test_drafts_are_checked(drafting, drafts, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(NumpySession(drafting), [1], max_new_tokens=1, drafts=drafts)
+
+
+def test_near_choices_are_counted(drafting):
+    """Logits closer than the rounding of two programs: the choice is one of two right ones."""
+
+    class Even(NumpySession):
+        rounding = 0.1
+
+        def _run_decode(self, ids, pos):
+            logits = np.zeros((len(ids), VOCAB), np.float32)
+            logits[:, 9] = 1.0
+            logits[np.arange(pos, pos + len(ids)) % 5 == 0, 8] = 0.95
+            return logits
+
+    trace = Trace()
+    out = list(generate(Even(drafting), [9] * 6, max_new_tokens=20, drafts=7, trace=trace))
+    assert out == [9] * 20 and trace.ties == 4  # positions 5, 10, 15 and 20
+    list(generate(Even(drafting), [9] * 6, max_new_tokens=20, drafts="off", trace=(t := Trace())))
+    assert t.ties == 0

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_kv.errors import ConfigError, RuntimeFault
-from edge_kv.runtime.sampling import Sampler
+from edge_kv.runtime.sampling import Sampler, TokenLogprobs, lead
 
 
 def reference(logits, *, temperature, top_k=0, top_p=1.0, min_p=0.0):
@@ -139,3 +139,15 @@ def test_unusable_logits_are_a_fault(value, temperature):
         Sampler(temperature=temperature)(logits)
     with pytest.raises(RuntimeFault):
         Sampler(temperature=temperature)(np.full(10, -np.inf, np.float32))
+
+
+def test_logprobs_without_others():
+    logits = np.array([0.0, 1.0, 3.0], np.float32)
+    found = TokenLogprobs.of(logits, 1, 0)
+    assert found.top == () and found.logprob == pytest.approx(1 - np.log(np.exp(logits).sum()))
+
+
+def test_the_lead_of_a_logit():
+    logits = np.array([0.5, 2.0, 1.5], np.float32)
+    assert lead(logits, 1) == 0.5 and lead(logits, 0) == -1.5
+    assert lead(np.array([1.0], np.float32), 0) == np.inf

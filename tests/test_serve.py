@@ -429,3 +429,21 @@ def test_kept_conversations_outlive_the_process_and_are_bounded(artifact, tmp_pa
     again = serving(artifact, tmp_path, most=2)
     again.states.enter(tokens(3, WORTH_KEEPING + 20))
     assert list(again.generator.session.tokens) == tokens(3, WORTH_KEEPING + 20)
+
+
+def test_drafts_are_counted(tmp_path):
+    root = write_artifact(tmp_path / "a", ctx=512, chunk=9, drafts=7, programs=False)
+    session = NumpySession(read_artifact(root))
+    generator = Generator(session, drafts=7)
+    server = Server(generator, generator, States(generator, None), Settings())
+    ask = {**ASK, "max_tokens": 60, "messages": [{"role": "user", "content": "ab" * 40}]}
+    with TestClient(make_app(server), base_url="http://localhost") as client:
+        usage = client.post(CHAT, json=ask).json()["usage"]
+        figures = client.get("/metrics").text
+    details = usage["completion_tokens_details"]
+    came, others = details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
+    assert came + others == session.stats.drafted_tokens > 0
+    assert came == session.stats.accepted_tokens
+    assert f"edge_kv_drafted_tokens_total {came + others:.1f}" in figures
+    assert f"edge_kv_accepted_tokens_total {came:.1f}" in figures
+    assert f"edge_kv_decode_passes_total {session.stats.decode_passes:.1f}" in figures

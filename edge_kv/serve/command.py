@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_kv.errors import ConfigError
 from edge_kv.runtime.chat import Generator
 from edge_kv.runtime.session import Session
+from edge_kv.runtime.speculation import AUTO
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.serve.app import Server, Settings, is_loopback, serve
 from edge_kv.serve.states import States
@@ -24,6 +25,7 @@ def run_server(
     state: Path | None = None,
     conversations: int = 4,
     kept_ram: int | None = None,
+    drafts: str = AUTO,
     ready: Callable[[str], None],
 ) -> None:
     """Serve `session` until a signal ends it.
@@ -32,7 +34,8 @@ def run_server(
     in at most `kept_ram` bytes. A base model, without a chat template, continues text as it stands.
 
     Raises:
-        ConfigError: other machines could come in without a key, or `state` cannot be made.
+        ConfigError: other machines could come in without a key, `state` cannot be made, or a pass
+            does not take so many drafts.
         RuntimeFault: the address cannot be bound.
     """
     if not is_loopback(host):
@@ -48,8 +51,10 @@ def run_server(
         except OSError as e:
             raise ConfigError(f"Cannot make the folder {state} ({e.strerror}).") from e
     raw = Template(RAW_TEMPLATE)
-    generator = Generator(session, template=Template.of(session.artifact) or raw)
+    template = Template.of(session.artifact) or raw
+    generator = Generator(session, template=template, drafts=drafts)
     states = States(generator, state, conversations, kept_ram)
-    server = Server(generator, Generator(session, generator.tokenizer, raw), states, settings)
+    texts = Generator(session, generator.tokenizer, raw, drafts=generator.drafts)
+    server = Server(generator, texts, states, settings)
     generator.on_prompt = server.raw.on_prompt = states.enter
     serve(server, host, port, ready=ready)

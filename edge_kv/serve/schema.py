@@ -279,12 +279,16 @@ def finish_reason(reply: Reply) -> str:
 
 
 def usage(reply: Reply) -> dict[str, Any]:
-    """Tokens of the prompt, of it those not read again, and of the reply."""
+    """Tokens of the prompt, of it those not read again, and of the reply, with its drafts."""
     return {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": len(reply.ids),
         "total_tokens": reply.prompt_tokens + len(reply.ids),
         "prompt_tokens_details": {"cached_tokens": reply.reused_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": reply.accepted,
+            "rejected_prediction_tokens": reply.drafted - reply.accepted,
+        },
     }
 
 
