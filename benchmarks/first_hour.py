@@ -33,7 +33,7 @@ STEPS = (
     "edge-kv plan --model e2b --fits 2g",
     "edge-kv export --weights /models/gemma-3-270m.gguf --ctx 4096 --out gemma",
     "edge-kv export --weights /models/smollm2.gguf --ctx 2048 --out smollm2",
-    "edge-kv run gemma 'Name three primary colours.' --max-new-tokens 40",
+    "edge-kv run gemma --raw 'The three primary colours are' --max-new-tokens 40",
     "printf 'Hello!\\n/stats\\n/bye\\n' | edge-kv run smollm2 --max-new-tokens 30",
     "edge-kv bench gemma --ctx 1k,4k --plot gemma.png --json gemma.json",
     f"edge-kv deploy smollm2 root@127.0.0.1:/root/board --ssh 'ssh -p {PORT}' --ctx 512",
@@ -75,9 +75,16 @@ def main() -> None:
                 break
     finally:
         run("sh", "-c", f"kill $(cat {home}/root/run/first-hour-sshd.pid)")
-        for folder in ("dev/pts", "dev", "proc"):
-            run("umount", str(home / "root" / folder))
-        shutil.rmtree(home, ignore_errors=True)
+        remove(home)
+
+
+def remove(home: Path) -> None:
+    """Delete a system, but never through a mount: its /dev is this machine's own."""
+    for folder in ("dev", "proc"):
+        run("umount", "--recursive", str(home / "root" / folder))
+    if f"{home}/" in Path("/proc/self/mounts").read_text(encoding="utf-8"):
+        raise SystemExit(f"Error: something is still mounted below {home}; unmount it first.")
+    shutil.rmtree(home)
 
 
 def smollm2() -> Path:

@@ -56,7 +56,6 @@ CHECKED = {
     "tiny": models.get_row("tiny"),
     "smollm2-135m": models.get_row("smollm2-135m"),
     "gemma3-270m": models.get_row("gemma3-270m"),
-    "llama3.2-1b, 4 layers": cut("llama3.2-1b", 4),
 }
 
 

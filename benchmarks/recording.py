@@ -1,13 +1,13 @@
 """Record commands on a real terminal and draw what it showed as an animated picture (SVG).
 
     python benchmarks/recording.py docs/first_run.svg "edge-kv export --model tiny --ctx 2k" \
-        "edge-kv run tiny-2048 'Once upon a time' --max-new-tokens 40"
+        "edge-kv run tiny-2048 'And it came to pass in those days, that' --max-new-tokens 60"
 
 A shell on a pseudo-terminal of 80 columns gets the commands one after the other, and a terminal
 emulator (pyte, a development tool alone) keeps every screen that stood for a moment. Each becomes a
 group of the SVG that is shown for as long as it stood, pauses cut to --pause seconds; a command
 that takes longer than --longest seconds is shown faster. Where animations are off, the last screen
-is seen. The recording itself is written beside it as an asciinema cast (version 2).
+is seen. `--cast FILE` keeps the recording itself, an asciinema cast (version 2).
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ def main() -> None:
     parser.add_argument("commands", nargs="+")
     parser.add_argument("--pause", type=float, default=1.5, help="longest still second")
     parser.add_argument("--longest", type=float, default=12.0, help="seconds a command is shown")
+    parser.add_argument("--cast", type=Path, help="keep the recording too")
     args = parser.parse_args()
     events: list[Event] = []
     clock = 0.0
     for command in args.commands:
         clock = typed(events, command, clock)
         clock = run(events, command, clock, args.longest)
-    cast(args.svg.with_suffix(".cast"), events)
+    if args.cast:
+        cast(args.cast, events)
     frames = screens(events, args.pause)
     args.svg.write_text(drawn(frames), encoding="utf-8")
     print(f"{args.svg}: {len(frames)} screens, {sum(f[0] for f in frames):.0f} s")

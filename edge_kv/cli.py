@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -105,7 +107,8 @@ class _Notices(logging.Handler):
     """What the runtime has to say beside its results, one line each on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=True)
+        # Not through typer, which writes past what draws on the terminal: bars are to stay below.
+        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 app = typer.Typer(
@@ -1023,8 +1026,14 @@ def _show(chat: Chat, pieces: Iterator[Piece]) -> None:
                 stream.write(piece.text, dim=piece.kind == THINKING)
 
 
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+def _say(text: str) -> None:
+    """Lines on stderr, broken between words where a terminal would break them anywhere."""
+    if sys.stderr.isatty():
+        wrapper = TextWrapper(
+            get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+        )
+        text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
+    typer.echo(text, err=True)
 
 
 def _stats(chat: Chat, base: Base | None) -> str:

@@ -144,5 +144,8 @@ def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) ->
             f"{size(memory.conversation)}, of it {size(memory.anonymous)} that stays."
         )
     option = "" if engine in (None, "onnx") else f" --engine {engine}"
-    talks = made.manifest.tokenizer is not None
-    say(f"Next: edge-kv run {name}{option} 'Hello'" if talks else f"Next: edge-kv bench {name}")
+    text = made.manifest.tokenizer
+    if text and not text.chat_template:
+        option += " --raw"  # a base model: it goes on with a text, and answers nothing
+    said = "'Hello'" if text and text.chat_template else "'Once upon a time'"
+    say(f"Next: edge-kv run {name}{option} {said}" if text else f"Next: edge-kv bench {name}")

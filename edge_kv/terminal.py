@@ -64,6 +64,8 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None:
+            self._finish()
         self._bar.stop()
 
     def stage(self, name: str, unit: str = BYTES) -> None:

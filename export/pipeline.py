@@ -366,7 +366,7 @@ class _Job:
                 kept = self._oracle(run, written, stored, exact_state=True)
             source = kept if drawn else source_logits
             assert source is not None
-            self.progress.stage(f"parity: programs of {name}")
+            self.progress.stage(f"parity: programs of {name}", "modules")
             judged = gate.judge(
                 fed,
                 self.plan,

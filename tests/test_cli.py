@@ -203,6 +203,7 @@ def test_export_passes_every_option_on(monkeypatch, tmp_path):
         "model": "e2b", "weights": "random", "ctx": 4096, "chunk": 64, "kv": "f16",
         "quant": "int8", "store": ("kv=int8-row",), "backends": ("onnx", "executorch"),
         "attention": "portable", "calibration": "text.txt", "device": "cuda",
+        "drafts": 7, "assistant": None,
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models.get_row("tiny").weights, "models/my-model")
