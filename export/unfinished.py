@@ -16,8 +16,8 @@ from edge_kv.files import write_text
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON so that a killed export leaves all of it or nothing."""
-    write_text(path, json.dumps(record, sort_keys=True))
+    """Write JSON so that a killed export leaves all of it or nothing; keys keep their order."""
+    write_text(path, json.dumps(record))
 
 
 def read_record(path: Path) -> dict[str, Any]:
