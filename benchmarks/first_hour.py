@@ -25,7 +25,8 @@ from fresh_systems import COMPILER, PACKAGES, SHARED, SYSTEMS, disk_mb, inside, 
 ROOT = Path(__file__).parent.parent
 MORE = "openssh-server,openssh-client,rsync,bsdutils"
 PORT = 2222
-STEPS = (
+# Commands; one that is a conversation with the lines that are typed into it.
+STEPS: tuple[str | tuple[str, ...], ...] = (
     "make demo",
     ". .venv/bin/activate",
     "edge-kv --help",
@@ -34,7 +35,7 @@ STEPS = (
     "edge-kv export --weights /models/gemma-3-270m.gguf --ctx 4096 --out gemma",
     "edge-kv export --weights /models/smollm2.gguf --ctx 2048 --out smollm2",
     "edge-kv run gemma --raw 'The three primary colours are' --max-new-tokens 40",
-    "printf 'Hello!\\n/stats\\n/bye\\n' | edge-kv run smollm2 --max-new-tokens 30",
+    ("edge-kv run smollm2 --max-new-tokens 30", "Hello!", "/stats", "/bye"),
     "edge-kv bench gemma --ctx 1k,4k --plot gemma.png --json gemma.json",
     f"edge-kv deploy smollm2 root@127.0.0.1:/root/board --ssh 'ssh -p {PORT}' --ctx 512",
     "edge-kv inspect smollm2",
@@ -65,9 +66,9 @@ def main() -> None:
         if torch and Path(torch).is_file():
             torch = f"/models/{Path(shutil.copy(torch, root / 'models')).name}"
         python = inside(root, "python3 --version").stdout.split()[-1]
-        for command in STEPS:
-            steps.append(step(root, command, torch))
-            say(f"{command}: status {steps[-1]['status']}, {steps[-1]['seconds']} s")
+        for entry in STEPS:
+            steps.append(step(root, entry, torch))
+            say(f"{steps[-1]['command']}: status {steps[-1]['status']}, {steps[-1]['seconds']} s")
             content = {"system": args.system, "python": python, "torch": Path(torch or "").name}
             disk = disk_mb(root / "root")
             write_result("first_hour", {**content, "disk_mb": disk, "steps": steps})
@@ -117,14 +118,16 @@ def made(home: Path, name: str, smollm: Path) -> Path:
     return root
 
 
-def step(root: Path, command: str, torch: str | None) -> dict[str, Any]:
+def step(root: Path, entry: str | tuple[str, ...], torch: str | None) -> dict[str, Any]:
     """One command as typed: its status, what it said, and its seconds."""
+    command, *lines = (entry,) if isinstance(entry, str) else entry
+    keys = "".join(f"{line}\\n" for line in lines)
     given = command if not torch or not command.startswith("make") else f"{command} TORCH={torch}"
     typed = f"stty cols 80; {given}"
     script = (
         "cd /root/edge-kv && export TERM=dumb && "
         "{ test ! -e .venv || . .venv/bin/activate; } && "
-        f"script -qec {_quoted(typed)} /dev/null"
+        f"printf {_quoted(keys)} | script -qec {_quoted(typed)} /dev/null"
     )
     begin = time.monotonic()
     done = inside(root, script)

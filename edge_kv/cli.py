@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import TextWrapper
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -627,7 +627,8 @@ def verify(
     if as_json:
         _print_json(data)
     elif parity.passed:
-        typer.echo(f"{len(opened.manifest.files)} files unchanged; {line}.")
+        files = len(opened.manifest.files)
+        typer.echo(_wrapped(f"{files} files unchanged; {line}.", sys.stdout))
     if not parity.passed:
         raise ParityError(f"{artifact} computes something else on this machine: {line}.")
 
@@ -1027,13 +1028,17 @@ def _show(chat: Chat, pieces: Iterator[Piece]) -> None:
 
 
 def _say(text: str) -> None:
-    """Lines on stderr, broken between words where a terminal would break them anywhere."""
-    if sys.stderr.isatty():
-        wrapper = TextWrapper(
-            get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
-        )
-        text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
-    typer.echo(text, err=True)
+    """Lines on stderr, broken between words."""
+    typer.echo(_wrapped(text, sys.stderr), err=True)
+
+
+def _wrapped(text: str, stream: TextIO) -> str:
+    """`text` broken between words where a terminal would break it anywhere."""
+    if not stream.isatty():
+        return text
+    columns = get_terminal_size().columns
+    wrapper = TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 
 def _stats(chat: Chat, base: Base | None) -> str:

@@ -21,9 +21,13 @@ class Listed:
 
 
 def artifacts(folder: Path) -> list[Listed]:
-    """The artifacts in `folder` and in the folders directly below it, by name."""
+    """The artifacts in `folder` and in the folders directly below it, by name.
+
+    Hidden ones are unfinished exports.
+    """
     found = []
-    for manifest in sorted([*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")]):
+    below = [m for m in folder.glob(f"*/{MANIFEST}") if not m.parent.name.startswith(".")]
+    for manifest in sorted([*folder.glob(MANIFEST), *below]):
         root = manifest.parent
         name = root.name if root != folder else str(folder)
         try:
