@@ -3,13 +3,13 @@
     python benchmarks/mixtures.py zaya1-8b/ --model zaya1-8b --limits none,4g,3g,2g,1g \\
         --depths 0,4096,32000 --skew 0,1
 
-Every step decodes another random token, so that routing varies. Random weights route as they
-happen to: which experts the tokens chose is counted in the same program, with the indices of its
-routers as further outputs. `--skew` s > 0 adds a bias to the routers, -s ln(rank) of each expert in
-an order of each layer's own, as a trained router has its favourites; `share` in the result says how
-skewed the routing then was. Each measurement is a process in a memory cgroup of its own, without
-swap, and the page cache forgets the artifact before it. A depth is filled with random rows. What
-the plan says of the same limit (footprint.streaming) stands beside.
+Every step decodes another random token, so that routing varies. Random weights prefer few experts,
+so the biases of their routers are fitted until an expert is chosen as often as 1 / rank ** skew
+says: `--skew 0` chooses all alike, which is the worst case, and 1 has favourites, as trained
+routers do. `share` in the result counts what other random tokens then chose. Each measurement is a
+process in a memory cgroup of its own, without swap, and the page cache forgets the artifact before
+it. A depth is filled with random rows. What the plan says of the same limit (footprint.streaming)
+stands beside where the limit holds at least all but the experts.
 """
 
 from __future__ import annotations
@@ -17,38 +17,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from common import run_main, say, show, write_result
 from memory_limits import forget, memory_group
 
 from edge_kv import models
 from edge_kv.amounts import parse_bytes
-from edge_kv.artifact import Artifact, read_artifact
-from edge_kv.export.weight_file import WeightLayout
+from edge_kv.artifact import Artifact, read_artifact, sha256_file, write_manifest
 from edge_kv.footprint import footprint, streaming
+from edge_kv.manifest import FileEntry
 from edge_kv.runtime import load, native_library
 from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.runtime.cache import cache_directory
 from edge_kv.runtime.meter import read_memory
+from edge_kv.runtime.onnx_session import create_engine
+from edge_kv.runtime.session import STORAGE
 
-TOKENS, COUNTED = 24, 32  # decoded in a measurement; routed to see how
-BIASES = ("balancing_biases", "router_bias")  # ends of the names of routers' biases
+Array = np.ndarray[Any, Any]
+TOKENS, COUNTED = 24, 96  # decoded in a measurement; routed to see how
+ROUNDS, STEPS, DECAY = 3, 300, 0.98  # of fitting biases
 
 
 def main() -> None:
     args = _arguments()
     artifact = read_artifact(args.artifact)
-    config = models.get_row(args.model).config
-    layout = WeightLayout(models.weights(config), artifact.manifest.quant.formats)
+    config, formats = models.get_row(args.model).config, artifact.manifest.quant.formats
     depths = [int(d) for d in args.depths.split(",")]
     job = Job(
         "measure", str(args.artifact), args.engine, args.threads, cache=True,
@@ -58,17 +62,17 @@ def main() -> None:
         fill_depths(job)
     rows, routing = [], []
     for skew in map(float, args.skew.split(",")):
-        with _biased(artifact, layout, skew):
-            routing.append({"skew": skew, **_routing(artifact, args.threads)})
-            say(f"skew {skew}: {routing[-1]['share']}")
+        with _routed(artifact, skew, args.threads) as (root, share):
+            routing.append({"skew": skew, "tokens": COUNTED, "share": share})
+            say(f"skew {skew}: {share}")
             for depth in depths:
                 path = str(snapshot_path(artifact, job, depth)) if depth else ""
                 for limit in map(_limit, args.limits.split(",")):
-                    forget(args.artifact, cache_directory())
+                    forget(root, cache_directory())
                     row = {"skew": skew, "depth": depth, "limit": limit}
-                    row |= _measured(args, path, limit)
-                    if limit:
-                        need = footprint(config, artifact.plan, formats=layout.formats, depth=depth)
+                    row |= _measured(args, root, path, limit)
+                    need = footprint(config, artifact.plan, formats=formats, depth=depth)
+                    if limit and limit >= need.least:
                         row["planned_storage"] = streaming(need, limit).storage
                     rows.append(row)
                     say(json.dumps(row))
@@ -98,10 +102,11 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measured(args: argparse.Namespace, snapshot: str, limit: int | None) -> dict[str, Any]:
+def _measured(
+    args: argparse.Namespace, root: Path, snapshot: str, limit: int | None
+) -> dict[str, Any]:
     command = [
-        sys.executable, __file__, "--worker", args.artifact, args.engine, snapshot,
-        str(args.threads),
+        sys.executable, __file__, "--worker", root, args.engine, snapshot, str(args.threads),
     ]  # fmt: skip
     with memory_group(limit) as group:
         done = subprocess.run(
@@ -159,66 +164,112 @@ def _storage_bytes() -> int:
 
 
 @contextmanager
-def _biased(artifact: Artifact, layout: WeightLayout, skew: float) -> Iterator[None]:
-    """The weight file with biased routers, and as it was again."""
-    path = artifact.path("onnx/weights.bin")
-    kept = {}
-    with path.open("r+b") as file:
-        try:
-            for number, (name, region) in enumerate(sorted(layout.regions.items())):
-                if skew and name.endswith(BIASES):
-                    file.seek(region.offset)
-                    kept[region.offset] = file.read(4 * region.shape[0])
-                    order = np.random.default_rng(number).permutation(region.shape[0])
-                    bias = (-skew * np.log(order + 1.0)).astype(np.float32)
-                    file.seek(region.offset)
-                    file.write(bias.tobytes())
-            file.flush()
-            yield
-        finally:
-            for offset, data in kept.items():
-                file.seek(offset)
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+def _routed(artifact: Artifact, skew: float, threads: int) -> Iterator[tuple[Path, list[float]]]:
+    """The artifact with other biases in its routers, and the shares they lead to.
+
+    All but programs and manifest are links to the files of `artifact`, in a folder beside it.
+    """
+    root = Path(tempfile.mkdtemp(prefix=f".{artifact.root.name}-", dir=artifact.root.parent))
+    try:
+        for name in artifact.manifest.files:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(artifact.path(name), root / name)
+        biases: dict[str, Array] = {}
+        for _ in range(ROUNDS):  # a layer's routing moves the scores of the layers above it
+            scores, _ = _scores(artifact, biases, threads, seed=7)
+            biases = {name: fitted(s, skew, taken) for name, (s, taken) in scores.items()}
+        _, share = _scores(artifact, biases, threads, seed=8)
+        files = dict(artifact.manifest.files)
+        for program in ("prefill", "decode"):
+            name = f"onnx/{program}.onnx"
+            model = onnx.load(artifact.path(name), load_external_data=False)
+            _set_biases(model, biases)
+            (root / name).unlink()
+            onnx.save(model, root / name)
+            path = root / name
+            files[name] = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
+        write_manifest(root, artifact.manifest.model_copy(update={"files": files}))
+        yield root, share
+    finally:
+        shutil.rmtree(root)
 
 
-def _routing(artifact: Artifact, threads: int) -> dict[str, Any]:
-    """How often a layer's experts were chosen, the most chosen first, as a mean over layers."""
-    import onnx
+def fitted(scores: Array, skew: float, taken: int) -> Array:
+    """Biases [experts] with which the `taken` largest of scores [tokens, experts] + bias are those
+    of an expert as often as 1 / rank ** skew says, ranks being those of the mean scores."""
+    tokens, experts = scores.shape
+    rank = np.empty(experts)
+    rank[np.argsort(-scores.mean(0))] = np.arange(1, experts + 1)
+    target = rank**-skew / (rank**-skew).sum()
+    bias, step = np.zeros(experts), scores.std()
+    for _ in range(STEPS):
+        chosen = np.argpartition(-(scores + bias), taken - 1, axis=1)[:, :taken]
+        share = np.bincount(chosen.ravel(), minlength=experts) / (tokens * taken)
+        bias += step * (target - share)
+        step *= DECAY
+    return bias.astype(np.float32)
 
-    from edge_kv.runtime.onnx_session import create_engine
 
+def _routers(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto, str]]:
+    """Of each router that adds a bias: the indices it chooses, that bias, the scores before it."""
+    made = {name: node for node in model.graph.node for name in node.output}
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "experts_q":
+            continue
+        above = made.get(node.input[1])
+        while above is not None and above.op_type != "Add":
+            above = made.get(above.input[0])
+        if above is not None:
+            bias = next(name for name in above.input if name in held)
+            yield node.input[1], held[bias], next(n for n in above.input if n != bias)
+
+
+def _set_biases(model: onnx.ModelProto, biases: dict[str, Array]) -> None:
+    """Of those that the program has: `prefill` ends at the last layer that writes state."""
+    for _, held, _ in _routers(model):
+        if held.name in biases:
+            held.CopyFrom(onnx.numpy_helper.from_array(biases[held.name], held.name))
+
+
+def _scores(
+    artifact: Artifact, biases: dict[str, Array], threads: int, seed: int
+) -> tuple[dict[str, tuple[Array, int]], list[float]]:
+    """By the name of a router's bias: what it gave random tokens [tokens, experts], and how many
+    experts it takes; and the shares of experts, the most chosen first, as a mean over routers."""
     folder = artifact.path("onnx/decode.onnx").parent
     model = onnx.load(folder / "decode.onnx", load_external_data=False)
-    nodes = [node for node in model.graph.node if node.op_type == "experts_q"]
-    for node in nodes:
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.input[1]))
+    _set_biases(model, biases)
+    routers = [(held.name, index, scores) for index, held, scores in _routers(model)]
+    wanted = {name for _, *pair in routers for name in pair}
+    for name in wanted:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     counting = folder / "counting.onnx"
     onnx.save(model, counting)
     try:
         engine = create_engine(counting, threads, 3, None, native_library.build_onnx_operators())
         tables = {
-            t.name: np.zeros(
-                (t.live(COUNTED), *t.row), {"f32": np.float32, "int8": np.int8}[t.dtype]
-            )
+            t.name: np.zeros((t.live(COUNTED), *t.row), STORAGE[t.dtype])
             for t in artifact.plan.tables
         }
-        chosen: list[Counter[int]] = [Counter() for _ in nodes]
-        ids = np.random.default_rng(7).integers(0, artifact.tokens.vocab, COUNTED)
+        ids = np.random.default_rng(seed).integers(0, artifact.tokens.vocab, COUNTED)
         names = [o.name for o in engine.get_outputs()]
+        rows: list[dict[str, Array]] = []
         for pos, token in enumerate(ids):
             fed = {"ids": np.array([token]), "pos": np.array([pos]), **tables}
             found = dict(zip(names, engine.run(None, fed), strict=True))
             tables = {name: found[f"{name}.out"] for name in tables}
-            for counts, node in zip(chosen, nodes, strict=True):
-                counts.update(found[node.input[1]].ravel().tolist())
+            rows.append({name: found[name] for name in wanted})
     finally:
         counting.unlink()
-    of = [[n / counts.total() for _, n in counts.most_common()] for counts in chosen]
-    most = max(map(len, of))
-    mean = np.mean([shares + [0.0] * (most - len(shares)) for shares in of], axis=0)
-    return {"tokens": COUNTED, "share": [round(float(s), 3) for s in mean][:32]}
+    scores, shares = {}, []
+    for name, index, score in routers:
+        chosen = np.concatenate([row[index] for row in rows])
+        given = np.concatenate([row[score] for row in rows])
+        scores[name] = given, chosen.shape[-1]
+        counts = np.bincount(chosen.ravel().astype(int), minlength=given.shape[-1])
+        shares.append(np.sort(counts / counts.sum())[::-1])
+    return scores, [round(float(share), 3) for share in np.mean(shares, axis=0)][:32]
 
 
 def _arguments() -> argparse.Namespace:
