@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_kv.errors import EdgeKVError, ExportError
+from edge_kv.export.quiet import quiet
 
 _Result = TypeVar("_Result")
 RARELY = 200_000  # allocations between two collections: graphs are millions of live objects
@@ -32,8 +33,8 @@ def apart(work: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
     with tempfile.TemporaryDirectory() as folder:
         job, answer = Path(folder) / "job", Path(folder) / "answer"
         job.write_bytes(pickle.dumps((work, args, kwargs)))
-        command = [sys.executable, "-m", __name__, str(job), str(answer)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE) as done:
+        command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+        with subprocess.Popen([*command, str(job), str(answer)], stdin=subprocess.PIPE) as done:
             done.wait()
         if not answer.is_file():
             raise ExportError(
@@ -53,9 +54,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _main(job: Path, answer: Path) -> None:
+def main() -> None:
+    """What the fresh Python runs: the job file of its command line, into the answer file."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _answer(*map(Path, sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _answer(job: Path, answer: Path) -> None:
     gc.set_threshold(RARELY)
-    work, args, kwargs = pickle.loads(job.read_bytes())
+    with quiet():  # what libraries say when they are imported
+        work, args, kwargs = pickle.loads(job.read_bytes())
     try:
         result = work(*args, **kwargs)
     except EdgeKVError as e:
@@ -63,11 +74,3 @@ def _main(job: Path, answer: Path) -> None:
     part = answer.with_suffix(".part")
     part.write_bytes(pickle.dumps(result))
     part.replace(answer)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        _main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except KeyboardInterrupt:
-        sys.exit(130)
