@@ -17,61 +17,50 @@ constexpr int kLine = 64;  // bytes of a vector
 
 using ByteVec = __m512i;
 
-// A tile's keys plus 128: a vector holds four bytes of each of 16 keys, [keys / 32] [dim / 4] [2].
-// The last key is repeated.
-inline void order_keys(const int8_t* keys, int64_t stride, int n, int dim, char* to) {
+// Keys plus 128: a vector holds four bytes of each of 16 keys, [keys / 32] [dim / 4] [2].
+inline void order_keys(const int8_t* const* keys, int n, int dim, char* to) {
   const ByteVec flip = _mm512_set1_epi8(-128);
   for (int j = 0; j < n; j += kWidth) {
     char* const block = to + (j / 32) * int64_t(32) * dim + (j / kWidth % 2) * kLine;
-    for (int d = 0; d < dim; d += kLine) {
-      ByteVec r[16], t[16];
-      for (int i = 0; i < 16; ++i)
-        r[i] = _mm512_loadu_si512(keys + (j + i < n ? j + i : n - 1) * stride + d);
-      for (int i = 0; i < 16; i += 2) {
+    for (int d = 0; d < dim; d += 16) {
+      ByteVec r[4], t[4];  // sixteen bytes of keys i, 4 + i, 8 + i, 12 + i
+      for (int i = 0; i < 4; ++i) {
+        const auto piece = [&](int key) {
+          return _mm_loadu_si128((const __m128i*)(keys[j + i + key] + d));
+        };
+        r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(piece(0)), piece(4), 1);
+        r[i] = _mm512_inserti32x4(_mm512_inserti32x4(r[i], piece(8), 2), piece(12), 3);
+      }
+      for (int i = 0; i < 4; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
       }
-      for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-      }
-      for (int c = 0; c < 4; ++c) {
-        const ByteVec a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-        const ByteVec b = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-        const ByteVec e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-        const ByteVec f = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        t[c] = _mm512_shuffle_i32x4(a, e, 0x88);
-        t[4 + c] = _mm512_shuffle_i32x4(b, f, 0x88);
-        t[8 + c] = _mm512_shuffle_i32x4(a, e, 0xdd);
-        t[12 + c] = _mm512_shuffle_i32x4(b, f, 0xdd);
-      }
-      for (int i = 0; i < 16; ++i)
-        _mm512_store_si512(block + (d / 4 + i) * 2 * kLine, _mm512_xor_si512(t[i], flip));
+      r[0] = _mm512_unpacklo_epi64(t[0], t[2]);
+      r[1] = _mm512_unpackhi_epi64(t[0], t[2]);
+      r[2] = _mm512_unpacklo_epi64(t[1], t[3]);
+      r[3] = _mm512_unpackhi_epi64(t[1], t[3]);
+      for (int i = 0; i < 4; ++i)
+        _mm512_store_si512(block + (d / 4 + i) * 2 * kLine, _mm512_xor_si512(r[i], flip));
     }
   }
 }
 
-// A tile's values: a vector holds 16 values of each of four rows, [dim / 32] [rows / 4] [2]. The last
-// row is repeated.
-inline void order_values(const int8_t* values, int64_t stride, int n, int dim, char* to) {
+// Values: a vector holds 16 values of each of four rows, [dim / 32] [rows / 4] [2].
+inline void order_values(const int8_t* const* values, int n, int dim, char* to) {
   const ByteVec by_four = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const int fours = (n + 3) / 4;
-  for (int d = 0; d < dim; d += kLine)
-    for (int j = 0; j < fours; ++j) {
+  const int64_t pair = int64_t(n) / 2 * kLine;  // bytes of 32 columns
+  for (int d = 0; d < dim; d += kLine, to += 2 * pair)
+    for (int j = 0; j < n; j += 4) {
       ByteVec r[4];
       for (int i = 0; i < 4; ++i)
-        r[i] = _mm512_permutexvar_epi32(
-            by_four,
-            _mm512_loadu_si512(values + (4 * j + i < n ? 4 * j + i : n - 1) * stride + d));
+        r[i] = _mm512_permutexvar_epi32(by_four, _mm512_loadu_si512(values[j + i] + d));
       const ByteVec a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
       const ByteVec c = _mm512_unpacklo_epi8(r[2], r[3]), e = _mm512_unpackhi_epi8(r[2], r[3]);
-      const ByteVec all[] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c),
-                             _mm512_unpacklo_epi16(b, e), _mm512_unpackhi_epi16(b, e)};
-      for (int i = 0; i < 4; ++i)
-        _mm512_store_si512(
-            to + ((int64_t(d / 32 + i / 2) * fours + j) * 2 + i % 2) * kLine, all[i]);
+      char* const at = to + j / 2 * kLine;
+      _mm512_store_si512(at, _mm512_unpacklo_epi16(a, c));
+      _mm512_store_si512(at + kLine, _mm512_unpackhi_epi16(a, c));
+      _mm512_store_si512(at + pair, _mm512_unpacklo_epi16(b, e));
+      _mm512_store_si512(at + pair + kLine, _mm512_unpackhi_epi16(b, e));
     }
 }
 
@@ -81,6 +70,24 @@ struct ByteQueries {
   const int32_t (*sums)[kMostSteps][2];  // of a step's coarse and fine digits, by row
   const float (*steps)[kMostSteps];
 };
+
+// Add products of two vectors of bytes with four bytes of each of R rows, `stride` apart: of keys,
+// which are not negative, with digits of queries, or of values with weights. Four times, so that sums
+// stay in registers.
+template <int R, bool keys>
+inline void add_bytes(ByteVec (&sums)[R][2], const char* lines, const void* fours, int64_t stride) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const ByteVec a = _mm512_load_si512(lines + 2 * i * kLine);
+    const ByteVec b = _mm512_load_si512(lines + (2 * i + 1) * kLine);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const ByteVec x = _mm512_set1_epi32(four_bytes((const char*)fours + r * stride + 4 * i));
+      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], keys ? a : x, keys ? x : a);
+      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], keys ? b : x, keys ? x : b);
+    }
+  }
+}
 
 // scores[r][j] = the coarse or the fine digits of query r with key j of a tile in order.
 template <int R>
@@ -94,14 +101,9 @@ inline void byte_scores(const ByteQueries& q, int row, int which, int dim, const
       ByteVec sums[R][2];
       for (int r = 0; r < R; ++r)
         sums[r][0] = sums[r][1] = _mm512_set1_epi32(-128 * q.sums[row + r][step][which]);
-      for (int d = from; d < to; d += 4, keys += 2 * kLine) {
-        ahead.fetch(64), ahead.fetch(64);
-        const ByteVec a = _mm512_load_si512(keys), b = _mm512_load_si512(keys + kLine);
-        for (int r = 0; r < R; ++r) {
-          const ByteVec x = _mm512_set1_epi32(four_bytes(digits + r * dim + d));
-          sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], a, x);
-          sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], b, x);
-        }
+      for (int d = from; d < to; d += 16, keys += 8 * kLine) {
+        ahead.fetch(8 * kLine);
+        add_bytes<R, true>(sums, keys, digits + d, dim);
       }
       for (int r = 0; r < R; ++r) {
         const Vec by = splat(unit * q.steps[row + r][step]);
@@ -114,13 +116,13 @@ inline void byte_scores(const ByteQueries& q, int row, int which, int dim, const
     }
 }
 
-// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * value j of a tile in order; weights
-// have one digit or two, the higher one first.
+// mix[r] = keep * mix[r] + steps[r] * sum_j weights[r][j] * value j of a tile in order; weights have
+// one digit or two, the higher one first.
 template <int R>
 inline void byte_mix(const uint8_t (*weights)[2][kTile], int digits, const float* steps,
-                     const float* keep, const char* values, int n, int dim, float* mix,
+                     const Softened* soft, const char* values, int n, int dim, float* mix,
                      Ahead ahead) {
-  const int64_t lines = (n + 3) / 4 * int64_t(2) * kLine;
+  const int64_t lines = int64_t(n) / 2 * kLine;
   for (int d = 0; d < dim; d += 32, values += lines) {
     ByteVec sums[R][2];
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
@@ -129,19 +131,14 @@ inline void byte_mix(const uint8_t (*weights)[2][kTile], int digits, const float
         for (int r = 0; r < R; ++r)
           for (int i = 0; i < 2; ++i) sums[r][i] = _mm512_slli_epi32(sums[r][i], 8);
       const char* at = values;
-      for (int j = 0; j < n; j += 4, at += 2 * kLine) {
-        if (!g) ahead.fetch(64), ahead.fetch(64);
-        const ByteVec a = _mm512_load_si512(at), b = _mm512_load_si512(at + kLine);
-        for (int r = 0; r < R; ++r) {
-          const ByteVec w = _mm512_set1_epi32(four_bytes(weights[r][g] + j));
-          sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w, a);
-          sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w, b);
-        }
+      for (int j = 0; j < n; j += 16, at += 8 * kLine) {
+        if (!g) ahead.fetch(8 * kLine);
+        add_bytes<R, false>(sums, at, weights[0][g] + j, sizeof weights[0]);
       }
     }
     for (int r = 0; r < R; ++r) {
       float* const to = mix + r * dim + d;
-      const Vec step = splat(steps[r]), k = splat(keep[r]);
+      const Vec step = splat(steps[r]), k = splat(soft[r].keep);
       save(to, multiply_add(_mm512_cvtepi32_ps(sums[r][0]), step, mul(load(to), k)));
       save(to + kWidth,
            multiply_add(_mm512_cvtepi32_ps(sums[r][1]), step, mul(load(to + kWidth), k)));
@@ -149,18 +146,16 @@ inline void byte_mix(const uint8_t (*weights)[2][kTile], int digits, const float
   }
 }
 
-// Round n weights, a multiple of kWidth and not negative, to steps of the largest: 255 in one digit,
-// 65535 in two. Returns the step.
-inline float weight_digits(const float* x, int n, int digits, uint8_t (*to)[kTile]) {
-  Vec top = splat(1e-30f);
-  for (int i = 0; i < n; i += kWidth) top = larger(top, load(x + i));
-  const float step = largest(top) / (digits == 1 ? 255.0f : 65535.0f);
+// Round n weights of at most `size`, a multiple of kWidth and not negative, to steps: 255 of them are
+// `size` in one digit, 65535 in two. Returns the step.
+inline float weight_digits(const float* x, int n, float size, int digits, uint8_t (*to)[kTile]) {
+  const float step = (size > 1e-30f ? size : 1e-30f) / (digits == 1 ? 255.0f : 65535.0f);
   const Vec per_step = splat(1.0f / step);
   for (int i = 0; i < n; i += kWidth) {
     const __m512i whole = _mm512_cvtps_epu32(mul(load(x + i), per_step));
     const __m512i high = digits == 1 ? whole : _mm512_srli_epi32(whole, 8);
     _mm_storeu_si128((__m128i*)(to[0] + i), _mm512_cvtusepi32_epi8(high));
-    _mm_storeu_si128((__m128i*)(to[1] + i), _mm512_cvtepi32_epi8(whole));
+    if (digits > 1) _mm_storeu_si128((__m128i*)(to[1] + i), _mm512_cvtepi32_epi8(whole));
   }
   return step;
 }
@@ -170,12 +165,8 @@ inline void query_digits(const float* x, int dim, int8_t* coarse, int8_t* fine,
                          int32_t (*sums)[2], float* steps) {
   for (int from = 0, at = 0; from < dim; from += kStepValues, ++at) {
     const int to = from + kStepValues < dim ? from + kStepValues : dim;
-    Vec top = splat(1e-30f);
-    for (int i = from; i < to; i += kWidth) {
-      const Vec v = load(x + i);
-      top = larger(top, larger(v, sub(splat(0.0f), v)));
-    }
-    steps[at] = largest(top) / kLargest;
+    const float size = size_of(x + from, to - from);
+    steps[at] = (size > 1e-30f ? size : 1e-30f) / kLargest;
     const Vec per_step = splat(1.0f / steps[at]);
     __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
     for (int i = from; i < to; i += kWidth) {
@@ -194,22 +185,11 @@ inline void query_digits(const float* x, int dim, int8_t* coarse, int8_t* fine,
   }
 }
 
-// Whether a key of the tile takes more than kCoarseShare of the softmax of any of R rows.
-template <int R>
-inline bool stands_out(const float (*scores)[kTile], int n, const float* top, const float* sum) {
-  for (int r = 0; r < R; ++r) {
-    if (!(sum[r] > 0.0f)) return true;
-    const Vec bound = splat(top[r] + logf(sum[r] * kCoarseShare));
-    __mmask16 above = 0;
-    int j = 0;
-    for (; j + kWidth <= n; j += kWidth)
-      above |= _mm512_cmp_ps_mask(load(scores[r] + j), bound, _CMP_NLE_UQ);
-    if (j < n)
-      above |= _mm512_mask_cmp_ps_mask(__mmask16((1u << (n - j)) - 1), load(scores[r] + j), bound,
-                                       _CMP_NLE_UQ);
-    if (above) return true;
-  }
-  return false;
+// Whether a key takes more than kCoarseShare of the softmax of a row: the one of the score `peak`.
+inline bool stands_out(float peak, float top, float sum) {
+  const float least = sum * kCoarseShare;
+  if (peak <= top && least >= 1.0f) return false;
+  return !(sum > 0.0f && peak <= top + logf(least));
 }
 
 void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
@@ -220,8 +200,16 @@ void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t e
   int32_t sums[kQueryRows][kMostSteps][2];
   float query_steps[kQueryRows][kMostSteps];
   const ByteQueries queries{{digits[0], digits[1]}, sums, query_steps};
-  float ones[kDotRows];
-  for (float& one : ones) one = 1.0f;
+  TileScales scales;
+  const auto open = [&](int head, const Tile& tile) {
+    const Cache one = head_of(cache, head, 1);
+    const int8_t* rows[kTile];
+    scales.read(one, tile);
+    find_rows(one.keys, one.row_stride, tile, rows);
+    order_keys(rows, rounded_up(tile.count), dim, key_tile);
+    find_rows(one.values, one.row_stride, tile, rows);
+    order_values(rows, rounded_up(tile.count), dim, value_tile);
+  };
   for (int from = 0; from < q.count; from += most) {
     const int count = q.count - from < most ? q.count - from : most;
     for (int head = 0; head < cache.heads; ++head)
@@ -231,46 +219,47 @@ void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t e
                      digits[0] + int64_t(row) * dim, digits[1] + int64_t(row) * dim, sums[row],
                      query_steps[row]);
       }
-    int64_t ordered = -1;  // the first row, and the head, of the tile that is in order
-    int ordered_head = 0;
-    walk<kDotRows>(cache, begin, end, count, [&](auto block, int head, int at, const Tile& tile) {
+    walk<kDotRows>(cache, begin, end, count, open, [&](auto block, int head, int at,
+                                                       const Tile& tile) {
       constexpr int R = decltype(block)::count;
-      const int first = from + at, n = tile.count, row = head * count + at;
+      const int first = from + at, n = rounded_up(tile.count), row = head * count + at;
       if (!sees(q, first, R, tile)) return;
       const Cache one = head_of(cache, head, 1);
       const Partial partial = head_of(out, head);
-      alignas(64) float scores[R][kTile];
+      const bool edge = at_edge<R>(q, first, tile);
+      alignas(64) float scores[R][kTile], peaks[R];
       alignas(64) uint8_t weights[R][2][kTile];
-      float steps[R], keep[R];
-      const int64_t stride = one.row_stride;
-      const bool fresh = ordered != tile.first || ordered_head != head;
-      if (fresh) {
-        order_keys(static_cast<const int8_t*>(one.keys) + tile.slot * stride, stride, n, dim,
-                   key_tile);
-        ordered = tile.first, ordered_head = head;
+      float steps[R];
+      Softened soft[R];
+      const auto scaled = [&](int r, float* of, const float* sum) {
+        const float peak = scale_scores(of, scales.keys, 1.0f, n, sum);
+        if (!edge) return peak;
+        mask_scores(q, first + r, tile, of);
+        return peak_of(of, n);
+      };
+      byte_scores<R>(queries, row, 0, dim, key_tile, n, scores,
+                     after(one, tile, one.keys, at, R, count));
+      bool fine = false;
+      for (int r = 0; r < R; ++r) {
+        peaks[r] = scaled(r, scores[r], nullptr);
+        fine |= stands_out(peaks[r], partial.top[first + r], partial.sum[first + r]);
       }
-      byte_scores<R>(queries, row, 0, dim, key_tile, n, scores, after(one, tile, one.keys, fresh));
-      scale_scores<R>(one, tile, ones, scores);
-      mask_scores<R>(q, first, tile, scores);
-      const bool fine = stands_out<R>(scores, n, partial.top + first, partial.sum + first);
       if (fine) {
         alignas(64) float more[R][kTile];
-        byte_scores<R>(queries, row, 1, dim, key_tile, n, more, Ahead{nullptr, 0, dim});
-        scale_scores<R>(one, tile, ones, more);
-        for (int r = 0; r < R; ++r)  // what is masked stays so
-          for (int j = 0; j < n; ++j) scores[r][j] += more[r][j];
+        byte_scores<R>(queries, row, 1, dim, key_tile, n, more, Ahead{});
+        for (int r = 0; r < R; ++r) {
+          peaks[r] = scaled(r, more[r], scores[r]);
+          memcpy(scores[r], more[r], sizeof scores[r]);
+        }
       }
-      soften_scores<R>(one, first, tile, scores, keep, partial);
-      const int padded = (n + kWidth - 1) / kWidth * kWidth;
+      const int digits = fine ? 2 : 1;
       for (int r = 0; r < R; ++r) {
-        for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
-        steps[r] = weight_digits(scores[r], padded, fine ? 2 : 1, weights[r]);
+        soft[r] = soften(scores[r], n, peaks[r], scales.values, partial.top + first + r,
+                         partial.sum + first + r);
+        steps[r] = weight_digits(scores[r], n, soft[r].largest, digits, weights[r]);
       }
-      if (fresh)
-        order_values(static_cast<const int8_t*>(one.values) + tile.slot * stride, stride, n, dim,
-                     value_tile);
-      byte_mix<R>(weights, fine ? 2 : 1, steps, keep, value_tile, n, dim,
-                  partial.mix + int64_t(first) * dim, after(one, tile, one.values, fresh));
+      byte_mix<R>(weights, digits, steps, soft, value_tile, n, dim,
+                  partial.mix + int64_t(first) * dim, after(one, tile, one.values, at, R, count));
     });
   }
 }

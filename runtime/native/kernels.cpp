@@ -40,15 +40,15 @@ inline void dot_pair(const float* q, int dim, const E* key, const E* next, float
       second[r] = multiply_add(x, b, second[r]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    float a = total(first[r]), b = total(second[r]);
-    for (int i = d; i < dim; ++i) {
-      a += q[r * dim + i] * value_of(key[i]);
-      b += q[r * dim + i] * value_of(next[i]);
-    }
-    scores[r][j] = a;
-    scores[r][j + 1] = b;
+  for (int r = 0; r < R; r += 2) {
+    const int after = r + 1 < R ? r + 1 : r;
+    save_totals(first[r], second[r], first[after], second[after], scores[r] + j, scores[after] + j);
   }
+  for (; d < dim; ++d)
+    for (int r = 0; r < R; ++r) {
+      scores[r][j] += q[r * dim + d] * value_of(key[d]);
+      scores[r][j + 1] += q[r * dim + d] * value_of(next[d]);
+    }
 }
 
 template <int R, class E>
@@ -67,37 +67,40 @@ inline void dot_single(const float* q, int dim, const E* key, float (*scores)[kT
   }
 }
 
-// Turn the scores of one row into weights; returns the factor for what was summed before.
-inline float soften(float* scores, int n, float* top, float* sum) {
-  Vec high = splat(*top);
-  int j = 0;
-  for (; j + kWidth <= n; j += kWidth) high = larger(high, load(scores + j));
-  float peak = largest(high);
-  for (; j < n; ++j) peak = scores[j] > peak ? scores[j] : peak;
-  const float keep = expf(*top - peak);
+// Scores become weights: exponentials, times the scales of their values if there are any. A row of
+// scores is whole vectors; `peak` is the largest of them.
+struct Softened {
+  float keep;     // factor for what was summed before
+  float largest;  // weight
+};
+
+inline Softened soften(float* scores, int n, float peak, const float* scales, float* top,
+                       float* sum) {
+  if (*top > peak) peak = *top;
   const Vec shift = splat(peak);
-  Vec mass = splat(0.0f);
-  for (j = 0; j + kWidth <= n; j += kWidth) {
-    const Vec w = exponential(sub(load(scores + j), shift));
-    save(scores + j, w);
+  Vec mass = splat(0.0f), high = mass;
+  for (int j = 0; j < n; j += kWidth) {
+    Vec w = exponential(sub(load(scores + j), shift));
     mass = add(mass, w);
+    if (scales) w = mul(w, load(scales + j));
+    high = larger(high, w);
+    save(scores + j, w);
   }
-  float all = total(mass);
-  for (; j < n; ++j) all += scores[j] = expf(scores[j] - peak);
-  *sum = *sum * keep + all;
+  const float keep = *top == peak ? 1.0f : expf(*top - peak);
+  *sum = *sum * keep + total(mass);
   *top = peak;
-  return keep;
+  return {keep, largest(high)};
 }
 
-// mix[r] = keep[r] * mix[r] + sum_j weights[r][j] * values[j]; values lie `stride` apart.
+// mix[r] = keep * mix[r] + sum_j weights[r][j] * values[j]; values lie `stride` apart.
 template <int R, class E>
-inline void mix_values(const float (*weights)[kTile], const float* keep, const E* values,
+inline void mix_values(const float (*weights)[kTile], const Softened* soft, const E* values,
                        int64_t stride, int n, int dim, float* mix) {
   int d = 0;
   for (; d + 2 * kWidth <= dim; d += 2 * kWidth) {
     Vec low[R], high[R];
     for (int r = 0; r < R; ++r) {
-      const Vec k = splat(keep[r]);
+      const Vec k = splat(soft[r].keep);
       low[r] = mul(load(mix + r * dim + d), k);
       high[r] = mul(load(mix + r * dim + d + kWidth), k);
     }
@@ -117,7 +120,7 @@ inline void mix_values(const float (*weights)[kTile], const float* keep, const E
   }
   for (; d < dim; ++d)
     for (int r = 0; r < R; ++r) {
-      float x = mix[r * dim + d] * keep[r];
+      float x = mix[r * dim + d] * soft[r].keep;
       for (int j = 0; j < n; ++j) x += weights[r][j] * value_of(values[j * stride + d]);
       mix[r * dim + d] = x;
     }
@@ -135,63 +138,75 @@ inline bool sees(const Queries& q, int first, int rows, const Tile& tile) {
          (!q.window || tile.first + tile.count - 1 > q.newest(first) - q.window);
 }
 
-// Scales of a tile's rows side by side.
-inline void tile_scales(const float* of, const Cache& cache, const Tile& tile, float* to) {
-  for (int i = 0; i < tile.count; ++i) to[i] = of[(tile.slot + i) * cache.scale_stride];
-}
+// Up to whole vectors.
+constexpr int rounded_up(int n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-inline void multiply_each(float* x, const float* by, float factor, int n) {
-  const Vec f = splat(factor);
-  int i = 0;
-  for (; i + kWidth <= n; i += kWidth) save(x + i, mul(load(x + i), mul(load(by + i), f)));
-  for (; i < n; ++i) x[i] *= by[i] * factor;
-}
+// Scales of a tile's rows side by side, zero beyond them.
+struct TileScales {
+  alignas(64) float keys[kTile], values[kTile];
 
-// Products of R query rows with a tile's keys become scores; `steps` is what a unit of each row's
-// products stands for.
-template <int R>
-inline void scale_scores(const Cache& cache, const Tile& tile, const float* steps,
-                         float (*scores)[kTile]) {
-  if (!cache.key_scales) return;
-  alignas(64) float scales[kTile];
-  tile_scales(cache.key_scales, cache, tile, scales);
-  for (int r = 0; r < R; ++r) multiply_each(scores[r], scales, steps[r], tile.count);
-}
-
-// What a query does not see gets no weight.
-template <int R>
-inline void mask_scores(const Queries& q, int first, const Tile& tile, float (*scores)[kTile]) {
-  const bool edge = tile.first + tile.count - 1 > q.newest(first) ||
-                    (q.window && tile.first <= q.newest(first + R - 1) - q.window);
-  if (!edge) return;
-  for (int r = 0; r < R; ++r) {
-    const int64_t newest = q.newest(first + r);
-    for (int i = 0; i < tile.count; ++i) {
-      const int64_t key = tile.first + i;
-      if (key > newest || (q.window && key <= newest - q.window)) scores[r][i] = kMasked;
+  void read(const Cache& cache, const Tile& tile) {
+    if (!cache.key_scales) return;
+    for (int i = 0; i < rounded_up(tile.count); ++i) {
+      const int64_t at = (tile.slot + i) * cache.scale_stride;
+      keys[i] = i < tile.count ? cache.key_scales[at] : 0.0f;
+      values[i] = i < tile.count ? cache.value_scales[at] : 0.0f;
     }
+  }
+};
+
+inline float peak_of(const float* scores, int n) {
+  Vec high = splat(kMasked);
+  for (int j = 0; j < n; j += kWidth) high = larger(high, load(scores + j));
+  return largest(high);
+}
+
+// Products of a query row with a tile's keys, in units of `step`, become scores; what `sum` holds, if
+// it is given, is added. Returns the largest.
+inline float scale_scores(float* scores, const float* scales, float step, int n,
+                          const float* sum = nullptr) {
+  const Vec by = splat(step);
+  Vec high = splat(kMasked);
+  for (int j = 0; j < n; j += kWidth) {
+    const Vec product = load(scores + j), scale = mul(load(scales + j), by);
+    const Vec x = sum ? multiply_add(product, scale, load(sum + j)) : mul(product, scale);
+    high = larger(high, x);
+    save(scores + j, x);
+  }
+  return largest(high);
+}
+
+// Whether there are keys of the tile that not all of R query rows see, or vectors are not full.
+template <int R>
+inline bool at_edge(const Queries& q, int first, const Tile& tile) {
+  return tile.count % kWidth || tile.first + tile.count - 1 > q.newest(first) ||
+         (q.window && tile.first <= q.newest(first + R - 1) - q.window);
+}
+
+// What query row r does not see gets no weight.
+inline void mask_scores(const Queries& q, int r, const Tile& tile, float* scores) {
+  const int64_t newest = q.newest(r);
+  for (int i = 0; i < rounded_up(tile.count); ++i) {
+    const int64_t key = tile.first + i;
+    if (i >= tile.count || key > newest || (q.window && key <= newest - q.window))
+      scores[i] = kMasked;
   }
 }
 
-// Turn scores into the weights of the tile's values; `keep` gets the factors for what was summed
-// before.
+// Products of R query rows with a tile's keys become the weights of its values; `steps` is what a
+// unit of each row's products stands for.
 template <int R>
-inline void soften_scores(const Cache& cache, int first, const Tile& tile, float (*scores)[kTile],
-                          float* keep, const Partial& out) {
-  for (int r = 0; r < R; ++r)
-    keep[r] = soften(scores[r], tile.count, out.top + first + r, out.sum + first + r);
-  if (!cache.value_scales) return;
-  alignas(64) float scales[kTile];
-  tile_scales(cache.value_scales, cache, tile, scales);
-  for (int r = 0; r < R; ++r) multiply_each(scores[r], scales, 1.0f, tile.count);
-}
-
-template <int R>
-inline void weigh(const Cache& cache, const Queries& q, int first, const Tile& tile,
-                  const float* steps, float (*scores)[kTile], float* keep, const Partial& out) {
-  scale_scores<R>(cache, tile, steps, scores);
-  mask_scores<R>(q, first, tile, scores);
-  soften_scores<R>(cache, first, tile, scores, keep, out);
+inline void weigh(const Queries& q, int first, const Tile& tile, const TileScales* scales,
+                  const float* steps, float (*scores)[kTile], Softened* soft, const Partial& out) {
+  const int n = rounded_up(tile.count);
+  const bool edge = at_edge<R>(q, first, tile);
+  for (int r = 0; r < R; ++r) {
+    float peak = scales ? scale_scores(scores[r], scales->keys, steps[r], n) : 0.0f;
+    if (edge) mask_scores(q, first + r, tile, scores[r]);
+    if (edge || !scales) peak = peak_of(scores[r], n);
+    soft[r] = soften(scores[r], n, peak, scales ? scales->values : nullptr, out.top + first + r,
+                     out.sum + first + r);
+  }
 }
 
 // The values are next; later query rows find them in the cache.
@@ -212,16 +227,18 @@ inline int tile_rows(const Cache& cache) {
   return fit >= kTile ? kTile : fit <= kLeastTile ? kLeastTile : int(fit / kLeastTile * kLeastTile);
 }
 
-// Call fold(Rows<N>, head, first, tile) for the tiles of [begin, end), in each for every head, and
-// for its query rows [0, count) by MAX at a time: memory is read in one stream.
-template <int MAX, class F>
-inline void walk(const Cache& cache, int64_t begin, int64_t end, int count, F fold) {
+// For the tiles of [begin, end), in each for every head, call open(head, tile) and then
+// fold(Rows<N>, head, first, tile) for its query rows [0, count) by MAX at a time: memory is read in
+// one stream.
+template <int MAX, class O, class F>
+inline void walk(const Cache& cache, int64_t begin, int64_t end, int count, O open, F fold) {
   const int rows = tile_rows(cache);
   for (int64_t at = begin; at < end;) {
     Tile tile{at, at % cache.slots, rows};
     if (tile.count > end - at) tile.count = int(end - at);
     if (tile.count > cache.slots - tile.slot) tile.count = int(cache.slots - tile.slot);
     for (int head = 0; head < cache.heads; ++head) {
+      open(head, tile);
       int r = 0;
       for (; r + MAX <= count; r += MAX) fold(Rows<MAX>(), head, r, tile);
       if (MAX > 4 && r + 4 <= count) fold(Rows<4>(), head, r, tile), r += 4;
@@ -253,15 +270,20 @@ template <class T>
 void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                const Partial& out) {
   const int dim = cache.dim;
-  float steps[kRows];
-  for (float& step : steps) step = 1.0f;
-  walk<kRows>(cache, begin, end, q.count, [&](auto block, int head, int first, const Tile& tile) {
+  float ones[kRows];
+  for (float& one : ones) one = 1.0f;
+  TileScales scales;
+  const auto open = [&](int head, const Tile& tile) {
+    scales.read(head_of(cache, head, sizeof(T)), tile);
+  };
+  walk<kRows>(cache, begin, end, q.count, open, [&](auto block, int head, int first,
+                                                    const Tile& tile) {
     constexpr int R = decltype(block)::count;
     if (!sees(q, first, R, tile)) return;
     const Cache one = head_of(cache, head, sizeof(T));
     const Partial partial = head_of(out, head);
     alignas(64) float scores[R][kTile];
-    float keep[R];
+    Softened soft[R];
     const float* rows = q.rows + head * q.next + int64_t(first) * dim;
     const int64_t stride = one.row_stride;
     const T* keys = static_cast<const T*>(one.keys) + tile.slot * stride;
@@ -275,8 +297,8 @@ void attend_as(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
       dot_pair<R>(rows, dim, keys + j * stride, keys + (j + 1) * stride, scores, j);
     }
     if (j < tile.count) dot_single<R>(rows, dim, keys + j * stride, scores, j);
-    weigh<R>(one, q, first, tile, steps, scores, keep, partial);
-    mix_values<R>(scores, keep, values, stride, tile.count, dim,
+    weigh<R>(q, first, tile, cache.key_scales ? &scales : nullptr, ones, scores, soft, partial);
+    mix_values<R>(scores, soft, values, stride, tile.count, dim,
                   partial.mix + int64_t(first) * dim);
   });
 }
@@ -292,15 +314,20 @@ inline int rows_held(const Cache& cache) {
   return fit < most ? fit : most;
 }
 
-// Round n numbers, a multiple of kWidth, to 16 bits of the largest of them: `range` steps. Returns
-// the step.
-inline float to_digits(const float* x, int n, float range, Digit* to, int stride) {
-  Vec top = splat(1e-30f);
+// The largest magnitude of n numbers, a multiple of kWidth.
+inline float size_of(const float* x, int n) {
+  Vec top = splat(0.0f);
   for (int i = 0; i < n; i += kWidth) {
     const Vec v = load(x + i);
     top = larger(top, larger(v, sub(splat(0.0f), v)));
   }
-  const float step = largest(top) / range;
+  return largest(top);
+}
+
+// Round n numbers of at most `size`, a multiple of kWidth, to 16 bits: `size` is `range` steps.
+// Returns the step.
+inline float to_digits(const float* x, int n, float size, float range, Digit* to, int stride) {
+  const float step = (size > 1e-30f ? size : 1e-30f) / range;
   const Vec per_step = splat(1.0f / step);
   for (int i = 0; i < n; i += kWidth) save_digits(to + i, stride, mul(load(x + i), per_step));
   return step;
@@ -328,27 +355,34 @@ inline void digit_dots(const Digit* q, int dim, const K* one, const K* two, floa
   }
 }
 
-// Rows that are read after the ones at hand, fetched a few bytes at a time.
+// Rows that are read after the ones at hand, fetched little by little while some query rows, `share`
+// of `whole`, meet those: each fetches its part, so that memory is never asked for all at once.
 struct Ahead {
-  const char* row;  // null: none
+  const char* row;
   int64_t stride;
   int bytes;  // of a row
+  int share, whole;
+  int64_t left;  // bytes
   int column = 0;
+  int64_t due = 0;
 
-  void fetch(int count) {
-    if (!row) return;
-    __builtin_prefetch(row + column, 0, 2);
-    column += count;
-    if (column >= bytes) column -= bytes, row += stride;
+  // A step of the work, in which as many bytes of the rows at hand are met.
+  void fetch(int met) {
+    for (due += int64_t(met) * share; due >= 64 * whole && left > 0; due -= 64 * whole) {
+      __builtin_prefetch(row + column, 0, 2);
+      left -= 64;
+      column += 64;
+      if (column >= bytes) column -= bytes, row += stride;
+    }
   }
 };
 
-// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * values[j], values lying `stride`
+// mix[r] = keep * mix[r] + steps[r] * sum_j weights[r][j] * values[j], values lying `stride`
 // apart; as many rows are fetched `ahead` on the way.
 template <int R>
-inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps, const float* keep,
-                      const int8_t* values, int64_t stride, int n, int dim, float* mix,
-                      Ahead ahead) {
+inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps,
+                      const Softened* soft, const int8_t* values, int64_t stride, int n, int dim,
+                      float* mix, Ahead ahead) {
   for (int d = 0; d < dim; d += 2 * kWidth) {
     Dots low[R][kDigits], high[R][kDigits];
     for (int r = 0; r < R; ++r)
@@ -373,18 +407,23 @@ inline void digit_mix(const Digit (*weights)[kDigits][kTile], const float* steps
       Vec a = as_floats(low[r]), b = as_floats(high[r]);
       in_order(a, b);
       float* to = mix + r * dim + d;
-      const Vec step = splat(steps[r]), k = splat(keep[r]);
+      const Vec step = splat(steps[r]), k = splat(soft[r].keep);
       save(to, multiply_add(a, step, mul(load(to), k)));
       save(to + kWidth, multiply_add(b, step, mul(load(to + kWidth), k)));
     }
   }
 }
 
-// The rows of a head that follow a tile's, where there are as many.
-inline Ahead after(const Cache& one, const Tile& tile, const void* rows, bool fresh) {
-  const bool more = fresh && tile.slot + 2 * tile.count <= one.slots;
-  const char* const from = static_cast<const char*>(rows) + (tile.slot + tile.count) * one.row_stride;
-  return {more ? from : nullptr, one.row_stride, one.dim};
+// What query rows [at, at + share) of `whole` fetch of the rows of a head that follow a tile's.
+inline Ahead after(const Cache& one, const Tile& tile, const void* rows, int at, int share,
+                   int whole) {
+  const int64_t first = int64_t(tile.count) * at / whole;
+  const int64_t last = int64_t(tile.count) * (at + share) / whole;
+  const bool more = tile.slot + 2 * tile.count <= one.slots;
+  const char* const next = static_cast<const char*>(rows) + (tile.slot + tile.count) * one.row_stride;
+  return {next + first * one.row_stride, one.row_stride,
+          one.dim,                       share,
+          whole,                         more ? (last - first) * one.dim : 0};
 }
 
 // Attention over int8 rows in exact integer products: queries and weights are rounded to 16 bits,
@@ -401,10 +440,16 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
     for (int head = 0; head < cache.heads; ++head)
       for (int r = 0; r < count; ++r) {
         const int row = head * count + r;
-        query_steps[row] = to_digits(q.rows + head * q.next + int64_t(from + r) * dim, dim, range,
-                                     digits + row * kDigits * dim, dim);
+        const float* const x = q.rows + head * q.next + int64_t(from + r) * dim;
+        query_steps[row] =
+            to_digits(x, dim, size_of(x, dim), range, digits + row * kDigits * dim, dim);
       }
-    walk<kDotRows>(cache, begin, end, count, [&](auto block, int head, int at, const Tile& tile) {
+    TileScales scales;
+    const auto open = [&](int head, const Tile& tile) {
+      scales.read(head_of(cache, head, 1), tile);
+    };
+    walk<kDotRows>(cache, begin, end, count, open, [&](auto block, int head, int at,
+                                                       const Tile& tile) {
       constexpr int R = decltype(block)::count;
       const int first = from + at, n = tile.count, row = head * count + at;
       if (!sees(q, first, R, tile)) return;
@@ -412,30 +457,37 @@ void attend_digits(const Cache& cache, const Queries& q, int64_t begin, int64_t 
       const Partial partial = head_of(out, head);
       alignas(64) float scores[R][kTile];
       alignas(64) Digit weights[R][kDigits][kTile];
-      float steps[R], keep[R];
+      float steps[R];
+      Softened soft[R];
       const int64_t stride = one.row_stride;
       const int8_t* keys = static_cast<const int8_t*>(one.keys) + tile.slot * stride;
       const int8_t* values = static_cast<const int8_t*>(one.values) + tile.slot * stride;
-      const Ahead keys_after = after(one, tile, one.keys, first == 0);
+      const int ahead = at == 0 ? count : 0;  // the first rows fetch for the few others
+      const Ahead keys_after = after(one, tile, one.keys, 0, ahead, count);
       for (int j = 0; j < n; j += 2) {
         const int next = j + 1 < n ? j + 1 : j;
-        if (keys_after.row) {
+        if (keys_after.left) {
           prefetch(keys_after.row + j * stride, dim);
           prefetch(keys_after.row + next * stride, dim);
         }
         digit_dots<R>(digits + row * kDigits * dim, dim, keys + j * stride, keys + next * stride,
                       scores, j);
       }
-      weigh<R>(one, q, first, tile, query_steps + row, scores, keep, partial);
-      const int padded = (n + kWidth - 1) / kWidth * kWidth;
-      for (int r = 0; r < R; ++r) {
-        for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
-        steps[r] = to_digits(scores[r], padded, kLargest, weights[r][0], kTile);
-      }
-      digit_mix<R>(weights, steps, keep, values, stride, n, dim,
-                   partial.mix + int64_t(first) * dim, after(one, tile, one.values, first == 0));
+      weigh<R>(q, first, tile, &scales, query_steps + row, scores, soft, partial);
+      for (int r = 0; r < R; ++r)
+        steps[r] = to_digits(scores[r], rounded_up(n), soft[r].largest, kLargest, weights[r][0],
+                             kTile);
+      digit_mix<R>(weights, steps, soft, values, stride, n, dim,
+                   partial.mix + int64_t(first) * dim, after(one, tile, one.values, 0, ahead, count));
     });
   }
+}
+
+// Where a tile's rows lie, the last one repeated up to a multiple of kWidth.
+inline void find_rows(const void* rows, int64_t stride, const Tile& tile, const int8_t** to) {
+  const int8_t* const first = static_cast<const int8_t*>(rows) + tile.slot * stride;
+  for (int i = 0; i < rounded_up(tile.count); ++i)
+    to[i] = first + (i < tile.count ? i : tile.count - 1) * stride;
 }
 
 #if defined(__AVX512VNNI__)
@@ -448,33 +500,28 @@ constexpr int kMostDim = 1024;     // of rows that are put in order a tile at a 
 constexpr int kLine = 4 * kWidth;  // bytes of a vector
 constexpr int kTileQueries = 8;    // fewer are not worth the order
 
-// A tile's keys: a vector holds four bytes of each of kWidth keys, [keys / kWidth] [dim / 4]. The
-// last key is repeated up to a multiple of two vectors.
-inline void pack_keys(const int8_t* keys, int64_t stride, int n, int dim, char* to) {
-  for (int j = 0; j < n; j += 2 * kWidth)
-    for (int half = j; half < j + 2 * kWidth; half += kWidth)
-      for (int d = 0; d < dim; d += kLine, to += kLine * kWidth) {
-        Digits rows[kWidth];
-        for (int i = 0; i < kWidth; ++i)
-          rows[i] = load_packed(keys + (half + i < n ? half + i : n - 1) * stride + d);
-        transpose_fours(rows);
-        for (int i = 0; i < kWidth; ++i) save_packed(to + i * kLine, rows[i]);
-      }
+// Keys: a vector holds four bytes of each of kWidth keys, [keys / kWidth] [dim / 4].
+inline void pack_keys(const int8_t* const* keys, int n, int dim, char* to) {
+  for (int j = 0; j < n; j += kWidth)
+    for (int d = 0; d < dim; d += kLine, to += kLine * kWidth) {
+      Digits rows[kWidth];
+      for (int i = 0; i < kWidth; ++i) rows[i] = load_packed(keys[j + i] + d);
+      transpose_fours(rows);
+      for (int i = 0; i < kWidth; ++i) save_packed(to + i * kLine, rows[i]);
+    }
 }
 
-// A tile's values: a vector holds kWidth of four rows, two vectors of the same rows adjoin,
-// [dim / (2 * kWidth)] [rows / 4] [2]. The last row is repeated up to a multiple of four.
-inline void pack_values(const int8_t* values, int64_t stride, int n, int dim, char* to) {
-  const int fours = (n + 3) / 4;
-  for (int j = 0; j < fours; ++j)
+// Values: a vector holds kWidth of four rows, two vectors of the same rows adjoin,
+// [dim / (2 * kWidth)] [rows / 4] [2].
+inline void pack_values(const int8_t* const* values, int n, int dim, char* to) {
+  for (int j = 0; j < n; j += 4)
     for (int d = 0; d < dim; d += kLine) {
       Digits rows[4];
-      for (int i = 0; i < 4; ++i)
-        rows[i] = load_packed(values + (4 * j + i < n ? 4 * j + i : n - 1) * stride + d);
+      for (int i = 0; i < 4; ++i) rows[i] = load_packed(values[j + i] + d);
       interleave(rows);
       for (int i = 0; i < 4; ++i) {
         const int pair = d / (2 * kWidth) + i / 2;
-        save_packed(to + ((int64_t(pair) * fours + j) * 2 + i % 2) * kLine, rows[i]);
+        save_packed(to + (int64_t(pair) * n / 2 + j / 2 + i % 2) * kLine, rows[i]);
       }
     }
 }
@@ -507,7 +554,7 @@ inline void tile_scores(const Digit* q, int dim, const char* keys, int n, float 
     Dots sums[R][2][1];
     clear(sums);
     for (int d = 0; d < dim; d += 4) {
-      ahead.fetch(64), ahead.fetch(64);
+      ahead.fetch(2 * kLine);
       add_fours(sums, keys + d * kWidth, keys + (dim + d) * kWidth, q + d, dim);
     }
     for (int r = 0; r < R; ++r) {
@@ -517,20 +564,21 @@ inline void tile_scores(const Digit* q, int dim, const char* keys, int n, float 
   }
 }
 
-// mix[r] = keep[r] * mix[r] + steps[r] * sum_j weights[r][j] * value j of a packed tile.
+// mix[r] = keep * mix[r] + steps[r] * sum_j weights[r][j] * value j of a packed tile.
 template <int R>
-inline void tile_mix(const Digit (*weights)[kDigits][kTile], const float* steps, const float* keep,
-                     const char* values, int n, int dim, float* mix, Ahead ahead) {
+inline void tile_mix(const Digit (*weights)[kDigits][kTile], const float* steps,
+                     const Softened* soft, const char* values, int n, int dim, float* mix,
+                     Ahead ahead) {
   for (int d = 0; d < dim; d += 2 * kWidth) {
     Dots sums[R][2][1];
     clear(sums);
     for (int j = 0; j < n; j += 4, values += 2 * kLine) {
-      ahead.fetch(64), ahead.fetch(64);
+      ahead.fetch(2 * kLine);
       add_fours(sums, values, values + kLine, weights[0][0] + j, kTile);
     }
     for (int r = 0; r < R; ++r) {
       float* to = mix + r * dim + d;
-      const Vec step = splat(steps[r]), k = splat(keep[r]);
+      const Vec step = splat(steps[r]), k = splat(soft[r].keep);
       save(to, multiply_add(as_floats(sums[r][0]), step, mul(load(to), k)));
       save(to + kWidth, multiply_add(as_floats(sums[r][1]), step, mul(load(to + kWidth), k)));
     }
@@ -558,38 +606,42 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
     for (int head = 0; head < cache.heads; ++head)
       for (int r = 0; r < count; ++r) {
         const int row = head * count + r;
-        query_steps[row] = to_digits(q.rows + head * q.next + int64_t(from + r) * dim, dim, range,
-                                     digits + row * dim, dim);
+        const float* const x = q.rows + head * q.next + int64_t(from + r) * dim;
+        query_steps[row] = to_digits(x, dim, size_of(x, dim), range, digits + row * dim, dim);
         put_evens_first(digits + row * dim, dim);
       }
-    int64_t packed = -1;  // the first row, and the head, of the tile that is in order
-    int packed_head = 0;
-    walk<kDotRows>(cache, begin, end, count, [&](auto block, int head, int at, const Tile& tile) {
+    TileScales scales;
+    const auto open = [&](int head, const Tile& tile) {
+      const Cache one = head_of(cache, head, 1);
+      const int8_t* rows[kTile];
+      scales.read(one, tile);
+      find_rows(one.keys, one.row_stride, tile, rows);
+      pack_keys(rows, rounded_up(tile.count), dim, key_tile);
+      find_rows(one.values, one.row_stride, tile, rows);
+      pack_values(rows, rounded_up(tile.count), dim, value_tile);
+    };
+    walk<kDotRows>(cache, begin, end, count, open, [&](auto block, int head, int at,
+                                                       const Tile& tile) {
       constexpr int R = decltype(block)::count;
-      const int first = from + at, n = tile.count, row = head * count + at;
+      const int first = from + at, n = rounded_up(tile.count), row = head * count + at;
       if (!sees(q, first, R, tile)) return;
       const Cache one = head_of(cache, head, 1);
       const Partial partial = head_of(out, head);
       alignas(64) float scores[R][kTile];
       alignas(64) Digit weights[R][kDigits][kTile];
-      float steps[R], keep[R];
-      const int64_t stride = one.row_stride;
-      const int8_t* keys = static_cast<const int8_t*>(one.keys) + tile.slot * stride;
-      const int8_t* values = static_cast<const int8_t*>(one.values) + tile.slot * stride;
-      const bool fresh = packed != tile.first || packed_head != head;
-      if (fresh) pack_keys(keys, stride, n, dim, key_tile), packed = tile.first, packed_head = head;
+      float steps[R];
+      Softened soft[R];
       tile_scores<R>(digits + row * dim, dim, key_tile, n, scores,
-                     after(one, tile, one.keys, fresh));
-      weigh<R>(one, q, first, tile, query_steps + row, scores, keep, partial);
+                     after(one, tile, one.keys, at, R, count));
+      weigh<R>(q, first, tile, &scales, query_steps + row, scores, soft, partial);
       const int padded = (n + kSpan - 1) / kSpan * kSpan;
       for (int r = 0; r < R; ++r) {
         for (int i = n; i < padded; ++i) scores[r][i] = 0.0f;
-        steps[r] = to_digits(scores[r], padded, kLargest, weights[r][0], kTile);
+        steps[r] = to_digits(scores[r], padded, soft[r].largest, kLargest, weights[r][0], kTile);
         put_evens_first(weights[r][0], padded);
       }
-      if (fresh) pack_values(values, stride, n, dim, value_tile);
-      tile_mix<R>(weights, steps, keep, value_tile, n, dim, partial.mix + int64_t(first) * dim,
-                  after(one, tile, one.values, fresh));
+      tile_mix<R>(weights, steps, soft, value_tile, n, dim, partial.mix + int64_t(first) * dim,
+                  after(one, tile, one.values, at, R, count));
     });
   }
 }
@@ -665,7 +717,8 @@ void relu_scores_as(const Cache& cache, const float* q, int rows, const float* w
                     int64_t begin, int64_t end, float* scores) {
   const int dim = cache.dim;
   for (int64_t i = begin; i < end; ++i) scores[i - begin] = 0.0f;
-  walk<kRows>(cache, begin, end, rows, [&](auto block, int, int first, const Tile& tile) {
+  const auto open = [](int, const Tile&) {};
+  walk<kRows>(cache, begin, end, rows, open, [&](auto block, int, int first, const Tile& tile) {
     constexpr int R = decltype(block)::count;
     alignas(64) float dots[R][kTile];
     const float* mine = q + int64_t(first) * dim;

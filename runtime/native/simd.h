@@ -84,6 +84,9 @@ inline Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float total(Vec x) { return _mm512_reduce_add_ps(x); }
+inline __m256 halves_added(Vec x) {
+  return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
 inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec power_of_two(Vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
@@ -115,6 +118,7 @@ inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline __m256 halves_added(Vec x) { return x; }
 inline float total(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -193,6 +197,40 @@ inline Vec power_of_two(Vec n) { return ldexpf(1.0f, int(n)); }
 inline float value_of(float x) { return x; }
 inline float value_of(int8_t x) { return float(x); }
 inline float value_of(uint16_t x) { return half_bits_to_float(x); }
+
+inline int32_t sum_of_32(const int8_t* p) {
+#if defined(__AVX2__)
+  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+  const __m256i sums =
+      _mm256_sad_epu8(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  const __m128i two =
+      _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2) - 32 * 128;
+#elif defined(__ARM_NEON) && !defined(EDGE_KV_SCALAR)
+  return vaddlvq_s8(vld1q_s8(p)) + vaddlvq_s8(vld1q_s8(p + 16));
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 32; ++i) sum += p[i];
+  return sum;
+#endif
+}
+
+// Totals of a and b side by side, and of c and d.
+inline void save_totals(Vec a, Vec b, Vec c, Vec d, float* to_ab, float* to_cd) {
+#if defined(__AVX2__)
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(halves_added(a), halves_added(b)),
+                                    _mm256_hadd_ps(halves_added(c), halves_added(d)));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  _mm_storel_pi((__m64*)to_ab, four);
+  _mm_storeh_pi((__m64*)to_cd, four);
+#elif defined(__ARM_NEON) && !defined(EDGE_KV_SCALAR)
+  const float32x4_t four = vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+  vst1_f32(to_ab, vget_low_f32(four));
+  vst1_f32(to_cd, vget_high_f32(four));
+#else
+  to_ab[0] = a, to_ab[1] = b, to_cd[0] = c, to_cd[1] = d;
+#endif
+}
 
 // exp(x) for x <= 0, relative error below 2e-7; arguments below -87 give exp(-87), about 1.6e-38.
 // Range reduction and polynomial of Cephes' expf.

@@ -3,9 +3,9 @@
 // A vector of weights is four bytes of each of kWidth rows. Its parts, fields of `bits` bits in each
 // byte, become bytes and meet four values of x, the same for all rows; an int32 lane adds the four
 // products. Where the CPU multiplies unsigned bytes with signed ones, weights stay as stored, above
-// zero, and what that adds is subtracted from the start: `kZero` times the sum of the block of x.
-// Two products of
-// weights that take all 8 bits (`kWide`) overflow 16 bits; one does not.
+// zero, and what that adds is subtracted: `kZero` times the sum of the block of x. Two products of
+// weights that take all 8 bits (`kWide`) overflow 16 bits; one does not, nor do sixteen of others, so
+// that they are added in 16 bits through a block (`kShort`).
 #pragma once
 
 #include "simd.h"
@@ -28,10 +28,20 @@ using Ints = __m512i;
 inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
 inline Vec to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
 constexpr int kFewTokens = 8;
+#if defined(__AVX512VNNI__)
+template <int bits, bool levels>
+constexpr bool kShort = false;
+#else
+template <int bits, bool levels>
+constexpr bool kShort = !kWide<bits, levels>;
+#endif
 template <int bits, bool levels>
 constexpr int kZero = levels ? 128 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return _mm512_set1_epi32(four_bytes(x)); }
 inline Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints add_pairs(Ints sum, Ints pairs) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
 template <int bits, bool levels>
 inline Ints part_of(Ints w, int part) {
   if (bits == 8) return w;
@@ -47,8 +57,7 @@ inline Ints add_part(Ints sum, Ints w, Ints x) {
   return _mm512_dpbusd_epi32(sum, w, x);
 #else
   const Ints low = _mm512_set1_epi16(255), ones = _mm512_set1_epi16(1);
-  if (!kWide<bits, levels>)
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), ones));
+  if (kShort<bits, levels>) return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x));
   const Ints even = _mm512_maddubs_epi16(_mm512_and_si512(w, low), x);
   const Ints odd = _mm512_maddubs_epi16(_mm512_andnot_si512(low, w), x);
   sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, ones));
@@ -63,9 +72,14 @@ inline Ints load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*
 inline Vec to_float(Ints x) { return _mm256_cvtepi32_ps(x); }
 constexpr int kFewTokens = 4;
 template <int bits, bool levels>
+constexpr bool kShort = !kWide<bits, levels>;
+template <int bits, bool levels>
 constexpr int kZero = levels ? 0 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return _mm256_set1_epi32(four_bytes(x)); }
 inline Ints splat_int(int32_t x) { return _mm256_set1_epi32(x); }
+inline Ints add_pairs(Ints sum, Ints pairs) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
 template <int bits, bool levels>
 inline Ints part_of(Ints w, int part) {
   if (bits == 8) return w;
@@ -81,8 +95,7 @@ inline Ints add_part(Ints sum, Ints w, Ints x) {
     const Ints products = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(products, ones));
   }
-  if (!kWide<bits, levels>)
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
+  if (kShort<bits, levels>) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
   const Ints even = _mm256_maddubs_epi16(_mm256_and_si256(w, low), x);
   const Ints odd = _mm256_maddubs_epi16(_mm256_andnot_si256(low, w), x);
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, ones));
@@ -96,9 +109,12 @@ inline Ints load_ints(const void* p) { return vld1q_s32((const int32_t*)p); }
 inline Vec to_float(Ints x) { return vcvtq_f32_s32(x); }
 constexpr int kFewTokens = 4;
 template <int bits, bool levels>
+constexpr bool kShort = false;
+template <int bits, bool levels>
 constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return vdupq_n_s32(four_bytes(x)); }
 inline Ints splat_int(int32_t x) { return vdupq_n_s32(x); }
+inline Ints add_pairs(Ints sum, Ints) { return sum; }
 template <int bits, bool levels>
 inline Ints part_of(Ints w, int part) {
   uint8x16_t bytes = vreinterpretq_u8_s32(w);
@@ -128,9 +144,12 @@ inline Ints load_ints(const void* p) { return {four_bytes(p), 0}; }
 inline Vec to_float(Ints x) { return float(x.sum); }
 constexpr int kFewTokens = 1;
 template <int bits, bool levels>
+constexpr bool kShort = false;
+template <int bits, bool levels>
 constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return load_ints(x); }
 inline Ints splat_int(int32_t x) { return {0, x}; }
+inline Ints add_pairs(Ints sum, Ints) { return sum; }
 template <int bits, bool levels>
 inline Ints part_of(Ints w, int part) {
   if (bits == 8) return {int32_t(uint32_t(w.bytes) ^ 0x80808080u), 0};
@@ -175,28 +194,32 @@ inline float step_of(const float* x) {
   return largest(top) * float(1.0 / 127);
 }
 
-// A block in steps.
-inline void round_block(const float* x, float step, int8_t* out) {
+// A block in steps; returns their sum.
+inline int32_t round_block(const float* x, float step, int8_t* out) {
   const Vec inverse = splat(1.0f / step);
   for (int i = 0; i < kBlockValues; i += kWidth) save_bytes(out + i, mul(load(x + i), inverse));
+  return sum_of_32(out);
 }
 
 void round_row(const float* x, int64_t cols, float fixed, void* out) {
   const int64_t blocks = (cols + kBlockValues - 1) / kBlockValues;
   const Activations to(out, blocks);
-  int8_t* bytes = (int8_t*)to.bytes;
-  for (int64_t b = 0; b < blocks; ++b, bytes += kBlockValues) {
-    float block[kBlockValues] = {};
-    const int64_t n = cols - b * kBlockValues < kBlockValues ? cols - b * kBlockValues : kBlockValues;
-    memcpy(block, x + b * kBlockValues, sizeof(float) * size_t(n));
-    const float step = fixed != 0.0f ? fixed : step_of(block);
-    if (fixed != 0.0f)  // the largest value need not be 127 steps
-      for (float& v : block) v = fminf(fmaxf(v, -128.0f * fixed), 127.0f * fixed);
-    round_block(block, step, bytes);
-    int32_t sum = 0;
-    for (int i = 0; i < kBlockValues; ++i) sum += bytes[i];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float* from = x + b * kBlockValues;
+    float block[kBlockValues];
+    const int64_t n = cols - b * kBlockValues;
+    if (n < kBlockValues) {  // the last of them
+      memset(block, 0, sizeof block);
+      from = (const float*)memcpy(block, from, sizeof(float) * size_t(n));
+    }
+    const float step = fixed != 0.0f ? fixed : step_of(from);
+    if (fixed != 0.0f) {  // the largest value need not be 127 steps
+      for (int i = 0; i < kBlockValues; ++i)
+        block[i] = fminf(fmaxf(from[i], -128.0f * fixed), 127.0f * fixed);
+      from = block;
+    }
+    ((int32_t*)to.sums)[b] = round_block(from, step, (int8_t*)to.bytes + b * kBlockValues);
     ((float*)to.steps)[b] = step;
-    ((int32_t*)to.sums)[b] = sum;
   }
 }
 
@@ -227,10 +250,13 @@ void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t
       from += kLineBytes;
       left = format.served() - 1;
     }
+    const auto offset = [&](int t) {
+      return splat_int(zero ? -zero * Activations(x + t * x_stride, blocks).sums[b] : 0);
+    };
     Ints dots[T][kVectors];
     for (int t = 0; t < T; ++t) {
-      const int32_t sum = zero ? -zero * Activations(x + t * x_stride, blocks).sums[b] : 0;
-      for (int v = 0; v < kVectors; ++v) dots[t][v] = splat_int(sum);
+      const Ints start = kShort<bits, levels> ? splat_int(0) : offset(t);
+      for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
     }
 #pragma GCC unroll kUnroll
     for (int line = 0; line < bits; ++line, from += kLineBytes) {
@@ -254,6 +280,7 @@ void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t
                                      : splat(1.0f);
       for (int t = 0; t < T; ++t) {
         const Vec step = splat(Activations(x + t * x_stride, blocks).steps[b]);
+        if (kShort<bits, levels>) dots[t][v] = add_pairs(offset(t), dots[t][v]);
         sums[t][v] = multiply_add(to_float(dots[t][v]), format.served() ? mul(by, step) : step,
                                   sums[t][v]);
       }
