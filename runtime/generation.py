@@ -204,8 +204,8 @@ class _Run:
         Ends early, with a `finish`, at a stop id and when cancelled.
         """
         session, trace = self.session, self.trace
+        begin = time.perf_counter()  # drafts may take time too
         drafts = self._drafts(history, min(left - 1, session.plan.ctx - len(history)))
-        begin = time.perf_counter()
         rows = session.decode_many([history[-1], *drafts]) if drafts else None
         first = session.decode(history[-1]) if rows is None else rows[0]
         seconds = time.perf_counter() - begin

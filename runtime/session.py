@@ -180,8 +180,8 @@ class Session(ABC):
     @property
     def has_drafter(self) -> bool:
         """Whether the artifact holds what `draft` runs."""
-        programs = self.artifact.backend(self.backend).programs
-        return self.artifact.manifest.drafter is not None and DRAFT in programs
+        manifest = self.artifact.manifest
+        return manifest.drafter is not None and DRAFT in manifest.backends[self.backend].programs
 
     @property
     def hidden(self) -> Hidden | None:

@@ -38,6 +38,9 @@ class Drafter(Protocol):
     """Guesses what comes next."""
 
     kinds: Sequence[float]  # the chance that an id of each class is right, before any came
+    # Whether a guess takes time. The classes of its ids are then 0, 1, 2 …, as far as there are
+    # any: how many are worth making is settled before they are made.
+    costly: bool
 
     def begin(self, history: Sequence[int]) -> None:
         """The text is `history` from here on: another prompt, or one that forgot its middle."""
@@ -58,6 +61,7 @@ class PromptLookup:
     _TRIES = 12  # positions of a chain that are looked at
     _LONGEST = 32  # ids of a match that are counted
     _BOUNDS = (3, 4, 6, 10, 18)  # lengths of a match at which its next class begins
+    costly = False
     kinds: Sequence[float] = (0.25, 0.4, 0.5, 0.65, 0.8, 0.9)
 
     def __init__(self, ctx: int) -> None:
@@ -112,6 +116,39 @@ class PromptLookup:
         while length < most and ids[end - length] == ids[last - length]:
             length += 1
         return length
+
+
+class Assistant:
+    """A small model that reads the state of the session's own, one likeliest id after another.
+
+    Each id takes a run of it, so an id's class is how many stand before it: what they are worth is
+    known before any is made.
+    """
+
+    costly = True
+    kinds: Sequence[float] = (0.7, 0.65, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def begin(self, history: Sequence[int]) -> None:
+        """What it knows of the text is the session's."""
+
+    def guess(self, history: Sequence[int], most: int) -> Guess:
+        """Up to `most` ids behind the newest of `history`, which alone is not fed yet.
+
+        None where the session has no hidden state to begin with: behind a prompt that was not read
+        to its end by `decode`.
+        """
+        session = self._session
+        hidden, token, ids = session.hidden, history[-1], []
+        if hidden is None or session.pos != len(history) - 1:
+            return Guess()
+        for _ in range(min(most, len(self.kinds))):
+            draft = session.draft(token, hidden)
+            token, hidden = draft.token, draft.hidden
+            ids.append(token)
+        return Guess(tuple(ids), tuple(range(len(ids))))
 
 
 class _Chains:
@@ -258,7 +295,7 @@ class Speculation:
         if drafts == OFF or (drafts == AUTO and not session.drafts):
             return None
         if drafts == AUTO:
-            return cls(PromptLookup(session.plan.ctx))
+            return cls(_drafter(session))
         try:
             count = int(drafts)
         except ValueError:
@@ -269,7 +306,7 @@ class Speculation:
                 f"{count} drafts are outside 0 … {session.drafts}, what a pass of this artifact "
                 "takes; give fewer, or export with more --drafts."
             )
-        return cls(PromptLookup(session.plan.ctx), fixed=count) if count else None
+        return cls(_drafter(session), fixed=count) if count else None
 
     def begin(self, history: Sequence[int]) -> None:
         """The text is `history` from here on."""
@@ -278,8 +315,13 @@ class Speculation:
 
     def drafts(self, history: Sequence[int], most: int) -> tuple[int, ...]:
         """Up to `most` ids to feed behind the newest of `history`."""
-        self._guess = guess = self._drafter.guess(history, most)
-        return guess.ids[: self._count(guess)]
+        drafter = self._drafter
+        if drafter.costly:
+            count = self._count(range(min(most, len(drafter.kinds))))
+            self._guess = drafter.guess(history, count) if count else Guess()
+            return self._guess.ids
+        self._guess = guess = drafter.guess(history, most)
+        return guess.ids[: self._count(guess.kinds)]
 
     def passed(self, fed: int, came: Sequence[int], seconds: float) -> None:
         """A pass over the newest id and `fed` drafts took `seconds`; `came` are the ids it gave."""
@@ -295,21 +337,21 @@ class Speculation:
             if self._looking:
                 self._gap = self._SHORT_GAP if loss < 0 else 2 * max(self._gap, self._GAP)
 
-    def _count(self, guess: Guess) -> int:
-        """How many ids of a guess are worth feeding."""
+    def _count(self, kinds: Sequence[int]) -> int:
+        """How many ids of these classes are worth feeding."""
         self._looking = False
         if self._fixed is not None:
-            return min(self._fixed, len(guess.ids))
-        if not guess.ids or not self._costs.plain_is_known:
+            return min(self._fixed, len(kinds))
+        if not kinds or not self._costs.plain_is_known:
             return 0
         one = self._costs[1]
-        count, gain = self._best(guess, lambda n: self._costs[n] / one)
+        count, gain = self._best(kinds, lambda n: self._costs[n] / one)
         allowed = max(self._ALLOWED * one, self._LOSS * self._seconds)
         if gain >= (self._GAIN if self._lost < allowed else self._SURE_GAIN):
             self._passed_over, self._gap = 0, self._GAP
             return count
         # Costs that were measured in a bad moment would stand for ever: they are looked at again.
-        count, gain = self._best(guess, self._costs.assumed)
+        count, gain = self._best(kinds, self._costs.assumed)
         if gain < self._GAIN:
             return 0
         self._passed_over += 1
@@ -318,14 +360,19 @@ class Speculation:
         self._passed_over, self._looking = 0, True
         return count
 
-    def _best(self, guess: Guess, cost: Callable[[int], float]) -> tuple[int, float]:
+    def _best(self, kinds: Sequence[int], cost: Callable[[int], float]) -> tuple[int, float]:
         """The most promising number of drafts, and its tokens a second over plain decoding."""
         count, gain = 0, 1.0
         expected = chance = 1.0
         most = 2 * self._costs.largest - 1  # drafts: no pass is much larger than one measured
-        for n, kind in enumerate(guess.kinds[:most], 1):
+        for n, kind in enumerate(kinds[:most], 1):
             chance *= self._chances[kind]
             expected += chance
             if expected / cost(n + 1) > gain:
                 count, gain = n, expected / cost(n + 1)
         return count, gain
+
+
+def _drafter(session: Session) -> Drafter:
+    """The one that the artifact holds, else the text itself."""
+    return Assistant(session) if session.has_drafter else PromptLookup(session.plan.ctx)

@@ -21,6 +21,8 @@ from edge_kv.export.packed_weights import PackedWeights
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.models.sources import open_drafter, open_model
 from edge_kv.needs import count_needs, read_by_draft
+from edge_kv.runtime.generation import Trace, generate
+from edge_kv.runtime.speculation import Assistant, Speculation
 
 CTX, CHUNK = 200, 16  # windows of 64: rings of 79 slots wrap twice
 ENGINES = ("onnx", "onnx-stock", "executorch")
@@ -209,3 +211,35 @@ def test_what_is_not_of_this_target_is_refused_early(tmp_path):
     with pytest.raises(ConfigError, match="No assistant is known"):
         open_drafter("random", other, {})
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("engine", ["onnx", "executorch"])
+def test_text_with_its_drafts_is_plain_text(made, engine, monkeypatch):
+    """Greedy ids are those of plain decoding, whether none of the drafts are right or all."""
+    prompt, new = list(range(100, 130)), 45
+
+    def said(session, drafts, trace=None):
+        session.reset()
+        return list(generate(session, prompt, max_new_tokens=new, drafts=drafts, trace=trace))
+
+    with runtime.load(made, engine) as session:
+        plain = said(session, "off")
+        assert session.stats.draft_runs == 0
+        trace = Trace()
+        assert said(session, 3, trace) == plain
+        assert session.stats.draft_runs == trace.drafted > new  # but for the first pass
+        assert isinstance(Speculation.of("auto", session)._drafter, Assistant)
+        run, bursts = session._run_draft, []
+
+        def right(token, hidden, pos):
+            """The drafter's answer, all of its candidates being the token that will come."""
+            draft = run(token, hidden, pos)
+            bursts.append(pos)
+            place = pos - len(prompt) + bursts.count(pos)
+            comes = (plain + [0] * 9)[place]
+            return replace(draft, tokens=np.full(len(draft.logits), comes))
+
+        monkeypatch.setattr(session, "_run_draft", right)
+        trace = Trace()
+        assert said(session, 3, trace) == plain
+        assert trace.drafted == trace.accepted and trace.passes <= 2 + new // 4

@@ -281,6 +281,7 @@ def drafting(tmp_path_factory):
 class Peeks:
     """A drafter that knows what will come, and is wrong now and then."""
 
+    costly = False
     kinds = (0.5,)
 
     def __init__(self, rng, text):

@@ -177,6 +177,7 @@ def test_a_fixed_number_is_fed_wherever_there_is_a_guess():
 class Told:
     """A drafter that guesses what it is told, all of one class."""
 
+    costly = False
     kinds = (0.5,)
 
     def __init__(self):
