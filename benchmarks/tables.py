@@ -32,7 +32,7 @@ def main() -> None:
         "prefill": prefill(result("prefill_skip"), result("prefill_skip_exact")),
         "full size": "\n\n".join(full_size(r) for r in results("full_size_")),
         "limits": "\n\n".join(limits(r) for r in results("limits_")),
-        "exports": exports(results("export_")),
+        "exports": exports([r for r in results("export_") if "limit" in r]),
         "resume": "\n\n".join(resume(r) for r in results("resume_")),
         "memory": "\n\n".join(memory_model(r) for r in results("memory_model")),
         "startup": startup(result("startup")),
@@ -341,9 +341,10 @@ def memory_model(r: dict[str, Any]) -> str:
                 cells.append(f"{planned / 1e6:.0f}, {measured / 1e6:.0f}{' *' if off else ''}")
             rows.append((f"{x['model']}, {x['use']}", x["engine"], label, *cells))
     promise = r["promise"]
+    rest = "; the others are marked" if promise["held"] < promise["of"] else ""
     return (
-        f"{promise['held']} of {promise['of']} figures are within 5 % or 5 MB; the others are "
-        f"marked.\n\n{markdown(head, rows)}"
+        f"{promise['held']} of {promise['of']} figures are within 5 % or 5 MB{rest}.\n\n"
+        f"{markdown(head, rows)}"
     )
 
 
