@@ -167,8 +167,8 @@ class Plan:
             raise PlanError(f"chunk {self.chunk} is outside 1 … ctx ({self.ctx}).")
         if not 0 <= self.drafts <= min(MOST_DRAFTS, self.chunk - 1):
             raise PlanError(
-                f"{self.drafts} drafts are outside 0 … {min(MOST_DRAFTS, self.chunk - 1)}: a pass "
-                f"checks at most {MOST_DRAFTS}, and fewer than a chunk of {self.chunk} has tokens."
+                f"{self.drafts} drafts are outside 0 … {min(MOST_DRAFTS, self.chunk - 1)}, what a "
+                f"pass may check where a chunk has {self.chunk} tokens."
             )
         if len(self.by_name) < len(self.tables):
             names = [t.name for t in self.tables]

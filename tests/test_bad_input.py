@@ -244,6 +244,7 @@ CASES = [
     Case("flags", "a size that is none", "plan --model e2b --ctx 4kk"),
     Case("flags", "no context at all", "plan --model e2b --ctx 0"),
     Case("flags", "a context beyond the model's", "plan --model e2b --ctx 1m"),
+    Case("flags", "more drafts than a pass checks", "plan --model e2b --ctx 4k --drafts 9"),
     Case("flags", "an unknown KV storage", "plan --model e2b --ctx 4k --kv int9"),
     Case("flags", "an unknown weight storage", "plan --model e2b --ctx 4k --quant int3"),
     Case("flags", "a weight format nobody packs", "plan --model e2b --ctx 4k --store kv=int5-s8"),
@@ -449,6 +450,10 @@ CASES = [
     Case(
         "artifact", "a plan that was edited", INSPECT,
         manifest_entry(lambda m: m["plan"]["tables"][0].update(slots=2)),
+    ),
+    Case(
+        "artifact", "more drafts than a chunk has room for", INSPECT,
+        manifest_entry(lambda m: m["plan"].update(drafts=3)),
     ),
     Case(
         "artifact", "per-layer rows of another model", INSPECT,

@@ -133,7 +133,7 @@ def plan(
     if chunk < 1:
         raise PlanError(f"chunk {chunk} must be at least 1 token.")
     if not 0 <= drafts <= MOST_DRAFTS:
-        raise PlanError(f"{drafts} drafts are outside 0 … {MOST_DRAFTS}, what a pass may check.")
+        raise PlanError(f"drafts {drafts} is outside 0 … {MOST_DRAFTS}, what one pass may check.")
     chunk = min(chunk, ctx)
     sizes = Sizes(ctx, chunk, kv, min(drafts, chunk - 1))
     return Plan.of(module_of(config).tables(config, sizes), sizes)
