@@ -96,10 +96,13 @@ class LlamaCpp:
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
         common: dict[str, Any] = {
-            "model_path": path, "n_ctx": 1024, "n_threads": threads, "verbose": False,
+            "model_path": path, "n_ctx": 2048, "n_threads": threads, "verbose": False,
         }  # fmt: skip
         lookup = LlamaPromptLookupDecoding(num_pred_tokens=LOOKUP)
-        self.ways = {"off": Llama(**common), "lookup": Llama(**common, draft_model=lookup)}
+        self.ways = {
+            "off": Llama(**common),
+            "lookup": Llama(**common, draft_model=lookup, logits_all=True),
+        }
 
     def answer(self, way: str, case: Case) -> dict[str, Any]:
         model = self.ways[way]

@@ -313,12 +313,12 @@ class Session(ABC):
     def rounding(self) -> float:
         """Logits nearer to each other than this may change places between programs of this model.
 
-        It is what the export gate took for the noise of another summation order.
+        It is twice what the export gate measured as the noise of the exported programs.
         """
         parity = self.artifact.manifest.parity.get(self.backend)
         if parity is None:
             return 0.0
-        return parity.lowering_limit.get("relative", 0.0) * parity.lowering.get("spread", 0.0)
+        return 2 * parity.lowering.get("max_abs", 0.0)
 
     @property
     def max_rewind(self) -> int:
