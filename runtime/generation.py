@@ -94,9 +94,11 @@ def generate(
 
     `drafts`: "auto" feeds guessed ids with the newest one wherever that promises more ids a second,
     a number feeds so many wherever there is a guess, "off" none; a `Speculation` keeps what it has
-    learnt from one call to the next. The ids are those of plain decoding: each is drawn, in its
-    turn, from the logits behind the ids before it. While ids of one pass are being yielded the
-    session holds all of the pass; once the iterator is exhausted or closed it holds what plain
+    learnt from one call to the next. Each id is drawn, in its turn, from the logits behind the ids
+    before it, as in plain decoding; logits of a pass over several ids differ from those of single
+    ones by rounding. How many "auto" feeds depends on measured times, so it feeds none to sampling
+    with a `seed`, which asks for the same ids every time. While ids of one pass are being yielded
+    the session holds all of the pass; once the iterator is exhausted or closed it holds what plain
     decoding would have fed.
 
     Raises:
@@ -133,10 +135,13 @@ def generate(
             f"The prompt has {len(prompt)} tokens, the context {ctx}; shorten it, use "
             "--on-full slide, or export with a larger --ctx."
         )
+    speculation = Speculation.of(drafts, session)
+    if speculation and seed is not None and temperature > 0 and not speculation.repeatable:
+        speculation = None
     run = _Run(
         session, sampler, max_new_tokens, frozenset(stop), on_full, keep_first, on_slide,
         constraint, logprobs, frozenset(checkpoints), cancelled or _never,
-        Speculation.of(drafts, session), trace or Trace(),
+        speculation, trace or Trace(),
     )  # fmt: skip
     return run.ids(prompt)
 

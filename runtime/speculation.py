@@ -308,6 +308,11 @@ class Speculation:
             )
         return cls(_drafter(session), fixed=count) if count else None
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether what is fed depends on the text alone, and not on how long passes took."""
+        return self._fixed is not None
+
     def begin(self, history: Sequence[int]) -> None:
         """The text is `history` from here on."""
         self._guess = Guess()
