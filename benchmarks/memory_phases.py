@@ -41,6 +41,9 @@ def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> di
     with Watch(memory, "decode"):
         for token in ids[depth - steps :]:
             session.decode(int(token))
+        if session.drafts:
+            session.rewind(session.drafts + 1)
+            session.decode_many(ids[depth - session.drafts - 1 : depth])
     planned = predict_artifact(artifact, depth, engine=engine, base=base)
     needs, tokens = needs_of(artifact), artifact.manifest.tokenizer
     merges = count_merges(root / tokens.file) if tokens else 0

@@ -898,14 +898,15 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
 
 def _planned(
-    artifact: Artifact, engine: str, base: Base | None, depth: int | None = None
-) -> MemoryPlan | None:
+    artifact: Artifact, engine: str, base: Base | None, depth: int | None = None,
+    drafts: int | None = None,
+) -> MemoryPlan | None:  # fmt: skip
     """The memory plan of `artifact` over what this process held before it (`_base`)."""
     from edge_kv.memory import predict_artifact
 
     if base is None:
         return None
-    return predict_artifact(artifact, depth, engine=engine, base=base)
+    return predict_artifact(artifact, depth, engine=engine, base=base, drafts=drafts)
 
 
 def _base(engine: str) -> Base | None:
@@ -1078,7 +1079,8 @@ def _summary(chat: Chat, base: Base | None) -> dict[str, Any]:
 
     session, reply = chat.session, chat.last
     stats = session.stats
-    planned = _planned(session.artifact, session.engine, base, max(1, session.written))
+    drafts = None if session.stats.drafted_tokens else 0
+    planned = _planned(session.artifact, session.engine, base, max(1, session.written), drafts)
     return {
         "text": reply.text if reply else "",
         "thinking": reply.thinking if reply else "",

@@ -59,18 +59,19 @@ class Costs:
     code: int  # … and that running one does
     copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
     logits: float  # rows of logits, f32
+    further: float  # … for each further token of a pass; of capped logits, which take the most
 
 
 COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
-        code=13_700_000, copies=1.24, logits=3.4,
+        code=13_700_000, copies=1.24, logits=3.4, further=5.4,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
         opened=1_100_000, layer=13_500, running=1_360_000, code_opened=2_300_000,
-        code=7_500_000, copies=0.92, logits=0.36,
+        code=7_500_000, copies=0.92, logits=0.36, further=1.9,
     ),
 }  # fmt: skip
 
@@ -145,6 +146,7 @@ class MemoryPlan:
 def predict(
     needs: Needs, plan: Plan, vocab: int, depth: int | None = None, *, engine: str = "onnx",
     base: Base | None = None, text: bool = True, merges: int | None = None, packed: int = 0,
+    drafts: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """Peak memory by phase of a session that feeds `depth` tokens, the whole context if left out.
 
@@ -155,6 +157,7 @@ def predict(
         text: whether a tokenizer is read; a session that is fed ids does without.
         merges: rules of the tokenizer; as many as is usual when left out.
         packed: bytes of weights that the engine brings into another order on the heap.
+        drafts: drafts that a pass of decode checks; the most it takes when left out.
 
     Raises:
         ConfigError: an engine without costs.
@@ -172,10 +175,12 @@ def predict(
     programs = costs.opened + costs.layer * layers + packed
     tokenizer = ENTRY_BYTES * vocab + MERGE_BYTES * merges if text else 0
     work = costs.running + int(4 * (costs.copies * rows * needs.row + costs.logits * vocab))
+    checked = plan.drafts if drafts is None else drafts
+    checking = int(4 * costs.further * vocab * checked)
     touched, ids = plan.touched(depth), TOKEN_BYTES * depth
     parts = {
         "Python and libraries": base.anon, "programs": programs, "tokenizer": tokenizer,
-        "state": touched + ids, "workspace": work,
+        "state": touched + ids, "workspace": work + checking,
     }  # fmt: skip
     reader = TOKENIZER_CODE if text else 0
     opened, code = base.file + costs.code_opened, base.file + costs.code + reader
@@ -188,7 +193,7 @@ def predict(
     if text:
         reading = ENTRY_READING * vocab + MERGE_READING * merges
         phases[TOKENIZER] = Phase(loaded + reading, opened + reader)
-    phases["prefill"] = Phase(running, code + prefill)
+    phases["prefill"] = Phase(running - checking, code + prefill)
     phases["decode"] = Phase(running, code + needs.dense + needs.experts)
     kept = CHECKPOINTS * sum(t.bytes for t in plan.tables if t.keep)
     return MemoryPlan(engine, depth, plan.bytes, touched, phases, parts, mapped, kept)
@@ -214,7 +219,7 @@ def predict_memory(
 
 def predict_artifact(
     artifact: Any, depth: int | None = None, *, engine: str = "onnx", base: Base | None = None,
-    text: bool = True,
+    text: bool = True, drafts: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """`predict` of an artifact, from what its exporter counted.
 
@@ -229,7 +234,7 @@ def predict_artifact(
     portable = backend is not None and backend.details.get("attention") == "portable"
     return predict(
         needs, plan, vocab, depth, engine=engine, base=base, text=text, merges=merges,
-        packed=needs.dense if portable else 0,
+        packed=needs.dense if portable else 0, drafts=0 if portable else drafts,
     )  # fmt: skip
 
 

@@ -523,7 +523,7 @@ def snapshot_path(artifact: Artifact, job: Job, depth: int) -> Path:
 
 def _planned(artifact: Artifact, engine: str, depth: int, base: Base) -> dict[str, Any]:
     """The plan's prediction at a depth, and what naive layouts of the state would take."""
-    planned = predict_artifact(artifact, depth, engine=engine, base=base, text=False)
+    planned = predict_artifact(artifact, depth, engine=engine, base=base, text=False, drafts=0)
     return {
         "engine": engine,
         "ctx": depth,
