@@ -272,7 +272,7 @@ def test_what_lean_lowering_leaves_out_leaves_no_trace(attention, tmp_path, monk
     config = replace(CONFIG, layers=1, pattern="F", shared=0, vocab=64)
     plan = models.plan(config, ctx=64, chunk=8, kv="int8")
     formats = weight_formats("int4")
-    layout = BACKENDS["executorch"].layout(config, formats, attention)
+    layout = BACKENDS["executorch"].layout(models.weights(config), formats, attention)
     weights = StoredWeights(layout, tmp_path / "weights.bin")
     source = RandomSource(config, 1, formats)
     write_weights(source, layout, weights.path, Journal(tmp_path / "journal"), Silent())

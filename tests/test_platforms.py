@@ -39,9 +39,12 @@ def without_proc(self, *a, **k):
         raise FileNotFoundError(2, "No such file or directory", str(self))
     return read(self, *a, **k)
 Path.read_text = without_proc
-import edge_kv.runtime.session, edge_kv.files
+platform, real = {"windows": "win32", "macos": "darwin"}[kind], sys.platform
+sys.platform = platform
+import edge_kv.files
+sys.platform = real
+import edge_kv.runtime.session
 for module in (edge_kv.runtime.session, edge_kv.files):
-    platform = {"windows": "win32", "macos": "darwin"}[kind]
     module.sys = types.SimpleNamespace(platform=platform)
 import importlib, pkgutil, edge_kv.runtime
 for module in pkgutil.iter_modules(edge_kv.runtime.__path__):

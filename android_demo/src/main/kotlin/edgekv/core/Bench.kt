@@ -102,6 +102,7 @@ class Bench(
                     "rate" to 1 / latencies.average(),
                     "seconds" to mapOf("p50" to p50, "p95" to percentile(latencies, 95), "p99" to percentile(latencies, 99)),
                     "first_after_prefill" to decodes[0][0],
+                    "several" to null, // the app decodes one token at a time
                 ),
                 "first_token" to typical + p50,
                 "memory" to mapOf("load" to loaded, "prefill" to prefillMemory, "decode" to decodeMemory),

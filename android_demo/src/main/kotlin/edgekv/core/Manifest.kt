@@ -93,6 +93,7 @@ class Manifest private constructor(
                 "backends", "tokenizer", "parity", "needs", "files", "made",
             )
             f.tree("made") // for people
+            if (f.has("drafter")) drafter(f.fields("drafter"))
             val files = f.fields("files").entries(FILE_NAME) {
                 it.only("size", "sha256")
                 FileEntry(it.long("size", SIZE), it.text("sha256", DIGEST))
@@ -204,6 +205,13 @@ class Manifest private constructor(
                 f.text("file", FILE_NAME), f.int("rows", COUNT), f.int("n_layers", COUNT), f.int("dim", COUNT),
                 f.int("bits", COUNT), f.int("block", NUMBER),
             )
+        }
+
+        /** What the app does not run, and still refuses where Python does. */
+        private fun drafter(f: Fields) {
+            f.only("width", "read")
+            f.int("width", COUNT)
+            f.long("read", SIZE)
         }
 
         private fun backend(f: Fields): Backend {
