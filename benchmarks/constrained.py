@@ -6,7 +6,7 @@ a larger model follows from the time of its own token, the median of the first s
 result of full_size.py that `--beside` names.
 
 python benchmarks/constrained.py artifacts/tiny --tokenizer GEMMA/tokenizer.json \\
-    --beside benchmarks/results/full_size_e2b_code4.json --write
+    --beside benchmarks/results/full_size_e2b_today.json --write
 """
 
 from __future__ import annotations

@@ -207,6 +207,22 @@ def full_size(today: bool) -> str:
     return "\n\n".join(parts)
 
 
+def pass_cost() -> str:
+    """What passes of several tokens cost at E2B."""
+    rows = load("pass_cost_e2b")["rows"]
+    counts = sorted({r["tokens"] for r in rows})
+    of = {(r["engine"], r["depth"], r["tokens"]): r for r in rows}
+    titles = {"onnx": "ONNX", "executorch": "ExecuTorch"}
+    return table(
+        ["engine, depth", "one token", *(f"{n} tokens" for n in counts[1:])],
+        [
+            [f"{titles[engine]}, {depth:,}", f"{of[engine, depth, 1]['milliseconds']:.0f} ms"]
+            + [f"{of[engine, depth, n]['multiple']:.2f}x" for n in counts[1:]]
+            for engine, depth in dict.fromkeys((r["engine"], r["depth"]) for r in rows)
+        ],
+    )
+
+
 def by_depth(
     model: str, engines: dict[str, str], today: bool
 ) -> dict[int, dict[str, list[dict[str, Any]]]]:
@@ -434,6 +450,7 @@ def executorch_export() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "full-size": partial(full_size, today=True),
+    "pass-cost": pass_cost,
     "full-size, earlier": partial(full_size, today=False),
     "memory": memory,
     "boards": boards,
