@@ -183,7 +183,8 @@ def export(args: argparse.Namespace) -> None:
     if done.returncode:
         raise RuntimeFault(f"The export ended with status {done.returncode} under {limit} bytes.")
     card |= {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-    card |= {"rss_peak": 1024 * usage.ru_maxrss, "arguments": args.args, "resumed": resumed}
+    named = [Path(a).name if Path(a).is_absolute() else a for a in args.args]
+    card |= {"rss_peak": 1024 * usage.ru_maxrss, "arguments": named, "resumed": resumed}
     write_result(args.result, card)
 
 
