@@ -437,7 +437,7 @@ def executorch_export() -> str:
         r = load(path.stem)
         rows.append(
             [
-                f"`{' '.join(a for a in r['arguments'] if '/' not in a and a != '--out')}`",
+                f"`{' '.join(r['arguments']).split(' --out ')[0]}`",
                 size(r["limit"]),
                 size(r["rss_peak"]),
                 f"{r['seconds'] / 60:.1f}",
