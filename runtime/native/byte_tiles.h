@@ -8,12 +8,9 @@
 // 8 bits did, and averages out over the many keys that share the rest.
 #pragma once
 
-constexpr int kByteQueries = 8;      // query rows of a head; fewer are not worth the order
-constexpr int kByteDim = 1024;       // most values of a row
 constexpr int kStepValues = 128;     // values of a query that share a step
-constexpr int kMostSteps = kByteDim / kStepValues;
+constexpr int kMostSteps = kMostDim / kStepValues;
 constexpr float kCoarseShare = 1.0f / 64;
-constexpr int kLine = 64;  // bytes of a vector
 
 using ByteVec = __m512i;
 
@@ -192,23 +189,20 @@ inline bool stands_out(float peak, float top, float sum) {
   return !(sum > 0.0f && peak <= top + logf(least));
 }
 
-void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
+void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                   const Partial& out) {
   const int dim = cache.dim, most = rows_held(cache);
   alignas(64) int8_t digits[2][kQueryValues];
-  alignas(64) char key_tile[kTile * kByteDim], value_tile[kTile * kByteDim];
+  alignas(64) char key_tile[kTile * kMostDim], value_tile[kTile * kMostDim];
   int32_t sums[kQueryRows][kMostSteps][2];
   float query_steps[kQueryRows][kMostSteps];
   const ByteQueries queries{{digits[0], digits[1]}, sums, query_steps};
   TileScales scales;
   const auto open = [&](int head, const Tile& tile) {
-    const Cache one = head_of(cache, head, 1);
-    const int8_t* rows[kTile];
-    scales.read(one, tile);
-    find_rows(one.keys, one.row_stride, tile, rows);
-    order_keys(rows, rounded_up(tile.count), dim, key_tile);
-    find_rows(one.values, one.row_stride, tile, rows);
-    order_values(rows, rounded_up(tile.count), dim, value_tile);
+    order_tile(
+        head_of(cache, head, 1), tile, scales,
+        [&](const int8_t* const* rows, int n) { order_keys(rows, n, dim, key_tile); },
+        [&](const int8_t* const* rows, int n) { order_values(rows, n, dim, value_tile); });
   };
   for (int from = 0; from < q.count; from += most) {
     const int count = q.count - from < most ? q.count - from : most;

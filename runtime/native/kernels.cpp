@@ -490,15 +490,31 @@ inline void find_rows(const void* rows, int64_t stride, const Tile& tile, const 
     to[i] = first + (i < tile.count ? i : tile.count - 1) * stride;
 }
 
-#if defined(__AVX512VNNI__)
-#include "byte_tiles.h"
+#if defined(__AVX512VNNI__) || defined(EDGE_KV_TILES)
+
+// Tiles of rows that are put in order once and then meet all queries: `attend_tiles`.
+constexpr int kMostDim = 1024;     // values of a row
+constexpr int kLine = 4 * kWidth;  // bytes of a vector
+constexpr int kTileQueries = 8;    // query rows of a head; fewer are not worth the order
+
+// Read a tile's scales and put its keys and its values in order, by calls of put(rows, how many).
+template <class K, class V>
+inline void order_tile(const Cache& one, const Tile& tile, TileScales& scales, K put_keys,
+                       V put_values) {
+  const int8_t* rows[kTile];
+  const int n = rounded_up(tile.count);
+  scales.read(one, tile);
+  find_rows(one.keys, one.row_stride, tile, rows);
+  put_keys(rows, n);
+  find_rows(one.values, one.row_stride, tile, rows);
+  put_values(rows, n);
+}
+
 #endif
 
-#if defined(EDGE_KV_TILES)
-
-constexpr int kMostDim = 1024;     // of rows that are put in order a tile at a time
-constexpr int kLine = 4 * kWidth;  // bytes of a vector
-constexpr int kTileQueries = 8;    // fewer are not worth the order
+#if defined(__AVX512VNNI__)
+#include "byte_tiles.h"
+#elif defined(EDGE_KV_TILES)
 
 // Keys: a vector holds four bytes of each of kWidth keys, [keys / kWidth] [dim / 4].
 inline void pack_keys(const int8_t* const* keys, int n, int dim, char* to) {
@@ -612,13 +628,10 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
       }
     TileScales scales;
     const auto open = [&](int head, const Tile& tile) {
-      const Cache one = head_of(cache, head, 1);
-      const int8_t* rows[kTile];
-      scales.read(one, tile);
-      find_rows(one.keys, one.row_stride, tile, rows);
-      pack_keys(rows, rounded_up(tile.count), dim, key_tile);
-      find_rows(one.values, one.row_stride, tile, rows);
-      pack_values(rows, rounded_up(tile.count), dim, value_tile);
+      order_tile(
+          head_of(cache, head, 1), tile, scales,
+          [&](const int8_t* const* rows, int n) { pack_keys(rows, n, dim, key_tile); },
+          [&](const int8_t* const* rows, int n) { pack_values(rows, n, dim, value_tile); });
     };
     walk<kDotRows>(cache, begin, end, count, open, [&](auto block, int head, int at,
                                                        const Tile& tile) {
@@ -663,11 +676,7 @@ void attend_int8(const Cache& cache, const Queries& q, int64_t begin, int64_t en
     return;
   }
 #endif
-#if defined(__AVX512VNNI__)
-  if (cache.dim % kLine == 0 && cache.dim <= kByteDim && q.count >= kByteQueries)
-    return attend_bytes(cache, q, begin, end, out);
-#endif
-#if defined(EDGE_KV_TILES)
+#if defined(__AVX512VNNI__) || defined(EDGE_KV_TILES)
   if (cache.dim % kLine == 0 && cache.dim <= kMostDim && q.count >= kTileQueries)
     return attend_tiles(cache, q, begin, end, out);
 #endif
