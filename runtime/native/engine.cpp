@@ -170,8 +170,10 @@ struct edge_kv_engine {
   std::vector<EValue> drafted_from;  // the state buffers that `draft` reads
 
   std::string open(const std::string& path, const std::string& weight_file);
+  void reserve(const MethodMeta& meta);  // arenas that hold what a method plans
   std::string load(const char* name, LoadedMethod& into);
   std::string run(LoadedMethod& m, const int64_t* ids, int64_t count, int64_t pos, const float* ple);
+  std::string execute(Method& method, const EValue* inputs, size_t count);
   std::string load_draft(const std::string& tables);
   std::string run_draft(int64_t id, int64_t pos, const float* hidden, int64_t width);
   std::string describe() const;
@@ -198,20 +200,10 @@ std::string edge_kv_engine::open(const std::string& path, const std::string& wei
   for (const char* name : kMethods) {
     auto meta = program->method_meta(name);
     if (!meta.ok()) return std::string("it has no method ") + name;
-    for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
-      const size_t bytes = size_t(meta->memory_planned_buffer_size(i).get());
-      if (i == arenas.size()) arenas.push_back(std::make_unique<Arena>(bytes));
-      else if (arenas[i]->size() < bytes) arenas[i] = std::make_unique<Arena>(bytes);
-    }
+    reserve(*meta);
     delegated = delegated || meta->uses_backend(kXnnpack);
   }
-  if (auto meta = program->method_meta(kDraft); meta.ok()) {
-    for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
-      const size_t bytes = size_t(meta->memory_planned_buffer_size(i).get());
-      if (i == arenas.size()) arenas.push_back(std::make_unique<Arena>(bytes));
-      else if (arenas[i]->size() < bytes) arenas[i] = std::make_unique<Arena>(bytes);
-    }
-  }
+  if (auto meta = program->method_meta(kDraft); meta.ok()) reserve(*meta);
   for (const auto& arena : arenas)
     if (!arena->ok()) return "out of memory for its planned buffers";
   if (delegated) {
@@ -226,6 +218,14 @@ std::string edge_kv_engine::open(const std::string& path, const std::string& wei
     return "its methods take different per-layer rows";
   if (fault.empty() && weight_file.empty()) advise_random(path);
   return fault;
+}
+
+void edge_kv_engine::reserve(const MethodMeta& meta) {
+  for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
+    const size_t bytes = size_t(meta.memory_planned_buffer_size(i).get());
+    if (i == arenas.size()) arenas.push_back(std::make_unique<Arena>(bytes));
+    else if (arenas[i]->size() < bytes) arenas[i] = std::make_unique<Arena>(bytes);
+  }
 }
 
 std::string edge_kv_engine::load(const char* name, LoadedMethod& into) {
@@ -275,20 +275,11 @@ std::string edge_kv_engine::load_draft(const std::string& tables) {
 }
 
 std::string edge_kv_engine::run_draft(int64_t id, int64_t pos, const float* hidden, int64_t width) {
-  forget_reason();
-  const edge_kv::Turn turn(running);
-  std::optional<executorch::extension::threadpool::NoThreadPoolGuard> alone;
-  if (!delegated) alone.emplace();
   Input token(ScalarType::Long, &id, {1}), position(ScalarType::Long, &pos, {1});
   Input state(ScalarType::Float, hidden, {1, width});
   std::vector<EValue> inputs = {token.value(), position.value(), state.value()};
   inputs.insert(inputs.end(), drafted_from.begin(), drafted_from.end());
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const Error error = draft.method->set_input(inputs[i], i);
-    if (error != Error::Ok) return said("an input was refused", error);
-  }
-  const Error error = draft.method->execute();
-  return error == Error::Ok ? "" : said("execution failed", error);
+  return execute(*draft.method, inputs.data(), inputs.size());
 }
 
 std::string edge_kv_engine::describe() const {
@@ -320,21 +311,24 @@ std::string edge_kv_engine::describe() const {
 
 std::string edge_kv_engine::run(LoadedMethod& m, const int64_t* ids, int64_t count, int64_t pos,
                                 const float* ple) {
+  if (m.ple_dim && !ple) return "the per-layer rows are missing";
+  Input tokens(ScalarType::Long, ids, {count}), position(ScalarType::Long, &pos, {1});
+  Input rows(ScalarType::Float, ple, {count, m.ple_layers, m.ple_dim});
+  const EValue inputs[] = {tokens.value(), position.value(), rows.value()};
+  return execute(*m.method, inputs, m.ple_dim ? 3 : 2);
+}
+
+std::string edge_kv_engine::execute(Method& method, const EValue* inputs, size_t count) {
   forget_reason();
   const edge_kv::Turn turn(running);
   // Stock operators stay on this thread, unless XNNPACK's threads are in use anyway.
   std::optional<executorch::extension::threadpool::NoThreadPoolGuard> alone;
   if (!delegated) alone.emplace();
-  Input tokens(ScalarType::Long, ids, {count}), position(ScalarType::Long, &pos, {1});
-  Input rows(ScalarType::Float, ple, {count, m.ple_layers, m.ple_dim});
-  Error error = m.method->set_input(tokens.value(), 0);
-  if (error == Error::Ok) error = m.method->set_input(position.value(), 1);
-  if (error == Error::Ok && m.ple_dim) {
-    if (!ple) return "the per-layer rows are missing";
-    error = m.method->set_input(rows.value(), 2);
+  for (size_t i = 0; i < count; ++i) {
+    const Error error = method.set_input(inputs[i], i);
+    if (error != Error::Ok) return said("an input was refused", error);
   }
-  if (error != Error::Ok) return said("an input was refused", error);
-  error = m.method->execute();
+  const Error error = method.execute();
   return error == Error::Ok ? "" : said("execution failed", error);
 }
 
