@@ -125,10 +125,6 @@ class ExecuTorchPythonSession(Session):
             raise ValueError(f"its table {table.name} is {rows.dtype} {rows.shape}")
         return rows
 
-    @property
-    def drafts(self) -> int:
-        return self.plan.drafts if self.artifact.backend(self.backend).checks_drafts else 0
-
     def _run_prefill(self, ids: Ids, pos: int) -> None:
         self._run(self._prefill, "prefill", ids, pos)
 

@@ -138,10 +138,6 @@ class ExecuTorchSession(Session):
         rows: npt.NDArray[Any] = np.ctypeslib.as_array(memory).view(STORAGE[table.dtype])
         return rows.reshape(table.shape)
 
-    @property
-    def drafts(self) -> int:
-        return self.plan.drafts if self.artifact.backend(self.backend).checks_drafts else 0
-
     def _run_prefill(self, ids: Ids, pos: int) -> None:
         tokens = np.ascontiguousarray(ids)
         rows = self._ple.rows(tokens, self._layers["prefill"]) if self._ple else None
@@ -170,10 +166,8 @@ class ExecuTorchSession(Session):
 
     def _load_draft(self, program: Program, path: Path) -> None:
         entry = self.artifact.manifest.drafter
-        self._width, self._scored = (
-            entry.width if entry else 0,
-            scored_tokens(self.artifact, program),
-        )
+        self._width = entry.width if entry else 0
+        self._scored = scored_tokens(self.artifact, program)
         read = [t.name for t in program.inputs[3:]]
         odd = [name for name in read if name not in self.plan.by_name]
         if odd or not self._scored:

@@ -211,8 +211,7 @@ class _Run:
         session, trace = self.session, self.trace
         begin = time.perf_counter()  # drafts may take time too
         drafts = self._drafts(history, min(left - 1, session.plan.ctx - len(history)))
-        rows = session.decode_many([history[-1], *drafts]) if drafts else None
-        first = session.decode(history[-1]) if rows is None else rows[0]
+        rows = session.decode_many([history[-1], *drafts])
         seconds = time.perf_counter() - begin
         mark = _mark(session)
         came: list[int] = []
@@ -223,8 +222,8 @@ class _Run:
                     used -= 1
                     trace.finish = "cancelled"
                     return
-                row = first if rows is None else rows[used - 1]
-                token = self._drawn(row, history, left - len(came), tied=bool(drafts))
+                row, room = rows[used - 1], left - len(came)
+                token = self._drawn(row, history, room, tied=bool(drafts))
                 came.append(token)
                 if token in self.stop:
                     trace.finish = "stop"

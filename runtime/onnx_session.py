@@ -261,18 +261,60 @@ class OnnxStockSession(OnnxSession):
         return None
 
 
-class _Bound:
-    """One program with its inputs and outputs bound to fixed memory."""
+class _Program:
+    """A program over tables of state, which are bound as far as they are in use."""
+
+    writes = True  # whether it returns every table too
 
     def __init__(self, session: OnnxSession, name: str, program: Program, engine: Any) -> None:
+        self._name, self._engine = name, engine
+        self._dtypes = _check_contract(engine, program, session.artifact.path(program.file))
+        self._views, self._axes = _views(session)
+        self._binding = engine.io_binding()
+        self._lengths: tuple[int, ...] | None = None  # of the tables as they are bound
+
+    def _run(self, pos: int, end: int) -> None:
+        """Run a step at `pos` over tables that hold all rows before `end`."""
+        lengths = tuple(live(end) for live in self._axes.values())
+        try:
+            if lengths != self._lengths:
+                self._bind_tables(lengths)
+            self._bind_values()
+            self._engine.run_with_iobinding(self._binding)
+        except Exception as e:  # onnxruntime's exceptions share no base of their own
+            message = f"onnxruntime failed in {self._name} at position {pos}: {_line(e)}"
+            raise _fault(e, RuntimeFault(message)) from e
+
+    def _bind_values(self) -> None:
+        """Bind what is no table."""
+
+    def _bind_tables(self, lengths: tuple[int, ...]) -> None:
+        self._lengths = None  # a failure half way must not look like a finished binding
+        open_axes = dict(zip(self._axes, lengths, strict=True))
+        for view in self._views:
+            shape = [open_axes[d] if isinstance(d, str) else d for d in view.shape]
+            at = ("cpu", 0, self._dtypes[view.name], shape, view.memory.ctypes.data)
+            self._binding.bind_input(view.name, *at)
+            if self.writes:
+                self._binding.bind_output(f"{view.name}.out", *at)
+        self._lengths = lengths
+
+    def _feed(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def _fetch(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+class _Bound(_Program):
+    """A program that reads tokens, with its inputs and outputs bound to fixed memory."""
+
+    def __init__(self, session: OnnxSession, name: str, program: Program, engine: Any) -> None:
+        super().__init__(session, name, program, engine)
         plan, vocab = session.plan, session.artifact.tokens.vocab
         path = session.artifact.path(program.file)
         decode = name == "decode"
         width = plan.drafts + 1 if decode else plan.chunk
-        self._name = name
-        self._views, self._axes = _views(session)
-        self._engine = engine
-        self._dtypes = _check_contract(self._engine, program, path)
         self._ids = np.zeros(width, np.int64)
         self._pos = np.zeros(1, np.int64)
         rows = [_fixed(t.shape[1:], path) for t in program.inputs if t.name == "ple"]
@@ -310,9 +352,8 @@ class _Bound:
                     f"{list(shape)}; export again."
                 )
         self._flat = not tokens  # logits without an axis of tokens
-        self._binding = self._engine.io_binding()
+        self._tokens = 0  # of the step to run
         self._bound_tokens: int | None = None
-        self._bound_lengths: tuple[int, ...] | None = None
 
     @property
     def ple_layers(self) -> int:
@@ -322,62 +363,39 @@ class _Bound:
 
     def run(self, ids: Ids, pos: int, ple: npt.NDArray[np.float32] | None) -> None:
         """Run over `ids` at `pos`: state is updated in place, logits are in `self.logits`."""
-        n = len(ids)
+        n = self._tokens = len(ids)
         self._ids[:n] = ids
         self._pos[0] = pos
         if ple is not None:
             self._ple[:n] = ple
-        lengths = tuple(live(pos + n) for live in self._axes.values())
-        try:
-            if lengths != self._bound_lengths:
-                self._bind_tables(lengths)
-            if n != self._bound_tokens:
-                self._bind_tokens(n)
-            self._engine.run_with_iobinding(self._binding)
-        except Exception as e:  # onnxruntime's exceptions share no base of their own
-            message = f"onnxruntime failed in {self._name} at position {pos}: {_line(e)}"
-            raise _fault(e, RuntimeFault(message)) from e
+        self._run(pos, pos + n)
 
-    def _bind_tokens(self, n: int) -> None:
-        self._bound_tokens = None  # a failure half way must not look like a finished binding
-        self._put("ids", self._ids[:n])
-        self._put("pos", self._pos)
+    def _bind_values(self) -> None:
+        n = self._tokens
+        if n == self._bound_tokens:
+            return
+        self._bound_tokens = None
+        self._feed("ids", self._ids[:n])
+        self._feed("pos", self._pos)
         if self._has_ple:
-            self._put("ple", self._ple[:n])
+            self._feed("ple", self._ple[:n])
         if self.logits.size:
-            shape = self.logits.shape[1:] if self._flat else (n, *self.logits.shape[1:])
-            address = self.logits.ctypes.data
-            self._binding.bind_output("logits", "cpu", 0, np.float32, shape, address)
+            self._fetch("logits", self.logits[0] if self._flat else self.logits[:n])
         if self.hidden.size:
-            shape, address = (n, self.hidden.shape[1]), self.hidden.ctypes.data
-            self._binding.bind_output(HIDDEN, "cpu", 0, np.float32, shape, address)
+            self._fetch(HIDDEN, self.hidden[:n])
         self._bound_tokens = n
 
-    def _bind_tables(self, lengths: tuple[int, ...]) -> None:
-        self._bound_lengths = None
-        open_axes = dict(zip(self._axes, lengths, strict=True))
-        for view in self._views:
-            shape = [open_axes[d] if isinstance(d, str) else d for d in view.shape]
-            at = ("cpu", 0, self._dtypes[view.name], shape, view.memory.ctypes.data)
-            self._binding.bind_input(view.name, *at)
-            self._binding.bind_output(f"{view.name}.out", *at)
-        self._bound_lengths = lengths
 
-    def _put(self, name: str, array: npt.NDArray[Any]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-class _Drafts:
+class _Drafts(_Program):
     """The program of a drafter, bound to the tables that it reads."""
 
+    writes = False
+
     def __init__(self, session: OnnxSession, program: Program, engine: Any) -> None:
+        super().__init__(session, DRAFT, program, engine)
         path, entry = session.artifact.path(program.file), session.artifact.manifest.drafter
         assert entry
-        self._engine = engine
-        self._dtypes = _check_contract(engine, program, path)
-        views, axes = _views(session)
-        self._views = [v for v in views if v.name in self._dtypes]
-        self._axes = axes
+        self._views = [v for v in self._views if v.name in self._dtypes]
         shapes = {t.name: tuple(t.shape) for t in program.inputs}
         wanted: dict[str, tuple[int | str, ...]] = {v.name: v.shape for v in self._views}
         wanted |= {"ids": (1,), "pos": (1,), HIDDEN: (1, entry.width)}
@@ -392,36 +410,23 @@ class _Drafts:
         self._logits: Logits = np.zeros(scored, np.float32)
         some = scored < session.artifact.tokens.vocab
         self._tokens = np.zeros(scored, np.int64) if some else None
-        self._binding = engine.io_binding()
-        self._bound: tuple[int, ...] | None = None
+        self._has_values = False
 
     def run(self, token: Ids, hidden: Hidden, pos: int) -> Draft:
         self._ids[:], self._pos[0], self._hidden[0] = token, pos, hidden
-        lengths = tuple(live(pos) for live in self._axes.values())
-        try:
-            if lengths != self._bound:
-                self._bind(lengths)
-            self._engine.run_with_iobinding(self._binding)
-        except Exception as e:  # onnxruntime's exceptions share no base of their own
-            message = f"onnxruntime failed in {DRAFT} at position {pos}: {_line(e)}"
-            raise _fault(e, RuntimeFault(message)) from e
+        self._run(pos, pos)
         tokens = None if self._tokens is None else self._tokens.copy()
         return Draft(self._logits.copy(), tokens, self._carry[0].copy())
 
-    def _bind(self, lengths: tuple[int, ...]) -> None:
-        self._bound = None  # a failure half way must not look like a finished binding
+    def _bind_values(self) -> None:
+        if self._has_values:
+            return
         for name, array in (("ids", self._ids), ("pos", self._pos), (HIDDEN, self._hidden)):
-            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        open_axes = dict(zip(self._axes, lengths, strict=True))
-        for view in self._views:
-            shape = [open_axes[d] if isinstance(d, str) else d for d in view.shape]
-            address = view.memory.ctypes.data
-            self._binding.bind_input(view.name, "cpu", 0, self._dtypes[view.name], shape, address)
-        outputs = {"logits": self._logits, CARRY: self._carry, TOKENS: self._tokens}
-        for name, out in outputs.items():
+            self._feed(name, array)
+        for name, out in (("logits", self._logits), (CARRY, self._carry), (TOKENS, self._tokens)):
             if out is not None:
-                self._binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
-        self._bound = lengths
+                self._fetch(name, out)
+        self._has_values = True
 
 
 class _View(NamedTuple):

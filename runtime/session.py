@@ -175,7 +175,8 @@ class Session(ABC):
     @property
     def drafts(self) -> int:
         """Most tokens that `decode_many` takes behind the first."""
-        return self.plan.drafts
+        backend = self.artifact.manifest.backends[self.backend]
+        return self.plan.drafts if backend.checks_drafts else 0
 
     @property
     def has_drafter(self) -> bool:
