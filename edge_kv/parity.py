@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,30 @@ def several(drafts: int, steps: int) -> Iterator[tuple[int, int]]:
     counts = range(2, min(drafts + 1, steps) + 1)
     for i, count in enumerate(counts):
         yield i * (steps - counts[-1]) // max(1, len(counts) - 1), count
+
+
+class Decoding(Protocol):
+    """What `replayed` needs of a session (`edge_kv.runtime.session.Session`)."""
+
+    def decode(self, token: int) -> npt.NDArray[np.float32]: ...
+    def decode_many(self, ids: Any) -> npt.NDArray[np.float32]: ...
+    def rewind(self, n: int) -> None: ...
+
+
+def replayed(
+    session: Decoding, ids: npt.NDArray[np.int64], passes: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """(first step, logits [n, vocab]) of decoding `ids` one by one, and of every one of `passes`,
+    which runs before its first step and is rewound."""
+    counts: dict[int, list[int]] = {}
+    for at, count in passes:
+        counts.setdefault(at, []).append(count)
+    for step, token in enumerate(ids.tolist()):
+        for count in counts.get(step, ()):
+            logits = session.decode_many(ids[step : step + count])
+            session.rewind(count)
+            yield step, logits
+        yield step, session.decode(token)[None]
 
 
 def log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

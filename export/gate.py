@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from edge_kv.errors import ParityError
-from edge_kv.parity import Divergence, divergence, log_softmax, several
+from edge_kv.parity import Decoding, Divergence, divergence, log_softmax, replayed, several
 from edge_kv.plan import Plan
 
 DECODE_STEPS = 24
@@ -52,15 +52,10 @@ VERIFY_FLOOR_KL = 1e-3
 VERIFY_TOP1_LOSS = 0.25
 
 
-class Runner(Protocol):
+class Runner(Decoding, Protocol):
     """What the gate needs of a session (`edge_kv.runtime.session.Session`)."""
 
-    @property
-    def drafts(self) -> int: ...
     def prefill(self, ids: Any) -> None: ...
-    def decode_many(self, ids: Any) -> npt.NDArray[np.float32]: ...
-    def decode(self, token: int) -> npt.NDArray[np.float32]: ...
-    def rewind(self, n: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -135,14 +130,11 @@ def replay(session: Runner, run: GateRun) -> npt.NDArray[np.float32]:
     for token in run.ids[run.prompt : run.prompt + again]:
         session.decode(int(token))
     session.rewind(again)
-    alone, together = [], []
-    for step, token in enumerate(run.ids[run.prompt :]):
-        for count in (n for at, n in run.passes if at == step):
-            start = run.prompt + step
-            together.append(session.decode_many(run.ids[start : start + count]))
-            session.rewind(count)
-        alone.append(session.decode(int(token)))
-    return np.concatenate([np.stack(alone), *together])
+    alone: list[npt.NDArray[np.float32]] = []
+    together: list[npt.NDArray[np.float32]] = []
+    for _, logits in replayed(session, run.ids[run.prompt :], run.passes):
+        (alone if len(logits) == 1 else together).append(logits)
+    return np.concatenate([*alone, *together])
 
 
 def judge(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError
-from edge_kv.parity import divergence, several
+from edge_kv.parity import divergence, replayed, several
 from edge_kv.runtime.session import Session
 
 
@@ -53,15 +53,11 @@ def verify(session: Session, on_step: Callable[[int, int], None] | None = None) 
     session.reset()
     session.prefill(ids[:prompt])
     found = []
-    passes = list(several(session.drafts, len(reference)))
-    for i, token in enumerate(ids[prompt:].tolist()):
-        for count in (n for at, n in passes if at == i):
-            logits = session.decode_many(ids[prompt + i : prompt + i + count])
-            session.rewind(count)
-            found.append(divergence(reference[i : i + count], logits))
-        found.append(divergence(reference[i : i + 1], session.decode(token)[None]))
-        if on_step:
-            on_step(i + 1, len(reference))
+    passes = several(session.drafts, len(reference))
+    for at, logits in replayed(session, ids[prompt:], passes):
+        found.append(divergence(reference[at : at + len(logits)], logits))
+        if on_step and len(logits) == 1:
+            on_step(at + 1, len(reference))
     rows = [f.steps for f in found]
     return Parity(
         steps=len(reference),
