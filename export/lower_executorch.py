@@ -206,14 +206,17 @@ def programs(
     """The manifest's description of all methods; state is inside, and only `draft` is handed it."""
     fed = config.token_rows
 
-    def inputs(tokens: int | str, layers: int) -> list[TensorIO]:
-        listed = [
+    def placed(tokens: int | str) -> list[TensorIO]:
+        return [
             TensorIO(name="ids", dtype="int64", shape=[tokens]),
             TensorIO(name="pos", dtype="int64", shape=[1]),
         ]
-        if fed is not None:
-            listed.append(TensorIO(name="ple", dtype="float", shape=[tokens, layers, fed.dim]))
-        return listed
+
+    def inputs(tokens: int | str, layers: int) -> list[TensorIO]:
+        if fed is None:
+            return placed(tokens)
+        ple = TensorIO(name="ple", dtype="float", shape=[tokens, layers, fed.dim])
+        return [*placed(tokens), ple]
 
     width = tokens_axis("decode", plan) or 1
     logits = TensorIO(name="logits", dtype="float", shape=[*logits_shape(plan, config.vocab)])
@@ -234,8 +237,7 @@ def programs(
         made[DRAFT] = Program(
             file=file,
             inputs=[
-                TensorIO(name="ids", dtype="int64", shape=[1]),
-                TensorIO(name="pos", dtype="int64", shape=[1]),
+                *placed(1),
                 TensorIO(name=HIDDEN, dtype="float", shape=[1, config.hidden]),
                 *(
                     TensorIO(name=t.name, dtype=_TYPES[t.dtype], shape=[*t.shape])

@@ -170,7 +170,6 @@ def lower_onnx(
             model = trace()
         except Exception as e:
             raise ExportError(f"Lowering {name} to ONNX failed: {e}") from e
-        fold_views(model)
         _place_weights(model, own.net, own.computed, layout, folder, weights)
         ir.save(model, folder / f"{name}.onnx")
         make_exact(model)
@@ -205,16 +204,11 @@ def _trace_draft(module: _DraftProgram, config: Model) -> ir.Model:
             torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64),
             torch.empty(1, config.hidden),
         )  # fmt: skip
-    model = to_onnx(module, (*args, *tables), (None, None, None, axes), most)
-    attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
-    simplify(model)
-    read: dict[str, Shape] = {t.name: table_shape(t) for t in module.plan.tables}
-    _name_values(model.graph.inputs, {"ids": (1,), "pos": (1,), HIDDEN: (1, config.hidden), **read})
-    outputs: dict[str, Shape] = {
-        t.name: tuple(t.shape) for t in draft_outputs(config.vocab, config.hidden, module.scored)
-    }
-    _name_values(model.graph.outputs, outputs)
-    return model
+    inputs: dict[str, Shape] = {"ids": (1,), "pos": (1,), HIDDEN: (1, config.hidden)}
+    inputs |= {t.name: table_shape(t) for t in module.plan.tables}
+    made = draft_outputs(config.vocab, config.hidden, module.scored)
+    outputs: dict[str, Shape] = {t.name: tuple(t.shape) for t in made}
+    return _trace(module, (*args, *tables), (None, None, None, axes), most, inputs, outputs)
 
 
 def _trace_program(module: _PrefillProgram | _DecodeProgram, config: Model, name: str) -> ir.Model:
@@ -232,9 +226,6 @@ def _trace_program(module: _PrefillProgram | _DecodeProgram, config: Model, name
         if rows:
             args[2] = torch.empty(tokens, layers, rows.dim)
     shapes = (grows, None, grows if rows else None, axes)
-    model = to_onnx(module, (*args, *tables), shapes, most)
-    attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
-    simplify(model)
     width = axis or 1
     inputs: dict[str, Shape] = {"ids": (width,), "pos": (1,)}
     if rows:
@@ -244,6 +235,18 @@ def _trace_program(module: _PrefillProgram | _DecodeProgram, config: Model, name
         outputs[HIDDEN] = (width, config.hidden)
     inputs |= {t.name: table_shape(t) for t in plan.tables}
     outputs |= {f"{t.name}.out": table_shape(t) for t in plan.tables}
+    return _trace(module, (*args, *tables), shapes, most, inputs, outputs)
+
+
+def _trace(
+    module: nn.Module, args: tuple[Any, ...], axes: tuple[Any, ...], most: dict[str, int],
+    inputs: Mapping[str, Shape], outputs: Mapping[str, Shape],
+) -> ir.Model:  # fmt: skip
+    """`module` as an ONNX graph with its functions, tidied, with named inputs and outputs."""
+    model = to_onnx(module, args, axes, most)
+    attach_functions(model, lambda m, a, s: to_onnx(m, a, s, {}))
+    simplify(model)
+    fold_views(model)
     _name_values(model.graph.inputs, inputs)
     _name_values(model.graph.outputs, outputs)
     return model
