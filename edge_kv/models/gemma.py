@@ -15,6 +15,7 @@ from edge_kv.models.model import (
     HEAD,
     KV,
     LINEAR8,
+    OF_STATE,
     PLE_TABLE,
     Model,
     Rope,
@@ -298,9 +299,6 @@ def weights(c: Config) -> Iterator[Weight]:
         yield Weight("head", (c.vocab, c.hidden), HEAD, hf, "output.weight", prefill=0)
 
 
-_OF_STATE = ("attn_norm", "attn.k", "attn.k_norm", "attn.v")  # all that the last owner's rows take
-
-
 def layer_weights(c: Config, i: int, at: str) -> Iterator[Weight]:
     """The weights of layer `i`, called `at`.… here."""
     a, d, blk = c.attention(i), c.hidden, f"blk.{i}"
@@ -323,7 +321,7 @@ def layer_weights(c: Config, i: int, at: str) -> Iterator[Weight]:
         return Weight(
             f"{at}.{name}", shape, kind, f"layers.{i}.{hf}", f"{blk}.{gguf}",
             share=c.moe.top_k / c.moe.experts if c.moe and kind == EXPERT else 1,
-            prefill=1 if owns and (i < c.owners - 1 or name in _OF_STATE) else 0,
+            prefill=1 if owns and (i < c.owners - 1 or name in OF_STATE) else 0,
             offset=c.norm_offset if norm else 0, drawn=drawn.get(name),
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from edge_kv.models.model import (
     HEAD,
     KV,
     LINEAR,
+    OF_STATE,
     Divisors,
     Llama3,
     Model,
@@ -215,15 +216,12 @@ def weights(c: Config) -> Iterator[Weight]:
         )
 
 
-_OF_STATE = ("attn_norm", "attn.k", "attn.k_norm", "attn.v")  # all that the last layer's rows take
-
-
 def _layer(c: Config, i: int) -> Iterator[Weight]:
     at, blk = f"layers.{i}", f"blk.{i}"
     q, kv = c.q_heads * c.head_dim, c.kv_heads * c.head_dim
 
     def read(name: str) -> int:
-        return 1 if i < c.layers - 1 or name in _OF_STATE else 0
+        return 1 if i < c.layers - 1 or name in OF_STATE else 0
 
     linears = (
         ("attn.q", (q, c.hidden), "self_attn.q_proj", "attn_q", c.attn_bias),

@@ -19,6 +19,8 @@ EXPERT = "expert"  # stacked experts [n, out, in]
 EXPERT8 = "expert8"  # experts of which a token runs one: no sum that would average their error
 FLOAT = "float"  # norms, scalars, routers, small convolutions: kept in f32
 TABLE = "table"  # whole numbers looked up by token id
+# Weights of a layer that the rows of its keys and values take: all that prefill reads of the last.
+OF_STATE = ("attn_norm", "attn.k", "attn.k_norm", "attn.v")
 
 
 @dataclass(frozen=True)
