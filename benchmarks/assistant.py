@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import run_main, say, show, write_result
+from common import answer_of, ask_worker, numbers, random_states, run_main, say, show, write_result
 
 from edge_kv.artifact import read_artifact
 from edge_kv.runtime import load
-from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.runtime.session import Session
 
 ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -33,11 +30,16 @@ ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
 def main() -> None:
     args = _arguments()
     passes, speed = [], []
+    states = {e: random_states(args.artifact, e, args.threads, args.depths) for e in args.engines}
     for depth in args.depths:
         found: dict[str, dict[str, Any]] = {e: defaultdict(list) for e in args.engines}
         for _ in range(args.rounds):
             for engine in args.engines:
-                for key, values in _ask(args, engine, depth).items():
+                answer = ask_worker(
+                    __file__, args.artifact, engine, states[engine][depth], args.threads,
+                    args.repeats, args.drafts, args.turns,
+                )  # fmt: skip
+                for key, values in answer_of(answer).items():
                     found[engine][key] += values
         for engine, times in found.items():
             median = {k: float(np.median(v)) for k, v in times.items()}
@@ -72,25 +74,6 @@ def main() -> None:
     )
     show("Milliseconds of a pass with drafts, and its multiple of one token", passes)
     show("Speed against plain decoding; acceptance is injected", speed)
-
-
-def _ask(args: argparse.Namespace, engine: str, depth: int) -> dict[str, list[Any]]:
-    """What a process of its own measures."""
-    job = Job(
-        "measure", str(args.artifact), engine, args.threads, cache=True, depths=(depth,), prompt=1,
-        tokens=1, repeats=1, fill="random",
-    )  # fmt: skip
-    if depth:
-        fill_depths(job)
-    path = snapshot_path(read_artifact(args.artifact), job, depth) if depth else ""
-    words = (args.artifact, engine, path, args.threads, args.repeats, args.drafts, args.turns)
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", *map(str, words)], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def _work(
@@ -142,9 +125,6 @@ def _burst(session: Session, n: int) -> tuple[float, float]:
 
 
 def _arguments() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--engines", type=lambda text: text.split(","), default=["onnx"])
@@ -159,7 +139,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        _work(*sys.argv[2:])
-    else:
-        run_main(main)
+    run_main(main, _work)

@@ -33,12 +33,14 @@ from edge_kv.artifact import read_artifact
 from edge_kv.errors import EdgeKVError
 from edge_kv.export import export_model
 from edge_kv.runtime import Session, Tokenizer, load
+from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.terminal import Bar
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("edge-kv", "numpy", "onnxruntime", "torch", "transformers")
 MODELS = ("gemma3-270m", "tiny")
 EXPORT = [sys.executable, "-c", "from edge_kv.cli import main; main()", "export"]
+WORKER = "--worker"
 console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
 
 
@@ -347,8 +349,44 @@ def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def run_main(main: Any) -> None:
-    """Call `main`; a deliberate error is one line on stderr."""
+def random_states(root: Path, engine: str, threads: int, depths: Iterable[int]) -> dict[int, str]:
+    """Snapshots of random rows by depth, made where they are missing; "" for none at depth 0."""
+    deep = tuple(d for d in depths if d)
+    job = Job(
+        "measure", str(root), engine, threads, cache=True, depths=deep, prompt=1, tokens=1,
+        repeats=1, fill="random",
+    )  # fmt: skip
+    if deep:
+        fill_depths(job)
+    artifact = read_artifact(root)
+    return {0: ""} | {depth: str(snapshot_path(artifact, job, depth)) for depth in deep}
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them, as an option takes them."""
+    return [int(n) for n in text.split(",")]
+
+
+def ask_worker(script: str, *words: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run `script` as its own worker, in a process of its own; `how` goes to subprocess."""
+    command = [sys.executable, script, WORKER, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **how)
+
+
+def answer_of(done: subprocess.CompletedProcess[str]) -> Any:
+    """What a worker printed last, as JSON; this program ends with its words if it failed."""
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_main(main: Callable[[], None], work: Callable[..., None] | None = None) -> None:
+    """Call `main`; a deliberate error is one line on stderr.
+
+    A process that `ask_worker` started calls `work` with its words instead.
+    """
+    if work and sys.argv[1:2] == [WORKER]:
+        return work(*sys.argv[2:])
     torch.set_num_threads(1)
     try:
         main()

@@ -18,8 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,7 +27,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-from common import run_main, say, show, write_result
+from common import (
+    answer_of,
+    ask_worker,
+    numbers,
+    random_states,
+    run_main,
+    say,
+    show,
+    write_result,
+)
 from memory_limits import forget, memory_group
 
 from edge_kv import models
@@ -38,7 +45,6 @@ from edge_kv.artifact import Artifact, read_artifact, sha256_file, write_manifes
 from edge_kv.footprint import footprint, streaming
 from edge_kv.manifest import FileEntry
 from edge_kv.runtime import load, native_library
-from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.runtime.cache import cache_directory
 from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.onnx_session import create_engine
@@ -53,24 +59,17 @@ def main() -> None:
     args = _arguments()
     artifact = read_artifact(args.artifact)
     config, formats = models.get_row(args.model).config, artifact.manifest.quant.formats
-    depths = [int(d) for d in args.depths.split(",")]
-    job = Job(
-        "measure", str(args.artifact), args.engine, args.threads, cache=True,
-        depths=tuple(d for d in depths if d), prompt=1, tokens=1, repeats=1, fill="random",
-    )  # fmt: skip
-    if job.depths:
-        fill_depths(job)
+    states = random_states(args.artifact, args.engine, args.threads, args.depths)
     rows, routing = [], []
     for skew in map(float, args.skew.split(",")):
         with _routed(artifact, skew, args.threads) as (root, share):
             routing.append({"skew": skew, "tokens": COUNTED, "share": share})
             say(f"skew {skew}: {share}")
-            for depth in depths:
-                path = str(snapshot_path(artifact, job, depth)) if depth else ""
+            for depth in args.depths:
                 for limit in map(_limit, args.limits.split(",")):
                     forget(root, cache_directory())
                     row = {"skew": skew, "depth": depth, "limit": limit}
-                    row |= _measured(args, root, path, limit)
+                    row |= _measured(args, root, states[depth], limit)
                     need = footprint(config, artifact.plan, formats=formats, depth=depth)
                     if limit and limit >= need.least:
                         row["planned_storage"] = streaming(need, limit).storage
@@ -105,20 +104,13 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
 def _measured(
     args: argparse.Namespace, root: Path, snapshot: str, limit: int | None
 ) -> dict[str, Any]:
-    command = [
-        sys.executable, __file__, "--worker", root, args.engine, snapshot, str(args.threads),
-    ]  # fmt: skip
     with memory_group(limit) as group:
-        done = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True,
-            preexec_fn=group.enter,
-        )  # fmt: skip
+        words = (root, args.engine, snapshot, args.threads)
+        done = ask_worker(__file__, *words, preexec_fn=group.enter)
         peak, killed = group.peak, group.killed
-    if done.returncode:
-        if not killed and "memory" not in done.stderr.lower():
-            raise SystemExit(done.stderr)
+    if done.returncode and (killed or "memory" in done.stderr.lower()):
         return {"rate": None, "killed": killed, "peak": peak}
-    return {**json.loads(done.stdout.splitlines()[-1]), "peak": peak}
+    return {**answer_of(done), "peak": peak}
 
 
 def _work(root: str, engine: str, snapshot: str, threads: str) -> None:
@@ -278,7 +270,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="its preset")
     parser.add_argument("--engine", default="onnx")
     parser.add_argument("--limits", default="none,4g,2g")
-    parser.add_argument("--depths", default="0")
+    parser.add_argument("--depths", type=numbers, default=[0])
     parser.add_argument("--skew", default="0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--note", default="")
@@ -287,7 +279,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        _work(*sys.argv[2:])
-    else:
-        run_main(main)
+    run_main(main, _work)

@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from common import run_main, say, show, write_result
+from common import answer_of, ask_worker, numbers, random_states, run_main, say, show, write_result
 
 from edge_kv.artifact import read_artifact
 from edge_kv.runtime import load
-from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 
 
 def main() -> None:
     args = _arguments()
     roots = [args.artifact, *([args.beside] if args.beside else [])]
+    states = {
+        (root, engine): random_states(root, engine, args.threads, args.depths)
+        for root in roots
+        for engine in args.engines
+    }
     rows = []
     for depth in args.depths:
         found: dict[tuple[Path, str], dict[int, list[float]]] = {}
@@ -36,7 +38,11 @@ def main() -> None:
             for engine in args.engines:
                 for root in roots:
                     seconds = found.setdefault((root, engine), defaultdict(list))
-                    for count, times in _ask(args, root, engine, depth).items():
+                    answer = ask_worker(
+                        __file__, root, engine, states[root, engine][depth], args.threads,
+                        args.repeats, ",".join(map(str, args.tokens)),
+                    )  # fmt: skip
+                    for count, times in answer_of(answer).items():
                         seconds[int(count)] += times
         for engine in args.engines:
             rows += _rows(engine, depth, *(found[root, engine] for root in roots))
@@ -76,32 +82,12 @@ def _rows(
     return rows
 
 
-def _ask(args: argparse.Namespace, root: Path, engine: str, depth: int) -> dict[str, list[float]]:
-    """Seconds of the passes of each number of tokens, measured in a process of its own."""
-    job = Job(
-        "measure", str(root), engine, args.threads, cache=True, depths=(depth,), prompt=1,
-        tokens=1, repeats=1, fill="random",
-    )  # fmt: skip
-    if depth:
-        fill_depths(job)
-    path = snapshot_path(read_artifact(root), job, depth) if depth else ""
-    words = [
-        "--worker", root, engine, path, args.threads, args.repeats, ",".join(map(str, args.tokens))
-    ]  # fmt: skip
-    command = [sys.executable, __file__, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    times: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return times
-
-
 def _work(root: str, engine: str, snapshot: str, threads: str, repeats: str, tokens: str) -> None:
     seconds: dict[int, list[float]] = defaultdict(list)
     with load(root, engine, threads=int(threads)) as session:
         if snapshot:
             session.restore(snapshot)
-        counts = [n for n in map(int, tokens.split(",")) if n <= session.drafts + 1]
+        counts = [n for n in numbers(tokens) if n <= session.drafts + 1]
         vocab = session.artifact.tokens.vocab
         rng = np.random.default_rng(7)
         for turn in range(int(repeats) + 2):
@@ -117,9 +103,6 @@ def _work(root: str, engine: str, snapshot: str, threads: str, repeats: str, tok
 
 
 def _arguments() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--beside", type=Path, help="the same model, exported with --drafts 0")
@@ -134,7 +117,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        _work(*sys.argv[2:])
-    else:
-        run_main(main)
+    run_main(main, _work)

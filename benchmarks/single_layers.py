@@ -14,20 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from common import run_main, say, show, write_result
+from common import (
+    answer_of,
+    ask_worker,
+    numbers,
+    random_states,
+    run_main,
+    say,
+    show,
+    write_result,
+)
 
 from edge_kv import models
 from edge_kv.artifact import read_artifact
 from edge_kv.export import export_model
 from edge_kv.runtime import load
-from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.runtime.meter import read_memory
 
 TOKENS = 16
@@ -35,7 +41,6 @@ TOKENS = 16
 
 def main() -> None:
     args = _arguments()
-    depths = [int(d) for d in args.depths.split(",")]
     config = models.get_row(args.model).config
     rows = []
     for kind in args.kinds.split(","):
@@ -46,25 +51,15 @@ def main() -> None:
             name = f"{args.model}-{kind}"
             models.ROWS[name] = replace(models.get_row(args.model), config=one)
             export_model(
-                model=name, weights="random", ctx=max(depths) + 512, quant="int4",
+                model=name, weights="random", ctx=max(args.depths) + 512, quant="int4",
                 calibration="none", out=root, open_session=load,
             )  # fmt: skip
             say(f"{root.name} exported in {time.perf_counter() - begin:.0f} s")
         artifact = read_artifact(root)
-        job = Job(
-            "measure", str(root), args.engine, args.threads, cache=True, depths=tuple(depths),
-            prompt=1, tokens=1, repeats=1, fill="random",
-        )  # fmt: skip
-        fill_depths(job)
-        for depth in depths:
-            command = [
-                sys.executable, __file__, "--worker", root, args.engine,
-                snapshot_path(artifact, job, depth), args.threads,
-            ]  # fmt: skip
-            done = subprocess.run([str(w) for w in command], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            row = {"layer": kind, "depth": depth, **json.loads(done.stdout.splitlines()[-1])}
+        states = random_states(root, args.engine, args.threads, args.depths)
+        for depth in args.depths:
+            done = ask_worker(__file__, root, args.engine, states[depth], args.threads)
+            row = {"layer": kind, "depth": depth, **answer_of(done)}
             plan = artifact.plan
             row |= {"state_planned": plan.bytes, "state_touched_planned": plan.touched(depth)}
             rows.append(row)
@@ -110,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--kinds", required=True, help="letters of its pattern, by commas")
-    parser.add_argument("--depths", default="4096,32768,131072")
+    parser.add_argument("--depths", type=numbers, default=[4096, 32_768, 131_072])
     parser.add_argument("--engine", default="onnx")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, required=True)
@@ -120,7 +115,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        _work(*sys.argv[2:])
-    else:
-        run_main(main)
+    run_main(main, _work)
