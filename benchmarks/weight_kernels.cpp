@@ -102,7 +102,7 @@ int main(int count, char** words) {
   const char* names[] = {"int4-s8", "code4-s8", "int4-f16", "int8-f16", "int4-row", "qat"};
   for (const char* name : names) {
     double first = 0;
-    for (const int64_t tokens : {1, 2, 4, 8}) {
+    for (const int64_t tokens : {1, 2, 3, 4, 6, 8}) {
       std::vector<Weights> all;
       int64_t bytes = 0, values = 0;
       for (const Product& p : products) {

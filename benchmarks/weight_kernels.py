@@ -2,8 +2,8 @@
 
     python benchmarks/weight_kernels.py        results/weight_kernels.json
 
-weight_kernels.cpp multiplies matrices of the model's shapes, 1.2 GB of them at 4 bits, with 1, 2, 4
-and 8 tokens; every pass stands between two plain reads of as many bytes, and is compared with them.
+weight_kernels.cpp multiplies matrices of the model's shapes, 1.2 GB of them at 4 bits, with 1 … 8
+tokens; every pass stands between two plain reads of as many bytes and is compared with them.
 Nothing else of the model runs. QAT is the mix of the mobile release: 2, 4 and 8 bits a row.
 """
 

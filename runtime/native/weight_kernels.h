@@ -223,6 +223,18 @@ void round_row(const float* x, int64_t cols, float fixed, void* out) {
   }
 }
 
+// 0 … N - 1 as a type; std::integer_sequence is of the standard library (see kernels.cpp).
+template <int...>
+struct Sequence {};
+template <int N, int... Rest>
+struct Counted : Counted<N - 1, N - 1, Rest...> {};
+template <int... All>
+struct Counted<0, All...> {
+  using type = Sequence<All...>;
+};
+template <int N>
+using UpTo = typename Counted<N>::type;
+
 template <Scale scale>
 inline Vec block_scales(const uint8_t* line, int block, int vector) {
   const int at = block * kGroupRows + vector * kWidth;
@@ -294,30 +306,35 @@ void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t
     }
 }
 
-constexpr int most_of(int tokens) { return tokens < kFewTokens ? tokens : kFewTokens; }
-
 using GroupTokens = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, float*, int64_t);
 
-// All tokens with one group after the other; its weights come from memory once.
+// group_tokens for 1 … kFewTokens tokens.
+template <int bits, Scale scale, bool levels, int... Fewer>
+const GroupTokens* kernels_of(Sequence<Fewer...>) {
+  static constexpr GroupTokens kernels[] = {group_tokens<bits, scale, levels, Fewer + 1>...};
+  return kernels;
+}
+
+// All tokens with one group after the other; its weights come from memory once. More tokens than a
+// kernel takes are parted as evenly as can be.
 template <int bits, Scale scale, bool levels>
 void groups_tokens(const uint8_t* data, int64_t groups, int64_t group_bytes, int64_t blocks,
                    const uint8_t* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
                    int64_t rows) {
-  constexpr GroupTokens kernels[] = {
-      group_tokens<bits, scale, levels, 1>, group_tokens<bits, scale, levels, most_of(2)>,
-      group_tokens<bits, scale, levels, most_of(4)>, group_tokens<bits, scale, levels, most_of(8)>};
+  const GroupTokens* kernels = kernels_of<bits, scale, levels>(UpTo<kFewTokens>());
   for (int64_t g = 0; g < groups; ++g, data += group_bytes, out += kGroupRows, rows -= kGroupRows) {
     const int64_t n = rows < kGroupRows ? rows : kGroupRows;
-    int power = kFewTokens == 8 ? 3 : kFewTokens == 4 ? 2 : 0;
-    for (int64_t t = 0; t < tokens; t += int64_t(1) << power) {
-      while (tokens - t < int64_t(1) << power) --power;
+    int64_t parts = (tokens + kFewTokens - 1) / kFewTokens;
+    for (int64_t t = 0, count; t < tokens; t += count, --parts) {
+      count = (tokens - t + parts - 1) / parts;
+      const GroupTokens kernel = kernels[count - 1];
       if (n == kGroupRows) {
-        kernels[power](data, blocks, x + t * x_stride, x_stride, out + t * stride, stride);
+        kernel(data, blocks, x + t * x_stride, x_stride, out + t * stride, stride);
         continue;
       }
       float whole[kFewTokens * kGroupRows];
-      kernels[power](data, blocks, x + t * x_stride, x_stride, whole, kGroupRows);
-      for (int i = 0; i < 1 << power; ++i)
+      kernel(data, blocks, x + t * x_stride, x_stride, whole, kGroupRows);
+      for (int64_t i = 0; i < count; ++i)
         memcpy(out + (t + i) * stride, whole + i * kGroupRows, sizeof(float) * size_t(n));
     }
   }
