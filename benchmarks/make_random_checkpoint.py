@@ -8,10 +8,14 @@ Names and shapes are spelled out here rather than taken from edge_kv, which they
 
     python benchmarks/make_random_checkpoint.py --model e2b --out /tmp/e2b-hf \
         --tokenizer gemma-3-270m-q4_k_m.gguf
+
+With `--mobile` it has the form of the release for phones, trained for few bits: integers of 2, 4
+and 8 bits with one scale a row, and fixed steps for the inputs and outputs of every product.
 """
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -75,15 +79,26 @@ SHARD_BYTES = 2_000_000_000  # a larger tensor gets a shard of its own: the PLE 
 BLOCK = 1 << 23  # values drawn at a time
 
 
+# Integers of the mobile release: bits of the modules whose names a pattern is found in.
+MOBILE: dict[str, int] = {
+    r"lm_head|embed_tokens$": 2,
+    r"layers\.(1[5-9]|2\d|3\d)\.mlp": 2,
+    r"per_layer_input_gate|per_layer_projection$": 8,
+}
+OTHERS = 4  # bits
+ACTIVATION_STEP = 8 / 127  # activations are near 1
+
+
 class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
-    std: float
+    std: float = 0.0
     mean: float = 0.0
+    dtype: str = "BF16"  # integers (U8, I8) are uniform bytes
 
     @property
     def nbytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+        return {"BF16": 2, "F32": 4}.get(self.dtype, 1) * int(np.prod(self.shape))
 
 
 def make_config(model: str) -> dict[str, Any]:
@@ -137,6 +152,42 @@ def tensors(config: dict[str, Any], dead_kv: bool) -> Iterator[Tensor]:
         yield Tensor(f"model.{at}.layer_scalar", (1,), std=0.05, mean=0.85)
 
 
+def mobile_config(config: dict[str, Any]) -> dict[str, Any]:
+    patterns = {pattern: {"num_bits": bits} for pattern, bits in MOBILE.items()}
+    quantisation = {
+        "quant_method": "gemma", "num_bits": OTHERS, "quantize_embeddings": True,
+        "module_quant_configs": patterns,
+    }  # fmt: skip
+    return config | {"tie_word_embeddings": False, "quantization_config": quantisation}
+
+
+def mobile(plain: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same weights as integers with their scales, and a head beside the embedding."""
+    for tensor in plain:
+        if len(tensor.shape) == 1:
+            yield tensor
+            continue
+        yield from integers(tensor)
+        if tensor.name == "model.embed_tokens.weight":
+            yield from integers(tensor._replace(name="lm_head.weight"))
+
+
+def integers(tensor: Tensor) -> Iterator[Tensor]:
+    base = tensor.name.removesuffix(".weight")
+    bits = next((b for pattern, b in MOBILE.items() if re.search(pattern, base)), OTHERS)
+    rows, columns = tensor.shape
+    table = base.startswith("model.embed_tokens")
+    values, scale = ("embedding_quantized", "embedding_scale") if table else (
+        "weight", "weight_scale"
+    )  # fmt: skip
+    yield Tensor(f"{base}.{values}", (rows, columns * bits // 8), dtype="I8" if bits == 8 else "U8")
+    unit = tensor.std * 12**0.5 / (1 << bits)  # uniform integers have a deviation of 2^bits / 12^.5
+    yield Tensor(f"{base}.{scale}", (rows, 1), 0.1 * unit, unit, "F32")
+    if not table:
+        for step in ("input_activation_scale", "output_activation_scale"):
+            yield Tensor(f"{base}.{step}", (), 0.0, ACTIVATION_STEP, "F32")
+
+
 def shards(all_tensors: Iterator[Tensor]) -> Iterator[list[Tensor]]:
     shard: list[Tensor] = []
     size = 0
@@ -150,15 +201,19 @@ def shards(all_tensors: Iterator[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def values(tensor: Tensor, seed: int) -> Iterator[np.ndarray]:
-    """The tensor's bfloat16 values in blocks; they depend on the seed and its name alone."""
+    """The tensor's values in blocks; they depend on the seed and its name alone."""
     stream = np.random.SFC64(np.random.SeedSequence([seed, crc32(tensor.name.encode())]))
     random = np.random.Generator(stream)
     left = int(np.prod(tensor.shape))
     while left:
+        if tensor.dtype in ("U8", "I8"):
+            yield random.integers(0, 256, min(left, BLOCK), np.uint8)
+            left -= min(left, BLOCK)
+            continue
         block = random.standard_normal(min(left, BLOCK), dtype=np.float32)
         block *= tensor.std
         block += tensor.mean
-        yield block.astype(ml_dtypes.bfloat16)
+        yield block if tensor.dtype == "F32" else block.astype(ml_dtypes.bfloat16)
         left -= block.size
 
 
@@ -168,7 +223,7 @@ def write_shard(path: Path, shard: list[Tensor], seed: int) -> None:
     for tensor in shard:
         start, end = end, end + tensor.nbytes
         header[tensor.name] = {
-            "dtype": "BF16",
+            "dtype": tensor.dtype,
             "shape": tensor.shape,
             "data_offsets": [start, end],
         }
@@ -196,9 +251,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_checkpoint(model: str, out: Path, seed: int, dead_kv: bool) -> None:
+def write_checkpoint(model: str, out: Path, seed: int, dead_kv: bool, few_bits: bool) -> None:
     config = make_config(model)
-    parts = list(shards(tensors(config, dead_kv)))
+    every = tensors(config, dead_kv)
+    if few_bits:
+        config, every = mobile_config(config), mobile(every)
+    parts = list(shards(every))
     total = sum(tensor.nbytes for shard in parts for tensor in shard)
     done = 0
     weight_map: dict[str, str] = {}
@@ -220,13 +278,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="directory or GGUF to take one from")
     parser.add_argument("--dead-kv", action="store_true", help="unused k/v too, as on the hub")
+    parser.add_argument("--mobile", action="store_true", help="integers of 2, 4 and 8 bits")
     args = parser.parse_args()
     if (args.out / "config.json").exists():
         sys.exit(f"{args.out} already holds a checkpoint; remove it to make another.")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tokenizer:
         write_tokenizer(args.tokenizer, args.out)
-    write_checkpoint(args.model, args.out, args.seed, args.dead_kv)
+    write_checkpoint(args.model, args.out, args.seed, args.dead_kv, args.mobile)
 
 
 if __name__ == "__main__":
