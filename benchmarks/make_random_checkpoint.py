@@ -94,7 +94,8 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     std: float = 0.0
     mean: float = 0.0
-    dtype: str = "BF16"  # integers (U8, I8) are uniform bytes
+    dtype: str = "BF16"
+    bits: int = 0  # of uniform integers, lowest bits of a byte first; 0: a normal distribution
 
     @property
     def nbytes(self) -> int:
@@ -180,12 +181,22 @@ def integers(tensor: Tensor) -> Iterator[Tensor]:
     values, scale = ("embedding_quantized", "embedding_scale") if table else (
         "weight", "weight_scale"
     )  # fmt: skip
-    yield Tensor(f"{base}.{values}", (rows, columns * bits // 8), dtype="I8" if bits == 8 else "U8")
-    unit = tensor.std * 12**0.5 / (1 << bits)  # uniform integers have a deviation of 2^bits / 12^.5
+    dtype = "I8" if bits == 8 else "U8"
+    yield Tensor(f"{base}.{values}", (rows, columns * bits // 8), dtype=dtype, bits=bits)
+    unit = tensor.std / ((((1 << bits) - 1) ** 2 - 1) / 12) ** 0.5  # by the deviation of integers
     yield Tensor(f"{base}.{scale}", (rows, 1), 0.1 * unit, unit, "F32")
     if not table:
         for step in ("input_activation_scale", "output_activation_scale"):
             yield Tensor(f"{base}.{step}", (), 0.0, ACTIVATION_STEP, "F32")
+
+
+def symmetric_bytes(bits: int) -> np.ndarray:
+    """Bytes without the lowest integer: a mean beside 0 would grow from layer to layer."""
+    every = np.arange(256, dtype=np.uint8)
+    if bits == 8:
+        return every[every != 128]  # -128
+    fields = every[:, None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8((1 << bits) - 1)
+    return every[(fields != 0).all(1)]
 
 
 def shards(all_tensors: Iterator[Tensor]) -> Iterator[list[Tensor]]:
@@ -206,8 +217,8 @@ def values(tensor: Tensor, seed: int) -> Iterator[np.ndarray]:
     random = np.random.Generator(stream)
     left = int(np.prod(tensor.shape))
     while left:
-        if tensor.dtype in ("U8", "I8"):
-            yield random.integers(0, 256, min(left, BLOCK), np.uint8)
+        if tensor.bits:
+            yield random.choice(symmetric_bytes(tensor.bits), min(left, BLOCK))
             left -= min(left, BLOCK)
             continue
         block = random.standard_normal(min(left, BLOCK), dtype=np.float32)
