@@ -86,7 +86,7 @@ MOBILE: dict[str, int] = {
     r"per_layer_input_gate|per_layer_projection$": 8,
 }
 OTHERS = 4  # bits
-ACTIVATION_STEP = 8 / 127  # activations are near 1
+ACTIVATION_STEP = 3 / 127  # activations are near 1; coarser steps part any two runs
 
 
 class Tensor(NamedTuple):
@@ -186,8 +186,11 @@ def integers(tensor: Tensor) -> Iterator[Tensor]:
     unit = tensor.std / ((((1 << bits) - 1) ** 2 - 1) / 12) ** 0.5  # by the deviation of integers
     yield Tensor(f"{base}.{scale}", (rows, 1), 0.1 * unit, unit, "F32")
     if not table:
-        for step in ("input_activation_scale", "output_activation_scale"):
-            yield Tensor(f"{base}.{step}", (), 0.0, ACTIVATION_STEP, "F32")
+        free = base == "lm_head"  # its highest logits are not to be cut to one value
+        yield Tensor(f"{base}.input_activation_scale", (), 0.0, ACTIVATION_STEP, "F32")
+        yield Tensor(
+            f"{base}.output_activation_scale", (), 0.0, ACTIVATION_STEP * (not free), "F32"
+        )
 
 
 def symmetric_bytes(bits: int) -> np.ndarray:
