@@ -175,14 +175,16 @@ class Session(ABC):
     @property
     def drafts(self) -> int:
         """Most tokens that `decode_many` takes behind the first."""
-        backend = self.artifact.manifest.backends[self.backend]
-        return self.plan.drafts if backend.checks_drafts else 0
+        backend = self.artifact.manifest.backends.get(self.backend)
+        runs_any = backend is None or backend.checks_drafts  # None: of no exported program
+        return self.plan.drafts if runs_any else 0
 
     @property
     def has_drafter(self) -> bool:
         """Whether the artifact holds what `draft` runs."""
         manifest = self.artifact.manifest
-        return manifest.drafter is not None and DRAFT in manifest.backends[self.backend].programs
+        backend = manifest.backends.get(self.backend)
+        return bool(manifest.drafter and backend and DRAFT in backend.programs)
 
     @property
     def hidden(self) -> Hidden | None:
@@ -479,7 +481,8 @@ class Session(ABC):
     def use_huge_pages(self) -> None:
         """Put the weights that a token reads into huge pages; see `runtime.load`.
 
-        `stats.huge_page_bytes` says how many bytes of them are in such pages now.
+        `stats.huge_page_bytes` says how many bytes of them are in such pages now; none where the
+        system has no huge pages, or not enough memory for a copy.
         """
         self.stats.huge_page_bytes = use_huge_pages(*self._weights())
 

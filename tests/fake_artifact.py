@@ -106,10 +106,6 @@ class NumpySession(Session):
         self.toy = Toy.of(artifact, seed)
         self.fail: BaseException | None = None
 
-    @property
-    def drafts(self) -> int:
-        return self.plan.drafts  # it runs no program that could take fewer
-
     def _write(self, ids: np.ndarray, pos: int) -> None:
         for t in self.plan.tables:
             slots = (pos + np.arange(len(ids))) % t.slots
