@@ -176,6 +176,10 @@ NoCache = Annotated[
     bool,
     typer.Option("--no-cache", help="Keep no packed weights for this device; use the heap."),
 ]
+HugePages = Annotated[
+    bool,
+    typer.Option("--huge-pages", help="Copy the weights to huge pages: faster, needs their RAM."),
+]
 Guesses = Annotated[
     str,
     typer.Option("--drafts", help="Guessed tokens fed at once: auto (where it pays), off, N."),
@@ -379,6 +383,7 @@ def run(
         Path | None, typer.Option("--snapshot", help="Save the conversation at the end.")
     ] = None,
     no_cache: NoCache = False,
+    huge_pages: HugePages = False,
     as_json: Json = False,
 ) -> None:
     """Stream tokens on this machine: one reply, or a conversation."""
@@ -399,7 +404,7 @@ def run(
     opened = open_artifact(artifact)
     base = _base(engine)
     if ram_limit:
-        _check_ram(opened, ram_limit, engine, base)
+        _check_ram(opened, ram_limit, engine, base, huge_pages)
     options = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -413,7 +418,7 @@ def run(
         think=THINK[think],
         logprobs=logprobs,
     )
-    with load(opened, engine, threads, cache=not no_cache) as session:
+    with load(opened, engine, threads, not no_cache, huge_pages) as session:
         chat = Chat(
             session,
             template=Template(RAW_TEMPLATE) if raw else None,
@@ -465,6 +470,7 @@ def bench(
         str, typer.Option("--fill", help="How a depth is reached once: prefill, or random rows.")
     ] = "prefill",
     no_cache: NoCache = False,
+    huge_pages: HugePages = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the JSON document here; - prints it.")
     ] = None,
@@ -496,6 +502,7 @@ def bench(
             engines=engines + ([compare] if compare else []),
             threads=threads,
             cache=not no_cache,
+            huge_pages=huge_pages,
             prompt=prompt,
             tokens=tokens,
             repeats=repeats,
@@ -806,6 +813,7 @@ def serve(
     engine: Engine = "onnx",
     threads: Threads = None,
     no_cache: NoCache = False,
+    huge_pages: HugePages = False,
     drafts: Guesses = "auto",
     ram_limit: Annotated[
         str | None, typer.Option("--ram-limit", help="Refuse to start if the plan needs more: 2g.")
@@ -829,9 +837,9 @@ def serve(
     opened = open_artifact(artifact)
     base = _base(engine)
     if ram_limit:
-        _check_ram(opened, ram_limit, engine, base)
+        _check_ram(opened, ram_limit, engine, base, huge_pages)
     limit = parse_bytes(ram_limit) if ram_limit else 0
-    memory = _planned(opened, engine, base)
+    memory = _planned(opened, engine, base, huge=huge_pages)
     kept = kept_bytes(memory, conversations) if memory and not state else 0
     if limit and memory:
         kept = max(0, min(kept, limit - with_margin(memory.conversation) - SERVER_BYTES))
@@ -844,7 +852,7 @@ def serve(
         planned=memory.conversation + SERVER_BYTES + kept if memory else 0,
         limit=limit,
     )
-    with load(opened, engine, threads, cache=not no_cache) as session:
+    with load(opened, engine, threads, not no_cache, huge_pages) as session:
         run_server(
             session,
             settings,
@@ -899,14 +907,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
 def _planned(
     artifact: Artifact, engine: str, base: Base | None, depth: int | None = None,
-    drafts: int | None = None,
+    drafts: int | None = None, huge: bool = False,
 ) -> MemoryPlan | None:  # fmt: skip
     """The memory plan of `artifact` over what this process held before it (`_base`)."""
     from edge_kv.memory import predict_artifact
 
     if base is None:
         return None
-    return predict_artifact(artifact, depth, engine=engine, base=base, drafts=drafts)
+    return predict_artifact(artifact, depth, engine=engine, base=base, drafts=drafts, huge=huge)
 
 
 def _base(engine: str) -> Base | None:
@@ -991,7 +999,9 @@ def _write_json(path: Path, text: str) -> None:
         raise ConfigError(f"Cannot write {path}: {e.strerror}.") from e
 
 
-def _check_ram(artifact: Artifact, limit: str, engine: str, base: Base | None) -> None:
+def _check_ram(
+    artifact: Artifact, limit: str, engine: str, base: Base | None, huge_pages: bool
+) -> None:
     """Refuse a run that is planned to need more than `limit`, or might.
 
     Raises:
@@ -1001,7 +1011,7 @@ def _check_ram(artifact: Artifact, limit: str, engine: str, base: Base | None) -
     from edge_kv.amounts import parse_bytes, size
     from edge_kv.memory import COSTS, with_margin
 
-    allowed, planned = parse_bytes(limit), _planned(artifact, engine, base)
+    allowed, planned = parse_bytes(limit), _planned(artifact, engine, base, huge=huge_pages)
     if planned is None:
         raise ConfigError(
             f"--ram-limit needs a memory plan, and there is none for {engine}; use "
@@ -1011,7 +1021,8 @@ def _check_ram(artifact: Artifact, limit: str, engine: str, base: Base | None) -
     if needed > allowed:
         raise MemoryLimitError(
             f"{artifact.root} is planned to need up to {size(needed)} of RAM, the limit is "
-            f"{size(allowed)}; export with a smaller --ctx, --quant int4 or --kv int8."
+            f"{size(allowed)}; {'leave out --huge-pages, or ' if huge_pages else ''}"
+            "export with a smaller --ctx, --quant int4 or --kv int8."
         )
 
 
@@ -1079,8 +1090,11 @@ def _summary(chat: Chat, base: Base | None) -> dict[str, Any]:
 
     session, reply = chat.session, chat.last
     stats = session.stats
-    drafts = None if session.stats.drafted_tokens else 0
-    planned = _planned(session.artifact, session.engine, base, max(1, session.written), drafts)
+    drafts = None if stats.drafted_tokens else 0
+    planned = _planned(
+        session.artifact, session.engine, base, max(1, session.written), drafts,
+        huge=bool(stats.huge_page_bytes),
+    )  # fmt: skip
     return {
         "text": reply.text if reply else "",
         "thinking": reply.thinking if reply else "",

@@ -60,18 +60,19 @@ class Costs:
     copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
     logits: float  # rows of logits, f32
     further: float  # … for each further token of a pass; of capped logits, which take the most
+    apart: bool  # whether prefill maps the weights for itself
 
 
 COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
-        code=13_700_000, copies=1.24, logits=3.4, further=5.4,
+        code=13_700_000, copies=1.24, logits=3.4, further=5.4, apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
         opened=1_100_000, layer=13_500, running=1_360_000, code_opened=2_300_000,
-        code=7_500_000, copies=0.92, logits=0.36, further=1.9,
+        code=7_500_000, copies=0.92, logits=0.36, further=1.9, apart=False,
     ),
 }  # fmt: skip
 
@@ -146,7 +147,7 @@ class MemoryPlan:
 def predict(
     needs: Needs, plan: Plan, vocab: int, depth: int | None = None, *, engine: str = "onnx",
     base: Base | None = None, text: bool = True, merges: int | None = None, packed: int = 0,
-    drafts: int | None = None,
+    drafts: int | None = None, huge: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """Peak memory by phase of a session that feeds `depth` tokens, the whole context if left out.
 
@@ -158,6 +159,7 @@ def predict(
         merges: rules of the tokenizer; as many as is usual when left out.
         packed: bytes of weights that the engine brings into another order on the heap.
         drafts: drafts that a pass of decode checks; the most it takes when left out.
+        huge: whether the weights are copied into huge pages.
 
     Raises:
         ConfigError: an engine without costs.
@@ -182,19 +184,25 @@ def predict(
         "Python and libraries": base.anon, "programs": programs, "tokenizer": tokenizer,
         "state": touched + ids, "workspace": work + checking,
     }  # fmt: skip
+    weights = needs.dense + needs.experts
+    copied = weights if huge else 0
+    if copied:
+        parts["weights in huge pages"] = copied
     reader = TOKENIZER_CODE if text else 0
     opened, code = base.file + costs.code_opened, base.file + costs.code + reader
     lookup = _touched(needs.weights.get("embed", 0), LOOKUP_BYTES, depth)
-    prefill = min(needs.prefill + lookup, needs.dense + needs.experts)
+    prefill = 0 if huge and not costs.apart else min(needs.prefill + lookup, weights)
     mapped = {"libraries": code, "weights": needs.dense, "experts": needs.experts}
-    loaded = base.anon + programs
+    if copied:
+        mapped |= {"weights": 0, "experts": 0}
+    loaded = base.anon + programs + copied
     running = sum(parts.values())
     phases = {"load": Phase(loaded, opened)}
     if text:
         reading = ENTRY_READING * vocab + MERGE_READING * merges
         phases[TOKENIZER] = Phase(loaded + reading, opened + reader)
     phases["prefill"] = Phase(running - checking, code + prefill)
-    phases["decode"] = Phase(running, code + needs.dense + needs.experts)
+    phases["decode"] = Phase(running, code + max(weights - copied, prefill))
     kept = CHECKPOINTS * sum(t.bytes for t in plan.tables if t.keep)
     return MemoryPlan(engine, depth, plan.bytes, touched, phases, parts, mapped, kept)
 
@@ -219,7 +227,7 @@ def predict_memory(
 
 def predict_artifact(
     artifact: Any, depth: int | None = None, *, engine: str = "onnx", base: Base | None = None,
-    text: bool = True, drafts: int | None = None,
+    text: bool = True, drafts: int | None = None, huge: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """`predict` of an artifact, from what its exporter counted.
 
@@ -234,7 +242,7 @@ def predict_artifact(
     portable = backend is not None and backend.details.get("attention") == "portable"
     return predict(
         needs, plan, vocab, depth, engine=engine, base=base, text=text, merges=merges,
-        packed=needs.dense if portable else 0, drafts=0 if portable else drafts,
+        packed=needs.dense if portable else 0, drafts=0 if portable else drafts, huge=huge,
     )  # fmt: skip
 
 

@@ -134,8 +134,10 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
     """The document of `runtime.bench.bench` as tables: speed, then memory against the plan."""
     artifact, machine = document["artifact"], document["machine"]
     conditions, bandwidth = document["conditions"], document["bandwidth"]
+    huge = any(r["load"].get("huge_page_bytes") for r in document["runs"])
     console.print(
-        f"[bold]{artifact['name']}[/]: weights {artifact['quant']}, state {artifact['kv']}; "
+        f"[bold]{artifact['name']}[/]: weights {artifact['quant']}{' in huge pages' * huge}, "
+        f"state {artifact['kv']}; "
         f"{machine['cpu']}, threads: {conditions['threads']}, reads {size(bandwidth['best'])}/s"
     )
     console.print()

@@ -81,6 +81,7 @@ class Job:
     repeats: int
     fill: str = "prefill"  # one of FILLS: how a missing depth is reached
     plain_read: int = 0  # bytes read around every pass of decoding, for the roofline; 0: none
+    huge_pages: bool = False
     started: float = 0.0  # time.time() of the parent, just before the process was started
 
 
@@ -91,6 +92,7 @@ def bench(
     engines: Sequence[str] = ("onnx",),
     threads: int | None = None,
     cache: bool = True,
+    huge_pages: bool = False,
     prompt: int = 512,
     tokens: int = 64,
     repeats: int = 3,
@@ -149,6 +151,7 @@ def bench(
         "conditions": {
             "threads": count,
             "cache": cache,
+            "huge_pages": huge_pages,
             "prompt": prompt,
             "tokens": tokens,
             "repeats": repeats,
@@ -161,7 +164,9 @@ def bench(
         "failures": [],
     }
     measured = _Measured(artifact, document, progress)
-    common: dict[str, Any] = {"artifact": str(artifact.root), "threads": count, "cache": cache}
+    common: dict[str, Any] = {
+        "artifact": str(artifact.root), "threads": count, "cache": cache, "huge_pages": huge_pages,
+    }  # fmt: skip
     for engine in engines:
         module = (modules or {}).get(engine, MODULE)
         starts = [_shape(artifact, d, prompt, tokens) for d in depths]
@@ -215,7 +220,10 @@ class _Measured:
         base = run.pop("base")
         planned = None
         if base is not None:
-            planned = _planned(self._artifact, run["engine"], run["ctx"], Base(**base))
+            planned = _planned(
+                self._artifact, run["engine"], run["ctx"], Base(**base),
+                bool(run["load"]["huge_page_bytes"]),
+            )  # fmt: skip
             self._document["plan"].append(planned)
         self._document["runs"].append(_judged(run, self._artifact, planned))
 
@@ -387,14 +395,18 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
         reads.append(_plain_read(job))
         at_depth()
         several = _several(session, int(ids[0]), job.repeats)
-        load = session.stats.load_seconds
+        load, huge = session.stats.load_seconds, session.stats.huge_page_bytes
     warm, latencies = steps[0][0], np.array(steps[1:])
     percentiles = {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 95, 99)}
     seconds = float(np.median(prefills[1:]))
     return {
         "depth": depth,
         "base": base and asdict(base),
-        "load": {"seconds": load, "start_to_first_token": first_token},
+        "load": {
+            "seconds": load,
+            "start_to_first_token": first_token,
+            "huge_page_bytes": huge,
+        },
         "prefill": {
             "tokens": job.prompt,
             "seconds": prefills[1:],
@@ -521,9 +533,11 @@ def snapshot_path(artifact: Artifact, job: Job, depth: int) -> Path:
     return cache_directory() / "bench" / f"{job.engine}-{job.fill}-{model}-{plan}-{depth}.kv"
 
 
-def _planned(artifact: Artifact, engine: str, depth: int, base: Base) -> dict[str, Any]:
+def _planned(artifact: Artifact, engine: str, depth: int, base: Base, huge: bool) -> dict[str, Any]:
     """The plan's prediction at a depth, and what naive layouts of the state would take."""
-    planned = predict_artifact(artifact, depth, engine=engine, base=base, text=False, drafts=0)
+    planned = predict_artifact(
+        artifact, depth, engine=engine, base=base, text=False, drafts=0, huge=huge
+    )
     return {
         "engine": engine,
         "ctx": depth,
@@ -615,7 +629,7 @@ def _last_level_cache() -> int:
 def _open(artifact: Artifact, job: Job) -> Session:
     from edge_kv.runtime import load
 
-    return load(artifact, job.engine, job.threads, job.cache)
+    return load(artifact, job.engine, job.threads, job.cache, job.huge_pages)
 
 
 if __name__ == "__main__":

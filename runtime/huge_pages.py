@@ -3,7 +3,8 @@
 Where a kernel can turn pages of a mapped file into huge ones, it is asked to, and they stay pages
 that the system may drop. Elsewhere the weights are copied into anonymous memory at the addresses
 where the file was mapped, so that whoever reads them need not know. Such a copy cannot be dropped:
-it is made where memory is ample and somebody asked for it, by `load(…, huge_pages=True)`.
+it is made where memory is ample and somebody asked for it, by `load(…, huge_pages=True)`, which is
+`--huge-pages` of the commands.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def use_huge_pages(held: Iterable[Span], folder: Path) -> int:
     """
     spans = set(held)
     there = (m for m in mappings(folder) if not m.path.endswith(" (deleted)"))
-    found = [m for m in there if m.span in spans]
+    found = _disjoint([m for m in there if m.span in spans])
     total = sum(m.bytes for m in found)
     if not found or not _has_huge_pages():
         return 0
@@ -50,6 +51,21 @@ def use_huge_pages(held: Iterable[Span], folder: Path) -> int:
     # All are replaced before any is filled: neighbours then share a huge page.
     done = [m for m in found if _replace(libc, m)]
     return sum(m.bytes for m in done if _fill(libc, m))
+
+
+def _disjoint(found: list[Mapping]) -> list[Mapping]:
+    """Those that hold a part of a file that no smaller one holds.
+
+    A table that embeds and is the head too is mapped twice, and a token reads all of the head.
+    """
+    kept: list[Mapping] = []
+    for m in sorted(found, key=lambda m: m.bytes):
+        if not any(
+            k.path == m.path and k.offset < m.offset + m.bytes and m.offset < k.offset + k.bytes
+            for k in kept
+        ):
+            kept.append(m)
+    return sorted(kept)
 
 
 def _has_huge_pages() -> bool:

@@ -286,6 +286,7 @@ BAD = [  # arguments ({root}: an artifact, {tmp}: an empty directory), what the 
     ("run {root} hi --regex a --grammar {tmp}/x", "Give one of --json-schema"),
     ("run {root} hi --logprobs 999", "logprobs 999 must lie in 0 … 100"),
     ("run {root} hi --ram-limit 1m", "planned to need"),
+    ("run {root} hi --ram-limit 1m --huge-pages", "leave out --huge-pages"),
     ("run {root} hi --ram-limit lots", "'lots' is not an amount of memory"),
     ("run {root} hi --restore {tmp}/none.kv", "Cannot open the snapshot"),
     ("run {root} hi --restore {root}/tokenizer.json", "is not an edge-kv snapshot"),

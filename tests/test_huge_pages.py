@@ -65,6 +65,19 @@ def test_nothing_is_copied_where_memory_is_short(weights, monkeypatch, caplog, a
     assert mapped.spans(folder) and held[:] == data
 
 
+def test_what_is_mapped_twice_is_copied_once(weights):
+    """The larger of two mappings of one part stays in pages of the file."""
+    folder, data, held = weights
+    fd = os.open(folder / "weights.bin", os.O_RDONLY)
+    part = mmap.mmap(fd, 3 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=1 << 20)
+    os.close(fd)
+    with part:
+        assert huge_pages.use_huge_pages(mapped.spans(folder), folder) == 3 << 20
+        (left,) = mapped.spans(folder)
+        assert left[1] > SIZE and held[:] == data
+        assert part[:] == data[1 << 20 : 4 << 20]
+
+
 def test_a_file_that_cannot_be_read_is_mapped_again(weights, monkeypatch, caplog):
     folder, data, held = weights
 

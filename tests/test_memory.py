@@ -105,6 +105,22 @@ def test_phases_are_what_their_parts_add_up_to(engine):
     assert whole.peak - nothing.peak == 18
 
 
+@pytest.mark.parametrize("engine", COSTS)
+def test_weights_in_huge_pages_are_heap(engine):
+    """They are no pages of a file then, except those that a prefill of its own maps."""
+    needs = count_needs(E2B)
+    plain, huge = (
+        predict(needs, plan(512), E2B.vocab, engine=engine, base=NOTHING, huge=huge)
+        for huge in (False, True)
+    )
+    for name in ("load", "prefill", "decode"):
+        assert huge.phases[name].anon - plain.phases[name].anon == needs.dense
+    assert huge.phases["decode"].anon == sum(huge.parts.values())
+    code = plain.mapped["libraries"]
+    left = huge.phases["decode"].file - code
+    assert left == (plain.phases["prefill"].file - code if engine == "onnx" else 0)
+
+
 def test_depth_counts_written_rows_alone():
     layout = plan(32_768)
     full, shallow = (predict_memory(E2B, layout, depth=d, base=NOTHING) for d in (32_768, 512))
