@@ -86,7 +86,7 @@ MOBILE: dict[str, int] = {
     r"per_layer_input_gate|per_layer_projection$": 8,
 }
 OTHERS = 4  # bits
-ACTIVATION_STEP = 3 / 127  # activations are near 1; coarser steps part any two runs
+ACTIVATION_STEP = 6 / 127  # activations are near 1
 
 
 class Tensor(NamedTuple):

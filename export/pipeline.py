@@ -494,7 +494,8 @@ class _Job:
             assert table and written.ple
             return torch.from_numpy(table.rows(ids.numpy(), written.ple.n_layers))
 
-        read = gate.perturbed(stored.read) if moved else stored.read
+        ulps = gate.ROUNDED_ULPS if self.layout.steps else 1
+        read = gate.perturbed(stored.read, ulps) if moved else stored.read
         try:
             return ask(
                 PackedWeights(rows, stored.layout), read, values if table else None,

@@ -38,11 +38,13 @@ class Plan:
     kv = "f32"
 
 
-def judge(source, stored, exact, shipped, scheme="int4", moved=unasked, kept=None, plan=Plan):
+def judge(
+    source, stored, exact, shipped, scheme="int4", moved=unasked, kept=None, plan=Plan, rounds=False
+):
     return gate.judge(
         RUN, plan, exact=exact, shipped=shipped, stored=torch.from_numpy(stored),
         source=torch.from_numpy(source), scheme=scheme, moved=moved,
-        kept=None if kept is None else torch.from_numpy(kept),
+        kept=None if kept is None else torch.from_numpy(kept), rounds=rounds,
     )  # fmt: skip
 
 
@@ -77,6 +79,19 @@ def test_exact_storage_has_to_be_exact():
     with pytest.raises(ParityError, match="The stored weights are not those of the checkpoint"):
         judge(source, stored, stored, stored, "none", moved=lambda: torch.from_numpy(stored),
               kept=near(source, 0.02))  # fmt: skip
+
+
+def test_rounded_activations_part_two_runs_further_but_not_altogether():
+    stored = logits()
+    moved = lambda: torch.from_numpy(near(stored, 0.4, 8))  # noqa: E731
+    parted = near(stored, 0.4)
+    assert gate.NOISE_CEILING[1] < divergence(stored, parted).max_kl < gate.ROUNDED_CEILING[1]
+    judge(stored, stored, parted, parted, moved=moved, rounds=True)
+    with pytest.raises(ParityError, match="differ from the model"):
+        judge(stored, stored, parted, parted, moved=moved)
+    other = near(stored, 1.5)
+    with pytest.raises(ParityError, match="differ from the model"):
+        judge(stored, stored, other, stored, moved=moved, rounds=True)
 
 
 def test_what_is_not_finite_is_refused():
@@ -141,6 +156,8 @@ def test_moved_rows_are_the_same_rows_in_the_last_place():
     moved = rows("w", 0, STEPS)
     assert 0 < float(((moved - values) / values).abs().max()) <= 1.5 * gate.ULP
     assert torch.equal(moved, rows("w", 0, STEPS))
+    further = gate.perturbed(lambda name, a, b: values[a:b], 16)("w", 0, STEPS)
+    assert 8 * gate.ULP < float(((further - values) / values).abs().max()) <= 17 * gate.ULP
     assert not torch.equal(moved, rows("v", 0, STEPS))
     packed = torch.zeros(3, dtype=torch.uint8)
     assert gate.perturbed(lambda *_: packed)("w", 0, 3) is packed
