@@ -53,24 +53,7 @@ def _norm(graph: Graph, node: Node) -> None:
         node.replace_all_uses_with(call(graph, node, op.rms_norm.default, x, weight, eps))
 
 
-def _product(graph: Graph, node: Node) -> None:
-    _softcap(graph, node) or _gated(graph, node)
-
-
-def _softcap(graph: Graph, node: Node) -> bool:
-    """tanh(x / cap) * cap."""
-    tanh, cap = _args(node)
-    if not _is(tanh, _aten.tanh.default) or not isinstance(cap, (int, float)):
-        return False
-    inner = tanh.args[0]
-    if not _is(inner, _aten.div.Tensor) or inner.args[1] != cap or cap <= 0:
-        return False
-    made = call(graph, node, op.softcap.default, inner.args[0], float(cap))
-    node.replace_all_uses_with(made)
-    return True
-
-
-def _gated(graph: Graph, node: Node) -> bool:
+def _gated(graph: Graph, node: Node) -> None:
     """`nets.ops.gated`: act(gate) * up, both bounded where there is a limit."""
     activated, up = _args(node)
     if _is(activated, _aten.silu.default):
@@ -78,16 +61,15 @@ def _gated(graph: Graph, node: Node) -> bool:
     elif _is(activated, _aten.gelu.default) and activated.kwargs.get("approximate") == "tanh":
         act = GELU
     else:
-        return False
+        return
     gate, limit = activated.args[0], 0.0
     if not isinstance(up, Node) or gate.meta["val"].shape != up.meta["val"].shape:
-        return False
+        return
     if _is(gate, _aten.clamp.default) and _is(up, _aten.clamp.default):
         bound = gate.args[-1]
         if gate.args[1] is None and up.args[1:] == (-bound, bound) and bound > 0:
             gate, up, limit = gate.args[0], up.args[0], float(bound)
     node.replace_all_uses_with(call(graph, node, op.gated.default, gate, up, act, limit))
-    return True
 
 
 def _args(node: Node) -> tuple[Any, ...]:
@@ -101,5 +83,5 @@ def _is(node: Any, target: Any) -> bool:
 _REWRITES: dict[Any, Callable[[Graph, Node], None]] = {
     _aten.linear.default: _linear,
     _aten.rms_norm.default: _norm,
-    _aten.mul.Tensor: _product,
+    _aten.mul.Tensor: _gated,
 }

@@ -68,12 +68,6 @@ _define(
     lambda gate, *rest: gate.new_empty(gate.shape),
 )
 _define(
-    "softcap",
-    "Tensor x, float cap",
-    lambda x, cap: torch.tanh(x / cap) * cap,
-    lambda x, cap: x.new_empty(x.shape),
-)
-_define(
     "put_in_place",
     "Tensor(a!) table, Tensor(b!)? scales, Tensor rows, Tensor start",
     _put,
@@ -82,5 +76,4 @@ _define(
 linear: Any = torch.ops.edge_kv.linear
 rms_norm: Any = torch.ops.edge_kv.rms_norm
 gated: Any = torch.ops.edge_kv.gated
-softcap: Any = torch.ops.edge_kv.softcap
 put_in_place: Any = torch.ops.edge_kv.put_in_place

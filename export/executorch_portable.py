@@ -37,7 +37,7 @@ MISSING = {
     "attend": "attention with sinks or to two tables at once",
 }
 # Those whose meaning is traced in stock operators in their place.
-TRACED = {OPERATORS["norm_rope"].overload: OPERATORS["norm_rope"].eager}
+TRACED = {OPERATORS[name].overload: OPERATORS[name].eager for name in ("norm_rope", "softcap")}
 
 Stored = tuple[Tensor, Tensor | None]  # a table [slots, kv_heads, dim] and its scales
 

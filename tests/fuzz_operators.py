@@ -149,6 +149,9 @@ class Fuzz:
         scale = self.filled(np.float32, 1) if self.chance(0.5) else None
         return [x, self.filled(np.float32, dim), residual, scale], {"eps": 1e-6}
 
+    def softcap(self):
+        return [self.filled(np.float32, self.size(4), self.size(70))], {"cap": 30.0}
+
     def glu_q(self):
         tokens, dim, width = self.size(9), self.size(70), self.size(60)
         names = [self.pick(list(FORMATS)) for _ in range(3)]
@@ -203,7 +206,7 @@ def fuzz(operators, count, seed):
     """Run `count` calls; returns how many of each operator ran and were refused."""
     made = Fuzz(seed)
     names = ("put", "attend", "attend", "select", "norm_rope", "sinkhorn", "linear_q", "embed_q",
-             "experts_q", "norm_add", "glu_q")  # fmt: skip
+             "experts_q", "norm_add", "softcap", "glu_q")  # fmt: skip
     done = collections.Counter()
     for _ in range(count):
         name = made.pick(names)

@@ -20,6 +20,7 @@ KINDS = {  # attribute names of each operator in order
     "norm_rope": ("eps", "style"),
     "norm_add": ("eps",),
     "sinkhorn": ("iters", "eps"),
+    "softcap": ("cap",),
     "linear_q": ("rows", "format", "step"),
     "embed_q": ("width", "format"),
     "experts_q": ("width", "format", "down_format", "act", "limit"),

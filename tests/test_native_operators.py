@@ -1,5 +1,6 @@
 """The operators of runtime/native/ops.h against float64: instruction sets, storage, edges."""
 
+import math
 import os
 import subprocess
 import sys
@@ -452,6 +453,15 @@ def test_norm_add(operators, isa, tokens, dim):
 
 
 @pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize(("tokens", "count"), [(1, 70_001), (5, 37)])
+def test_softcap(operators, isa, tokens, count):
+    x = normal(np.random.default_rng(14), tokens, count) * 40
+    got = operators.run("softcap", [x], isa=isa, threads=3, cap=30.0)
+    want = 30 * np.tanh(x.astype(np.float64) / 30)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
 @pytest.mark.parametrize("names", [("code4-s8", "code4-s8", "int8-s8"), ("int2-row", "int4-f16")])
 @pytest.mark.parametrize(("act", "limit"), [("silu", 0.8), ("gelu_tanh", 0.0)])
 def test_glu_q(operators, isa, names, act, limit):
@@ -508,6 +518,7 @@ def good_calls():
              "down_format": "int8-row", "act": "silu", "limit": 0.0},
         ),
         "sinkhorn": ([normal(rng, 2, 4, 4)], {"iters": 4, "eps": 1e-6}),
+        "softcap": ([normal(rng, 2, 8)], {"cap": 30.0}),
         "linear_q": (
             [normal(rng, 2, 40), stored(rng, "int4-s8", 20, 40)[0]],
             {"rows": 20, "format": "int4-s8", "step": 0.0},
@@ -587,6 +598,8 @@ BAD = [  # operator, changed inputs, changed attributes, what the sentence says
     ("sinkhorn", {0: np.ones((2, 4, 5), np.float32)}, {}, r"must be \[tokens, k, k\]"),
     ("sinkhorn", {}, {"iters": 0}, "iters is 0"),
     ("sinkhorn", {}, {"eps": -1.0}, "eps is -1"),
+    ("softcap", {}, {"cap": 0.0}, "cap is 0; it must be above 0"),
+    ("softcap", {}, {"cap": math.nan}, "cap is nan"),
     ("linear_q", {}, {"rows": 0}, "is to hold 0 rows"),
     ("linear_q", {}, {"rows": 33}, r"is \[3, "),
     ("linear_q", {}, {"rows": HIGHEST}, "out of range"),

@@ -200,6 +200,12 @@ def test_norm_add_is_the_residual_plus_the_norm(scaled):
     close(ops.norm_add, *arguments, open_axes="t.t." if scaled else "t.t")
 
 
+def test_softcap_bounds_smoothly():
+    x = draw(3, 50) * 40
+    torch.testing.assert_close(ops.softcap(x, 30.0), torch.tanh(x / 30) * 30)
+    close(ops.softcap, x, 30.0, open_axes="t")
+
+
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("act", "limit"), [(ops.SILU, 0.5), (ops.GELU, 0.0)])
@@ -224,7 +230,7 @@ def test_glu_q_multiplies_what_the_gate_opens(tokens, given, act, limit):
 def test_every_operator_names_its_tensors_in_order():
     assert set(ops.OPERATORS) == {
         "put", "attend", "select", "norm_rope", "sinkhorn", "linear_q", "embed_q", "experts_q",
-        "norm_add", "glu_q",
+        "norm_add", "softcap", "glu_q",
     }  # fmt: skip
     assert ops.OPERATORS["put"].tensors == ("table", "scales", "rows", "start")
     assert ops.OPERATORS["attend"].tensors[:3] == ("q", "pos", "sink")

@@ -169,7 +169,7 @@ class Net(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         out = self.head(self.hidden(x))
-        return torch.tanh(out / self.c.softcap) * self.c.softcap if self.c.softcap else out
+        return parts.softcap(out, self.c.softcap) if self.c.softcap else out
 
     def prefill(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> None:
         """Sharing layers write no state: tokens of a prompt stop at the last owner."""

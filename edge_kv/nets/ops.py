@@ -328,6 +328,12 @@ def norm_add(
 
 
 @op(like="x")
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """x bounded smoothly to -cap … cap: tanh(x / cap) * cap."""
+    return torch.tanh(x / cap) * cap
+
+
+@op(like="x")
 def glu_q(
     x: Tensor, gate: Tensor, up: Tensor | None, factor: Tensor | None, down: Tensor, width: int,
     format: str, up_format: str, down_format: str, act: str, limit: float,

@@ -1,7 +1,7 @@
 """What several nets compute alike: norms, rotary embedding, gated units, experts, heads.
 
-Functions that a lowering may replace by one operator (`norm_rope`, `experts`, `sinkhorn`) are
-called by every net through this module.
+Functions that a lowering may replace by one operator (`norm_rope`, `experts`, `sinkhorn`,
+`softcap`) are called by every net through this module.
 """
 
 from __future__ import annotations
@@ -145,6 +145,12 @@ def experts(
 def sinkhorn(x: Tensor, iters: int, eps: float) -> Tensor:
     """Logits [T, k, k] to nearly doubly stochastic matrices: see `ops.sinkhorn`."""
     out: Tensor = ops.sinkhorn(x, iters, eps)
+    return out
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """tanh(x / cap) * cap: see `ops.softcap`."""
+    out: Tensor = ops.softcap(x, cap)
     return out
 
 

@@ -73,21 +73,9 @@ Tensor& gated(KernelRuntimeContext& context, const Tensor& gate, const Tensor& u
   return out;
 }
 
-Tensor& softcap_all(KernelRuntimeContext& context, const Tensor& x, double cap, Tensor& out) {
-  ET_KERNEL_CHECK(context, floats(x) && cap > 0, InvalidArgument, out);
-  ET_KERNEL_CHECK(context,
-                  executorch::runtime::resize_tensor(out, x.sizes()) ==
-                      executorch::runtime::Error::Ok,
-                  InvalidArgument, out);
-  softcap(best_kernels(), running_pool(), x.const_data_ptr<float>(), x.numel(), float(cap),
-          out.mutable_data_ptr<float>());
-  return out;
-}
-
 EXECUTORCH_LIBRARY(edge_kv, "linear.out", linear);
 EXECUTORCH_LIBRARY(edge_kv, "rms_norm.out", rms_norm);
 EXECUTORCH_LIBRARY(edge_kv, "gated.out", gated);
-EXECUTORCH_LIBRARY(edge_kv, "softcap.out", softcap_all);
 
 }  // namespace
 }  // namespace edge_kv

@@ -51,6 +51,7 @@ const Operator kOperators[kOperatorCount] = {
      {{"eps", Kind::real}}},
     {"sinkhorn", sinkhorn, Type::f32, {{"x", Type::f32}},
      {{"iters", Kind::whole}, {"eps", Kind::real}}},
+    {"softcap", softcap, Type::f32, {{"x", Type::f32}}, {{"cap", Kind::real}}},
     {"linear_q", linear_q, Type::f32,
      {{"x", Type::f32}, {"packed", Type::uint8}},
      {{"rows", Kind::whole}, {"format", Kind::text}, {"step", Kind::real}}},

@@ -104,7 +104,7 @@ struct Operator {
   }
 };
 
-constexpr size_t kOperatorCount = 10;
+constexpr size_t kOperatorCount = 11;
 extern const Operator kOperators[kOperatorCount];
 
 // Run a call: "" or why not, one sentence.
@@ -149,6 +149,7 @@ void select(Call&);
 void norm_rope(Call&);
 void norm_add(Call&);
 void sinkhorn(Call&);
+void softcap(Call&);
 void linear_q(Call&);
 void embed_q(Call&);
 void experts_q(Call&);

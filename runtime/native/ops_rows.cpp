@@ -1,6 +1,7 @@
-// norm_rope, norm_add and sinkhorn: what is done to rows on their way.
+// norm_rope, norm_add, sinkhorn and softcap: what is done to rows on their way.
 #include <cmath>
 
+#include "fused.h"
 #include "ops.h"
 
 namespace edge_kv {
@@ -108,6 +109,14 @@ void sinkhorn(Call& call) {
       for (int64_t column = 0; column < k; ++column) even(m + column, k);
     }
   });
+}
+
+void softcap(Call& call) {
+  const View& x = call.in[0];
+  const float cap = float(call.attributes[0].real);
+  if (!(cap > 0 && cap < 1e30f)) refuse("cap is ", double(cap), "; it must be above 0 and finite.");
+  const View out = call.output_like(0, x);
+  softcap(call.kernels, call.pool, x.as<const float>(), x.count(), cap, out.as<float>());
 }
 
 }  // namespace edge_kv
