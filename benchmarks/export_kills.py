@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from edge_kv.runtime import load
 from edge_kv.runtime.cache import CACHE_VARIABLE
 
 MODEL = ["--model", "tiny", "--ctx", "64", "--chunk", "16", "--calibration", "none"]
+WRITTEN = 6  # snapshots in the time within which their writer is killed
 BUILD = [
     sys.executable, "-c",
     "from edge_kv.runtime import native_library as n; print(n.build_onnx_operators())",
@@ -74,19 +76,26 @@ def kill_snapshots(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     path, root = folder / "talk.kv", folder / "tiny"
     export("onnx", root, None)
-    before = 0
     kept = written = 0
     with load(root, "onnx-stock", threads=1) as session:  # no threads: it can be forked
         session.prefill([2, *range(10, 50)])
-        begin = time.monotonic()
-        session.snapshot(path, {"number": 0})
-        once = time.monotonic() - begin
-        for _ in range(kills):
-            process = os.fork()
-            if not process:
-                for number in itertools.count(before + 1):
+
+        def writer(numbers: Iterable[int]) -> int:
+            if process := os.fork():
+                return process
+            try:
+                for number in numbers:
                     session.snapshot(path, {"number": number})
-            time.sleep(float(rng.uniform(0, 4 * once)))
+            finally:
+                os._exit(0)
+
+        begin = time.monotonic()
+        os.waitpid(writer(range(WRITTEN)), 0)
+        longest = time.monotonic() - begin
+        before = WRITTEN - 1
+        for _ in range(kills):
+            process = writer(itertools.count(before + 1))
+            time.sleep(float(rng.uniform(0, longest)))
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             number = session.restore(path)["number"]
