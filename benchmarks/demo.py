@@ -66,7 +66,9 @@ def table(rows: list[tuple[str, dict[str, Any]]]) -> Table:
             "decode latency, 95 of 100": f"{1e3 * cost['latency_p95']:.2f} ms",
             "KV state": size(cost["kv_bytes"]),
             "peak RAM": size(cost["peak_bytes"]) if cost["peak_bytes"] else "unknown",
-            "peak RAM as planned": size(cost["planned_peak_bytes"]),
+            "peak RAM as planned": size(cost["planned_peak_bytes"])
+            if cost["planned_peak_bytes"]
+            else "no plan",
         }.items():
             lines.setdefault(name, [name]).append(value)
     for line in lines.values():

@@ -919,10 +919,9 @@ def _planned(
 
 def _base(engine: str) -> Base | None:
     """What this process holds before a session is opened; None for an engine without a plan."""
-    from edge_kv.memory import COSTS
-    from edge_kv.runtime.base import own_base
+    from edge_kv.runtime.base import planned_base
 
-    return own_base(engine) if engine in COSTS else None
+    return planned_base(engine)
 
 
 def _piped() -> bytes:
@@ -1012,6 +1011,11 @@ def _check_ram(
     from edge_kv.memory import COSTS, with_margin
 
     allowed, planned = parse_bytes(limit), _planned(artifact, engine, base, huge=huge_pages)
+    if planned is None and engine in COSTS:
+        raise ConfigError(
+            f"--ram-limit needs a memory plan, and there is none for {engine} without its native "
+            "operators; install a C++ compiler (Debian and Ubuntu: apt install g++)."
+        )
     if planned is None:
         raise ConfigError(
             f"--ram-limit needs a memory plan, and there is none for {engine}; use "

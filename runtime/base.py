@@ -19,6 +19,7 @@ from edge_kv.files import write_text
 from edge_kv.memory import COSTS, Base
 from edge_kv.runtime.cache import cache_folder
 from edge_kv.runtime.meter import read_memory
+from edge_kv.runtime.native_library import build_onnx_operators
 
 COMMAND = ("edge_kv.cli", "edge_kv.repl", "edge_kv.runtime.text")  # what `edge-kv run` imports
 _MODULES = {
@@ -50,6 +51,22 @@ def own_base(engine: str) -> Base:
     if held.anon is None or held.file is None:
         return COSTS[engine].typical
     return Base(held.anon, held.file)
+
+
+def planned_base(engine: str) -> Base | None:
+    """`own_base` of an engine that has a memory plan here; None of one without.
+
+    The plan of ONNX is of its native operators: where they cannot be had there is none.
+    """
+    if engine not in COSTS:
+        return None
+    base = own_base(engine)
+    if engine == "onnx":
+        try:
+            build_onnx_operators()
+        except RuntimeFault:
+            return None
+    return base
 
 
 def machine_base(engine: str, imports: tuple[str, ...] = COMMAND) -> Base:

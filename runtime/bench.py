@@ -38,12 +38,12 @@ import numpy as np
 from edge_kv import __version__
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.errors import ConfigError, EdgeKVError, RuntimeFault
-from edge_kv.memory import COSTS, Base, predict_artifact, read_weights
+from edge_kv.memory import Base, predict_artifact, read_weights
 from edge_kv.plan import SCALE
 from edge_kv.progress import Progress, Silent
 from edge_kv.runtime import check_engine
 from edge_kv.runtime import snapshot as snapshots
-from edge_kv.runtime.base import own_base
+from edge_kv.runtime.base import planned_base
 from edge_kv.runtime.cache import cache_directory
 from edge_kv.runtime.meter import Memory, read_memory, reset_peak
 from edge_kv.runtime.session import Session
@@ -361,7 +361,7 @@ def _measure(job: Job, open_session: Open) -> dict[str, Any]:
     artifact = read_artifact(job.artifact)
     depth = job.depths[0]
     memory: dict[str, dict[str, int | None]] = {}
-    base = own_base(job.engine) if job.engine in COSTS else None
+    base = planned_base(job.engine)
     with Watch(memory, "load"):
         session = open_session(artifact, job)
     ids = prompt_ids(session.artifact.tokens.vocab, depth + job.prompt)

@@ -9,12 +9,14 @@ import platform
 import numpy as np
 import onnx
 import pytest
+from typer.testing import CliRunner
 
 from edge_kv import runtime
 from edge_kv.artifact import read_artifact
+from edge_kv.cli import app
 from edge_kv.errors import RuntimeFault
 from edge_kv.export import export_model
-from edge_kv.runtime import native_library
+from edge_kv.runtime import base, native_library
 from edge_kv.runtime.onnx_session import OnnxSession, create_engine
 from edge_kv.runtime.ort import onnxruntime as ort
 
@@ -96,6 +98,10 @@ def test_without_a_compiler_the_functions_run(tiny_artifact, monkeypatch):
         assert session.operators is None
     got, _ = logits(tiny_artifact, "onnx")
     np.testing.assert_array_equal(got, want)
+    monkeypatch.setattr(base, "build_onnx_operators", no_compiler)
+    assert base.planned_base("onnx") is None
+    done = CliRunner().invoke(app, ["run", str(tiny_artifact), "a", "--ram-limit", "9g"])
+    assert done.exit_code == 1 and "none for onnx without its native operators" in done.stderr
 
 
 def put(content, library):
