@@ -2,18 +2,22 @@
 
     python benchmarks/memory_model.py --work artifacts [--engines onnx,executorch]
     python benchmarks/memory_model.py --work artifacts --fit     # the costs that fit best
+    python benchmarks/memory_model.py --work artifacts --python "chroot /trixie /venv/bin/python" \
+        --result memory_model_python313                          # what another Python measures
 
 A process imports the engine, notes what it holds, opens the artifact, reads the tokenizer if there
 is one, feeds a prompt and decodes; each phase's peaks stand beside the plan. Costs of an engine
 (`edge_kv.memory.COSTS`) are fitted to the models of FITTED; the others only check them. Models
 without a checkpoint here get random weights, and keep as many of their layers as their name says.
-Models with a tokenizer also run under the least `--ram-limit` that lets them start.
+Models with a tokenizer also run under the least `--ram-limit` that lets them start. Another Python
+(`--python`) needs this package installed, and the artifacts and this folder under the same paths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +60,7 @@ CHECKED = {
     "tiny": models.get_row("tiny"),
     "smollm2-135m": models.get_row("smollm2-135m"),
     "gemma3-270m": models.get_row("gemma3-270m"),
+    "llama3.2-1b": models.get_row("llama3.2-1b"),
 }
 
 
@@ -92,9 +97,9 @@ def exported(model: str, work: Path) -> Path:
     return root
 
 
-def alone(root: Path, engine: str, threads: int) -> dict[str, Any]:
+def alone(python: list[str], root: Path, engine: str, threads: int) -> dict[str, Any]:
     """One run of memory_phases.py."""
-    command = [sys.executable, str(PROBE), str(root), engine, str(DEPTH), str(STEPS), str(threads)]
+    command = [*python, str(PROBE), str(root), engine, str(DEPTH), str(STEPS), str(threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
@@ -163,15 +168,20 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=[*FITTED, *CHECKED])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fit", action="store_true", help="print the costs that fit best")
+    parser.add_argument("--python", help="the command of another Python; not its --ram-limit")
+    parser.add_argument("--result", default="memory_model")
     args = parser.parse_args()
+    python = shlex.split(args.python) if args.python else [sys.executable]
+    version = subprocess.run([*python, "--version"], capture_output=True, text=True, check=True)
     rows = []
     for model in args.model or [*FITTED, *CHECKED]:
         for engine in args.engines.split(","):
-            row = alone(exported(model, args.work), engine, args.threads)
+            root = exported(model, args.work).absolute()
+            row = alone(python, root, engine, args.threads)
             use = "fit" if model in FITTED else "check"
             rows.append({"model": model, "engine": engine, "use": use, **row})
-            if weights_of(model) != "random":
-                rows[-1]["ram_limit"] = under_limit(exported(model, args.work), engine)
+            if weights_of(model) != "random" and not args.python:
+                rows[-1]["ram_limit"] = under_limit(root, engine)
             say(f"{model} on {engine}")
     if args.fit:
         for engine in args.engines.split(","):
@@ -180,7 +190,8 @@ def main() -> None:
         return
     held = [ok for r in rows for *_, ok in judged(r)]
     promise = {"within": WITHIN, "or_bytes": OR_BYTES, "held": sum(held), "of": len(held)}
-    write_result("memory_model", {"depth": DEPTH, "promise": promise, "rows": rows})
+    content = {"python": version.stdout.split()[-1], "depth": DEPTH, "promise": promise}
+    write_result(args.result, {**content, "rows": rows})
     show(
         f"Planned against measured memory at {DEPTH} tokens; * off by more than 5 % and 5 MB",
         table(rows),

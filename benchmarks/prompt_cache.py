@@ -5,9 +5,10 @@
 
 Four conversations, each begun with its own part of the shipped text, are held at once; then each
 goes on with a short question, in turn, twice. `edge-kv serve` keeps them in RAM, or with --state in
-files, over a restart between the rounds. llama.cpp is llama-cpp-python with its cache of states in
-RAM, in one process, without its HTTP server; the file and the prompts are the same. Times are from
-the question to the first token; the openings, of which nothing is known, are read whole. Writes
+files, over a restart between the rounds. llama.cpp is the server of llama-cpp-python with its cache
+of states in RAM; the file and the prompts are the same, and so is what asks. It needs the package
+llama-cpp-python[server], here or in the Python that --llama-python names. Times are from the
+question to the first token; the openings, of which nothing is known, are read whole. Writes
 results/prompt_cache.json; with --ways, some of them are measured and the others stay as they were.
 """
 
@@ -15,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -35,7 +39,7 @@ from edge_kv.runtime import Tokenizer
 RESULT = "prompt_cache"
 TALKS = 4
 REPLY = 8  # tokens
-RAM, FILES, LLAMA = "in RAM", "--state, restarted", "llama.cpp, states in RAM"
+RAM, FILES, LLAMA = "in RAM", "--state, restarted", "llama.cpp's server, states in RAM"
 WAYS = {"ram": RAM, "files": FILES, "llama": LLAMA}
 QUESTIONS = ("What was told first?", "And what came then?")
 Turns = list[dict[str, str]]
@@ -68,6 +72,29 @@ def rounds(openings: list[str], ask: Callable[[Turns], tuple[str, dict[str, Any]
     return rows
 
 
+def stream(base: str, turns: Turns) -> tuple[str, float, dict[str, Any]]:
+    """(text, seconds to the first token, usage) of one reply.
+
+    A reply may end with its first token, which no text stands for: the end tells of it then.
+    """
+    body = {"messages": turns, "max_tokens": REPLY, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    begin, first, text, usage = time.monotonic(), 0.0, "", {}
+    with httpx.stream("POST", f"{base}/v1/chat/completions", json=body, timeout=3600) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                piece = choice["delta"].get("content")
+                if piece or choice.get("finish_reason"):
+                    first = first or time.monotonic() - begin
+                text += piece or ""
+    return text, first, usage
+
+
 @contextmanager
 def served(artifact: Path, options: list[str]) -> Iterator[str]:
     """The address of a server, which ends as a supervisor would end it."""
@@ -98,51 +125,52 @@ class Client:
         self._server.__exit__(None, None, None)
 
     def ask(self, turns: Turns) -> tuple[str, dict[str, Any]]:
-        body = {"messages": turns, "max_tokens": REPLY, "temperature": 0, "stream": True,
-                "stream_options": {"include_usage": True}}  # fmt: skip
-        begin, first, text, usage = time.monotonic(), 0.0, "", {}
-        with httpx.stream(
-            "POST", f"{self._base}/v1/chat/completions", json=body, timeout=3600
-        ) as answer:
-            answer.raise_for_status()
-            for line in answer.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                usage = event.get("usage") or usage
-                for choice in event["choices"]:
-                    if piece := choice["delta"].get("content"):
-                        first = first or time.monotonic() - begin
-                        text += piece
+        text, first, usage = stream(self._base, turns)
         prompt = usage["prompt_tokens"]
         read = prompt - usage["prompt_tokens_details"]["cached_tokens"]
         return text, {"prompt": prompt, "read": read, "first_token_seconds": first}
 
 
-class LlamaCpp:
-    """llama-cpp-python with its cache of whole states in RAM."""
+class LlamaServer:
+    """Asks llama-cpp-python's server, which says on stderr how much of a prompt it read."""
 
-    def __init__(self, gguf: Path, ctx: int, threads: int) -> None:
-        import llama_cpp
+    _HIT = re.compile(r"(\d+) prefix-match hit, remaining (\d+) prompt tokens")
+    _READ = re.compile(r"prompt eval time =.*/ *(\d+) tokens")
 
-        self._api = llama_cpp
-        self._model = llama_cpp.Llama(
-            str(gguf), n_ctx=ctx, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        self._model.set_cache(llama_cpp.LlamaRAMCache(capacity_bytes=4 << 30))
+    def __init__(self, python: str, gguf: Path, ctx: int, threads: int, log: Path) -> None:
+        """Start it with states of up to 4 GiB and Gemma's chat format; `log` takes its stderr."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        options = {
+            "model": gguf, "n_ctx": ctx, "n_threads": threads, "n_threads_batch": threads,
+            "cache": "true", "cache_type": "ram", "cache_size": 4 << 30, "chat_format": "gemma",
+            "port": port, "host": "127.0.0.1",
+        }  # fmt: skip
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [*shlex.split(python), "-m", "llama_cpp.server", *words]
+        self._log, self._base = log, f"http://127.0.0.1:{port}"
+        with log.open("w") as file:
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
+        while True:
+            try:
+                httpx.get(f"{self._base}/v1/models").raise_for_status()
+                break
+            except httpx.TransportError:
+                if self._process.poll() is not None:
+                    raise SystemExit(f"Error: {log.read_text()[-400:]}") from None
+                time.sleep(0.2)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
 
     def ask(self, turns: Turns) -> tuple[str, dict[str, Any]]:
-        context = self._model.ctx
-        self._api.llama_perf_context_reset(context)
-        begin, first, text = time.monotonic(), 0.0, ""
-        for event in self._model.create_chat_completion(
-            turns, max_tokens=REPLY, temperature=0, stream=True
-        ):
-            if piece := event["choices"][0]["delta"].get("content"):
-                first = first or time.monotonic() - begin
-                text += piece
-        read = self._api.llama_perf_context(context).n_p_eval
-        prompt = self._model.n_tokens - REPLY
+        before = self._log.stat().st_size
+        text, first, _ = stream(self._base, turns)
+        said = self._log.read_bytes()[before:].decode(errors="replace")
+        (read,) = map(int, self._READ.findall(said))
+        hit = self._HIT.search(said)
+        prompt = sum(map(int, hit.groups())) if hit else read
         return text, {"prompt": prompt, "read": read, "first_token_seconds": first}
 
 
@@ -177,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp; else left out")
+    parser.add_argument("--llama-python", default=sys.executable, help="its Python's command")
     parser.add_argument("--tokens", type=int, default=8000, help="of an opening")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -201,8 +230,13 @@ def main() -> None:
             measure(FILES, ["--state", folder], restarts=True)
     if "llama" in args.ways and args.gguf:
         ctx = read_artifact(args.artifact).plan.ctx
-        peer = LlamaCpp(args.gguf, ctx, args.threads)
-        found[LLAMA] = summed(rounds(texts, peer.ask, nothing))
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            peer = LlamaServer(args.llama_python, args.gguf, ctx, args.threads, log)
+            try:
+                found[LLAMA] = summed(rounds(texts, peer.ask, nothing))
+            finally:
+                peer.close()
     write_result(RESULT, {"conversations": TALKS, **given, "ways": found})
 
 
