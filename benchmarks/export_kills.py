@@ -8,7 +8,8 @@ after a kill has to be whole; every export that reaches its end is compared with
 byte, and the next one starts afresh. Snapshots are killed while they are written over each other:
 what lies there has to be one of them, whole, and has to be taken up; the next one leaves nothing
 beside it. Of the operator library a file under its final name has to be whole, and the next build
-has to end and leave nothing else. Writes results/export_kills.json.
+has to end and leave nothing else. Writes results/export_kills.json; what is not asked for (0) stays
+there as it was.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import EXPORT, run_main, say, write_result
+from common import EXPORT, RESULTS, run_main, say, write_result
 
 from edge_kv.artifact import sha256_file
 from edge_kv.errors import RuntimeFault
@@ -37,6 +39,7 @@ from edge_kv.runtime import load
 from edge_kv.runtime.cache import CACHE_VARIABLE
 
 MODEL = ["--model", "tiny", "--ctx", "64", "--chunk", "16", "--calibration", "none"]
+RESULT, PARTS = "export_kills", ("backends", "snapshots", "libraries")
 WRITTEN = 6  # snapshots in the time within which their writer is killed
 BUILD = [
     sys.executable, "-c",
@@ -53,18 +56,26 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="at most, per backend")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result: dict[str, Any] = {"arguments": MODEL, "backends": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        result["snapshots"] = kill_snapshots(args.snapshots, args.seed, Path(folder))
-    with tempfile.TemporaryDirectory() as folder:
-        result["libraries"] = kill_builds(args.libraries, args.seed, Path(folder))
+    if args.snapshots:
+        with tempfile.TemporaryDirectory() as folder:
+            keep(kill_snapshots(args.snapshots, args.seed, Path(folder)), "snapshots")
+    if args.libraries:
+        with tempfile.TemporaryDirectory() as folder:
+            keep(kill_builds(args.libraries, args.seed, Path(folder)), "libraries")
     backends = args.backends.split(",") if args.kills else []
     for i, backend in enumerate(backends):
         share = args.kills // len(backends) + (i < args.kills % len(backends))
         with tempfile.TemporaryDirectory() as folder:
-            found = kill(backend, share, args.minutes, args.seed, Path(folder))
-            result["backends"][backend] = found
-    write_result("export_kills", result)
+            keep(kill(backend, share, args.minutes, args.seed, Path(folder)), "backends", backend)
+
+
+def keep(found: dict[str, Any], part: str, name: str = "") -> None:
+    """Put what was found into the result file; its other parts stay."""
+    path = RESULTS / f"{RESULT}.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    result = {"arguments": MODEL} | {p: held[p] for p in PARTS if p in held}
+    result[part] = {**result.get(part, {}), name: found} if name else found
+    write_result(RESULT, result)
 
 
 def kill_snapshots(kills: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -166,15 +177,19 @@ def kill(backend: str, kills: int, minutes: float, seed: int, folder: Path) -> d
     whole, out = folder / "whole" / backend, folder / "killed" / backend
     begin = time.monotonic()
     export(backend, whole, None)
-    longest = time.monotonic() - begin
+    longest = time.monotonic() - begin  # follows how busy the machine is
     done = ended = taken_up = 0
     while (more := done < kills and time.monotonic() - begin < 60 * minutes) or not out.exists():
-        taken_up += unfinished(out).exists()
+        taken = unfinished(out).exists()
+        taken_up += taken
         limit = float(rng.uniform(0, longest)) if more else None
+        started = time.monotonic()
         if not export(backend, out, limit):
             done += 1
             if not out.exists():
                 continue
+        elif not taken:
+            longest = time.monotonic() - started
         compare(whole, out)
         ended += 1
         say(f"{backend}: {done} kills, {ended} exports ended byte-identical")
