@@ -69,8 +69,8 @@ def machine() -> dict[str, Any]:
 
 
 def _portable(word: str) -> str:
-    """A word of the command line without the directories of this machine."""
-    return Path(word).name if word.startswith("/") else word
+    """A word of the command line, or words in one, without the directories of this machine."""
+    return " ".join(Path(w).name if w.startswith("/") else w for w in word.split(" "))
 
 
 def write_result(name: str, content: dict[str, Any]) -> Path:

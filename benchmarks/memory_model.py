@@ -108,7 +108,7 @@ def alone(python: list[str], root: Path, engine: str, threads: int) -> dict[str,
 def under_limit(root: Path, engine: str) -> dict[str, int]:
     """The least `--ram-limit` that starts `edge-kv run`, and the peak of such a run."""
     limit = least_limit(root, engine)
-    long = ["In those days " * 60, "--max-new-tokens", "64"]
+    long = ["In those days " * 60, "--raw", "--max-new-tokens", "64"]
     return {"limit": limit, "peak": peak_under(root, engine, limit, *long)}
 
 

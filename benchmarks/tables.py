@@ -342,8 +342,10 @@ def memory_model(r: dict[str, Any]) -> str:
             rows.append((f"{x['model']}, {x['use']}", x["engine"], label, *cells))
     promise = r["promise"]
     rest = "; the others are marked" if promise["held"] < promise["of"] else ""
+    python = r.get("python", r["machine"]["python"])
     return (
-        f"{promise['held']} of {promise['of']} figures are within 5 % or 5 MB{rest}.\n\n"
+        f"Python {python}: {promise['held']} of {promise['of']} figures are within 5 % or 5 MB"
+        f"{rest}.\n\n"
         f"{markdown(head, rows)}"
     )
 

@@ -67,12 +67,12 @@ COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
-        code=13_700_000, copies=1.24, logits=3.4, further=5.4, apart=True,
+        code=13_700_000, copies=1.17, logits=3.4, further=5.4, apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
         opened=1_100_000, layer=13_500, running=1_360_000, code_opened=2_300_000,
-        code=7_500_000, copies=0.92, logits=0.36, further=1.9, apart=False,
+        code=10_000_000, copies=0.92, logits=0.36, further=2.6, apart=False,
     ),
 }  # fmt: skip
 
