@@ -9,7 +9,8 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from test_models import BOUND, CHUNK, CTX, LENGTH, RESTLESS, ROUNDED
+from parity_runs import BOUND, CHUNK, CTX, LENGTH
+from test_models import RESTLESS, ROUNDED
 from tiny_models import NAMES, tiny
 
 from edge_kv import models

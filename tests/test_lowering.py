@@ -6,11 +6,10 @@ rewinds, wrong continuations that are overwritten, snapshots into memory full of
 
 from __future__ import annotations
 
-from itertools import cycle
-
 import numpy as np
 import pytest
 import torch
+from parity_runs import BOUND, CHUNK, CTX, LENGTH, decoded, poison
 from rich.console import Console
 from tiny_models import tiny
 
@@ -24,8 +23,6 @@ from edge_kv.report import artifact_data, print_artifact
 from edge_kv.runtime import experts
 from edge_kv.runtime.verify import verify
 
-LENGTH, CTX, CHUNK = 70, 78, 8  # windows of 8: rings of 15 slots wrap four times
-BOUND = 2e-4
 IDS = np.random.default_rng(1).integers(0, 96, LENGTH)
 
 
@@ -53,32 +50,13 @@ def made(request, tmp_path_factory):
 
 
 def decode(session, count, expected):
-    """Decode the next `count` ids, in passes of every size; the largest |Δlogit|.
-
-    The second half of a pass is wrong drafts, which are taken back.
-    """
-    worst, stop = 0.0, session.pos + count
-    sizes = cycle((1, session.drafts + 1, 3, 2, 6, 4, 5, 7))
-    while (at := session.pos) < stop:
-        ids = IDS[at : min(at + next(sizes), stop)].copy()
-        kept = -(-len(ids) // 2)
-        ids[kept:] = (ids[kept:] + 11) % 96
-        logits = session.decode_many(ids)
-        worst = max(worst, float(np.abs(logits[:kept] - expected[at : at + kept]).max()))
-        session.rewind(len(ids) - kept)
-    return worst
+    """Decode the next `count` ids, in passes of every size; the largest |Δlogit|."""
+    stop = session.pos + count
+    return max(np.abs(row - expected[i]).max() for i, row in decoded(session, IDS, stop))
 
 
 def prefill(session, count):
     session.prefill(IDS[session.pos : session.pos + count])
-
-
-def poison(session):
-    """Rows of nobody in all of the state: finite, as other tokens leave behind."""
-    generator = np.random.default_rng(9)
-    for memory in session.state.values():
-        noise = generator.normal(0, 30, memory.shape)
-        memory[:] = noise.astype(memory.dtype)
 
 
 def test_programs_are_the_model(made, tmp_path):
