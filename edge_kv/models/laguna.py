@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_kv.models import reading
@@ -188,7 +188,7 @@ def tables(c: Config, s: Sizes) -> Iterator[Table]:
 def weights(c: Config) -> Iterator[Weight]:
     yield Weight(
         "embed", (c.vocab, c.hidden), EMBED, "embed_tokens.weight",
-        share=1 if c.tied else 0, prefill=0,
+        share=1 if c.tied else 0, prefill=0, drawn=(0.0, c.hidden**-0.5 if c.tied else 1.0),
     )  # fmt: skip
     for i in range(c.layers):
         yield from _layer(c, i)
@@ -201,6 +201,11 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     at, d, h = f"layers.{i}", c.hidden, c.head_dim
     q, kv = c.q_heads[i] * h, c.kv_heads * h
 
+    def into_residual(n_in: int) -> tuple[float, float]:
+        """Random weights keep the tokens of a text apart, so that they take different experts: to
+        a stream of unit RMS all blocks together add about as much again."""
+        return 0.0, (2 * c.layers * n_in) ** -0.5
+
     def norm(name: str, width: int, hf: str) -> Weight:
         return Weight(f"{at}.{name}", (width,), FLOAT, f"{at}.{hf}.weight")
 
@@ -210,7 +215,8 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     def glu(name: str, width: int, *hf: str) -> Iterator[Weight]:
         for part, shape in (("gate", (width, d)), ("up", (width, d)), ("down", (d, width))):
             own = " | ".join(f"{at}.{n}.{part}_proj.weight" for n in hf)
-            yield Weight(f"{at}.{name}.{part}", shape, hf=own)
+            drawn = into_residual(width) if part == "down" else None
+            yield Weight(f"{at}.{name}.{part}", shape, hf=own, drawn=drawn)
 
     yield norm("attn_norm", d, "input_layernorm")
     yield linear("attn.q", q, d, "self_attn.q_proj")
@@ -220,7 +226,7 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
         yield linear("attn.gate", q if c.gate == "element" else c.q_heads[i], d, "self_attn.g_proj")
     yield norm("attn.q_norm", h, "self_attn.q_norm")
     yield norm("attn.k_norm", h, "self_attn.k_norm")
-    yield linear("attn.out", d, q, "self_attn.o_proj")
+    yield replace(linear("attn.out", d, q, "self_attn.o_proj"), drawn=into_residual(q))
     yield norm("mlp_norm", d, "post_attention_layernorm")
     if c.mlps[i] == DENSE:
         yield from glu("mlp", c.mlp_width, "mlp")
@@ -240,5 +246,6 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     yield Weight(
         f"{at}.moe.down", (e, d, w), EXPERT,
         f"{mlp}.experts.down_proj | {one}.down_proj.weight", share=c.top_k / e,
+        drawn=into_residual(w),
     )  # fmt: skip
     yield from glu("moe.shared", c.shared_width, "mlp.shared_expert", "mlp.shared_experts")

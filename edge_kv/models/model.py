@@ -110,7 +110,7 @@ class Weight:
     filled: tuple[int, int] | None = None  # (rows a Hugging Face checkpoint holds, the one of them
     # that stands for all beyond), where these are not all
     drawn: tuple[float, float] | None = None  # centre and deviation of random values, where they
-    # are not those of its kind
+    # are not those of its kind; packed ones have no centre
 
     @property
     def elements(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_kv import models
 from edge_kv.formats import GROUP, LINE, Array, Format, Quantised, dequantise, unpack, value_lines
-from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, TABLE, Model
+from edge_kv.models.model import EXPERT, EXPERT8, FLOAT, TABLE, Model, Weight
 from edge_kv.tensors import stored_format, stored_shape
 from edge_kv.weights.random_rows import random_rows
 from edge_kv.weights.source import Text
@@ -47,7 +47,7 @@ class RandomSource:
         stop = row.shape[0] if stop is None else stop
         fmt = stored_format(row, self._formats)
         if fmt is not None and len(row.shape) == 3:
-            packed = self._packed(row.shape, name, fmt, start, stop)
+            packed = self._packed(row, fmt, start, stop)
             return np.stack([dequantise(fmt, unpack(fmt, m, *row.shape[1:])) for m in packed])
         if fmt is not None:
             return dequantise(fmt, self._integers(name, fmt, start, stop))
@@ -90,20 +90,21 @@ class RandomSource:
         row = self.rows[name]
         if stored_format(row, self._formats) != fmt:
             return None
-        return self._packed(row.shape, name, fmt, start, stop)
+        return self._packed(row, fmt, start, stop)
 
-    def _packed(
-        self, shape: tuple[int, ...], name: str, fmt: Format, start: int, stop: int
-    ) -> Array:
+    def _packed(self, row: Weight, fmt: Format, start: int, stop: int) -> Array:
+        name, shape = row.name, row.shape
+        std = row.drawn[1] if row.drawn else shape[-1] ** -0.5
         groups, stride = stored_shape(fmt, shape)[-2:]
         if len(shape) == 3:
             out = np.empty((stop - start, groups, stride), np.uint8)
             for i in range(start, stop):
-                self._fill(out[i - start], f"{name}/{i}", fmt, shape[1], shape[2], 0, groups)
+                one = f"{name}/{i}"
+                self._fill(out[i - start], one, fmt, shape[1], shape[2], 0, groups, std)
             return out
         first, last = start // GROUP, -(-stop // GROUP)
         out = np.empty((last - first, stride), np.uint8)
-        self._fill(out, name, fmt, shape[0], shape[1], first, last)
+        self._fill(out, name, fmt, shape[0], shape[1], first, last, std)
         return out
 
     def integers(self, name: str, fmt: Format, start: int, stop: int) -> Quantised | None:
@@ -112,15 +113,16 @@ class RandomSource:
         return self._integers(name, fmt, start, stop) if drawn else None
 
     def _integers(self, name: str, fmt: Format, start: int, stop: int) -> Quantised:
-        first, shape = start // GROUP * GROUP, self.rows[name].shape
-        packed = self._packed(shape, name, fmt, first, stop)
-        q = unpack(fmt, packed, stop - first, shape[1])
+        first, row = start // GROUP * GROUP, self.rows[name]
+        packed = self._packed(row, fmt, first, stop)
+        q = unpack(fmt, packed, stop - first, row.shape[1])
         scales = (s if s is None else s[start - first :] for s in (q.block_scales, q.row_scales))
         return Quantised(q.codes[start - first :], *scales)
 
     def _fill(
-        self, out: Array, name: str, fmt: Format, rows: int, cols: int, first: int, last: int
-    ) -> None:
+        self, out: Array, name: str, fmt: Format, rows: int, cols: int, first: int, last: int,
+        std: float,
+    ) -> None:  # fmt: skip
         """Groups first … last-1 of a matrix; each block of them has a generator of its own."""
         stride = out.shape[1]
         step = max(1, _DRAWN // stride)
@@ -128,7 +130,7 @@ class RandomSource:
             begin, end = block * step, min((block + 1) * step, -(-rows // GROUP))
             drawn = _bytes(f"{self.seed}/{name}/{block}", (end - begin) * stride)
             groups = drawn.reshape(end - begin, stride)
-            _scale(groups, fmt, rows - begin * GROUP, cols)
+            _scale(groups, fmt, rows - begin * GROUP, cols, std)
             a, b = max(first, begin), min(last, end)
             out[a - first : b - first] = groups[a - begin : b - begin]
 
@@ -139,11 +141,11 @@ def _bytes(key: str, n: int) -> Array:
     return bits.astype("<u8", copy=False).view(np.uint8)[:n]
 
 
-def _scale(groups: Array, fmt: Format, rows: int, cols: int) -> None:
-    """Make scales of the bytes where `groups` [n, stride] keep theirs, for values of variance
-    1 / cols; those that fill up the last group, and the last line of block scales, are 0."""
+def _scale(groups: Array, fmt: Format, rows: int, cols: int, std: float) -> None:
+    """Make scales of the bytes where `groups` [n, stride] keep theirs, for values of deviation
+    `std`; those that fill up the last group, and the last line of block scales, are 0."""
     codes = np.array(fmt.levels or range(fmt.low, fmt.high + 1), np.float64)
-    unit = (np.square(codes).mean() * cols) ** -0.5
+    unit = std * np.square(codes).mean() ** -0.5
     lines = groups.reshape(len(groups), -1, LINE)
     used = np.arange(len(groups) * GROUP).reshape(-1, 1, GROUP) < rows
     around_unit = _STEPS * (unit / _STEP)

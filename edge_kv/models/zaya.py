@@ -196,7 +196,10 @@ def weights(c: Config) -> Iterator[Weight]:
     names = "embed_tokens.weight | lm_head.weight"
     yield Weight("embed", (c.vocab, c.hidden), EMBED, names, prefill=0)
     yield Weight("embed_bias", (c.hidden,), FLOAT, f"{first}bias")
-    yield Weight("embed_scale", (c.hidden,), FLOAT, f"{first}scale")
+    yield Weight(
+        "embed_scale", (c.hidden,), FLOAT, f"{first}scale",
+        drawn=(c.hidden**0.5, 0.1 * c.hidden**0.5),
+    )  # fmt: skip
     for i in range(c.layers):
         yield from _layer(c, i)
     hf = "final_norm.weight" if c.halves else "norm.weight"
@@ -215,8 +218,20 @@ def _layer(c: Config, i: int) -> Iterator[Weight]:
     gate, old_gate = f"{at}.mlp.gate", f"{moe}.zaya_block.router"
     one = f"{moe}.zaya_block.experts.local_experts.{{e}}"
 
+    # Random weights keep the tokens of a text apart, so that they take different experts: a stream
+    # of unit RMS, to which all blocks together add as much again, and no bias for an expert.
+    level = (2 * c.layers) ** -0.5
+    drawn = {
+        "attn_mix.hidden_states_scale": (level, 0.1 * level),
+        "mlp_mix.hidden_states_scale": (level, 0.1 * level),
+        "attn_mix.residual_scale": (1.0, 0.01),
+        "mlp_mix.residual_scale": (1.0, 0.01),
+        "router.balancing_biases": (0.0, 0.0),
+    }
+
     def row(name: str, shape: tuple[int, ...], now: str, before: str, kind: str = FLOAT) -> Weight:
-        return Weight(f"{at}.{name}", shape, kind, before if c.halves else now)
+        hf = before if c.halves else now
+        return Weight(f"{at}.{name}", shape, kind, hf, drawn=drawn.get(name))
 
     def linear(
         name: str, n_out: int, n_in: int, now: str, before: str, kind: str = "linear"
