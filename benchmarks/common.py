@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +29,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from edge_kv import models
 from edge_kv.artifact import read_artifact
-from edge_kv.errors import EdgeKVError
+from edge_kv.errors import ConfigError, EdgeKVError
 from edge_kv.export import export_model
+from edge_kv.models.model import Row
 from edge_kv.runtime import Session, Tokenizer, load
 from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.terminal import Bar
@@ -39,7 +41,7 @@ from edge_kv.terminal import Bar
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("edge-kv", "numpy", "onnxruntime", "torch", "transformers")
 MODELS = ("gemma3-270m", "tiny")
-EXPORT = [sys.executable, "-c", "from edge_kv.cli import main; main()", "export"]
+EXPORT = [sys.executable, str(Path(__file__).with_name("cut_models.py")), "export"]
 WORKER = "--worker"
 console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
 
@@ -360,6 +362,25 @@ def random_states(root: Path, engine: str, threads: int, depths: Iterable[int]) 
         fill_depths(job)
     artifact = read_artifact(root)
     return {0: ""} | {depth: str(snapshot_path(artifact, job, depth)) for depth in deep}
+
+
+def model_row(name: str) -> Row:
+    """A model by name, or its first layers: `NAME:LAYERS`, at full width.
+
+    Raises:
+        ConfigError: no such model, or not a number of its layers.
+    """
+    whole, cut, layers = name.partition(":")
+    row = models.get_row(whole)
+    if not cut:
+        return row
+    given, kept = row.config.layers, int(layers) if layers.isdecimal() else 0
+    if not 1 <= kept <= given:
+        raise ConfigError(f"{name}: {layers} is outside 1 … {given}, the layers of {whole}.")
+    values = ((f.name, getattr(row.config, f.name)) for f in fields(row.config))
+    # What a config says layer by layer has one entry for each.
+    each = {k: v[:kept] for k, v in values if isinstance(v, str | tuple) and len(v) == given}
+    return replace(row, config=replace(row.config, layers=kept, **each))
 
 
 def numbers(text: str) -> list[int]:

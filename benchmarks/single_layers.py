@@ -3,10 +3,11 @@
     python benchmarks/single_layers.py --model deepseek-v4-flash --kinds W,S,D \\
         --depths 4096,32768,131072 --work DIR
 
-For each letter of `pattern` a model of that one layer is exported, embedding and head included,
-and decodes behind a state of random rows. Beside time stand the bytes of state that the plan counts
-and what the process holds more than at the start. Routing is that of random weights; every step
-decodes another random token.
+For each letter of `pattern` a model of that one layer is exported and decodes behind a state of
+random rows. `--experts` and `--vocab` keep fewer experts and tokens than the model has, and the
+result says how many: a token runs as many experts as ever, and the head, which no layer has, takes
+little time. Beside time stand the bytes of state that the plan counts and what the process holds
+more than at the start. Routing is that of random weights; every step decodes another random token.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def main() -> None:
     config = models.get_row(args.model).config
     rows = []
     for kind in args.kinds.split(","):
-        one = replace(config, layers=1, pattern=kind, hashed=int(kind == args.kinds[0]))
+        one = replace(
+            config, layers=1, pattern=kind, hashed=int(kind == args.kinds[0]),
+            experts=args.experts or config.experts, vocab=args.vocab or config.vocab,
+        )  # fmt: skip
         root = args.work / f"{args.model}-{kind}"
         if not root.exists():
             begin = time.perf_counter()
@@ -68,9 +72,14 @@ def main() -> None:
             shutil.rmtree(root)
     write_result(
         args.result or f"layers_{args.model}_{args.engine}",
-        {"model": args.model, "threads": args.threads, "rows": rows},
-    )
-    show(f"{args.model}: one layer, embedding and head", rows)
+        {
+            "model": args.model, "threads": args.threads,
+            "experts": {"kept": one.experts, "of": config.experts},
+            "vocab": {"kept": one.vocab, "of": config.vocab},
+            "random": "weights, rows of the state, tokens", "rows": rows,
+        },
+    )  # fmt: skip
+    show(f"{args.model}: one layer of each kind", rows)
 
 
 def _work(root: str, engine: str, snapshot: str, threads: str) -> None:
@@ -106,6 +115,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--kinds", required=True, help="letters of its pattern, by commas")
     parser.add_argument("--depths", type=numbers, default=[4096, 32_768, 131_072])
+    parser.add_argument("--experts", type=int, help="routed experts that are kept")
+    parser.add_argument("--vocab", type=int, help="tokens that are kept")
     parser.add_argument("--engine", default="onnx")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, required=True)
