@@ -45,6 +45,7 @@ class Bench(
             val first = mapOf(
                 "seconds" to session.stats.loadSeconds,
                 "start_to_first_token" to (System.nanoTime() - begin) / 1e9,
+                "huge_page_bytes" to 0,
             )
             val runs = depths.sorted().map { depth -> measure(session, depth, loaded, onProgress) + ("load" to first) }
             return document(session, runs)
@@ -124,8 +125,8 @@ class Bench(
             ),
             "machine" to machine,
             "conditions" to mapOf(
-                "threads" to threads, "cache" to session.packed, "prompt" to prompt, "tokens" to tokens,
-                "repeats" to repeats, "fill" to "prefill", "load_average" to null,
+                "threads" to threads, "cache" to session.packed, "huge_pages" to false,
+                "prompt" to prompt, "tokens" to tokens, "repeats" to repeats, "fill" to "prefill", "load_average" to null,
             ),
             "bandwidth" to null,
             "plan" to emptyList<Any>(), // there is none for a phone
