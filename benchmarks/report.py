@@ -227,6 +227,20 @@ def pass_cost() -> str:
     )
 
 
+def mobile() -> str:
+    """E2B as released for phones beside the default and llama.cpp, in one alternation."""
+    rows = load("full_size_mobile_e2b")["summary"]
+    return table(
+        ["E2B: weights and engine, depth", "decode tok/s", "beside llama.cpp", "prefill tok/s",
+         "anonymous MB", "peak RSS MB"],
+        [
+            [f"{r['subject']}, {r['depth']:,}", f"{r['decode']:.1f}", f"{r['decode_ratio']:.2f}x",
+             f"{r['prefill']:.0f}", f"{r['anon_peak'] / 1e6:.0f}", f"{r['rss_peak'] / 1e6:.0f}"]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
 def by_depth(
     model: str, engines: dict[str, str], today: bool
 ) -> dict[int, dict[str, list[dict[str, Any]]]]:
@@ -455,6 +469,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "full-size": partial(full_size, today=True),
     "pass-cost": pass_cost,
+    "mobile": mobile,
     "full-size, earlier": partial(full_size, today=False),
     "memory": memory,
     "boards": boards,
