@@ -27,8 +27,8 @@ from edge_kv.models import gemma
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
-    "README.md", "docs/android.md", "docs/executorch.md", "docs/files.md", "docs/raspberry-pi.md",
-    "docs/speed.md",
+    "README.md", "docs/android.md", "docs/executorch.md", "docs/files.md", "docs/models.md",
+    "docs/raspberry-pi.md", "docs/speed.md",
 )  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/calibration.py
@@ -236,6 +236,20 @@ def mobile() -> str:
         [
             [f"{r['subject']}, {r['depth']:,}", f"{r['decode']:.1f}", f"{r['decode_ratio']:.2f}x",
              f"{r['prefill']:.0f}", f"{r['anon_peak'] / 1e6:.0f}", f"{r['rss_peak'] / 1e6:.0f}"]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def single_layers() -> str:
+    """One layer of each kind of DeepSeek V4 Flash: time of a token, and state beside the plan."""
+    rows = load("layers_deepseek-v4-flash_onnx")["rows"]
+    kinds = {"W": "window alone", "S": "sparse blocks of 4", "D": "dense blocks of 128"}
+    return table(
+        ["layer, context", "ms a token", "state in use, planned", "process grew by"],
+        [
+            [f"{kinds[r['layer']]}, {r['depth']:,}", f"{1e3 * r['token_seconds']:.1f}",
+             size(r["state_touched_planned"]), size(r["state_measured"])]
             for r in rows
         ],
     )  # fmt: skip
@@ -470,6 +484,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "full-size": partial(full_size, today=True),
     "pass-cost": pass_cost,
     "mobile": mobile,
+    "single-layers": single_layers,
     "full-size, earlier": partial(full_size, today=False),
     "memory": memory,
     "boards": boards,
