@@ -12,11 +12,10 @@ in the result file and are not asked for again stay in it.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from common import MODELS, RESULTS, gguf_path, read_text, run_main, say, show, write_result
+from common import MODELS, gguf_path, read_result, read_text, run_main, say, show, write_result
 
 from edge_kv import models
 from edge_kv.artifact import Artifact, read_artifact
@@ -46,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     name = f"calibration_{args.model.replace('-', '_')}"
     weights = str(models.get_row("tiny").weights) if args.model == "tiny" else str(gguf_path())
-    rows = _measured(RESULTS / f"{name}.json")
+    rows = _measured(name)
     for label in args.variant or VARIANTS:
         root = args.work / f"{args.model}-{label.replace(' ', '-').replace(',', '')}"
         if not root.exists():
@@ -114,10 +113,8 @@ def _export(weights: str, root: Path, options: dict[str, Any]) -> None:
         )
 
 
-def _measured(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    return {row["run"]: row for row in json.loads(path.read_text())["rows"]}
+def _measured(name: str) -> dict[str, Any]:
+    return {row["run"]: row for row in read_result(name).get("rows", ())}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,11 +29,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edge_kv import models
 from edge_kv.artifact import read_artifact
-from edge_kv.errors import ConfigError, EdgeKVError
+from edge_kv.errors import EdgeKVError
 from edge_kv.export import export_model
-from edge_kv.models.model import Row
 from edge_kv.runtime import Session, Tokenizer, load
 from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
 from edge_kv.terminal import Bar
@@ -70,16 +68,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _portable(word: str) -> str:
+def portable(word: str) -> str:
     """A word of the command line, or words in one, without the directories of this machine."""
     return " ".join(Path(w).name if w.startswith("/") else w for w in word.split(" "))
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """What `write_result` wrote; empty where nothing is."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def write_result(name: str, content: dict[str, Any]) -> Path:
     """Write `results/<name>.json`: command, machine and versions, then `content`."""
     path = RESULTS / f"{name}.json"
     card = {
-        "command": shlex.join(["python", *map(_portable, sys.argv)]),
+        "command": shlex.join(["python", *map(portable, sys.argv)]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {p: version(p) for p in PACKAGES},
@@ -362,25 +367,6 @@ def random_states(root: Path, engine: str, threads: int, depths: Iterable[int]) 
         fill_depths(job)
     artifact = read_artifact(root)
     return {0: ""} | {depth: str(snapshot_path(artifact, job, depth)) for depth in deep}
-
-
-def model_row(name: str) -> Row:
-    """A model by name, or its first layers: `NAME:LAYERS`, at full width.
-
-    Raises:
-        ConfigError: no such model, or not a number of its layers.
-    """
-    whole, cut, layers = name.partition(":")
-    row = models.get_row(whole)
-    if not cut:
-        return row
-    given, kept = row.config.layers, int(layers) if layers.isdecimal() else 0
-    if not 1 <= kept <= given:
-        raise ConfigError(f"{name}: {layers} is outside 1 … {given}, the layers of {whole}.")
-    values = ((f.name, getattr(row.config, f.name)) for f in fields(row.config))
-    # What a config says layer by layer has one entry for each.
-    each = {k: v[:kept] for k, v in values if isinstance(v, str | tuple) and len(v) == given}
-    return replace(row, config=replace(row.config, layers=kept, **each))
 
 
 def numbers(text: str) -> list[int]:

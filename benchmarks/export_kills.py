@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import EXPORT, RESULTS, run_main, say, write_result
+from common import EXPORT, read_result, run_main, say, write_result
 
 from edge_kv.artifact import sha256_file
 from edge_kv.errors import RuntimeFault
@@ -71,8 +70,7 @@ def main() -> None:
 
 def keep(found: dict[str, Any], part: str, name: str = "") -> None:
     """Put what was found into the result file; its other parts stay."""
-    path = RESULTS / f"{RESULT}.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
+    held = read_result(RESULT)
     result = {"arguments": MODEL} | {p: held[p] for p in PARTS if p in held}
     result[part] = {**result.get(part, {}), name: found} if name else found
     write_result(RESULT, result)

@@ -219,16 +219,17 @@ def values(tensor: Tensor, seed: int) -> Iterator[np.ndarray]:
     stream = np.random.SFC64(np.random.SeedSequence([seed, crc32(tensor.name.encode())]))
     random = np.random.Generator(stream)
     left = int(np.prod(tensor.shape))
+    allowed = symmetric_bytes(tensor.bits) if tensor.bits else None
     while left:
-        if tensor.bits:
-            yield random.choice(symmetric_bytes(tensor.bits), min(left, BLOCK))
-            left -= min(left, BLOCK)
+        count = min(left, BLOCK)
+        left -= count
+        if allowed is not None:
+            yield random.choice(allowed, count)
             continue
-        block = random.standard_normal(min(left, BLOCK), dtype=np.float32)
+        block = random.standard_normal(count, dtype=np.float32)
         block *= tensor.std
         block += tensor.mean
         yield block if tensor.dtype == "F32" else block.astype(ml_dtypes.bfloat16)
-        left -= block.size
 
 
 def write_shard(path: Path, shard: list[Tensor], seed: int) -> None:

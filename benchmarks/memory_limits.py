@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import EXPORT, run_main, say, show, write_result
+from common import EXPORT, portable, run_main, say, show, write_result
 
 from edge_kv.amounts import parse_bytes, parse_size
 from edge_kv.artifact import read_artifact
@@ -183,7 +183,7 @@ def export(args: argparse.Namespace) -> None:
     if done.returncode:
         raise RuntimeFault(f"The export ended with status {done.returncode} under {limit} bytes.")
     card |= {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-    named = [Path(a).name if Path(a).is_absolute() else a for a in args.args]
+    named = [portable(word) for word in args.args]
     card |= {"rss_peak": 1024 * usage.ru_maxrss, "arguments": named, "resumed": resumed}
     write_result(args.result, card)
 

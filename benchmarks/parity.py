@@ -12,7 +12,6 @@ exporter's reason is recorded. Rows of models that are not asked for stay in the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from common import RESULTS, run_main, say, write_result
+from common import read_result, run_main, say, write_result
 
 from edge_kv.errors import ExportError
 from edge_kv.models.checkpoint import open_checkpoint
@@ -66,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", action="append", choices=NAMES, help="default: all")
     args = parser.parse_args()
-    held = json.loads((RESULTS / "parity.json").read_text(encoding="utf-8"))["families"]
+    held = read_result("parity")["families"]
     for name in args.model or NAMES:
         with (
             tempfile.TemporaryDirectory() as folder,

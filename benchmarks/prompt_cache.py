@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from common import RESULTS, say, write_result
+from common import read_result, say, write_result
 
 from edge_kv.artifact import read_artifact
 from edge_kv.runtime import Tokenizer
@@ -194,8 +194,7 @@ def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def earlier(given: dict[str, Any]) -> dict[str, Any]:
     """The ways in the result there is, if it was made with the same arguments."""
-    path = RESULTS / f"{RESULT}.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
+    held = read_result(RESULT)
     same = all(held.get(key) == value for key, value in given.items())
     ways: dict[str, Any] = held.get("ways", {}) if same else {}
     return ways
