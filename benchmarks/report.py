@@ -255,6 +255,63 @@ def single_layers() -> str:
     )  # fmt: skip
 
 
+def v4_state() -> str:
+    """DeepSeek V4's state for 1M tokens, from the plan, beside that of DeepSeek V3.2.
+
+    A row of V3.2 has a latent of 576 values and an index row of 128 in each of 61 layers. As
+    published they take 656 and 132 bytes, V4's blocks of 512 values 584 and its index rows 68.
+    """
+    ctx, published, layers = 1 << 20, {512: 584, 128: 68}, 61
+    storages: dict[str, tuple[int, Callable[[int], float]]] = {
+        "both as published": (656 + 132, published.__getitem__),
+        "V4 in our int8, V3.2 as published": (656 + 132, lambda dim: dim + 4),
+        "both in our int8": (576 + 128 + 2 * 4, lambda dim: dim + 4),
+        "both in 16 bits": (2 * (576 + 128), lambda dim: 2 * dim),
+    }
+    names = ("deepseek-v4-flash", "deepseek-v4-pro")
+    ratios = []
+    for title, (v32, row_bytes) in storages.items():
+        cells = [title, f"{layers * v32:,}"]
+        for name in names:
+            plan = models.plan(models.get_row(name).config, ctx=ctx, kv="f16")
+            blocks = [t for t in plan.tables if t.stride > 1]
+            token = sum(row_bytes(t.row[1]) / t.stride for t in blocks)  # without rounding up
+            cells.append(f"{token:,.0f} ({token / (layers * v32):.1%})")
+        ratios.append(cells)
+    needs = []
+    for name in names:
+        config = models.get_row(name).config
+        for kv in ("int8", "f16"):
+            plan = models.plan(config, ctx=ctx, kv=kv)
+            fixed = sum(t.bytes for t in plan.tables if t.keep)
+            need = footprint(config, plan)
+            sizes = (plan.bytes, fixed, need.read_state, need.anonymous, need.weight_file)
+            needs.append([f"`{name}`, {kv}", *map(size, (*sizes, need.needs.read_weights))])
+    head = ["growing state, bytes a token", "V3.2", *(f"`{name}`, of V3.2" for name in names)]
+    columns = [
+        "at 1,048,576 tokens", "state", "of it windows and raw rows", "a token reads of it",
+        "anonymous memory", "weights", "a token reads of them",
+    ]  # fmt: skip
+    return f"{table(head, ratios)}\n\n{table(columns, needs)}"
+
+
+def adding() -> str:
+    """The diff between this tree and the same without one family."""
+    rows = []
+    for r in load("adding_a_model")["rows"]:
+        family, files = r["family"], r["files"]
+        places = (f"edge_kv/models/{family}.py", f"edge_kv/nets/{family}.py")
+        listed = ("edge_kv/models/__init__.py", "tests/tiny_models.py")
+        rest = set(files) - {*places, *listed}
+        assert not rest, rest
+        cells = [str(files[path]) for path in (*places, *listed)]
+        alone = ", ".join(f"`{name}`" for name in r["alone"]) or MISSING
+        rows.append([f"`{family}`", str(len(files)), str(r["lines"]), *cells, alone])
+    head = ["family", "files", "lines", "`models/x.py`", "`nets/x.py`", "list of models",
+            "its tiny models", "shared, used by it alone"]  # fmt: skip
+    return table(head, rows)
+
+
 def by_depth(
     model: str, engines: dict[str, str], today: bool
 ) -> dict[int, dict[str, list[dict[str, Any]]]]:
@@ -485,6 +542,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "pass-cost": pass_cost,
     "mobile": mobile,
     "single-layers": single_layers,
+    "v4-state": v4_state,
+    "adding": adding,
     "full-size, earlier": partial(full_size, today=False),
     "memory": memory,
     "boards": boards,

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from adding_a_model import diff_stat
 from fake_artifact import write_artifact
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,16 @@ def test_exporters_and_runtimes_name_no_model():
         if names.search(line)
     ]
     assert not named
+
+
+def test_a_family_is_its_two_files_and_a_name_in_the_list():
+    """Without them every other model still plans and builds; `diff_stat` ends if one does not."""
+    assert set(diff_stat("deepseek_v4")) == {
+        "edge_kv/models/__init__.py",
+        "edge_kv/models/deepseek_v4.py",
+        "edge_kv/nets/deepseek_v4.py",
+        "tests/tiny_models.py",
+    }
 
 
 IMPORTED = """
