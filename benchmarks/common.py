@@ -83,8 +83,9 @@ def read_result(name: str) -> dict[str, Any]:
 def write_result(name: str, content: dict[str, Any]) -> Path:
     """Write `results/<name>.json`: command, machine and versions, then `content`."""
     path = RESULTS / f"{name}.json"
+    script, arguments = Path(sys.argv[0]), sys.argv[1:]
     card = {
-        "command": shlex.join(["python", *map(portable, sys.argv)]),
+        "command": shlex.join(["python", f"benchmarks/{script.name}", *map(portable, arguments)]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {p: version(p) for p in PACKAGES},

@@ -8,6 +8,7 @@ pass does it all, one matrix is in memory at a time, and nothing here knows what
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from edge_kv.nets import make_net, ops
 from edge_kv.nets.state import StaticState
 from edge_kv.nets.weights import Rows, Value, Weights, load
 from edge_kv.plan import Plan
+from edge_kv.runtime import heap
 
 WINDOW = 512  # tokens of a sequence
 SEQUENCES = 16
@@ -228,6 +230,7 @@ class _Walk:
         if self._open and self._open != name:
             self.store.finish(self._open)
             self.on_matrix(self._open)
+            heap.trim()
         self._open = name
 
     def close(self) -> None:
@@ -305,10 +308,12 @@ class _Meeting:
     """Several threads in step: where they meet, one work is done with what each of them brings.
 
     The work is done by the thread that called `run`, with torch's threads; the others have one
-    each, and wait.
+    each, and wait. Between two meetings only as many of them run at once as there are cores:
+    what each makes on the way to the next is then in memory a few times, not once a sequence.
     """
 
     def __init__(self, seats: int):
+        self._running = threading.Semaphore(os.cpu_count() or 1)
         self._brought: list[Any] = [None] * seats
         self._given: list[Any] = [None] * seats
         self._works: list[Callable[[list[Any]], list[Any]] | None] = [None] * seats
@@ -321,9 +326,14 @@ class _Meeting:
         """Called by every thread: what `work` makes, from all that was brought, for this one."""
         seat = self._seat.index
         self._brought[seat], self._works[seat] = brought, work
-        self._arrived.wait()
-        self._served.wait()
-        return self._given[seat]
+        self._running.release()
+        try:
+            self._arrived.wait()
+            self._served.wait()
+        finally:
+            self._running.acquire()
+        given, self._given[seat] = self._given[seat], None
+        return given
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run all tasks, one thread each; the first error of any of them is raised."""
@@ -343,7 +353,9 @@ class _Meeting:
                         raise ExportError("The sequences of a calibration took different paths.")
                     if work is None:
                         break
-                    self._given = work(list(self._brought))
+                    brought, self._brought = self._brought, [None] * len(threads)
+                    self._given = work(brought)
+                    del brought
                     self._served.wait()
         except threading.BrokenBarrierError:
             pass
@@ -363,7 +375,7 @@ class _Meeting:
             torch.get_num_threads()  # torch reads the number once in each thread: now
             self._arrived.wait()
             self._served.wait()
-            with torch.no_grad():
+            with torch.no_grad(), self._running:
                 task()
             self._works[seat] = None
             self._arrived.wait()
