@@ -42,14 +42,18 @@ def shipped_text() -> str:
 def sequences(
     encode: Callable[[str], list[int]], text: str, start: Sequence[int], window: int = WINDOW
 ) -> list[Tensor]:
-    """Token ids of `text`, cut into at most SEQUENCES windows that each begin with `start`.
+    """Token ids of `text`, cut into windows that each begin with `start`.
+
+    Of a text with more than SEQUENCES windows that many are taken, spread evenly over it.
 
     Raises:
         ExportError: a text without tokens.
     """
     ids = encode(text)
     step = window - len(start)
-    cut = [ids[at : at + step] for at in range(0, len(ids), step)][:SEQUENCES]
+    cut = [ids[at : at + step] for at in range(0, len(ids), step)]
+    count = min(len(cut), SEQUENCES)
+    cut = [cut[i * len(cut) // count] for i in range(count)]
     if not ids:
         raise ExportError("The calibration text is empty; give another --calibration FILE.")
     return [torch.tensor([*start, *part]) for part in cut]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -154,8 +156,12 @@ def test_an_error_of_one_sequence_ends_all():
 def test_sequences_cover_the_text_and_begin_with_the_start_token():
     cut = sequences(lambda text: list(map(ord, text)), "abcdefghij", [2], window=4)
     assert [list(s) for s in cut] == [[2, *map(ord, part)] for part in ("abc", "def", "ghi", "j")]
-    many = sequences(lambda text: [7] * 100_000, "x", [])
+    many = sequences(lambda text: list(range(100_000)), "x", [])
     assert len(many) == calibration.SEQUENCES and len(many[0]) == calibration.WINDOW
+    starts = [int(s[0]) for s in many]
+    gaps = [b - a for a, b in pairwise(starts)]
+    assert starts[0] == 0 and max(gaps) - min(gaps) <= calibration.WINDOW  # evenly spread
+    assert starts[-1] > 90_000
     with pytest.raises(ExportError, match="empty"):
         sequences(lambda text: [], "", [2])
 
