@@ -48,7 +48,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / "gemma-3-270m-q4_0.gguf"
     if not file.exists():
-        requantise(gguf_path(), file)
+        requantise(gguf_path(), file, KIND)
     root, began = args.work / "gemma3-270m-q4_0", time.monotonic()
     if not root.exists():
         with Bar() as bar:
@@ -103,8 +103,8 @@ def main() -> None:
     show(f"{matrices} matrices, {values} values, all bits alike", rows)
 
 
-def requantise(source: Path, out: Path) -> None:
-    """The same model with every matrix in KIND."""
+def requantise(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
+    """The same model with every matrix in `kind`, as the gguf package rounds."""
     say(f"writing {out.name}")
     reader = GGUFReader(source)
     writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
@@ -116,7 +116,7 @@ def requantise(source: Path, out: Path) -> None:
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
         if values.ndim == 2:
-            writer.add_tensor(tensor.name, quantize(values, KIND), raw_dtype=KIND)
+            writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(tensor.name, values)
     writer.write_header_to_file()
