@@ -38,7 +38,8 @@ from edge_kv.export.weight_file import (
 )
 from edge_kv.models.model import Model
 from edge_kv.models.sources import Source, open_weights
-from edge_kv.nets.oracle import oracle_logits, table_values
+from edge_kv.nets.oracle import oracle as run_oracle
+from edge_kv.nets.oracle import table_values
 from edge_kv.nets.weights import Weights
 from edge_kv.parity import divergence
 from edge_kv.ple import PleTable
@@ -166,7 +167,7 @@ def oracle(
         return read(name, a, b).numpy()
 
     values, weights = table_values(config, array), Weights(models.weights(config))
-    return oracle_logits(config, weights, read, ids, kv=kv, token_values=values)
+    return run_oracle(config, weights, read, ids, kv=kv, token_values=values).logits()
 
 
 def stored_logits(source: Source, scheme: str, ids: Tensor, folder: Path) -> Tensor:
@@ -187,10 +188,10 @@ def stored_logits(source: Source, scheme: str, ids: Tensor, folder: Path) -> Ten
         assert table and shape
         return torch.from_numpy(table.rows(wanted.numpy(), shape.layers))
 
-    logits = oracle_logits(
+    logits = run_oracle(
         config, PackedWeights(rows, layout), StoredWeights(layout, path).read, ids, kv="int8",
         token_values=values if table else None,
-    )  # fmt: skip
+    ).logits()  # fmt: skip
     if table:
         table.close()
     path.unlink()

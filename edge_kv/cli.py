@@ -631,6 +631,15 @@ def verify(
         f"(limit {parity.limit_kl:.3g}), top-1 {parity.top1:.1%} (limit {parity.limit_top1:.1%}) "
         f"over {parity.steps} steps"
     )
+    if drafts := parity.draft:
+        line += (
+            f"; drafts of its assistant: max |Δlogit| {drafts.max_abs:.3g}, KL mean "
+            f"{drafts.mean_kl:.3g} max {drafts.max_kl:.3g} (limit {drafts.limit_kl:.3g}), top-1 "
+            f"{drafts.top1:.1%} (limit {drafts.limit_top1:.1%}), {drafts.common:.1%} of the tokens "
+            f"(limit {drafts.limit_common:.1%}), over {drafts.drafts} drafts"
+        )
+    elif opened.manifest.drafter:
+        line += "; its assistant was not checked: no reference drafts are recorded, export again"
     if as_json:
         _print_json(data)
     elif parity.passed:

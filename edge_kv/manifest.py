@@ -227,6 +227,24 @@ class VerifyEntry(Entry):
     min_top1: Share
 
 
+class DraftVerifyEntry(VerifyEntry):
+    """What a device's drafts may differ by from the reference vectors."""
+
+    min_common: Share  # of the tokens that are scored
+
+
+class DraftParityEntry(Entry):
+    """What one backend's `draft` met when it was made."""
+
+    drafts: Count
+    lowering: dict[Name, Distance]
+    kernels: dict[Name, Distance]
+    quantisation: dict[Name, Distance]
+    correlation: Annotated[float, Field(ge=-1, le=1)]  # of logits with its checkpoint's
+    lowering_limit: dict[Name, Distance]
+    verify: DraftVerifyEntry
+
+
 class ParityEntry(Entry):
     """What one backend's programs met when they were made, and the vectors to check them by."""
 
@@ -240,6 +258,7 @@ class ParityEntry(Entry):
     lowering_limit: dict[Name, Distance]
     vectors: FileName
     verify: VerifyEntry
+    draft: DraftParityEntry | None = None  # None: no drafter, or one that was not judged
 
 
 class NeedsEntry(Entry):

@@ -13,7 +13,7 @@ from edge_kv.artifact import Artifact
 from edge_kv.errors import ConfigError
 from edge_kv.models.checkpoint import recorded_config
 from edge_kv.models.sources import open_weights
-from edge_kv.nets.oracle import oracle_logits, table_values
+from edge_kv.nets.oracle import oracle, table_values
 from edge_kv.nets.weights import Weights
 from edge_kv.runtime.evaluate import Reference
 
@@ -43,6 +43,7 @@ def float_reference(spec: str, artifact: Artifact) -> Reference:
 
     def logits(ids: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         fed = torch.tensor(ids[:-1])
-        yield from oracle_logits(source.config, weights, read, fed, token_values=values).numpy()
+        run = oracle(source.config, weights, read, fed, token_values=values)
+        yield from run.logits().numpy()
 
     return logits

@@ -297,7 +297,11 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
         files = ", ".join(f"{n} ({f})" for n, f in engine["programs"].items())
         console.print(f"Engine {name}: {files}.")
     if drafter := data["drafter"]:
-        console.print(f"It has an assistant; a draft reads {size(drafter['read'])} of weights.")
+        judged = all(p["draft"] for p in data["parity"].values())
+        console.print(
+            f"It has an assistant; a draft reads {size(drafter['read'])} of weights"
+            f"{'' if judged else '; how near its program is to it was not recorded'}."
+        )
     if quant["tensors"]:
         worst = ", ".join(f"{n} {e:.3g}" for n, e in quant["worst"].items())
         console.print(

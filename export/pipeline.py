@@ -11,11 +11,10 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,8 +65,9 @@ from edge_kv.models.model import Model
 from edge_kv.models.random_source import RandomSource
 from edge_kv.models.sources import Paired, Source, open_drafter, open_model
 from edge_kv.needs import count_needs, read_by_draft
-from edge_kv.nets.oracle import TokenValues, oracle_logits, table_values
+from edge_kv.nets.oracle import Run, oracle, oracle_drafts, table_values
 from edge_kv.nets.weights import Read, Weights
+from edge_kv.parity import Scores
 from edge_kv.plan import Plan
 from edge_kv.ple import PleTable
 from edge_kv.progress import Progress, Silent
@@ -80,7 +80,6 @@ log = logging.getLogger(__name__)
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
 # What a killed export leaves that the next one writes anew.
 _LEFT_OVER = ("*.part", MANIFEST, "verify*.npz")
-Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def export_model(
@@ -185,6 +184,22 @@ class _Written:
     reports: dict[str, TensorReport]
     ple: PleEntry | None
     tokenizer: TokenizerEntry | None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the model over one weight file gives, and what it is held against.
+
+    `source` are the logits of the checkpoint, `kept` those of the stored weights over a state that
+    is not rounded, where these are to be the same. `drafts` are those of the stored drafter and
+    `source_drafts` those of its checkpoint, behind the same model.
+    """
+
+    logits: Tensor
+    source: Tensor
+    kept: Tensor | None
+    drafts: list[Scores]
+    source_drafts: list[Scores]
 
 
 class _Job:
@@ -337,50 +352,25 @@ class _Job:
 
     def _finish(self, written: _Written, lowered: dict[str, Lowered]) -> None:
         """Judge the programs of every backend and write the manifest."""
-
-        def logits_of(run: gate.GateRun, name: str, backend: Backend) -> Logits:
-            write_manifest(self.root, self._manifest(written, {name: backend}, {}))
-            session = self.open_session(self.root, BACKENDS[name].gate)
-            try:
-                return gate.replay(session, run)
-            finally:
-                session.close()
-
-        run = gate.plan_run(self.plan, self.config.vocab, self._encoder())
+        drafted = self.drafter is not None
+        run = gate.plan_run(self.plan, self.config.vocab, self._encoder(), drafter=drafted)
         # Random weights are drawn as a plain layout stores them.
         plain = all(type(layout) is WeightLayout for layout in self.layouts.values())
         drawn = plain and isinstance(self.source, RandomSource)
         self.progress.stage("parity: float reference", "modules")
-        source_logits = None if drawn else self._oracle(run, written, None)
+        source = None if drawn else self._oracle(run, written, None).logits(run.prompt)
         self._unchanged()
         parity: dict[str, ParityEntry] = {}
-        references: dict[str, Tensor] = {}  # of each weight file
+        references: dict[str, _Reference] = {}  # of each weight file
         for name, programs in lowered.items():
-            owner, stored = self._owner(name), self._stored(name)
-            fed = run if programs.shipped.checks_drafts else replace(run, passes=())
+            owner = self._owner(name)
             if owner not in references:
                 self.progress.stage(f"parity: stored weights of {owner}", "modules")
-                references[owner] = self._oracle(run, written, stored)
-            kept = None
-            if drawn or self.scheme == "none" or self._keeps_all(self.layouts[owner]):
-                kept = self._oracle(run, written, stored, exact_state=True)
-            source = kept if drawn else source_logits
-            assert source is not None
-            self.progress.stage(f"parity: programs of {name}", "modules")
-            judged = gate.judge(
-                fed,
-                self.plan,
-                exact=logits_of(fed, name, programs.exact),
-                shipped=logits_of(fed, name, programs.shipped),
-                stored=references[owner],
-                source=source,
-                scheme=self.scheme,
-                moved=partial(self._oracle, run, written, stored, moved=True),
-                kept=None if drawn else kept,
-                rounds=bool(self.layout.steps),
-                vectors=f"verify.{name}.npz" if parity else "verify.npz",
-            )
-            gate.write_vectors(self.root / judged["vectors"], run, references[owner])
+                references[owner] = self._reference(run, written, owner, source)
+            judged = self._judged(run, written, name, programs, references[owner])
+            judged["vectors"] = f"verify.{name}.npz" if parity else "verify.npz"
+            of = references[owner]
+            gate.write_vectors(self.root / judged["vectors"], run, of.logits, of.drafts)
             parity[name] = ParityEntry.model_validate_json(json.dumps(judged))
         for programs in lowered.values():
             for path in programs.scratch:
@@ -396,6 +386,69 @@ class _Job:
                 f"{self.out} was made meanwhile; move it away and run the same command again."
             )
         self.root.rename(self.out)
+
+    def _reference(
+        self, run: gate.GateRun, written: _Written, owner: str, source: Tensor | None
+    ) -> _Reference:
+        """What the weight file of backend `owner` gives; `source` are the logits of the checkpoint,
+        None where it is drawn as it is stored."""
+        stored = self._stored(owner)
+        read = self._oracle(run, written, stored)
+        logits = read.logits(run.prompt)
+        drafts, of_source = (self._drafts(run, read, weights) for weights in (stored, None))
+        kept = None
+        if source is None or self.scheme == "none" or self._keeps_all(self.layouts[owner]):
+            kept = self._oracle(run, written, stored, exact_state=True).logits(run.prompt)
+        if source is None:
+            assert kept is not None
+            source, kept = kept, None
+        return _Reference(logits, source, kept, drafts, of_source)
+
+    def _judged(
+        self, run: gate.GateRun, written: _Written, name: str, programs: Lowered, of: _Reference
+    ) -> dict[str, Any]:
+        """The manifest's `parity` entry of one backend, but for the file of vectors."""
+        self.progress.stage(f"parity: programs of {name}", "modules")
+        fed = run if programs.shipped.checks_drafts else replace(run, passes=())
+
+        def answers(backend: Backend) -> gate.Answers:
+            write_manifest(self.root, self._manifest(written, {name: backend}, {}))
+            session = self.open_session(self.root, BACKENDS[name].gate)
+            try:
+                return gate.replay(session, fed)
+            finally:
+                session.close()
+
+        @cache
+        def moved() -> Run:
+            return self._oracle(run, written, self._stored(name), moved=True)
+
+        exact, shipped = answers(programs.exact), answers(programs.shipped)
+        rounds = bool(self.layout.steps)
+        judged = gate.judge(
+            fed,
+            self.plan,
+            exact=exact.logits,
+            shipped=shipped.logits,
+            stored=of.logits,
+            source=of.source,
+            scheme=self.scheme,
+            moved=lambda: moved().logits(run.prompt),
+            kept=of.kept,
+            rounds=rounds,
+        )
+        if run.bursts:
+            judged["draft"] = gate.judge_drafts(
+                self.plan,
+                exact=exact.drafts,
+                shipped=shipped.drafts,
+                stored=of.drafts,
+                source=of.source_drafts,
+                lossless=self.scheme == "none",
+                moved=lambda: self._drafts(run, moved(), self._stored(name), moved=True),
+                rounds=rounds,
+            )
+        return judged
 
     def _keeps_all(self, layout: WeightLayout) -> bool:
         """Whether every matrix is stored as the checkpoint holds it."""
@@ -462,48 +515,60 @@ class _Job:
     def _oracle(
         self, run: gate.GateRun, written: _Written, stored: StoredWeights | None, *,
         exact_state: bool = False, moved: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Logits of the decode steps: of the source's weights, or of a backend's stored ones.
+    ) -> Run:  # fmt: skip
+        """The model over the tokens of `run`, by the source's weights or a backend's stored ones.
 
         `exact_state`: stored weights over a state that is not rounded as the plan says.
-        `moved`: over weights moved by their last digit, see `gate.perturbed`.
+        `moved`: see `_weights`.
         """
-        rows = models.weights(self.config)
+        weights, read = self._weights(stored, moved=moved)
+        entry = written.ple
+        table = PleTable(self.root / entry.file, entry) if stored and entry else None
 
-        def ask(
-            weights: Weights, read: Read, values: TokenValues | None, kv: str = "f32"
-        ) -> Tensor:
-            return oracle_logits(
-                self.config, weights, read, torch.from_numpy(run.ids), start=run.prompt, kv=kv,
-                token_values=values,
-                on_module=lambda done, total: self.progress.advance("modules", done, total),
-            )  # fmt: skip
+        def rows(ids: Tensor) -> Tensor:
+            assert table and entry
+            return torch.from_numpy(table.rows(ids.numpy(), entry.n_layers))
 
-        if stored is None:
-
-            def source_rows(name: str, start: int, stop: int) -> Tensor:
-                return torch.from_numpy(self.source.read(name, start, stop))
-
-            return ask(
-                Weights(rows, self.layout.steps), source_rows,
-                table_values(self.config, self.source.read),
-            )  # fmt: skip
-        table = PleTable(self.root / written.ple.file, written.ple) if written.ple else None
-
-        def values(ids: Tensor) -> Tensor:
-            assert table and written.ple
-            return torch.from_numpy(table.rows(ids.numpy(), written.ple.n_layers))
-
-        ulps = gate.ROUNDED_ULPS if self.layout.steps else 1
-        read = gate.perturbed(stored.read, ulps) if moved else stored.read
+        held = rows if table else None
+        values = held if stored else table_values(self.config, self.source.read)
+        kv = "f32" if stored is None or exact_state else self.plan.kv
         try:
-            return ask(
-                PackedWeights(rows, stored.layout), read, values if table else None,
-                "f32" if exact_state else self.plan.kv,
+            return oracle(
+                self.config, weights, read, torch.from_numpy(run.ids), kv=kv, token_values=values,
+                on_module=lambda done, total: self.progress.advance("modules", done, total),
             )  # fmt: skip
         finally:
             if table:
                 table.close()
+
+    def _drafts(
+        self, run: gate.GateRun, over: Run, stored: StoredWeights | None, *, moved: bool = False
+    ) -> list[Scores]:
+        """What the drafter says in the bursts of `run`, whose tokens the model has read in `over`.
+
+        By the source's weights, or by a backend's stored ones; `moved`: see `_weights`.
+        """
+        if self.drafter is None:
+            return []
+        weights, read = self._weights(stored, moved=moved)
+        places = [range(run.prompt + b.start, run.prompt + b.stop) for b in run.bursts]
+        return oracle_drafts(self.drafter, weights, read, over, places)
+
+    def _weights(self, stored: StoredWeights | None, *, moved: bool) -> tuple[Weights, Read]:
+        """What makes the modules of model and drafter, and what yields their values.
+
+        `moved`: stored ones moved by their last digit, see `gate.perturbed`.
+        """
+        rows = models.weights(self.config, self.drafter)
+        if stored is None:
+
+            def source_rows(name: str, start: int, stop: int) -> Tensor:
+                return torch.from_numpy(self.whole.read(name, start, stop))
+
+            return Weights(rows, self.layout.steps), source_rows
+        ulps = gate.ROUNDED_ULPS if self.layout.steps else 1
+        read = gate.perturbed(stored.read, ulps) if moved else stored.read
+        return PackedWeights(rows, stored.layout), read
 
 
 def _described(config: Model) -> dict[str, Any]:

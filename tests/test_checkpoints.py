@@ -20,7 +20,7 @@ from weights_models import tiny_hf
 from edge_kv import models
 from edge_kv.errors import ConfigError, WeightsError
 from edge_kv.models.checkpoint import config_from_hf, open_checkpoint
-from edge_kv.nets.oracle import oracle_logits, table_values
+from edge_kv.nets.oracle import oracle, table_values
 from edge_kv.nets.weights import Weights
 
 
@@ -365,13 +365,13 @@ def test_a_head_of_its_own_under_a_tied_config_is_used_as_transformers_does(save
         expected = loaded.eval()(ids[None]).logits[0]
     checkpoint = open_checkpoint(root)
     checkpoint.check()
-    got = oracle_logits(
+    got = oracle(
         checkpoint.config,
         Weights(models.weights(checkpoint.config)),
         lambda row, a, b: torch.from_numpy(checkpoint.read(row, a, b)),
         ids,
         token_values=table_values(checkpoint.config, checkpoint.read),
-    )
+    ).logits()
     assert (got - expected).abs().max() < 2e-4
 
 

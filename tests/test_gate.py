@@ -14,9 +14,9 @@ from edge_kv import models
 from edge_kv.errors import ParityError
 from edge_kv.export import gate
 from edge_kv.models.checkpoint import open_checkpoint
-from edge_kv.nets.oracle import oracle_logits
+from edge_kv.nets.oracle import oracle
 from edge_kv.nets.weights import Weights
-from edge_kv.parity import divergence
+from edge_kv.parity import Scores, divergence, draft_divergence
 
 STEPS, VOCAB = 24, 64
 RUN = gate.GateRun(np.zeros(60, np.int64), 60 - STEPS, (60 - STEPS,))
@@ -104,6 +104,61 @@ def test_what_is_not_finite_is_refused():
         judge(source, source, source, broken)
 
 
+def scored(values: np.ndarray, first: int = 0) -> list[Scores]:
+    """Logits of the tokens from `first` on, each draft of its own."""
+    return [Scores(row, np.arange(first, first + len(row))) for row in values]
+
+
+def judge_drafts(exact, shipped=None, stored=None, source=None, lossless=False, moved=unasked):
+    stored = scored(logits()) if stored is None else stored
+    return gate.judge_drafts(
+        Plan, exact=exact, shipped=exact if shipped is None else shipped, stored=stored,
+        source=stored if source is None else source, lossless=lossless, moved=moved,
+    )  # fmt: skip
+
+
+def test_drafts_pass_and_their_figures_are_recorded():
+    reference = logits()
+    shipped, source = scored(near(reference, 0.01)), scored(near(reference, 0.1))
+    found = judge_drafts(scored(reference), shipped, source=source)
+    assert found["drafts"] == STEPS and found["lowering"]["max_abs"] == 0
+    assert found["kernels"]["common"] == 1.0 and 0.98 < found["correlation"] < 1
+    assert found["verify"]["min_common"] == 0.75
+
+
+def test_drafts_are_compared_by_their_tokens():
+    """Clusters come in any order, and those at the edge may be others."""
+    reference = logits()
+    order = np.random.default_rng(2).permutation(VOCAB)
+    moved = [Scores(row[order], order) for row in reference]
+    assert judge_drafts(moved)["lowering"]["max_abs"] == 0
+    found = draft_divergence(scored(reference), scored(np.roll(reference, -8, 1), 8))
+    assert found.common == 0.875 and found.max_abs == 0
+    whole = [Scores(row) for row in reference]
+    assert draft_divergence(whole, moved).max_abs == 0
+    with pytest.raises(ParityError, match="differs from the assistant"):
+        judge_drafts(scored(np.roll(reference, -40, 1), 40))
+    nothing = draft_divergence(scored(reference), scored(reference, 1000))
+    assert nothing.common == 0 and np.isnan(nothing.max_kl)
+
+
+def test_wrong_drafts_are_refused():
+    reference = logits()
+    right, other = scored(reference), scored(logits(1))
+    with pytest.raises(ParityError, match="The exported drafter differs from the assistant"):
+        judge_drafts(scored(near(reference, 0.02)), moved=lambda: right)
+    with pytest.raises(ParityError, match="something else with 8-bit activations"):
+        judge_drafts(right, other)
+    with pytest.raises(ParityError, match="something else with 8-bit activations"):
+        judge_drafts(right, scored(np.full_like(reference, np.nan)))
+    with pytest.raises(ParityError, match="stored weights of the drafter are not those"):
+        judge_drafts(right, source=other)
+    near_by = scored(near(reference, 0.05))
+    judge_drafts(right, source=near_by)
+    with pytest.raises(ParityError, match="stored weights of the drafter are not those"):
+        judge_drafts(right, source=near_by, lossless=True, moved=lambda: right)
+
+
 def sharp_model(factor: float):
     """A 31B in small whose attention is sharp: it multiplies rounding."""
     model = tiny_hf("31b")
@@ -128,7 +183,7 @@ def test_noise_is_measured_on_the_model(tmp_path):
         return torch.from_numpy(source.read(name, a, b))
 
     def run(config=source.config, read=read) -> torch.Tensor:
-        return oracle_logits(config, Weights(models.weights(config)), read, ids, start=start)
+        return oracle(config, Weights(models.weights(config)), read, ids).logits(start)
 
     stored = run().numpy()
     exact = copy.deepcopy(model).double()(ids[None]).logits[0, start:].float().numpy()

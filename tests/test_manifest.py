@@ -65,6 +65,12 @@ def root(tmp_path):
                 "prompt": 4, "steps": 2, "lowering": distance, "kernels": distance,
                 "quantisation": distance, "correlation": 0.99, "lowering_limit": {"max_kl": 1e-3},
                 "vectors": "verify.npz", "verify": {"max_kl": 0.1, "min_top1": 0.5},
+                "draft": {
+                    "drafts": 9, "lowering": distance, "kernels": distance,
+                    "quantisation": distance, "correlation": 0.99,
+                    "lowering_limit": {"max_kl": 1e-3},
+                    "verify": {"max_kl": 0.1, "min_top1": 0.5, "min_common": 0.5},
+                },
             }
         },
         "needs": {"weights": {"linear": 5}, "dense": 5, "experts": 0, "read_weights": 5,

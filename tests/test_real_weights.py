@@ -16,7 +16,7 @@ from edge_kv import models
 from edge_kv.export.rounding import round_rows
 from edge_kv.formats import FORMATS
 from edge_kv.models.checkpoint import Checkpoint, open_checkpoint
-from edge_kv.nets.oracle import oracle_logits
+from edge_kv.nets.oracle import oracle
 from edge_kv.nets.weights import Weights
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "greedy_gemma3_270m.json"
@@ -37,13 +37,13 @@ def test_first_64_greedy_tokens_are_those_of_transformers(source: Checkpoint) ->
     expected = record["ids"]
     assert (len(prompt), len(expected)) == (record["prompt_tokens"], 64)
     ids = torch.tensor(prompt + expected[:-1])
-    logits = oracle_logits(
+    run = oracle(
         source.config,
         Weights(models.weights(source.config)),
         lambda region, a, b: torch.from_numpy(source.read(region, a, b)),
         ids,
-        start=len(prompt) - 1,
     )
+    logits = run.logits(len(prompt) - 1)
     # Teacher-forced: equal argmax at every step is what makes a greedy run equal.
     assert logits.argmax(-1).tolist() == expected
     assert tokenizer.decode(expected) == record["text"]

@@ -245,24 +245,39 @@ class Manifest private constructor(
         private fun vectors(f: Fields): String {
             f.only(
                 "prompt", "steps", "lowering", "kernels", "quantisation", "perplexity", "correlation",
-                "lowering_limit", "vectors", "verify",
+                "lowering_limit", "vectors", "verify", "draft",
             )
             f.int("prompt", NUMBER)
             f.int("steps", COUNT)
-            f.double("correlation", -1.0..1.0)
-            for (name in listOf("lowering", "kernels", "quantisation", "lowering_limit", "perplexity")) {
-                if (name == "perplexity" && !f.has(name)) continue
-                val distances = f.fields(name)
-                for (measure in distances.names) {
-                    if (!NAME.matches(measure)) distances.refuse(measure, "the name of a distance")
-                    distances.double(measure, DISTANCE)
-                }
+            distances(f, listOf("min_top1"))
+            if (f.has("perplexity")) distances(f, "perplexity")
+            if (f.has("draft")) {
+                val draft = f.fields("draft")
+                draft.only(
+                    "drafts", "lowering", "kernels", "quantisation", "correlation", "lowering_limit", "verify",
+                )
+                draft.int("drafts", COUNT)
+                distances(draft, listOf("min_top1", "min_common"))
             }
-            val verify = f.fields("verify")
-            verify.only("max_kl", "min_top1")
-            verify.double("max_kl", DISTANCE)
-            verify.double("min_top1", SHARE)
             return f.text("vectors", FILE_NAME)
+        }
+
+        /** Checks how far programs were from the model, and the `shares` that a device has to keep. */
+        private fun distances(f: Fields, shares: List<String>) {
+            f.double("correlation", -1.0..1.0)
+            for (name in listOf("lowering", "kernels", "quantisation", "lowering_limit")) distances(f, name)
+            val verify = f.fields("verify")
+            verify.only("max_kl", *shares.toTypedArray())
+            verify.double("max_kl", DISTANCE)
+            for (share in shares) verify.double(share, SHARE)
+        }
+
+        private fun distances(f: Fields, name: String) {
+            val distances = f.fields(name)
+            for (measure in distances.names) {
+                if (!NAME.matches(measure)) distances.refuse(measure, "the name of a distance")
+                distances.double(measure, DISTANCE)
+            }
         }
 
         private fun needs(f: Fields): Needs {
