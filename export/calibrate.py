@@ -291,13 +291,12 @@ class _CalibratedWeights(Weights):
     def __init__(self, rows: Sequence[Weight], meeting: _Meeting, walk: _Walk):
         super().__init__(rows)
         self._meeting, self._walk = meeting, walk
-        self._head = "head" if "head" in self else "embed"
 
     def linear(self, name: str, start: int = 0, stop: int | None = None) -> nn.Module:
         row, bias = self.rows[name], f"{name}.bias"
         return _MetLinear(
             self._meeting, self._walk, row, self.value(bias) if bias in self else None,
-            start, row.shape[0] if stop is None else stop, name == self._head,
+            start, row.shape[0] if stop is None else stop, name == self.head_name,
         )  # fmt: skip
 
     def embedding(self, name: str) -> nn.Module:

@@ -42,7 +42,7 @@ from edge_kv.manifest import (
 from edge_kv.models.model import Model
 from edge_kv.nets import make_net, ops
 from edge_kv.nets.state import TORCH_DTYPES, Read
-from edge_kv.nets.weights import Decoder, Drafter
+from edge_kv.nets.weights import Decoder, Drafter, Rows
 from edge_kv.plan import LIVE_STEP, SCALE, Plan
 
 DETAILS = {"opset": OPSET}
@@ -292,14 +292,24 @@ def _place_weights(
     model: ir.Model, net: nn.Module, computed: dict[str, Tensor], layout: WeightLayout,
     folder: Path, weights: str,
 ) -> None:  # fmt: skip
-    """Point every initializer at its rows in the weight file; small ones become constants."""
+    """Point every initializer at its rows in the weight file; small ones become constants.
+
+    Two of the same rows become one: a runtime maps each by itself.
+    """
     rows = {}
     for path, module in net.named_modules(remove_duplicate=False):
         for name, held in getattr(module, "held", {}).items():
             rows[f"net.{path}.{name}"] = held
+    placed: dict[tuple[Rows, tuple[int, ...]], ir.Value] = {}
     for name, value in list(model.graph.initializers.items()):
         if name not in rows:
             value.const_value = ir.tensor(computed[name.removeprefix("net.")].numpy())
+            continue
+        assert value.shape is not None
+        first = placed.setdefault((rows[name], value.shape.numpy()), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del model.graph.initializers[name]
             continue
         place(value, layout.regions[rows[name].name], rows[name].start, folder, weights)
 

@@ -10,7 +10,7 @@ thing (`_WRITTEN`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import onnx
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from edge_kv.export import stored_in_onnx
 from edge_kv.formats import Format, find_format
-from edge_kv.nets.ops import OPERATORS, SILU, Operator, bind
+from edge_kv.nets.ops import OPERATORS, SILU, Operator, bind, row_blocks
 
 DOMAIN = "edge_kv"
 CONTRIB = "com.microsoft"
@@ -38,7 +38,11 @@ _TORCH = {
 _EXAMPLE_SIZES = (3, 5, 7, 11, 13)  # of the axes a trace leaves open
 _onnx: Any = Opset("", OPSET)
 
-_REFERRED = "step"  # an attribute that a body refers to: that there is one matters, not its value
+# Attributes that a body refers to: that they are above 0 matters, and not their values.
+_REFERRED = {
+    "linear_q": ("step", "out_step", "cap"),
+    "glu_q": ("step", "gate_step", "up_step", "down_step", "out_step"),
+}
 _BODIES: dict[Any, bytes] = {}  # signature -> function: a trace takes seconds
 
 Trace = Callable[[nn.Module, tuple[Any, ...], tuple[Any, ...]], ir.Model]
@@ -125,8 +129,9 @@ def _signature(node: ir.Node) -> tuple[Any, ...]:
                           for d in _shape(v)))
         for v in node.inputs
     ]  # fmt: skip
+    referred = _REFERRED.get(node.op_type, ())
     attributes = [
-        (a.name, a.value > 0 if a.name == _REFERRED else str(a.value))
+        (a.name, a.value > 0 if a.name in referred else str(a.value))
         for a in node.attributes.values()
     ]
     return (node.op_type, tuple(inputs), tuple(attributes), len(node.outputs))
@@ -199,10 +204,49 @@ def _parse(text: str) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(head + text))
 
 
-def linear_body(rows: int, cols: int, fmt: Format, stepped: bool = False) -> ir.Function:
-    """`linear_q` for one shape of matrix; `stepped`: for a `step` above 0."""
-    text = stored_in_onnx.product(fmt, "x", "packed", rows, cols, "y", stepped=stepped)
-    return _parse(f"linear_q <rows, format, step> (x, packed) => (y) {{\n{text}\n}}")
+def linear_body(rows: int, cols: int, fmt: Format, given: Collection[str] = ()) -> ir.Function:
+    """`linear_q` for one shape of matrix and those of `step`, `out_step`, `cap` that are above 0.
+
+    A matrix of many rows is taken in blocks of them.
+    """
+    x, text = _rounded("x", "step", given)
+    texts, products = [text], []
+    blocks = row_blocks(rows)
+    for i, (first, stop) in enumerate(blocks):
+        packed = "packed" if len(blocks) == 1 else f"packed{i}"
+        if len(blocks) > 1:
+            texts.append(stored_in_onnx.rows_of("packed", first, stop, packed))
+        products.append(f"product{i}")
+        texts.append(
+            stored_in_onnx.product(
+                fmt, x, packed, stop - first, cols, products[i], f"w{i}", rounded="step" in given
+            )
+        )
+    made = products[0]
+    if len(products) > 1:
+        made = "products"
+        texts.append(f"products = Concat <axis = -1> ({', '.join(products)})")
+    out, text = _rounded(made, "out_step", given)
+    texts.append(text)
+    if "cap" in given:
+        texts.append(stored_in_onnx.bounded(out, "cap", "bounded"))
+        out = "bounded"
+    texts.append(f"y = Identity ({out})")
+    body = "\n".join(texts)
+    return _parse(f"linear_q <rows, format, step, out_step, cap> (x, packed) => (y) {{\n{body}\n}}")
+
+
+def _rounded(x: str, step: str, given: Collection[str]) -> tuple[str, str]:
+    """What stands for `x` rounded to the attribute `step`, if that is among those `given`, and the
+    text that makes it."""
+    if step not in given:
+        return x, ""
+    return f"{x}_rounded", stored_in_onnx.to_steps(x, step, f"{x}_rounded")
+
+
+def _given(node: ir.Node) -> list[str]:
+    """The attributes a body refers to that are above 0."""
+    return [n for n in _REFERRED[node.op_type] if node.attributes[n].as_float() > 0]
 
 
 def embed_body(cols: int, fmt: Format) -> ir.Function:
@@ -215,9 +259,8 @@ def _linear(node: ir.Node) -> ir.Function:
     x = node.inputs[0]
     assert x is not None
     return linear_body(
-        node.attributes["rows"].as_int(), _shape(x)[-1], _format(node, "format"),
-        stepped=node.attributes["step"].as_float() > 0,
-    )  # fmt: skip
+        node.attributes["rows"].as_int(), _shape(x)[-1], _format(node, "format"), _given(node)
+    )
 
 
 def _embed(node: ir.Node) -> ir.Function:
@@ -294,21 +337,35 @@ def _product(tokens: str, stack: str, out: str, rows: int, cols: int, format: ir
 def _glu(node: ir.Node) -> ir.Function:
     x, factor = node.inputs[0], node.inputs[3]
     assert x is not None
-    cols, width = _shape(x)[-1], node.attributes["width"].as_int()
-    gate = stored_in_onnx.product(_format(node, "format"), "x", "gate", width, cols, "g", "a")
-    other = "f = Identity (factor)"
+    cols, width, given = _shape(x)[-1], node.attributes["width"].as_int(), _given(node)
+    into, text = _rounded("x", "step", given)
+    texts = [text]
+
+    def multiply(
+        x: str, matrix: str, rows: int, cols: int, form: str, step: str, out_step: str
+    ) -> str:
+        fmt, out = _format(node, form), f"{matrix}_product"
+        texts.append(
+            stored_in_onnx.product(fmt, x, matrix, rows, cols, out, matrix, rounded=step in given)
+        )
+        out, text = _rounded(out, out_step, given)
+        texts.append(text)
+        return out
+
+    opened = multiply(into, "gate", width, cols, "format", "step", "gate_step")
+    other = "factor"
     if factor is None:
-        other = stored_in_onnx.product(_format(node, "up_format"), "x", "up", width, cols, "f", "b")
-    down = stored_in_onnx.product(
-        _format(node, "down_format"), "hidden", "down", cols, width, "y", "c"
-    )
+        other = multiply(into, "up", width, cols, "up_format", "step", "up_step")
     act, limit = node.attributes["act"].as_string(), node.attributes["limit"].as_float()
-    return _parse(f"""glu_q <width, format, up_format, down_format, act, limit>
+    texts.append(gated_text(opened, other, act, limit))
+    hidden, text = _rounded("hidden", "down_step", given)
+    texts.append(text)
+    out = multiply(hidden, "down", cols, width, "down_format", "down_step", "out_step")
+    steps = ", ".join(_REFERRED["glu_q"])
+    body = "\n".join([*texts, f"y = Identity ({out})"])
+    return _parse(f"""glu_q <width, format, up_format, down_format, act, limit, {steps}>
         (x, gate, up, factor, down) => (y) {{
-        {gate}
-        {other}
-        {gated_text("g", "f", act, limit)}
-        {down}
+        {body}
     }}""")
 
 

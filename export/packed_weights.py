@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +33,28 @@ class _Packed(Holder):
 
 
 class PackedLinear(_Packed):
-    """x [T, in] -> [T, out] over a packed matrix, plus a bias where one is stored."""
+    """x [T, in] -> [T, out] over a packed matrix, plus a bias where one is stored.
+
+    `steps` are those of its input and output, where they are rounded to fixed ones; outputs are
+    bounded by a `cap` above 0.
+    """
 
     packed: Tensor
     bias: Tensor
 
-    def __init__(self, t: StoredTensor, bias: bool, start: int, stop: int, step: float = 0.0):
+    def __init__(
+        self, t: StoredTensor, bias: bool, start: int, stop: int,
+        steps: tuple[float, float] = (0.0, 0.0), cap: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
-        self.step = step  # of its inputs, where they are rounded to a fixed one
+        self.ends = (*steps, cap)
         self.format, self.rows = self.pack("packed", t, start, stop), stop - start
         self.cols, self.has_bias = t.spec.shape[-1], bias
         if bias:
             self.hold("bias", (stop - start,), Rows(f"{t.spec.name}.bias", start))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = ops.linear_q(x, self.packed, self.rows, self.format.name, self.step)
+        out: Tensor = ops.linear_q(x, self.packed, self.rows, self.format.name, *self.ends)
         return out + self.bias if self.has_bias else out
 
 
@@ -96,10 +103,11 @@ class _Glu(_Packed):
 
     def __init__(
         self, gate: StoredTensor, up: StoredTensor | None, down: StoredTensor, act: str,
-        limit: float = 0.0,
+        limit: float, steps: Sequence[float],
     ):  # fmt: skip
         super().__init__()
         self.act, self.limit, self.width = act, limit, gate.spec.shape[0]
+        self.steps = steps  # as `ops.glu_q` takes them
         self.register_buffer("up", None)
         named = (("gate", gate), ("up", up), ("down", down))
         self.formats = [
@@ -109,7 +117,7 @@ class _Glu(_Packed):
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         out: Tensor = ops.glu_q(
             x, self.gate, self.up, factor, self.down, self.width, *self.formats, self.act,
-            self.limit,
+            self.limit, *self.steps,
         )  # fmt: skip
         return out
 
@@ -144,34 +152,43 @@ class PackedWeights(Weights):
         if start % GROUP:
             raise ExportError(f"{name}: a part begins at row {start}, no multiple of {GROUP}.")
         before, after = self.steps.get(name, (0.0, 0.0))
-        made = PackedLinear(t, f"{name}.bias" in self, start, stop, before)
+        bias = f"{name}.bias" in self
+        if self.fused and not bias:
+            return PackedLinear(t, False, start, stop, (before, after))
+        made = PackedLinear(t, bias, start, stop, (before, 0.0))
         return Stepped(made, 0.0, after) if after else made
+
+    def head(self, name: str = "", cap: float = 0.0) -> nn.Module:
+        name = name or self.head_name
+        t = self.layout.by_name[name]
+        if not (self.fused and t.format) or f"{name}.bias" in self:
+            return super().head(name, cap)
+        return PackedLinear(t, False, 0, t.spec.shape[0], self.steps.get(name, (0.0, 0.0)), cap)
 
     def embedding(self, name: str) -> nn.Module:
         t = self.layout.by_name[name]
         return PackedEmbedding(t) if t.format else super().embedding(name)
 
     def glu(self, at: str, act: str, limit: float = 0.0) -> nn.Module:
-        packed = self._packed(f"{at}.gate", f"{at}.up", f"{at}.down")
-        if not packed:
-            return super().glu(at, act, limit)
-        gate, up, down = packed
-        return _Glu(gate, up, down, act, limit)
+        made = self._glu(f"{at}.gate", f"{at}.up", f"{at}.down", act, limit)
+        return made or super().glu(at, act, limit)
 
     def gate(self, at: str, act: str) -> nn.Module:
-        packed = self._packed(f"{at}.gate", f"{at}.proj")
-        if not packed:
-            return super().gate(at, act)
-        gate, proj = packed
-        return _Glu(gate, None, proj, act)
+        return self._glu(f"{at}.gate", None, f"{at}.proj", act, 0.0) or super().gate(at, act)
 
-    def _packed(self, *names: str) -> list[StoredTensor]:
-        """These matrices, if they are to be one operator: all are packed, without a bias, and round
-        no activations to steps of their own."""
-        found = [self.layout.by_name[name] for name in names]
-        own = [*(f"{name}.bias" for name in names if f"{name}.bias" in self), *self.steps]
-        plain = all(t.format for t in found) and not any(name in own for name in names)
-        return found if self.fused and plain else []
+    def _glu(self, gate: str, up: str | None, down: str, act: str, limit: float) -> _Glu | None:
+        """These matrices as one operator, if they can be: all are packed, none has a bias, and gate
+        and up take the same input."""
+        names = [name for name in (gate, up, down) if name]
+        found = {name: self.layout.by_name[name] for name in names}
+        plain = all(t.format and f"{name}.bias" not in self for name, t in found.items())
+        (step, gate_step), (up_in, up_step), (down_step, out_step) = (
+            self.steps.get(name or gate, (0.0, 0.0)) for name in (gate, up, down)
+        )
+        if not (self.fused and plain and step == up_in):
+            return None
+        steps = (step, gate_step, up_step, down_step, out_step)
+        return _Glu(found[gate], found[up] if up else None, found[down], act, limit, steps)
 
     def norm(self, name: str, eps: float) -> Norm:
         return _Norm(self.rows[name], eps) if self.fused else super().norm(name, eps)

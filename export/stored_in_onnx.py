@@ -18,12 +18,11 @@ _F32, _I32, _F64 = 1, 6, 11  # ONNX's numbers of element types
 
 def product(
     fmt: Format, x: str, packed: str, rows: int, cols: int, out: str, p: str = "w",
-    stepped: bool = False,
+    rounded: bool = False,
 ) -> str:  # fmt: skip
     """`out` [T, rows] = `x` [T, cols] times the matrix in `packed`, as text; `p` begins names.
 
-    Where it is `stepped`, x is first rounded to -128 … 127 steps, the function's attribute `step`,
-    and not a second time.
+    Where x is `rounded` it is not rounded a second time.
     """
     groups, _ = fmt.shape(rows, cols)
     values, scales = value_lines(fmt, cols)
@@ -65,17 +64,6 @@ def product(
             _ints(f"{p}_behind", [2]),
             f"{p}_of_row = Unsqueeze ({p}_of_rows, {p}_behind)",
         ]
-    if stepped:
-        text += [
-            f"{p}_step = Constant <value_float : float = @step> ()",
-            f"{p}_lowest = Constant <value_float = -128.0> ()",
-            f"{p}_highest = Constant <value_float = 127.0> ()",
-            f"{p}_many = Div ({x}, {p}_step)",
-            f"{p}_near = Round ({p}_many)",
-            f"{p}_bound = Clip ({p}_near, {p}_lowest, {p}_highest)",
-            f"{p}_x = Mul ({p}_bound, {p}_step)",
-        ]
-        x = f"{p}_x"
     text += [
         _scaled(fmt, p),
         _ints(f"{p}_flat_shape", [groups * GROUP, -1]),
@@ -86,9 +74,41 @@ def product(
         _ints(f"{p}_s_shape", [rows, blocks]),
         f"{p}_s = Expand ({p}_some, {p}_s_shape)",
         f"{out} = com.microsoft.MatMulNBits <K = {cols}, N = {rows}, bits = {bits}, "
-        f"block_size = {BLOCK}, accuracy_level = {0 if stepped else 4}> ({x}, {p}_b, {p}_s)",
+        f"block_size = {BLOCK}, accuracy_level = {0 if rounded else 4}> ({x}, {p}_b, {p}_s)",
     ]
     return "\n".join(text)
+
+
+def to_steps(x: str, step: str, out: str) -> str:
+    """Text of `out`: x as -128 … 127 times the function's attribute `step`."""
+    return f"""
+        {out}_step = Constant <value_float : float = @{step}> ()
+        {out}_lowest = Constant <value_float = -128.0> ()
+        {out}_highest = Constant <value_float = 127.0> ()
+        {out}_many = Div ({x}, {out}_step)
+        {out}_near = Round ({out}_many)
+        {out}_bound = Clip ({out}_near, {out}_lowest, {out}_highest)
+        {out} = Mul ({out}_bound, {out}_step)"""
+
+
+def bounded(x: str, cap: str, out: str) -> str:
+    """Text of `out`: tanh(x / cap) * cap of the function's attribute `cap`."""
+    return f"""
+        {out}_cap = Constant <value_float : float = @{cap}> ()
+        {out}_inner = Div ({x}, {out}_cap)
+        {out}_tanh = Tanh ({out}_inner)
+        {out} = Mul ({out}_tanh, {out}_cap)"""
+
+
+def rows_of(packed: str, first: int, stop: int, out: str) -> str:
+    """Text of `out`: the groups of `packed` that hold rows first … stop - 1."""
+    return "\n".join(
+        [
+            _ints(f"{out}_first", [first // GROUP]),
+            _ints(f"{out}_stop", [-(-stop // GROUP)]),
+            f"{out} = Slice ({packed}, {out}_first, {out}_stop)",
+        ]
+    )
 
 
 def lookup(fmt: Format, ids: str, packed: str, cols: int, out: str) -> str:

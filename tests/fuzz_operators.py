@@ -120,7 +120,12 @@ class Fuzz:
     def linear_q(self):
         rows, cols, name = self.size(40), self.size(70), self.pick(list(FORMATS))
         x = self.filled(np.float32, self.size(9), cols)
-        return [x, self.packed(name, rows, cols)], {"rows": rows, "format": name, "step": 0.0}
+        return [x, self.packed(name, rows, cols)], {
+            "rows": rows, "format": name, **self.steps("step", "out_step", "cap"),
+        }  # fmt: skip
+
+    def steps(self, *names):
+        return {name: self.pick([0.0, 0.0, 0.1]) for name in names}
 
     def embed_q(self):
         rows, width, name = self.size(40), self.size(70), self.pick(list(FORMATS))
@@ -161,6 +166,7 @@ class Fuzz:
         return [x, gate, up if factor is None else None, factor, down], {
             "width": width, "format": names[0], "up_format": names[1], "down_format": names[2],
             "act": self.pick(TEXT[2:4]), "limit": self.pick([0.0, 2.0]),
+            **self.steps("step", "gate_step", "up_step", "down_step", "out_step"),
         }  # fmt: skip
 
     def broken(self, inputs, attributes):

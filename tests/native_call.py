@@ -21,11 +21,15 @@ KINDS = {  # attribute names of each operator in order
     "norm_add": ("eps",),
     "sinkhorn": ("iters", "eps"),
     "softcap": ("cap",),
-    "linear_q": ("rows", "format", "step"),
+    "linear_q": ("rows", "format", "step", "out_step", "cap"),
     "embed_q": ("width", "format"),
     "experts_q": ("width", "format", "down_format", "act", "limit"),
-    "glu_q": ("width", "format", "up_format", "down_format", "act", "limit"),
-}
+    "glu_q": (
+        "width", "format", "up_format", "down_format", "act", "limit",
+        "step", "gate_step", "up_step", "down_step", "out_step",
+    ),
+}  # fmt: skip
+MOST_ATTRIBUTES = 11
 
 
 class Refused(Exception):
@@ -93,7 +97,7 @@ class Operators:
         if isa in EMULATED:
             return self._emulated(name, inputs, isa, threads, list(attributes.values()))
         tensors = (Tensor * 13)(*map(tensor_of, inputs))
-        values = (Attribute * 6)(*map(attribute_of, attributes.values()))
+        values = (Attribute * MOST_ATTRIBUTES)(*map(attribute_of, attributes.values()))
         outputs = (Tensor * 2)()
         why = ctypes.create_string_buffer(1000)
         status = self.native.edge_kv_call(

@@ -16,6 +16,8 @@ from edge_kv.runtime.native_library import build_kernels
 
 STORAGES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
 FLOATING = ("scalar", "neon")  # these multiply int8 rows in floats, the others in 16-bit integers
+PLAIN = {"step": 0.0, "out_step": 0.0, "cap": 0.0}  # of linear_q: nothing but the product
+GLU_STEPS = dict.fromkeys(("step", "gate_step", "up_step", "down_step", "out_step"), 0.0)
 LARGEST = 127 * 256  # of those integers
 SHARED = 64  # see `coarse`
 
@@ -383,7 +385,7 @@ def test_linear_q_and_embed_q(operators, isa, name):
     rng = np.random.default_rng(10)
     packed, matrix = stored(rng, name, 37, 100)
     x = normal(rng, 3, 100)
-    product = operators.run("linear_q", [x, packed], isa=isa, rows=37, format=name, step=0.0)
+    product = operators.run("linear_q", [x, packed], isa=isa, rows=37, format=name, **PLAIN)
     close(product, x.astype(np.float64) @ matrix.T)
     ids = np.array([36, 0, 17])
     found = operators.run("embed_q", [ids, packed], isa=isa, width=100, format=name)
@@ -482,9 +484,82 @@ def test_glu_q(operators, isa, names, act, limit):
             "glu_q", [x, kept[0], kept[1] if factor is None else None, factor, kept[-1]],
             isa=isa, threads=threads, width=width, format=names[0],
             up_format=names[1] if factor is None else "", down_format=names[-1], act=act,
-            limit=limit,
+            limit=limit, **GLU_STEPS,
         )  # fmt: skip
         close(got, (gate / (1 + np.exp(-z)) * up) @ exact[-1].T)
+
+
+def to_steps(x, step):
+    return np.clip(np.rint(x / step), -128, 127) * step
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("name", ["code4-s8", "int8-f16", "int2-row", "int4-row"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 40])
+def test_products_are_rounded_and_bounded(operators, isa, name, tokens):
+    """Inputs and results in steps, then a soft cap: what a head of a quantised model does."""
+    rng = np.random.default_rng(tokens)
+    packed, matrix = stored(rng, name, 300, 100)
+    x, step = normal(rng, tokens, 100), float(np.float32(0.02))
+    want = to_steps(x, np.float32(step)).astype(np.float64) @ matrix.T
+    most = np.abs(want).max()
+    out_step, cap = (float(np.float32(most / n)) for n in (150, 2))  # the largest are cut off
+
+    def run(**given):
+        attributes = {"rows": 300, "format": name, **PLAIN, "step": step, **given}
+        return operators.run("linear_q", [x, packed], isa=isa, threads=3, **attributes)
+
+    np.testing.assert_allclose(run(), want, rtol=0, atol=1e-5 * most)
+    rounded = run(out_step=out_step)
+    np.testing.assert_allclose(rounded / out_step, np.rint(rounded / out_step), atol=1e-4)
+    bounded = np.clip(want, -128 * out_step, 127 * out_step)
+    assert np.abs(rounded - bounded).max() <= out_step / 2 + 1e-5 * most
+    capped = cap * np.tanh(rounded.astype(np.float64) / cap)
+    np.testing.assert_allclose(run(out_step=out_step, cap=cap), capped, atol=1e-6 * cap)
+    np.testing.assert_allclose(run(cap=cap), cap * np.tanh(want / cap), atol=1e-5 * most)
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("given", [False, True])
+def test_glu_q_in_steps(operators, isa, given):
+    """A gated unit whose activations all have steps is its products and what lies between them."""
+    rng = np.random.default_rng(17)
+    names, dim, width = ("int2-row", "int4-row", "int8-row"), 68, 333
+    for tokens, threads in ((1, 1), (1, 4), (19, 2)):
+        shapes = ((width, dim), (width, dim), (dim, width))
+        kept, exact = zip(*(stored(rng, n, *s) for n, s in zip(names, shapes, strict=True)),
+                          strict=True)  # fmt: skip
+        x, steps = normal(rng, tokens, dim), {}
+
+        def rounded(values, name, steps=steps):
+            steps[name] = float(np.float32(np.abs(values).max() / 100))
+            return to_steps(values, steps[name])
+
+        into = rounded(x, "step").astype(np.float64)
+        gate = rounded(into @ exact[0].T, "gate_step")
+        factor = normal(rng, tokens, width) if given else None
+        up = factor if given else rounded(into @ exact[1].T, "up_step")
+        hidden = rounded(gate / (1 + np.exp(-gate)) * up, "down_step")
+        want = hidden @ exact[2].T
+        steps.setdefault("up_step", 0.0)
+        rounded(want, "out_step")
+        got = operators.run(
+            "glu_q", [x, kept[0], None if given else kept[1], factor, kept[2]], isa=isa,
+            threads=threads, width=width, format=names[0], up_format="" if given else names[1],
+            down_format=names[2], act="silu", limit=0.0, **{n: steps[n] for n in GLU_STEPS},
+        )  # fmt: skip
+        # A value at a half may fall on the other side: a step of few of the values between.
+        assert np.abs(got - want).max() <= 2 * steps["out_step"]
+        assert np.abs(got - want).mean() <= 0.35 * steps["out_step"]
+
+
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
+def test_steps_do_not_hide_what_is_no_number(operators, isa):
+    packed, _ = stored(np.random.default_rng(1), "int4-f16", 40, 64)
+    packed[1, :32] = 0xFF  # scales of rows 16 … 31 that are no numbers
+    attributes = {"rows": 40, "format": "int4-f16", **PLAIN, "out_step": 0.1, "cap": 3.0}
+    got = operators.run("linear_q", [np.ones((2, 64), np.float32), packed], isa=isa, **attributes)
+    assert np.isnan(got[:, 16:32]).all() and np.isfinite(np.delete(got, range(16, 32), 1)).all()
 
 
 def good_calls():
@@ -515,13 +590,13 @@ def good_calls():
             [normal(rng, 2, 40), stored(rng, "code4-s8", 24, 40)[0],
              stored(rng, "int4-f16", 24, 40)[0], None, stored(rng, "int8-row", 40, 24)[0]],
             {"width": 24, "format": "code4-s8", "up_format": "int4-f16",
-             "down_format": "int8-row", "act": "silu", "limit": 0.0},
+             "down_format": "int8-row", "act": "silu", "limit": 0.0, **GLU_STEPS},
         ),
         "sinkhorn": ([normal(rng, 2, 4, 4)], {"iters": 4, "eps": 1e-6}),
         "softcap": ([normal(rng, 2, 8)], {"cap": 30.0}),
         "linear_q": (
             [normal(rng, 2, 40), stored(rng, "int4-s8", 20, 40)[0]],
-            {"rows": 20, "format": "int4-s8", "step": 0.0},
+            {"rows": 20, "format": "int4-s8", **PLAIN},
         ),
         "embed_q": (
             [np.array([3, 31]), stored(rng, "int8-f16", 20, 40)[0]],
@@ -606,6 +681,9 @@ BAD = [  # operator, changed inputs, changed attributes, what the sentence says
     ("linear_q", {}, {"format": "int3"}, 'format is "int3"'),
     ("linear_q", {}, {"format": "int8-s8"}, "in int8-s8 is"),
     ("linear_q", {}, {"step": -1.0}, "step is -1"),
+    ("linear_q", {}, {"out_step": math.nan}, "out_step is nan"),
+    ("linear_q", {}, {"cap": -1.0}, "cap is -1"),
+    ("glu_q", {}, {"down_step": math.inf}, "down_step is inf"),
     ("linear_q", {0: np.ones((2, 65), np.float32)}, {}, "65 columns"),
     ("linear_q", {1: np.zeros((2, 3), np.int8)}, {}, "packed is int8; it must be uint8"),
     ("embed_q", {0: np.array([32])}, {}, "ids holds 32; there are 32 rows"),
@@ -658,6 +736,8 @@ for isa in MACHINE_ISAS:
 t.test_sinkhorn(operators)
 for isa in MACHINE_ISAS:
     t.test_linear_q_and_embed_q(operators, isa, "int4-s8")
+    t.test_products_are_rounded_and_bounded(operators, isa, "int4-row", 5)
+    t.test_glu_q_in_steps(operators, isa, False)
     for names in (("code4-s8", "int8-s8"), None):
         t.test_experts_q(operators, isa, names, "silu", 0.8)
     t.test_norm_add(operators, isa, 5, 37)

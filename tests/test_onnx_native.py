@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from edge_kv.cli import app
 from edge_kv.errors import RuntimeFault
 from edge_kv.export import export_model
 from edge_kv.runtime import base, native_library
-from edge_kv.runtime.onnx_session import OnnxSession, create_engine
+from edge_kv.runtime.onnx_session import OnnxSession, _Bound, create_engine
 from edge_kv.runtime.ort import onnxruntime as ort
 
 IDS = np.random.default_rng(3).integers(0, 512, 400)
@@ -86,6 +87,48 @@ def test_no_function_is_left_to_onnxruntime(tiny_artifact, tmp_path):
         theirs = {n.op_type for n in model.graph.node if n.domain != "edge_kv"}
         assert {"linear_q", "embed_q", "norm_rope", "put", "attend"} <= ours
         assert not theirs & {"MatMulNBits", "ScatterND", "Softmax", "MatMul", "Loop"}
+
+
+def test_the_head_is_one_product_with_the_table_that_embeds(tiny_artifact):
+    artifact = read_artifact(tiny_artifact)
+    path = artifact.path(artifact.backend("onnx").programs["decode"].file)
+    graph = onnx.load(path, load_external_data=False).graph
+    (last,) = (n for n in graph.node if "logits" in n.output)
+    (embeds,) = (n for n in graph.node if n.op_type == "embed_q")
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in last.attribute}
+    assert last.op_type == "linear_q" and last.input[1] == embeds.input[1]
+    assert (given["rows"], given["cap"]) == (artifact.tokens.vocab, 30.0)
+    outside = [{e.key: e.value for e in t.external_data} for t in graph.initializer]
+    places = [e["offset"] for e in outside if e]
+    assert len(set(places)) == len(places)
+
+
+def test_programs_from_before_results_had_steps_and_caps_run(tiny_artifact, tmp_path):
+    """Attributes that came later count as 0."""
+    artifact = read_artifact(tiny_artifact)
+    program = artifact.backend("onnx").programs["prefill"]
+    model = onnx.load(artifact.path(program.file), load_external_data=False)
+    later = {"out_step", "cap", "gate_step", "up_step", "down_step"}
+    for node in model.graph.node:
+        late = later | ({"step"} if node.op_type == "glu_q" else set())
+        if node.op_type in ("linear_q", "glu_q"):
+            kept = [a for a in node.attribute if a.name not in late]
+            assert len(kept) < len(node.attribute)
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    shutil.copy(artifact.path(program.file).parent / "weights.bin", tmp_path)
+    onnx.save(model, tmp_path / "prefill.onnx")
+    library = native_library.build_onnx_operators()
+    states = []
+    with OnnxSession(artifact, threads=1) as session:
+        session.prefill(IDS[:20])
+        rows = session._ple.rows(IDS[:20], session._bound["prefill"].ple_layers)
+        for path in (artifact.path(program.file), tmp_path / "prefill.onnx"):
+            engine = create_engine(path, 1, 3, None, library)
+            _Bound(session, "prefill", program, engine).run(IDS[:20], 0, rows)
+            states.append({name: table[:20].copy() for name, table in session.state.items()})
+    for name, table in states[0].items():
+        np.testing.assert_array_equal(states[1][name], table)
 
 
 def test_without_a_compiler_the_functions_run(tiny_artifact, monkeypatch):

@@ -206,6 +206,50 @@ def test_softcap_bounds_smoothly():
     close(ops.softcap, x, 30.0, open_axes="t")
 
 
+def stored(name, rows, cols, seed=0):
+    """A random matrix as it is stored, and in floats."""
+    rounded = round_rows(draw(rows, cols, seed=seed) / 8, FORMATS[name])[0]
+    exact = torch.from_numpy(dequantise(FORMATS[name], rounded))
+    return torch.from_numpy(pack(FORMATS[name], rounded)), exact
+
+
+@pytest.mark.parametrize("name", ["code4-s8", "int8-f16", "int4-row"])
+@pytest.mark.parametrize("ends", [(0.0, 0.0, 1.5), (0.0, 0.0, 0.0), (0.03, 0.05, 1.5)])
+def test_a_head_is_the_product_whatever_blocks_it_is_taken_in(monkeypatch, name, ends):
+    """Rows that fill no last block, with and without steps and a soft cap."""
+    monkeypatch.setattr(ops, "ROW_BLOCK", 32)
+    x, (step, out_step, cap) = draw(3, 64), ends
+    packed, exact = stored(name, 75, 64)
+    expected = (ops.to_steps(x, step) if step else x) @ exact.T
+    expected = ops.to_steps(expected, out_step) if out_step else expected
+    expected = ops.softcap(expected, cap) if cap else expected
+    arguments = (x, packed, 75, name, *ends)
+    torch.testing.assert_close(ops.linear_q(*arguments), expected, rtol=1e-5, atol=1e-5)
+    # onnxruntime rounds x to 8 bits, or adds in another order: a half may fall on the other side
+    (found,) = as_onnx(ops.linear_q, *arguments, open_axes="t.")
+    assert np.abs(found - expected.numpy()).max() <= max(1.01 * out_step, 0.03)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_glu_q_rounds_to_the_steps_it_is_given(given):
+    x, names = draw(4, 64), ("int2-row", "int4-row", "int8-row")
+    (gate, g), (up, u), (down, d) = (
+        stored(n, *s, seed=i) for i, (n, s) in
+        enumerate(zip(names, ((32, 64), (32, 64), (64, 32)), strict=True))
+    )  # fmt: skip
+    factor, steps = draw(4, 32, seed=5) if given else None, (0.03, 0.04, 0.05, 0.02, 0.01)
+    into = ops.to_steps(x, 0.03)
+    other = factor if given else ops.to_steps(into @ u.T, 0.05)
+    hidden = ops.to_steps(ops.gated(ops.to_steps(into @ g.T, 0.04), other, ops.SILU, 0.0), 0.02)
+    expected = ops.to_steps(hidden @ d.T, 0.01)
+    arguments = (x, gate, None if given else up, factor, down, 32, names[0],
+                 "" if given else names[1], names[2], ops.SILU, 0.0, *steps)  # fmt: skip
+    torch.testing.assert_close(ops.glu_q(*arguments), expected, rtol=1e-5, atol=0.0101)
+    (found,) = as_onnx(ops.glu_q, *arguments)
+    difference = np.abs(found - expected.numpy())
+    assert difference.max() <= 0.03 and difference.mean() <= 0.002
+
+
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("act", "limit"), [(ops.SILU, 0.5), (ops.GELU, 0.0)])

@@ -210,7 +210,7 @@ class Net(nn.Module):
         self.angles, self.block_angles = parts.Angles(c.rope), parts.Angles(c.block_rope)
         self.layers = nn.ModuleList(Layer(c, w, i, self.block_angles) for i in range(c.layers))
         self.streams = w.values("streams.")
-        self.norm, self.head = w.norm("norm", c.norm_eps), parts.Head(w)
+        self.norm, self.head = w.norm("norm", c.norm_eps), w.head()
 
     def forward(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> Tensor:
         x = self.embed(ids)[:, None].expand(-1, self.c.streams, -1)

@@ -146,7 +146,7 @@ class Net(nn.Module):
         self.ple = PleInput(c, w) if c.ple_dim else None
         self.angles = angles(c)
         self.layers = nn.ModuleList(Layer(c, w, i, f"layers.{i}") for i in range(c.layers))
-        self.norm, self.head = w.norm("norm", c.norm_eps), parts.Head(w)
+        self.norm, self.head = w.norm("norm", c.norm_eps), w.head(cap=c.softcap)
 
     def forward(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> Tensor:
         return self.run(ids, pos, state, rows, self.c.layers)
@@ -168,8 +168,8 @@ class Net(nn.Module):
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        out = self.head(self.hidden(x))
-        return parts.softcap(out, self.c.softcap) if self.c.softcap else out
+        out: Tensor = self.head(self.hidden(x))
+        return out
 
     def prefill(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> None:
         """Sharing layers write no state: tokens of a prompt stop at the last owner."""

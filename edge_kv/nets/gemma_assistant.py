@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from edge_kv.models.gemma_assistant import Config
 from edge_kv.models.model import EMBED
-from edge_kv.nets import parts
 from edge_kv.nets.gemma import Layer, angles
 from edge_kv.nets.state import State
 from edge_kv.nets.weights import Weights
@@ -45,7 +44,7 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(Layer(c, w, i, f"draft.layers.{i}") for i in range(c.layers))
         self.norm, self.post = w.norm("draft.norm", c.norm_eps), w.linear("draft.post")
         self.clusters = ClusterHead(c, w) if c.centroids else None
-        self.head = None if c.centroids else parts.Head(w, "draft.head")
+        self.head = None if c.centroids else w.head("draft.head")
 
     def forward(self, ids: Tensor, hidden: Tensor, pos: Tensor, state: State) -> Tensor:
         x = self.pre(torch.cat((self.embed(ids) * self.root, hidden), -1))

@@ -80,7 +80,7 @@ class Net(nn.Module):
         ropes = {FULL: c.rope, SLIDING: c.sliding_rope}
         self.angles = nn.ModuleDict({k: parts.Angles(ropes[k]) for k in sorted(set(c.pattern))})
         self.layers = nn.ModuleList(Layer(c, w, i) for i in range(c.layers))
-        self.norm, self.head = w.norm("norm", c.norm_eps), parts.Head(w)
+        self.norm, self.head = w.norm("norm", c.norm_eps), w.head()
 
     def forward(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> Tensor:
         x = self.embed(ids)

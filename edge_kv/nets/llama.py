@@ -56,7 +56,7 @@ class Net(nn.Module):
         self.angles = parts.Angles(c.rope)
         self.layers = nn.ModuleList(Layer(c, w, i) for i in range(c.layers))
         self.norm = w.norm("norm", c.norm_eps)
-        self.head = parts.Head(w)
+        self.head = w.head()
 
     def forward(self, ids: Tensor, pos: Tensor, state: State, rows: Tensor | None = None) -> Tensor:
         x = self.embed(ids)

@@ -27,6 +27,7 @@ from edge_kv.nets.state import MASKED, Read, held_rows, quantize_rows, visible
 from edge_kv.plan import Plan
 
 NAMESPACE = "edge_kv"
+ROW_BLOCK = 32_768  # rows of a matrix that are floats at a time: a head has many more
 HALVES, PAIRS_LAST = "halves", "pairs_last"  # styles of rotation
 SILU, GELU = "silu", "gelu_tanh"  # activations of gated products; gelu is the tanh form
 
@@ -110,20 +111,42 @@ def _out_form(name: str, schema: str, eager: Callable[..., Any]) -> None:
     _library.impl(f"{name}.out", out_of, "CompositeExplicitAutograd")
 
 
-def _linear_shape(x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0) -> Tensor:
+def _linear_shape(
+    x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0, out_step: float = 0.0,
+    cap: float = 0.0,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], rows)
 
 
 @op(like=_linear_shape)
-def linear_q(x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0) -> Tensor:
+def linear_q(
+    x: Tensor, packed: Tensor, rows: int, format: str, step: float = 0.0, out_step: float = 0.0,
+    cap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """x [T, in] times the matrix [rows, in] behind `packed` (uint8, see `edge_kv.formats`).
 
     A `step` above 0 rounds x to that many of its steps, -128 … 127; without one, an operator may
-    round x to 8 bits as it sees fit.
+    round x to 8 bits as it sees fit. An `out_step` above 0 rounds the products to its steps, a
+    `cap` above 0 then bounds them as `softcap` does.
     """
-    if step:
-        x = (x / step).round().clamp(-128, 127) * step
-    return x @ stored_values(packed, rows, x.shape[-1], format).T
+    x = _stepped(x, step)
+    parts = [
+        x @ stored_values(packed[a // GROUP : -(-b // GROUP)], b - a, x.shape[-1], format).T
+        for a, b in row_blocks(rows)
+    ]
+    out = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    out = _stepped(out, out_step)
+    return torch.tanh(out / cap) * cap if cap else out
+
+
+def row_blocks(rows: int) -> list[tuple[int, int]]:
+    """(first, behind the last) of the blocks that a matrix of many rows is taken in."""
+    return [(at, min(at + ROW_BLOCK, rows)) for at in range(0, rows, ROW_BLOCK)]
+
+
+def to_steps(x: Tensor, step: float) -> Tensor:
+    """x as whole numbers of `step`, -128 … 127 of them."""
+    return (x / step).round().clamp(-128, 127) * step
 
 
 def _embed_shape(ids: Tensor, packed: Tensor, width: int, format: str) -> Tensor:
@@ -336,18 +359,26 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 @op(like="x")
 def glu_q(
     x: Tensor, gate: Tensor, up: Tensor | None, factor: Tensor | None, down: Tensor, width: int,
-    format: str, up_format: str, down_format: str, act: str, limit: float,
+    format: str, up_format: str, down_format: str, act: str, limit: float, step: float = 0.0,
+    gate_step: float = 0.0, up_step: float = 0.0, down_step: float = 0.0, out_step: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """down(gated(gate(x), up(x))) for x [T, D]; instead of up(x) it may be `factor` [T, width].
 
-    gate and up are packed matrices [width, D] and down one [D, width], each with its format.
+    gate and up are packed matrices [width, D] and down one [D, width], each with its format. Steps
+    above 0 round x, what gate and up give, what down takes and gives: see `linear_q`.
     """
-    opened = x @ stored_values(gate, width, x.shape[-1], format).T
+    cols = x.shape[-1]
+    x = _stepped(x, step)
+    opened = _stepped(x @ stored_values(gate, width, cols, format).T, gate_step)
     if factor is None:
         assert up is not None
-        factor = x @ stored_values(up, width, x.shape[-1], up_format).T
-    hidden = gated(opened, factor, act, limit)
-    return hidden @ stored_values(down, x.shape[-1], width, down_format).T
+        factor = _stepped(x @ stored_values(up, width, cols, up_format).T, up_step)
+    hidden = _stepped(gated(opened, factor, act, limit), down_step)
+    return _stepped(hidden @ stored_values(down, cols, width, down_format).T, out_step)
+
+
+def _stepped(x: Tensor, step: float) -> Tensor:
+    return to_steps(x, step) if step else x
 
 
 def gated(gate: Tensor, up: Tensor, act: str, limit: float) -> Tensor:

@@ -7,7 +7,7 @@ Functions that a lowering may replace by one operator (`norm_rope`, `experts`, `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from edge_kv.models.model import Divisors, Rope, Yarn
 from edge_kv.nets import ops
-from edge_kv.nets.ops import HALVES, gated
+from edge_kv.nets.ops import HALVES, gated, row_blocks
 
 if TYPE_CHECKING:
     from edge_kv.nets.weights import Weights
-
-HEAD_BLOCKS = 8  # row blocks of the LM head: smaller transients than one [vocab, hidden] product
 
 
 def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -155,21 +153,18 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 
 
 class Head(nn.Module):
-    """Logits of normed rows [T, hidden]: row blocks of the weight `name`; without a name of `head`,
-    or of `embed` where tied."""
+    """Logits of normed rows [T, hidden], bounded by a `cap` above 0.
 
-    def __init__(self, w: Weights, name: str = ""):
+    The weight `name` is taken in blocks of rows: smaller transients than one [vocab, hidden] has.
+    """
+
+    def __init__(self, w: Weights, name: str, cap: float):
         super().__init__()
-        name = name or ("head" if "head" in w else "embed")
-        self.blocks = nn.ModuleList(
-            w.linear(name, start, stop) for start, stop in head_blocks(w.rows[name].shape[0])
-        )
+        self.cap = cap
+        blocks = row_blocks(w.rows[name].shape[0])
+        self.blocks = nn.ModuleList(w.linear(name, start, stop) for start, stop in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([block(x) for block in self.blocks], -1)
-
-
-def head_blocks(vocab: int) -> Sequence[tuple[int, int]]:
-    """Row ranges of the LM head's blocks, whole multiples of 64 rows except the last."""
-    step = -(-vocab // HEAD_BLOCKS // 64) * 64 if vocab >= 64 * HEAD_BLOCKS else vocab
-    return [(at, min(at + step, vocab)) for at in range(0, vocab, step)]
+        parts = [block(x) for block in self.blocks]
+        out = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return softcap(out, self.cap) if self.cap else out

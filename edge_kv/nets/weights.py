@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edge_kv.models.model import Weight
 from edge_kv.nets import parts
+from edge_kv.nets.ops import to_steps
 from edge_kv.nets.state import State
 
 
@@ -113,11 +114,6 @@ class Stepped(nn.Module):
         return to_steps(out, self.after) if self.after else out
 
 
-def to_steps(x: Tensor, step: float) -> Tensor:
-    """x as whole numbers of `step`, -128 … 127 of them."""
-    return (x / step).round().clamp(-128, 127) * step
-
-
 class Embedding(Holder):
     """Rows of a table: ids [T] -> [T, dim]."""
 
@@ -208,6 +204,15 @@ class Weights:
             row, self.rows.get(f"{name}.bias"), start, row.shape[0] if stop is None else stop
         )
         return Stepped(made, *self.steps[name]) if name in self.steps else made
+
+    @property
+    def head_name(self) -> str:
+        """The linear that logits come from: `head`, or `embed` where tied."""
+        return "head" if "head" in self else "embed"
+
+    def head(self, name: str = "", cap: float = 0.0) -> nn.Module:
+        """The linear `name` as a head, `head_name` if left out: see `parts.Head`."""
+        return parts.Head(self, name or self.head_name, cap)
 
     def embedding(self, name: str) -> nn.Module:
         return Embedding(self.rows[name])

@@ -84,7 +84,10 @@ void take(const executorch::runtime::Result<T>& value, const char* name, F of) {
 
 void run(const Operator& op, Span<EValue*> values) {
   const int inputs = op.input_count(), parameters = op.parameter_count();
-  if (int(values.size()) <= inputs + parameters) refuse(op.name, " has too few arguments.");
+  const int given = int(values.size()) - inputs - 2;  // without the result, which is there twice
+  if (given > parameters) refuse(op.name, " has too many arguments.");
+  if (given < parameters && (given < 0 || !op.parameters[given].optional))
+    refuse(op.name, " has too few arguments.");
   Tensor tensors[kMostInputs];
   View views[kMostInputs];
   for (int i = 0; i < inputs; ++i) {
@@ -94,7 +97,7 @@ void run(const Operator& op, Span<EValue*> values) {
     views[i] = tensors[i];
   }
   Attribute attributes[kMostParameters];
-  for (int i = 0; i < parameters; ++i) {
+  for (int i = 0; i < given; ++i) {
     const EValue& value = *values[inputs + i];
     const char* const name = op.parameters[i].name;
     Attribute& to = attributes[i];
@@ -107,7 +110,7 @@ void run(const Operator& op, Span<EValue*> values) {
         break;
     }
   }
-  EValue& last = *values[inputs + parameters];
+  EValue& last = *values[inputs + given];
   if (!last.isTensor()) refuse(op.name, " has no tensor for its result.");
   ExecuTorchTensor& result = last.toTensor();
   const bool writes = op.result == Type::none;

@@ -44,6 +44,13 @@ void softcap(const float* x, int64_t count, float cap, float* out) {
   });
 }
 
+void to_steps(const float* x, int64_t count, float step, float* out) {
+  const Vec by = splat(step);
+  each_vector(count, [&](int64_t i, int n) {
+    save_some(out + i, mul(whole_steps(load_some(x + i, n), by), by), n);
+  });
+}
+
 // Products of T tokens with two rows, each read once.
 template <int T>
 inline void float_pair(const float* x, const float* row, int64_t n_in, int rows, float* out,

@@ -813,8 +813,7 @@ void store(const float* x, int dim, Storage storage, void* row, float* row_scale
 extern const Kernels EDGE_KV_NAMED(EDGE_KV_ISA);
 const Kernels EDGE_KV_NAMED(EDGE_KV_ISA) = {
     EDGE_KV_TEXT(EDGE_KV_ISA), attend, norm_rope, store, dot, gated, relu_scores, softcap,
-    float_rows,
-    round_row, multiply_groups,
+    to_steps, float_rows, round_row, multiply_groups,
 };
 
 }  // namespace edge_kv

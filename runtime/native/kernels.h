@@ -115,6 +115,8 @@ struct Kernels {
   // What fused.h spreads over threads: `float_rows` is rows [count, n_in] times every token, into
   // columns of `out`, whose rows are `stride` apart.
   void (*softcap)(const float* x, int64_t count, float cap, float* out);
+  // out = x as whole numbers of `step`, -128 … 127 of them.
+  void (*to_steps)(const float* x, int64_t count, float step, float* out);
   void (*float_rows)(const float* x, int64_t tokens, const float* rows, int64_t count, int64_t n_in,
                      float* out, int64_t stride);
 

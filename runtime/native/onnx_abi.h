@@ -58,6 +58,7 @@ struct Api {
   Entry<90, Status*(const Context*, size_t, const Value**)> KernelContext_GetInput{table};
   Entry<91, Status*(Context*, size_t, const int64_t*, size_t, Value**)>
       KernelContext_GetOutput{table};
+  Entry<93, void(Status*)> ReleaseStatus{table};
   Entry<99, void(Shape*)> ReleaseTensorTypeAndShapeInfo{table};
   Entry<163, Status*(const Info*, const char*, int64_t*, size_t*)>
       KernelInfoGetAttributeArray_int64{table};

@@ -150,10 +150,16 @@ class Kernel {
       Attribute& value = values_[i];
       float real;
       switch (parameter.kind) {
-        case Kind::real:
-          check(api->KernelInfoGetAttribute_float(info, parameter.name, &real));
+        case Kind::real: {
+          Status* const missing = api->KernelInfoGetAttribute_float(info, parameter.name, &real);
+          if (missing && parameter.optional) {
+            api->ReleaseStatus(missing);
+            break;
+          }
+          check(missing);
           value.real = double(real);
           break;
+        }
         case Kind::whole:
           check(api->KernelInfoGetAttribute_int64(info, parameter.name, &value.whole));
           break;

@@ -54,7 +54,11 @@ const Operator kOperators[kOperatorCount] = {
     {"softcap", softcap, Type::f32, {{"x", Type::f32}}, {{"cap", Kind::real}}},
     {"linear_q", linear_q, Type::f32,
      {{"x", Type::f32}, {"packed", Type::uint8}},
-     {{"rows", Kind::whole}, {"format", Kind::text}, {"step", Kind::real}}},
+     {{"rows", Kind::whole},
+      {"format", Kind::text},
+      {"step", Kind::real},
+      {"out_step", Kind::real, kOptional},
+      {"cap", Kind::real, kOptional}}},
     {"embed_q", embed_q, Type::f32,
      {{"ids", Type::int64}, {"packed", Type::uint8}},
      {{"width", Kind::whole}, {"format", Kind::text}}},
@@ -80,7 +84,12 @@ const Operator kOperators[kOperatorCount] = {
       {"up_format", Kind::text},
       {"down_format", Kind::text},
       {"act", Kind::text},
-      {"limit", Kind::real}}},
+      {"limit", Kind::real},
+      {"step", Kind::real, kOptional},
+      {"gate_step", Kind::real, kOptional},
+      {"up_step", Kind::real, kOptional},
+      {"down_step", Kind::real, kOptional},
+      {"out_step", Kind::real, kOptional}}},
 };
 
 size_t bytes_of(Type type) {

@@ -79,9 +79,10 @@ struct Input {
 struct Parameter {
   const char* name;
   Kind kind;
+  bool optional = false;  // 0 where a program does not give it; behind all that are not
 };
 
-constexpr int kMostInputs = 13, kMostParameters = 6;
+constexpr int kMostInputs = 13, kMostParameters = 11;
 
 // Inputs and parameters end at the first without a name. `result` is the type of output 0; `none`
 // where the operator's outputs are the inputs that it writes.

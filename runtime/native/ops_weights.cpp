@@ -37,22 +37,33 @@ Weights weights_of(const View& packed, const int64_t* axes, const char* name, co
 
 }  // namespace
 
+namespace {
+
+// A step that an attribute gives; 0: none.
+float step_of(const Attribute& attribute, const char* name) {
+  const float step = float(attribute.real);
+  if (!(step >= 0 && step < 1e30f)) refuse(name, " is ", double(step), "; it must be 0 or more.");
+  return step;
+}
+
+}  // namespace
+
 void linear_q(Call& call) {
   const View &x = call.in[0], &packed = call.in[1];
   const int64_t rows = call.attributes[0].whole;
   const Format& format = format_of(call.attributes[1].text, "format");
-  const float step = float(call.attributes[2].real);
+  const float step = step_of(call.attributes[2], "step");
+  const Finish finish{step_of(call.attributes[3], "out_step"), step_of(call.attributes[4], "cap")};
   if (x.rank != 2) refuse("x is ", x, "; it must be [tokens, values].");
   if (packed.rank != 2) refuse("packed is ", packed, "; it must be [groups, bytes].");
-  if (!(step >= 0 && step < 1e30f)) refuse("step is ", double(step), "; it must be 0 or more.");
   const Weights weights = weights_of(packed, packed.shape, "packed", format, rows, x.shape[1]);
   const View out = call.output(0, Type::f32, {x.shape[0], rows});
   if (call.exact && step == 0)
     linear_exact(call.kernels, call.pool, x.as<const float>(), x.shape[0], weights,
-                 out.as<float>());
+                 out.as<float>(), finish);
   else
     linear_q(call.kernels, call.pool, x.as<const float>(), x.shape[0], weights, step,
-             out.as<float>());
+             out.as<float>(), finish);
 }
 
 void embed_q(Call& call) {
@@ -318,19 +329,30 @@ void experts_q(Call& call) {
 
 namespace {
 
+// What glu_q rounds to, where it is not 0: x, the results of gate and of up, what down is given and
+// what it gives.
+struct Steps {
+  float given, gate, up, hidden, out;
+};
+
 // What glu_q computes, of activations as they are: slow, as `linear_exact`.
 void glu_exact(const Call& call, const View& x, const Weights& gate, const Weights* up,
-               const View& factor, const Weights& down, const Unit& unit, float* out) {
+               const View& factor, const Weights& down, const Unit& unit, const Steps& steps,
+               float* out) {
   const int64_t tokens = x.shape[0], count = tokens * gate.rows;
   std::vector<float> opened(static_cast<size_t>(count)), lifted(up ? size_t(count) : 0);
-  const auto multiply = [&](const float* from, const Weights& by, float* to) {
-    linear_exact(call.kernels, call.pool, from, tokens, by, to);
+  const auto multiply = [&](const float* from, float step, const Weights& by, float* to,
+                            float out_step) {
+    if (step == 0.0f)
+      linear_exact(call.kernels, call.pool, from, tokens, by, to, {out_step});
+    else
+      linear_q(call.kernels, call.pool, from, tokens, by, step, to, {out_step});
   };
-  multiply(x.as<const float>(), gate, opened.data());
-  if (up) multiply(x.as<const float>(), *up, lifted.data());
+  multiply(x.as<const float>(), steps.given, gate, opened.data(), steps.gate);
+  if (up) multiply(x.as<const float>(), steps.given, *up, lifted.data(), steps.up);
   call.kernels.gated(opened.data(), up ? lifted.data() : factor.as<const float>(), count,
                      unit.activation, unit.limit, opened.data());
-  multiply(opened.data(), down, out);
+  multiply(opened.data(), steps.hidden, down, out, steps.out);
 }
 
 }  // namespace
@@ -352,17 +374,23 @@ void glu_q(Call& call) {
   };
   const Weights gate = stored(1, 1, "gate", width, dim), down = stored(4, 3, "down", dim, width);
   const Weights up = factor ? gate : stored(2, 2, "up", width, dim);
+  const auto step = [&](int attribute, const char* name) {
+    return step_of(call.attributes[attribute], name);
+  };
+  const Steps steps{step(6, "step"), step(7, "gate_step"), step(8, "up_step"),
+                    step(9, "down_step"), step(10, "out_step")};
   const View out = call.output_like(0, x);
 
   if (call.exact)
-    return glu_exact(call, x, gate, factor ? nullptr : &up, factor, down, unit, out.as<float>());
+    return glu_exact(call, x, gate, factor ? nullptr : &up, factor, down, unit, steps,
+                     out.as<float>());
   const int64_t groups = (width + kGroupRows - 1) / kGroupRows, stride = groups * kGroupRows;
   const int64_t given_bytes = rounded_bytes(tokens, dim), between = rounded_bytes(tokens, width);
   float* const opened = scratch(size_t(2 * tokens * stride + (given_bytes + between) / 4 + 1));
   float* const lifted = opened + tokens * stride;
   auto* const memory = reinterpret_cast<uint8_t*>(lifted + tokens * stride);
   const Rounded given =
-      round_activations(call.kernels, call.pool, x.as<const float>(), tokens, dim, 0.0f, memory);
+      round_activations(call.kernels, call.pool, x.as<const float>(), tokens, dim, steps.given, memory);
   const int64_t tasks = tasks_of(call.pool, gate, tokens);
   const auto multiply_groups = [&](const Weights& w, int64_t begin, int64_t end, float* to) {
     const int64_t bytes = group_bytes(*w.format, w.cols), row = begin * kGroupRows;
@@ -376,18 +404,21 @@ void glu_q(Call& call) {
     multiply_groups(gate, begin, end, opened);
     if (!factor) multiply_groups(up, begin, end, lifted);
     for (int64_t t = 0; t < tokens; ++t) {
-      float* const to = opened + t * stride + row;
-      call.kernels.gated(to, factor ? factor.as<const float>() + t * width + row
-                                    : lifted + t * stride + row,
-                         rows, unit.activation, unit.limit, to);
+      float *const to = opened + t * stride + row, *const by = lifted + t * stride + row;
+      Finish{steps.gate}(call.kernels, to, rows);
+      if (!factor) Finish{steps.up}(call.kernels, by, rows);
+      call.kernels.gated(to, factor ? factor.as<const float>() + t * width + row : by, rows,
+                         unit.activation, unit.limit, to);
     }
   });
   uint8_t* const hidden = memory + given_bytes;
   const Pool team{tokens * width < kMinValues ? 1 : call.pool.threads, call.pool.run};
   parallel(team, tokens, [&](int64_t t) {
-    call.kernels.round_row(opened + t * stride, width, 0.0f, hidden + t * rounded_stride(width));
+    call.kernels.round_row(opened + t * stride, width, steps.hidden,
+                           hidden + t * rounded_stride(width));
   });
-  multiply(call.kernels, call.pool, {hidden, tokens, width}, down, out.as<float>(), dim);
+  multiply(call.kernels, call.pool, {hidden, tokens, width}, down, out.as<float>(), dim,
+           {steps.out});
 }
 
 }  // namespace edge_kv

@@ -83,6 +83,7 @@ inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float total(Vec x) { return _mm512_reduce_add_ps(x); }
 inline __m256 halves_added(Vec x) {
   return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
@@ -118,6 +119,7 @@ inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline __m256 halves_added(Vec x) { return x; }
 inline float total(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -162,6 +164,7 @@ inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
 inline Vec divide(Vec a, Vec b) { return vdivq_f32(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec larger(Vec a, Vec b) { return vmaxq_f32(a, b); }
+inline Vec smaller(Vec a, Vec b) { return vminq_f32(a, b); }
 inline float total(Vec x) { return vaddvq_f32(x); }
 inline float largest(Vec x) { return vmaxvq_f32(x); }
 inline Vec nearest(Vec x) { return vrndnq_f32(x); }
@@ -187,12 +190,19 @@ inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec divide(Vec a, Vec b) { return a / b; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 inline float total(Vec x) { return x; }
 inline float largest(Vec x) { return x; }
 inline Vec nearest(Vec x) { return rintf(x); }
 inline Vec power_of_two(Vec n) { return ldexpf(1.0f, int(n)); }
 
 #endif
+
+// x / step to the nearest of -128 … 127. What is no number stays so: with those, the second operand
+// is the result.
+inline Vec whole_steps(Vec x, Vec step) {
+  return nearest(smaller(splat(127.0f), larger(splat(-128.0f), divide(x, step))));
+}
 
 inline float value_of(float x) { return x; }
 inline float value_of(int8_t x) { return float(x); }

@@ -194,10 +194,17 @@ inline float step_of(const float* x) {
   return largest(top) * float(1.0 / 127);
 }
 
-// A block in steps; returns their sum.
+// A block in its own steps; returns their sum.
 inline int32_t round_block(const float* x, float step, int8_t* out) {
   const Vec inverse = splat(1.0f / step);
   for (int i = 0; i < kBlockValues; i += kWidth) save_bytes(out + i, mul(load(x + i), inverse));
+  return sum_of_32(out);
+}
+
+// The same in steps of which its largest value need not be 127.
+inline int32_t round_block_to(float step, const float* x, int8_t* out) {
+  const Vec by = splat(step);
+  for (int i = 0; i < kBlockValues; i += kWidth) save_bytes(out + i, whole_steps(load(x + i), by));
   return sum_of_32(out);
 }
 
@@ -213,12 +220,9 @@ void round_row(const float* x, int64_t cols, float fixed, void* out) {
       from = (const float*)memcpy(block, from, sizeof(float) * size_t(n));
     }
     const float step = fixed != 0.0f ? fixed : step_of(from);
-    if (fixed != 0.0f) {  // the largest value need not be 127 steps
-      for (int i = 0; i < kBlockValues; ++i)
-        block[i] = fminf(fmaxf(from[i], -128.0f * fixed), 127.0f * fixed);
-      from = block;
-    }
-    ((int32_t*)to.sums)[b] = round_block(from, step, (int8_t*)to.bytes + b * kBlockValues);
+    int8_t* const bytes = (int8_t*)to.bytes + b * kBlockValues;
+    ((int32_t*)to.sums)[b] =
+        fixed != 0.0f ? round_block_to(step, from, bytes) : round_block(from, step, bytes);
     ((float*)to.steps)[b] = step;
   }
 }

@@ -58,27 +58,33 @@ int64_t tasks_of(const Pool& pool, const Weights& w, int64_t tokens) {
   return std::min({groups, each * pool.threads, worth});
 }
 
+void Finish::operator()(const Kernels& kernels, float* values, int64_t count) const {
+  if (step != 0.0f) kernels.to_steps(values, count, step, values);
+  if (cap != 0.0f) kernels.softcap(values, count, cap, values);
+}
+
 void multiply(const Kernels& kernels, const Pool& pool, const Rounded& x, const Weights& w,
-              float* out, int64_t stride) {
+              float* out, int64_t stride, Finish finish) {
   const int64_t groups = (w.rows + kGroupRows - 1) / kGroupRows, bytes = group_bytes(*w.format, w.cols);
   const int64_t tasks = tasks_of(pool, w, x.tokens);
   parallel(pool, tasks, [&](int64_t i) {
     const int64_t begin = groups * i / tasks, end = groups * (i + 1) / tasks;
+    const int64_t first = begin * kGroupRows, rows = std::min(w.rows, end * kGroupRows) - first;
     kernels.multiply(*w.format, w.data + begin * bytes, end - begin, blocks_of(w.cols), x.data,
-                     rounded_stride(w.cols), x.tokens, out + begin * kGroupRows, stride,
-                     w.rows - begin * kGroupRows);
+                     rounded_stride(w.cols), x.tokens, out + first, stride, w.rows - first);
+    for (int64_t t = 0; t < x.tokens; ++t) finish(kernels, out + t * stride + first, rows);
   });
 }
 
 void linear_q(const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
-              const Weights& w, float step, float* out) {
+              const Weights& w, float step, float* out, Finish finish) {
   void* memory = scratch(size_t(rounded_bytes(tokens, w.cols)) / sizeof(float));
   multiply(kernels, pool, round_activations(kernels, pool, x, tokens, w.cols, step, memory), w, out,
-           w.rows);
+           w.rows, finish);
 }
 
 void linear_exact(const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
-                  const Weights& w, float* out) {
+                  const Weights& w, float* out, Finish finish) {
   float* const values = scratch(size_t(pool.threads * w.cols));
   parallel(pool, pool.threads, [&](int64_t i) {
     for (int64_t row = w.rows * i / pool.threads; row < w.rows * (i + 1) / pool.threads; ++row) {
@@ -87,6 +93,7 @@ void linear_exact(const Kernels& kernels, const Pool& pool, const float* x, int6
         out[t * w.rows + row] = kernels.dot(x + t * w.cols, values + i * w.cols, int(w.cols));
     }
   });
+  parallel(pool, tokens, [&](int64_t t) { finish(kernels, out + t * w.rows, w.rows); });
 }
 
 void embed_row(const Weights& w, int64_t row, float* out) {

@@ -44,17 +44,26 @@ int64_t tasks_of(const Pool&, const Weights&, int64_t tokens);
 Rounded round_activations(const Kernels&, const Pool&, const float* x, int64_t tokens, int64_t cols,
                           float step, void* memory);
 
+// What is done to the results of a product, where it is not 0: they are rounded to -128 … 127 of
+// `step`, then bounded by `cap` as `softcap` does.
+struct Finish {
+  float step = 0.0f, cap = 0.0f;
+
+  // Of `count` values that adjoin.
+  void operator()(const Kernels&, float* values, int64_t count) const;
+};
+
 // out [tokens, w.rows] = x times w, the rows of `out` being `stride` apart.
 void multiply(const Kernels&, const Pool&, const Rounded& x, const Weights& w, float* out,
-              int64_t stride);
+              int64_t stride, Finish finish = {});
 
 // The two together, with memory of this thread.
 void linear_q(const Kernels&, const Pool&, const float* x, int64_t tokens, const Weights& w,
-              float step, float* out);
+              float step, float* out, Finish finish = {});
 
 // The same with activations as they are: slow, and what a lowering is compared with.
 void linear_exact(const Kernels&, const Pool&, const float* x, int64_t tokens, const Weights& w,
-                  float* out);
+                  float* out, Finish finish = {});
 
 // Row `row` in floats, out [w.cols].
 void embed_row(const Weights& w, int64_t row, float* out);
