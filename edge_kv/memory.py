@@ -59,7 +59,7 @@ class Costs:
     code: int  # … and that running one does
     copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
     logits: float  # rows of logits, f32
-    further: float  # … for each further token of a pass; of capped logits, which take the most
+    further: float  # … for each further token of a pass
     apart: bool  # whether prefill maps the weights for itself
 
 
@@ -67,12 +67,12 @@ COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
-        code=13_700_000, copies=1.17, logits=3.4, further=5.4, apart=True,
+        code=13_700_000, copies=1.17, logits=2.0, further=2.6, apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
         opened=1_100_000, layer=13_500, running=1_360_000, code_opened=2_300_000,
-        code=10_000_000, copies=0.92, logits=0.36, further=2.6, apart=False,
+        code=10_000_000, copies=0.92, logits=0.36, further=1.2, apart=False,
     ),
 }  # fmt: skip
 
