@@ -3,8 +3,9 @@
 Every prompt is answered in turns without drafts and with `--drafts`; llama.cpp takes its turns with
 and without its own prompt lookup where `--peer` names the GGUF file of the model. Replies are
 greedy, but for free prose, which is sampled as well: small models repeat themselves when they are
-greedy. Texts are those that the package ships, and a module of it. A rate is that of the
-tokens behind the first one; the median of the rounds counts.
+greedy. Texts are those that the package ships, and a module of it; a model without a chat template
+goes on with the beginning of an answer. A rate is that of the tokens behind the first one; the
+median of the rounds counts.
 
     python benchmarks/drafts.py ARTIFACT --name gemma3_270m --peer gemma3-270m.gguf
 """
@@ -15,6 +16,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -24,19 +26,26 @@ from common import say, write_result
 
 from edge_kv import amounts
 from edge_kv.runtime import Generator, Message, Options, Session, load
+from edge_kv.runtime.template import RAW_TEMPLATE, Template
 
-TOKENS = 128
+CTX = 2048
 LOOKUP = 7  # ids that llama.cpp's prompt lookup guesses: as many as a pass of ours takes
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, and how its reply is drawn."""
+    """A prompt, how its reply begins where a model only goes on with texts, and how it is drawn."""
 
     kind: str  # "copy" or "prose"
     name: str
     prompt: str
+    begun: str
     temperature: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """What a model without a chat template goes on with."""
+        return f"{self.prompt}\n\n{self.begun}"
 
 
 def cases() -> tuple[Case, ...]:
@@ -48,35 +57,42 @@ def cases() -> tuple[Case, ...]:
     question = "Which document tells of the flood? Quote its sentences."
     edit = "Write this file again with `unit` renamed to `suffix`."
     return (
-        Case("copy", "repeat", f"{parts[0]} {parts[1]}\n\nRepeat this text word for word."),
-        Case("copy", "summary", f"{parts[1]}\n\nSummarise this text in its own sentences."),
-        Case("copy", "answer from documents", f"{shelf}\n\n{question}"),
-        Case("copy", "edit code", f"```python\n{code}\n```\n\n{edit}"),
-        Case("prose", "story", "Tell a long story about a lighthouse keeper.", 1.0),
-        Case("prose", "explanation", "Explain to a friend how bread is made.", 1.0),
-        Case("prose", "letter", "Write a letter to a city council about a park.", 1.0),
-        Case("prose", "greedy essay", "Write an essay about the history of glass."),
+        Case("copy", "repeat", f"{parts[0]} {parts[1]}\n\nRepeat this text word for word.",
+             f"{parts[0][:40]}"),
+        Case("copy", "summary", f"{parts[1]}\n\nSummarise this text in its own sentences.",
+             "In short:"),
+        Case("copy", "answer from documents", f"{shelf}\n\n{question}", "It is document ["),
+        Case("copy", "edit code", f"```python\n{code}\n```\n\n{edit}",
+             f"```python\n{code[:20]}"),
+        Case("prose", "story", "Tell a long story about a lighthouse keeper.",
+             "There was a lighthouse keeper", 1.0),
+        Case("prose", "explanation", "Explain to a friend how bread is made.", "First you", 1.0),
+        Case("prose", "letter", "Write a letter to a city council about a park.", "Dear", 1.0),
+        Case("prose", "greedy essay", "Write an essay about the history of glass.", "Glass"),
     )  # fmt: skip
 
 
 class Ours:
     """An artifact, as a conversation runs it: what drafts have learnt stays from reply to reply."""
 
-    def __init__(self, session: Session, drafts: str) -> None:
+    def __init__(self, session: Session, drafts: str, tokens: int) -> None:
+        self.tokens = tokens
+        held = Template.of(session.artifact)
+        template, self.raw = held or Template(RAW_TEMPLATE), held is None
         self.ways = {
-            "off": Generator(session, drafts="off"),
-            drafts: Generator(session, drafts=drafts),
+            way: Generator(session, template=template, drafts=way) for way in ("off", drafts)
         }
 
     def answer(self, way: str, case: Case) -> dict[str, Any]:
         # No seed: sampling with one is fed no drafts whose number depends on time.
         options = Options(
-            max_new_tokens=TOKENS, temperature=case.temperature, top_k=40, top_p=0.95,
+            max_new_tokens=self.tokens, temperature=case.temperature, top_k=40, top_p=0.95,
             repetition_penalty=1.0,
         )  # fmt: skip
         generator = self.ways[way]
         generator.forget()
-        turn = generator.reply([Message("user", case.prompt)], options=options)
+        prompt = case.text if self.raw else case.prompt
+        turn = generator.reply([Message("user", prompt)], options=options)
         for _ in turn:
             pass
         reply = turn.reply
@@ -92,28 +108,35 @@ class Ours:
 class LlamaCpp:
     """llama.cpp through llama-cpp-python, with and without its prompt lookup."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, tokens: int) -> None:
         from llama_cpp import Llama
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
+        self.tokens = tokens
         common: dict[str, Any] = {
-            "model_path": path, "n_ctx": 2048, "n_threads": threads, "verbose": False,
+            "model_path": path, "n_ctx": CTX, "n_threads": threads, "verbose": False,
         }  # fmt: skip
         lookup = LlamaPromptLookupDecoding(num_pred_tokens=LOOKUP)
         self.ways = {
             "off": Llama(**common),
             "lookup": Llama(**common, draft_model=lookup, logits_all=True),
         }
+        self.raw = "tokenizer.chat_template" not in self.ways["off"].metadata
 
     def answer(self, way: str, case: Case) -> dict[str, Any]:
-        model = self.ways[way]
-        moments = []
-        for _ in model.create_chat_completion(
-            [{"role": "user", "content": case.prompt}], max_tokens=TOKENS, stream=True, seed=1,
-            temperature=case.temperature, top_k=40, top_p=0.95, min_p=0.0, repeat_penalty=1.0,
-        ):  # fmt: skip
+        model, moments = self.ways[way], []
+        how: dict[str, Any] = {
+            "max_tokens": self.tokens, "stream": True, "seed": 1, "temperature": case.temperature,
+            "top_k": 40, "top_p": 0.95, "min_p": 0.0, "repeat_penalty": 1.0,
+        }  # fmt: skip
+        if self.raw:
+            pieces = model.create_completion(case.text, **how)
+        else:
+            asked = [{"role": "user", "content": case.prompt}]
+            pieces = model.create_chat_completion(asked, **how)
+        for _ in pieces:
             moments.append(time.perf_counter())
-        said = moments[1:-1]  # behind the role, before the end
+        said = moments[0 if self.raw else 1 : -1]  # behind the role, before the end
         return {"rate": (len(said) - 1) / (said[-1] - said[0]) if len(said) > 1 else 0.0}
 
 
@@ -153,18 +176,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drafts", default="auto")
+    parser.add_argument("--tokens", type=int, default=128, help="most of a reply")
     parser.add_argument("--peer", help="the model's GGUF file, for llama.cpp")
     args = parser.parse_args()
     with load(args.artifact, args.engine, args.threads) as session:
-        rows = list(measured(Ours(session, args.drafts), args.rounds))
+        rows = list(measured(Ours(session, args.drafts, args.tokens), args.rounds))
         quant = session.artifact.manifest.quant.scheme
     document: dict[str, Any] = {
         "benchmark": "drafts", "engine": args.engine, "threads": args.threads, "quant": quant,
-        "drafts": args.drafts, "tokens": TOKENS, "rows": rows, "gain": gains(rows),
+        "drafts": args.drafts, "tokens": args.tokens, "rows": rows, "gain": gains(rows),
     }  # fmt: skip
     if args.peer:
-        peer = list(measured(LlamaCpp(args.peer, args.threads), args.rounds))
-        document["llama.cpp"] = {"guessed": LOOKUP, "rows": peer, "gain": gains(peer)}
+        peer = list(measured(LlamaCpp(args.peer, args.threads, args.tokens), args.rounds))
+        document["llama.cpp"] = {
+            "by": f"llama-cpp-python {version('llama-cpp-python')}", "guessed": LOOKUP,
+            "rows": peer, "gain": gains(peer),
+        }  # fmt: skip
     say(f"gain {document['gain']}")
     if args.name:
         write_result(f"drafts_{args.name}", document)

@@ -209,10 +209,11 @@ class _Run:
         Ends early, with a `finish`, at a stop id and when cancelled.
         """
         session, trace = self.session, self.trace
-        begin = time.perf_counter()  # drafts may take time too
+        begin = time.perf_counter()
         drafts = self._drafts(history, min(left - 1, session.plan.ctx - len(history)))
+        drafted = time.perf_counter()
         rows = session.decode_many([history[-1], *drafts])
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - drafted
         mark = _mark(session)
         came: list[int] = []
         used = 0
@@ -240,7 +241,7 @@ class _Run:
             if refused and _mark(session) == mark:  # else the session went on without this text
                 session.refuse(refused)
             if self.speculation:
-                self.speculation.passed(len(drafts), came, seconds)
+                self.speculation.passed(len(drafts), came, seconds, drafted - begin)
 
     def _drafts(self, history: list[int], room: int) -> tuple[int, ...]:
         """At most `room` ids to feed behind the newest one."""

@@ -2,11 +2,12 @@
 
 A pass over a few tokens reads the weights once, so it costs little more than a pass over one. A
 `Drafter` guesses ids, the model reads them behind the newest token, and those it would have said
-itself stay. `PromptLookup` guesses that text which began like an earlier part goes on like it.
+itself stay. `PromptLookup` guesses that text which began like an earlier part goes on like it, an
+`Assistant` is a small model of its own.
 
-`Speculation` decides how many drafts a pass takes. Every guess is compared with the id that came,
-whether it was fed or not, so the acceptance of a guess is known without paying for it; what a pass
-costs is measured as passes are made.
+`Speculation` decides for every pass whose drafts it takes and how many. A guess that cost nothing
+is compared with the ids that came whether it was fed or not, so its acceptance is known without
+paying for it; what passes and drafts cost is measured as they are made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
@@ -194,6 +195,7 @@ class _Chances:
 
     _FADING = 1 - 1 / 32  # what a trial still counts for after the next one of its class
     _PRIOR = 3.0  # trials that the chances before any trial count for
+    _ANOTHER = 8.0  # trials that what another text showed counts for at most
 
     def __init__(self, prior: Sequence[float]) -> None:
         self._trials = [self._PRIOR] * len(prior)
@@ -201,6 +203,13 @@ class _Chances:
 
     def __getitem__(self, kind: int) -> float:
         return self._right[kind] / self._trials[kind]
+
+    def another_text(self) -> None:
+        """The trials so far were of another text than those that come."""
+        for kind, trials in enumerate(self._trials):
+            if trials > self._ANOTHER:
+                self._right[kind] *= self._ANOTHER / trials
+                self._trials[kind] = self._ANOTHER
 
     def add(self, kind: int, right: bool) -> None:
         self._trials[kind] = self._trials[kind] * self._FADING + 1
@@ -213,26 +222,22 @@ class _Costs:
     _SLOPE = 0.12  # what a further token is assumed to cost, in passes of one
     _LEAST_SLOPE = 0.02
     _WINDOW = 11  # newest passes of a size that count
-    _STALE = 128  # passes after which one of a single token is made again
 
     def __init__(self) -> None:
         self._passes: dict[int, deque[float]] = {}
         self._medians: dict[int, float] = {}
-        self.since_one = 0  # passes since one of a single token
 
     @property
     def largest(self) -> int:
         """Tokens of the largest pass that was measured."""
         return max(self._medians)
 
-    @property
-    def plain_is_known(self) -> bool:
-        """Whether passes of one token were measured lately."""
-        return 1 in self._medians and self.since_one < self._STALE
+    def __contains__(self, tokens: int) -> bool:
+        """Whether a pass of so many was measured."""
+        return tokens in self._medians
 
     def add(self, tokens: int, seconds: float) -> None:
         """A pass of `tokens` took `seconds`. The first of a size, which sets up, is not counted."""
-        self.since_one = self.since_one + 1 if tokens > 1 else 0
         if tokens not in self._passes:
             self._passes[tokens] = deque(maxlen=self._WINDOW)
             return
@@ -258,30 +263,95 @@ class _Costs:
         return known[start] + slope * (tokens - start)
 
 
-class Speculation:
-    """How many drafts a pass takes, over one drafter.
+class _Way:
+    """One drafter: what its guesses are worth, and what they take."""
 
-    With `fixed`, as many as there are. Else as many as promise the most tokens a second, and none
-    where they promise less than plain decoding. What drafts have lost so far against plain
-    decoding is kept below a hundredth of the time: beyond it only a large gain is tried.
+    _ASSUMED = 0.06  # what a costly guess is assumed to take, in passes of one
+    _WINDOW = 11  # newest bursts of guesses that count
+    GAP = 128  # guesses that are passed over before one that is fed to look at its costs again
+    _SHORT_GAP = 8  # … after one that was fed so and paid
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.chances = _Chances(drafter.kinds)
+        self.guess = Guess()
+        self._times: deque[float] | None = None  # seconds a guess; None: none was made
+        self._each = -1.0  # their median; below 0: not known
+        self.passed_over, self.gap = 0, self.GAP
+
+    def kinds(self, history: Sequence[int], most: int) -> Sequence[int]:
+        """The classes of up to `most` guesses, which are made if that takes no time."""
+        self.guess = Guess()
+        if self.drafter.costly:
+            return range(min(most, len(self.drafter.kinds)))
+        self.guess = self.drafter.guess(history, most)
+        return self.guess.kinds
+
+    def ids(self, history: Sequence[int], count: int) -> tuple[int, ...]:
+        """`count` guesses, or as many as there are."""
+        if self.drafter.costly:
+            self.guess = self.drafter.guess(history, count)
+        return self.guess.ids[:count]
+
+    def learn(self, came: Sequence[int]) -> None:
+        """What was guessed may be compared with the ids that came."""
+        for id, kind, right in zip(self.guess.ids, self.guess.kinds, came, strict=False):
+            self.chances.add(kind, id == right)
+            if id != right:
+                break
+
+    def took(self, count: int, seconds: float) -> None:
+        """`count` guesses took `seconds`. The first ones, which set up, are not counted."""
+        if self._times is None:
+            self._times = deque(maxlen=self._WINDOW)
+            return
+        self._times.append(seconds / count)
+        self._each = median(self._times)
+
+    def best(self, kinds: Sequence[int], costs: _Costs, *, assumed: bool) -> tuple[int, float]:
+        """The most promising number of drafts, and its tokens a second over plain decoding.
+
+        By what passes and guesses were measured to cost, or as before anything was measured.
+        """
+        each = self._ASSUMED if self.drafter.costly else 0.0
+        if self._each >= 0 and not assumed:
+            each = self._each / costs[1]
+        count, gain = 0, 1.0
+        most = 2 * costs.largest - 1  # drafts: no pass is much larger than one measured
+        for n, tokens in enumerate(_expected(kinds[:most], self.chances), 1):
+            whole = costs.assumed(n + 1) if assumed else costs[n + 1] / costs[1]
+            if tokens / (whole + n * each) > gain:
+                count, gain = n, tokens / (whole + n * each)
+        return count, gain
+
+    def looked(self, paid: bool) -> None:
+        """A pass was made to look at its costs again."""
+        self.gap = self._SHORT_GAP if paid else 2 * max(self.gap, self.GAP)
+
+
+class Speculation:
+    """Whose drafts a pass takes, and how many.
+
+    With `fixed`, as many as there are, of the drafter that usually has the most right. Else as many
+    as promise the most tokens a second, and none where they promise less than plain decoding. What
+    drafts have lost lately against plain decoding is kept near a hundredth of the time: beyond it
+    only a large gain is tried.
     """
 
     _GAIN = 1.04  # over plain decoding, from which drafts are fed
     _SURE_GAIN = 1.5  # … where they have lost too much already
-    _LOSS = 0.01  # of all seconds of decoding that drafts may lose
-    _ALLOWED = 1.5  # passes of one token that they may lose at first
-    _GAP = 128  # guesses that are passed over before one that is fed to look at its costs again
-    _SHORT_GAP = 8  # … after one that was fed so and paid
+    _ALLOWED = 1.5  # passes of one token that drafts may lose …
+    _FORGOTTEN = 1 / 128  # … and what of a loss is forgotten with each pass
+    _STALE = 128  # passes after which one of a single token is made again
 
-    def __init__(self, drafter: Drafter, *, fixed: int | None = None) -> None:
-        self._drafter = drafter
+    def __init__(self, *drafters: Drafter, fixed: int | None = None) -> None:
+        self._ways = [_Way(drafter) for drafter in drafters]
         self._fixed = fixed
-        self._chances = _Chances(drafter.kinds)
         self._costs = _Costs()
-        self._guess = Guess()
-        self._seconds = self._lost = 0.0
-        self._passed_over, self._gap = 0, self._GAP
-        self._looking = False  # the pass under way is there to look at its costs again
+        self._chosen: _Way | None = None  # whose drafts are in the pass under way
+        self._looking = False  # that pass is there to look at their costs again
+        self._since_one = 0  # passes since one of a single token
+        self._lost = 0.0  # seconds
 
     @classmethod
     def of(cls, drafts: Speculation | str | int, session: Session) -> Speculation | None:
@@ -295,7 +365,7 @@ class Speculation:
         if drafts == OFF or (drafts == AUTO and not session.drafts):
             return None
         if drafts == AUTO:
-            return cls(_drafter(session))
+            return cls(*_drafters(session))
         try:
             count = int(drafts)
         except ValueError:
@@ -306,7 +376,7 @@ class Speculation:
                 f"{count} drafts are outside 0 … {session.drafts}, what a pass of this artifact "
                 "takes; give fewer, or export with more --drafts."
             )
-        return cls(_drafter(session), fixed=count) if count else None
+        return cls(*_drafters(session), fixed=count) if count else None
 
     @property
     def repeatable(self) -> bool:
@@ -315,69 +385,87 @@ class Speculation:
 
     def begin(self, history: Sequence[int]) -> None:
         """The text is `history` from here on."""
-        self._guess = Guess()
-        self._drafter.begin(history)
+        for way in self._ways:
+            way.guess = Guess()
+            way.chances.another_text()
+            way.drafter.begin(history)
 
     def drafts(self, history: Sequence[int], most: int) -> tuple[int, ...]:
         """Up to `most` ids to feed behind the newest of `history`."""
-        drafter = self._drafter
-        if drafter.costly:
-            count = self._count(range(min(most, len(drafter.kinds))))
-            self._guess = drafter.guess(history, count) if count else Guess()
-            return self._guess.ids
-        self._guess = guess = drafter.guess(history, most)
-        return guess.ids[: self._count(guess.kinds)]
-
-    def passed(self, fed: int, came: Sequence[int], seconds: float) -> None:
-        """A pass over the newest id and `fed` drafts took `seconds`; `came` are the ids it gave."""
-        for id, kind, right in zip(self._guess.ids, self._guess.kinds, came, strict=False):
-            self._chances.add(kind, id == right)
-            if id != right:
-                break
-        self._costs.add(fed + 1, seconds)
-        self._seconds += seconds
-        if fed and self._fixed is None:
-            loss = seconds - len(came) * self._costs[1]
-            self._lost = max(0.0, self._lost + loss)
-            if self._looking:
-                self._gap = self._SHORT_GAP if loss < 0 else 2 * max(self._gap, self._GAP)
-
-    def _count(self, kinds: Sequence[int]) -> int:
-        """How many ids of these classes are worth feeding."""
+        kinds = [(way, way.kinds(history, most)) for way in self._ways]
         self._looking = False
-        if self._fixed is not None:
-            return min(self._fixed, len(kinds))
-        if not kinds or not self._costs.plain_is_known:
-            return 0
-        one = self._costs[1]
-        count, gain = self._best(kinds, lambda n: self._costs[n] / one)
-        allowed = max(self._ALLOWED * one, self._LOSS * self._seconds)
-        if gain >= (self._GAIN if self._lost < allowed else self._SURE_GAIN):
-            self._passed_over, self._gap = 0, self._GAP
-            return count
+        self._chosen, count = self._choice(kinds) if self._fixed is None else self._usual(kinds)
+        return self._chosen.ids(history, count) if self._chosen else ()
+
+    def passed(self, fed: int, came: Sequence[int], seconds: float, drafting: float = 0.0) -> None:
+        """A pass over the newest id and `fed` drafts took `seconds`; `came` are the ids it gave.
+
+        The drafts had taken `drafting` seconds before it.
+        """
+        for way in self._ways:
+            way.learn(came)
+        self._costs.add(fed + 1, seconds)
+        self._since_one = self._since_one + 1 if fed else 0
+        self._lost *= 1 - self._FORGOTTEN
+        if fed and self._chosen:
+            self._chosen.took(fed, drafting)
+            if self._fixed is None:
+                loss = seconds + drafting - len(came) * self._costs[1]
+                self._lost = max(0.0, self._lost + loss)
+                if self._looking:
+                    self._chosen.looked(paid=loss < 0)
+
+    def _usual(self, offers: list[tuple[_Way, Sequence[int]]]) -> tuple[_Way | None, int]:
+        """The drafter that has the most right before anything was measured, and a fixed number."""
+        best: tuple[_Way | None, int] = (None, 0)
+        most = 1.0
+        for way, kinds in offers:
+            fed = kinds[: self._fixed]
+            for tokens in _expected(fed, way.drafter.kinds):
+                if tokens > most:
+                    best, most = (way, len(fed)), tokens
+        return best
+
+    def _choice(self, offers: list[tuple[_Way, Sequence[int]]]) -> tuple[_Way | None, int]:
+        """The drafter whose guesses are worth feeding most, and how many of them; None: none."""
+        if self._since_one >= self._STALE or 1 not in self._costs:
+            return None, 0
+        allowed = self._ALLOWED * self._costs[1]
+        best: tuple[_Way | None, int] = (None, 0)
+        most = self._GAIN if self._lost < allowed else self._SURE_GAIN
+        for way, kinds in offers:
+            count, gain = way.best(kinds, self._costs, assumed=False)
+            if gain >= most:
+                best, most = (way, count), gain
+        if best[0]:
+            best[0].passed_over, best[0].gap = 0, _Way.GAP
+            return best
         # Costs that were measured in a bad moment would stand for ever: they are looked at again.
-        count, gain = self._best(kinds, self._costs.assumed)
-        if gain < self._GAIN:
-            return 0
-        self._passed_over += 1
-        if self._passed_over < self._gap or self._lost >= allowed:
-            return 0
-        self._passed_over, self._looking = 0, True
-        return count
-
-    def _best(self, kinds: Sequence[int], cost: Callable[[int], float]) -> tuple[int, float]:
-        """The most promising number of drafts, and its tokens a second over plain decoding."""
-        count, gain = 0, 1.0
-        expected = chance = 1.0
-        most = 2 * self._costs.largest - 1  # drafts: no pass is much larger than one measured
-        for n, kind in enumerate(kinds[:most], 1):
-            chance *= self._chances[kind]
-            expected += chance
-            if expected / cost(n + 1) > gain:
-                count, gain = n, expected / cost(n + 1)
-        return count, gain
+        for way, kinds in offers:
+            count, gain = way.best(kinds, self._costs, assumed=True)
+            if gain < self._GAIN:
+                continue
+            way.passed_over += 1
+            if way.passed_over >= way.gap and self._lost < allowed:
+                way.passed_over, self._looking = 0, True
+                return way, count
+        return None, 0
 
 
-def _drafter(session: Session) -> Drafter:
-    """The one that the artifact holds, else the text itself."""
-    return Assistant(session) if session.has_drafter else PromptLookup(session.plan.ctx)
+class _Shares(Protocol):
+    def __getitem__(self, kind: int) -> float: ...
+
+
+def _expected(kinds: Sequence[int], chances: _Shares) -> Iterator[float]:
+    """Tokens that a pass gives on average, with 1, 2 … guesses of these classes."""
+    tokens = chance = 1.0
+    for kind in kinds:
+        chance *= chances[kind]
+        tokens += chance
+        yield tokens
+
+
+def _drafters(session: Session) -> list[Drafter]:
+    """The text itself, and what the artifact holds to draft for its model."""
+    lookup = PromptLookup(session.plan.ctx)
+    return [lookup, Assistant(session)] if session.has_drafter else [lookup]

@@ -451,3 +451,24 @@ def test_text_with_its_drafts_is_plain_text(made, engine, monkeypatch):
         trace = Trace()
         assert said(session, Speculation(Assistant(session), fixed=3), trace) == plain
         assert trace.drafted == trace.accepted and trace.passes <= 2 + new // 4
+
+
+@pytest.mark.parametrize("drafts", [1, 4, 7, "auto"])
+@pytest.mark.parametrize("engine", ["onnx", "executorch"])
+def test_the_text_drafts_beside_the_drafter(made, engine, drafts):
+    """Where a prompt has been said before, the text is asked, else the drafter; ids stay plain."""
+    rng = np.random.default_rng(8)
+    fresh, said_before = rng.integers(5, 2048, 40).tolist(), [7, *range(300, 340)] * 2
+    with runtime.load(made, engine) as session:
+        for prompt, copied in ((fresh, False), (said_before[:-8], True)):
+            trace = Trace()
+            session.reset()
+            plain = list(generate(session, prompt, max_new_tokens=40, drafts="off"))
+            before, runs = session.stats.drafted_tokens, session.stats.draft_runs
+            session.reset()
+            found = generate(session, prompt, max_new_tokens=40, drafts=drafts, trace=trace)
+            assert list(found) == plain
+            assert session.stats.drafted_tokens - before == trace.drafted
+            if drafts != "auto":  # how many that feeds is a matter of time
+                by_the_model = session.stats.draft_runs - runs
+                assert 0 < by_the_model <= trace.drafted - copied

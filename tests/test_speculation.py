@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edge_kv.runtime.speculation import Guess, PromptLookup, Speculation
+from edge_kv.runtime.speculation import Assistant, Guess, PromptLookup, Speculation
 
 # Passes of 1 … 8 tokens, in passes of one: kernels made for them, and others.
 COSTS = {
@@ -101,14 +101,38 @@ def test_a_long_text_costs_little_memory_and_time():
     assert all(at <= 0 for at in lookup._chains[0]._newest)
 
 
-def speed(prompt, text, costs, speculation, noise=0.0, steps=None):
+class Knowing:
+    """A costly drafter whose ids are right by chance: `rate` of them, one after another."""
+
+    costly = True
+    kinds = Assistant.kinds
+    drafting = 0.15  # of a pass of one token, for each draft
+
+    def __init__(self, prompt, text, rate):
+        self.text, self.start, self.rate = text, len(prompt), rate
+        self.rng, self.made = np.random.default_rng(1), 0
+
+    def begin(self, history):
+        pass
+
+    def guess(self, history, most):
+        at = len(history) - self.start
+        said = [t if self.rng.random() < self.rate else -1 for t in self.text[at : at + most]]
+        ids = tuple(said + [-1] * (most - len(said)))
+        self.made += most
+        return Guess(ids, tuple(range(most)))
+
+
+def speed(prompt, text, costs, speculation, noise=0.0, steps=None, knowing=None):
     """Tokens a second against plain decoding, where the model says `text` whatever it is fed."""
     rng = np.random.default_rng(0)
     history = list(prompt)
     speculation.begin(history)
     spent, at, sizes = 0.0, 0, []
     while at < len(text):
+        made = knowing.made if knowing else 0
         drafts = speculation.drafts(history, min(DRAFTS, len(text) - at - 1))
+        drafting = (knowing.made - made) * knowing.drafting if knowing else 0
         came = []
         for draft in (*drafts, None):
             came.append(text[at])
@@ -116,10 +140,10 @@ def speed(prompt, text, costs, speculation, noise=0.0, steps=None):
             if draft != came[-1]:
                 break
         history += came
-        seconds = costs[len(drafts)] * (1 + noise * abs(rng.standard_normal()))
-        spent += seconds
+        slow = 1 + noise * abs(rng.standard_normal())
+        spent += (costs[len(drafts)] + drafting) * slow
         sizes.append(len(drafts))
-        speculation.passed(len(drafts), came, seconds)
+        speculation.passed(len(drafts), came, costs[len(drafts)] * slow, drafting * slow)
     if steps is not None:
         steps += sizes
     return len(text) * (1 + noise * np.sqrt(2 / np.pi)) / spent
@@ -157,6 +181,20 @@ def test_drafts_never_cost_two_percent(costs, noise):
         gain = speed(prompt, text, COSTS[costs], Speculation(PromptLookup(4096)), noise)
         allowed = 0.02 + 3 / len(text)  # what may be lost before anything is known
         assert gain >= 1 - allowed, (name, gain)
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_free_text_behind_copied_text_costs_few_passes(costs):
+    """What was right in one text is soon known not to be in the next."""
+    speculation, all_texts = Speculation(PromptLookup(4096)), texts()
+    for turn in range(6):
+        for name in ("copy", "edit"):
+            prompt, text = all_texts[name]
+            speed(prompt, text[:128], COSTS[costs], speculation, 0.1)
+        for name in ("prose", "noise of nine letters", "noise of two letters", "no repeats"):
+            prompt, text = all_texts[name]
+            gain = speed(prompt, text[300 * turn % 900 :][:64], COSTS[costs], speculation)
+            assert 64 / gain <= 64 + 3.5, (name, gain)
 
 
 def test_copied_text_is_fast():
@@ -219,3 +257,66 @@ def test_a_slow_pass_is_not_believed_for_ever():
     early = [s for s in tried if s < 1500]
     assert len(early) < 8
     assert len([s for s in tried if s >= 2800]) > 195
+
+
+# --- a drafter of the artifact beside the text itself --------------------------------------------
+
+
+def both(name, costs, rate, noise=0.0):
+    """Gains of prompt lookup, of a drafter that is right at `rate`, and of the two together."""
+    prompt, text = texts()[name]
+    found = []
+    for lookup, drafter in ((True, False), (False, True), (True, True)):
+        knowing = Knowing(prompt, text, rate)
+        drafters = [*([PromptLookup(4096)] if lookup else []), *([knowing] if drafter else [])]
+        used = knowing if drafter else None
+        gain = speed(prompt, text, COSTS[costs], Speculation(*drafters), noise, knowing=used)
+        found.append(gain)
+    return found
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.9])
+def test_two_drafters_never_cost_two_percent(costs, rate):
+    for name, (_, text) in texts().items():
+        allowed = 0.02 + 4 / len(text)  # what may be lost before anything is known of either
+        gain = both(name, costs, rate, 0.2)[2]
+        assert gain >= 1 - allowed, (name, gain)
+
+
+@pytest.mark.parametrize("costs", ["few-token kernels", "plain kernels"])
+def test_each_drafter_is_fed_where_it_is_the_better_one(costs):
+    """What is copied comes from the text, what is new from the model's drafter: neither is lost."""
+    for name in ("copy", "edit", "no repeats", "noise of nine letters", "prose", "bursts"):
+        lookup, knowing, together = both(name, costs, 0.75)
+        assert together >= 0.95 * max(lookup, knowing), (name, lookup, knowing, together)
+    lookup, knowing, together = both("bursts", costs, 0.75)
+    assert together > 1.05 * max(lookup, knowing)
+
+
+def test_a_fixed_number_is_that_of_the_drafter_that_is_usually_right():
+    """A long match is worth more than the model's drafter, a short one or none is worth less."""
+    prompt = [*range(30), 99, *range(20)]
+    speculation = Speculation(PromptLookup(64), Knowing(prompt, [-5] * 9, 1.0), fixed=3)
+    speculation.begin(prompt)
+    assert speculation.drafts(prompt, DRAFTS) == (20, 21, 22)
+    for history in ([*prompt, 70], [*prompt, 70, 3, 4]):
+        speculation.begin(history)
+        assert speculation.drafts(history, DRAFTS) == (-5,) * 3
+    assert speculation.drafts(history, 2) == (-5,) * 2
+
+
+def test_what_the_text_guesses_is_judged_though_another_was_fed():
+    told, history = Told(), [7]
+    told.kinds, told.ids = (0.01,), (1,) * DRAFTS
+    speculation = Speculation(told, Knowing(history, [1] * 4000, 1.0))
+    speculation.begin(history)
+    fed = []
+    for _ in range(60):
+        drafts = speculation.drafts(history, DRAFTS)
+        fed.append(speculation._chosen)
+        history += [1] * (len(drafts) + 1)
+        dear = 0.15 * len(drafts) if fed[-1] and fed[-1].drafter is not told else 0
+        speculation.passed(len(drafts), [1] * (len(drafts) + 1), 1 + 0.05 * len(drafts), dear)
+    assert any(way and way.drafter is not told for way in fed[:8])
+    assert all(way and way.drafter is told for way in fed[-8:])
