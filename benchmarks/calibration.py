@@ -29,9 +29,9 @@ from edge_kv.terminal import Bar
 
 WINDOW, WINDOWS = 512, 4
 VARIANTS: dict[str, dict[str, Any]] = {
-    "int4": {},
-    "int4, not calibrated": {"calibration": "none"},
-    "int4 without levels": {"store": ("embed=int4-s8", "linear=int4-s8")},
+    "int4": {"quant": "int4"},
+    "int4, not calibrated": {"quant": "int4", "calibration": "none"},
+    "int4 without levels": {"quant": "int4", "store": ("embed=int4-s8", "linear=int4-s8")},
     "int8": {"quant": "int8"},
 }
 

@@ -60,13 +60,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     measured = read_result("calibration_gemma3_270m")
-    artifact = read_artifact(args.work / f"{MODEL}-int4")
+    artifact = read_artifact(next(args.work.glob(f"{MODEL}-*/manifest.json")).parent)
     text = read_text(MODEL, Tokenizer.of(artifact), WINDOWS * (WINDOW - 1) + 1)
     if text.sha256 != measured["sha256_of_the_ids"]:
         raise SystemExit("calibration_gemma3_270m.json was measured on another text; renew it.")
     reference = float_reference(str(gguf_path()), artifact)
     cuts = list(windows(text, WINDOW, WINDOWS))
-    expected = [[Scored(row) for row in reference(ids)] for ids in cuts]
+    expected = [list(reference(ids)) for ids in cuts]
     rows = [
         {
             "by": "edge-kv",
@@ -91,7 +91,7 @@ def main() -> None:
             peer = Peer(file, args.threads)
             for ids, wanted in zip(cuts, expected, strict=True):
                 for held, logits, target in zip(wanted, peer.logits(ids), ids[1:], strict=True):
-                    tally.add(held, Scored(logits), target)
+                    tally.add(Scored(held), Scored(logits), target)
             rows.append({"by": PEER, "run": name, **stored(file), **scores(tally)})
             del peer
     float_perplexity = tally.reference_perplexity
