@@ -137,22 +137,25 @@ def best_costs(rows: list[dict[str, Any]]) -> dict[str, float]:
     base = [r["base"]["anon"] for r in rows]
     loads = [r["measured"]["load"]["held"] - b for r, b in zip(rows, base, strict=True)]
     opened, layer = solve([[1.0] * len(rows), [r["sizes"]["layers"] for r in rows]], loads)
-    work = [
-        r["measured"]["decode"]["anon"] - r["measured"]["load"]["held"] - tokenizer(r)
-        - r["sizes"]["state"]
-        for r in rows
-    ]  # fmt: skip
-    copies, logits, running = solve(
-        [
-            [4 * min(r["sizes"]["chunk"], r["depth"]) * r["sizes"]["row"] for r in rows],
-            [4 * r["sizes"]["vocab"] for r in rows],
-            [1.0] * len(rows),
-        ],
-        work,
+
+    def work(phase: str) -> list[float]:
+        return [
+            r["measured"][phase]["anon"] - r["measured"]["load"]["held"] - tokenizer(r)
+            - r["sizes"]["state"]
+            for r in rows
+        ]  # fmt: skip
+
+    chunks = [4.0 * min(r["sizes"]["chunk"], r["depth"]) * r["sizes"]["row"] for r in rows]
+    ones = [1.0] * len(rows)
+    kept, logits, running = solve(
+        [chunks, [4.0 * r["sizes"]["vocab"] for r in rows], ones], work("decode")
     )
+    copies, _ = solve([chunks, ones], work("prefill"))
     code = [r["measured"]["decode"]["file"] - r["base"]["file"] - r["sizes"]["dense"] for r in rows]
-    found = {"opened": opened, "layer": layer, "copies": copies, "logits": logits,
-             "running": running, "code, tokenizer's too": float(np.median(code))}  # fmt: skip
+    found = {
+        "opened": opened, "layer": layer, "copies": copies, "kept": kept, "logits": logits,
+        "running": running, "code, tokenizer's too": float(np.median(code)),
+    }  # fmt: skip
     texts = [r for r in rows if "tokenizer" in r["measured"]]
     counts = [[float(r["sizes"][n]) for r in texts] for n in ("vocab", "merges")]
     reading = [r["measured"]["tokenizer"]["anon"] - r["measured"]["load"]["held"] for r in texts]

@@ -58,6 +58,7 @@ class Costs:
     code_opened: int  # pages of libraries that opening a model touches
     code: int  # … and that running one does
     copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
+    kept: float  # … of these, beside the tokens that follow a prompt; the others are given back
     logits: float  # rows of logits, f32
     further: float  # … for each further token of a pass
     apart: bool  # whether prefill maps the weights for itself
@@ -67,12 +68,12 @@ COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
-        code=13_700_000, copies=1.17, logits=2.0, further=2.6, apart=True,
+        code=13_700_000, copies=1.17, kept=0.6, logits=2.0, further=2.6, apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
         opened=1_100_000, layer=13_500, running=1_360_000, code_opened=2_300_000,
-        code=10_000_000, copies=0.92, logits=0.36, further=1.2, apart=False,
+        code=10_000_000, copies=0.92, kept=0.5, logits=0.36, further=1.2, apart=False,
     ),
 }  # fmt: skip
 
@@ -176,7 +177,9 @@ def predict(
     layers = 1 + max((r for t in plan.tables for r in t.readers), default=0)
     programs = costs.opened + costs.layer * layers + packed
     tokenizer = ENTRY_BYTES * vocab + MERGE_BYTES * merges if text else 0
-    work = costs.running + int(4 * (costs.copies * rows * needs.row + costs.logits * vocab))
+    chunk = 4 * rows * needs.row
+    work = costs.running + int(costs.kept * chunk + 4 * costs.logits * vocab)
+    reading_prompt = int((costs.copies - costs.kept) * chunk)
     checked = plan.drafts if drafts is None else drafts
     checking = int(4 * costs.further * vocab * checked)
     touched, ids = plan.touched(depth), TOKEN_BYTES * depth
@@ -201,7 +204,7 @@ def predict(
     if text:
         reading = ENTRY_READING * vocab + MERGE_READING * merges
         phases[TOKENIZER] = Phase(loaded + reading, opened + reader)
-    phases["prefill"] = Phase(running - checking, code + prefill)
+    phases["prefill"] = Phase(running - checking + reading_prompt, code + prefill)
     phases["decode"] = Phase(running, code + max(weights - copied, prefill))
     kept = CHECKPOINTS * sum(t.bytes for t in plan.tables if t.keep)
     return MemoryPlan(engine, depth, plan.bytes, touched, phases, parts, mapped, kept)

@@ -22,7 +22,7 @@ from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, Runtime
 from edge_kv.manifest import DRAFT, Backend, Program
 from edge_kv.plan import Table
 from edge_kv.ple import PleTable
-from edge_kv.runtime import experts, mapped
+from edge_kv.runtime import experts, heap, mapped
 from edge_kv.runtime.executorch_contract import (
     METHODS,
     check_contract,
@@ -79,6 +79,11 @@ class ExecuTorchSession(Session):
                 raise ArtifactError(f"{artifact.root} has no {name} program; export again.")
         path = artifact.program(backend.programs["decode"].file)
         entry = artifact.manifest.ple
+        needs = artifact.manifest.needs
+        # Whether there are weights that are only looked up in: what a prompt touched of them is not
+        # read again. Experts would be, and they are many pages.
+        self._looks_up = sum(needs.weights.values()) > needs.dense and not needs.experts
+        self._prefilled = False  # whether the last step was one of a prompt
         self._layers = {name: fed_layers(artifact, name) for name in METHODS}
         with ExitStack() as on_error:
             on_error.callback(self._close_engine)
@@ -139,6 +144,7 @@ class ExecuTorchSession(Session):
         return rows.reshape(table.shape)
 
     def _run_prefill(self, ids: Ids, pos: int) -> None:
+        self._prefilled = True
         tokens = np.ascontiguousarray(ids)
         rows = self._ple.rows(tokens, self._layers["prefill"]) if self._ple else None
         status = self._native.edge_kv_prefill(
@@ -148,6 +154,11 @@ class ExecuTorchSession(Session):
         self._check(status, "prefill", pos)
 
     def _run_decode(self, ids: Ids, pos: int) -> Logits:
+        if self._prefilled:
+            self._prefilled = False
+            heap.release(self._native)
+            if self._looks_up:
+                mapped.let_go(self._mapped, self._folder)
         tokens, vocab = np.ascontiguousarray(ids), self.artifact.tokens.vocab
         logits = np.empty((len(tokens), vocab), np.float32)
         rows = self._ple.rows(tokens, self._layers["decode"]) if self._ple else None

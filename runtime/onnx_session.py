@@ -213,6 +213,8 @@ class OnnxSession(Session):
                         mapped.let_go(self._mapped[other], self._folders[other])
             if name not in self._bound:
                 self._open(name)
+            if name == "decode" and self.operators:
+                heap.release(ctypes.CDLL(str(self.operators)))
             self._running = name
         return self._bound[name]
 

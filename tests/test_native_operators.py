@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from kernel_library import ALL_ISAS, MACHINE_ISAS
 from native_call import KINDS, Operators, Refused
 
 from edge_kv.formats import FORMATS, Quantised, dequantise, pack
+from edge_kv.runtime import heap
 from edge_kv.runtime.native_library import build_kernels
 
 STORAGES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
@@ -551,6 +553,23 @@ def test_glu_q_in_steps(operators, isa, given):
         # A value at a half may fall on the other side: a step of few of the values between.
         assert np.abs(got - want).max() <= 2 * steps["out_step"]
         assert np.abs(got - want).mean() <= 0.35 * steps["out_step"]
+
+
+def test_what_a_prompt_worked_in_is_given_back(operators):
+    def anonymous():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Anonymous:"))) << 10
+
+    rng = np.random.default_rng(2)
+    packed, _ = stored(rng, "int8-row", 16, 4096)
+    x, attributes = normal(rng, 4096, 4096), {"rows": 16, "format": "int8-row", **PLAIN}
+    isa = MACHINE_ISAS[-1]
+    first = operators.run("linear_q", [x, packed], isa=isa, **attributes)
+    held = anonymous()
+    heap.release(operators.native)
+    assert held - anonymous() > 4096 * 4096  # a byte a value, and what belongs to its blocks
+    again = operators.run("linear_q", [x, packed], isa=isa, **attributes)
+    np.testing.assert_array_equal(again, first)
 
 
 @pytest.mark.parametrize("isa", MACHINE_ISAS)

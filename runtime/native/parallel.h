@@ -29,3 +29,7 @@ void parallel(const Pool& pool, int64_t count, F task) {
 float* scratch(size_t floats);
 
 }  // namespace edge_kv
+
+// Give back the memory that steps on the calling thread worked in: a chunk of a prompt takes far
+// more than the tokens that follow it.
+extern "C" __attribute__((visibility("default"))) void edge_kv_release_scratch();
