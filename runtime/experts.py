@@ -14,19 +14,22 @@ from edge_kv.artifact import Artifact
 from edge_kv.memory import predict_artifact
 from edge_kv.runtime.available import available_memory
 
+LEAST = 8  # the least bank has this part of what a token reads: the experts of several layers
 RESERVE = 64 << 20  # bytes left to the system: buffers of its reads, and what else it runs
 
 
-def bank_bytes(experts: int, others: int, available: int | None) -> int:
+def bank_bytes(experts: int, chosen: int, others: int, available: int | None) -> int:
     """Bytes for a bank of `experts` bytes of matrices beside `others` of everything else.
 
-    0 where all of them fit into `available`, where nothing is left for them, and where the system
-    does not say what there is (None).
+    0 where all of them fit into `available`, and where the system does not say what there is
+    (None). Never less than those of a few layers, of `chosen` bytes that a token reads: mapped
+    pages are read several times where they do not stay, so that a bank pays that holds nothing
+    from one token to the next.
     """
     if available is None:
         return 0
     left = available - others - RESERVE
-    return 0 if experts <= left else max(0, left)
+    return 0 if experts <= left else max(chosen // LEAST, left)
 
 
 def keep_experts(library: Any, artifact: Artifact) -> int:
@@ -40,7 +43,7 @@ def keep_experts(library: Any, artifact: Artifact) -> int:
         return 0
     planned = predict_artifact(artifact)
     others = needs.dense + planned.anonymous + planned.state - planned.touched
-    size = bank_bytes(needs.experts, others, available_memory())
+    size = bank_bytes(needs.experts, needs.read_experts, others, available_memory())
     library.edge_kv_keep_experts(ctypes.c_int64(size))
     return size
 

@@ -114,9 +114,9 @@ def test_two_callers_share_a_bank(operators, keep, stacks):
 
 @pytest.mark.parametrize(
     ("available", "expected"),
-    [(None, 0), (1000, 0), (999, 899), (150, 50), (100, 0), (10, 0)],
+    [(None, 0), (1000, 0), (999, 899), (150, 50), (105, 10), (100, 10), (10, 10)],
 )
 def test_the_bank_takes_what_is_left(available, expected):
     if available is not None:
         available += experts.RESERVE
-    assert experts.bank_bytes(900, 100, available) == expected
+    assert experts.bank_bytes(900, 10 * experts.LEAST, 100, available) == expected
