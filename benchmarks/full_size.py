@@ -42,10 +42,10 @@ def main() -> None:
         for engine in args.engine.split(","):
             if ENGINES[engine][2] in artifact.manifest.backends:
                 name = f"{artifact.manifest.name} {engine}"
-                subjects[name] = lambda d, a=artifact, e=engine: _ours(a, e, d, args)
+                subjects[name] = lambda d, a=artifact, e=engine: ours(a, e, d, args)
     if args.peer:
         for flash in args.flash.split(","):
-            subjects[f"{PEER} fa={flash}"] = lambda d, f=flash: _peer(d, f, args)
+            subjects[f"{PEER} fa={flash}"] = lambda d, f=flash: peer(d, f, args)
     rows = []
     for depth in depths:
         for number in range(args.rounds):
@@ -66,7 +66,7 @@ def main() -> None:
     show("Medians of all rounds; ratios to the best of llama.cpp", _table(summary))
 
 
-def _ours(artifact: Artifact, engine: str, depth: int, args: argparse.Namespace) -> dict[str, Any]:
+def ours(artifact: Artifact, engine: str, depth: int, args: argparse.Namespace) -> dict[str, Any]:
     """`bench` measures the prefill that ends at a context: it starts `prompt` tokens before."""
     document = bench(
         artifact, [min(depth + args.prompt, artifact.plan.ctx)], engines=[engine],
@@ -91,7 +91,7 @@ def _ours(artifact: Artifact, engine: str, depth: int, args: argparse.Namespace)
     }
 
 
-def _peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
+def peer(depth: int, flash: str, args: argparse.Namespace) -> dict[str, Any]:
     """One run of llama_peer, its row and the peaks of its process."""
     ctx = -(-(depth + args.prompt) // 256) * 256
     command = [

@@ -6,10 +6,12 @@
 Every step decodes another random token, so that routing varies. Random weights prefer few experts,
 so the biases of their routers are fitted until an expert is chosen as often as 1 / rank ** skew
 says: `--skew 0` chooses all alike, which is the worst case, and 1 has favourites, as trained
-routers do. `share` in the result counts what other random tokens then chose. Each measurement is a
-process in a memory cgroup of its own, without swap, and the page cache forgets the artifact before
-it. A depth is filled with random rows. What the plan says of the same limit (footprint.streaming)
-stands beside where the limit holds at least all but the experts.
+routers do. `share` in the result counts what other random tokens then chose, and `own_share` what
+they choose before any bias is fitted. Each measurement is a process in a memory cgroup of its own,
+without swap, and the page cache forgets the artifact before it: the first chunk of a prompt is read
+from storage in any case, the second has what the limit left. A depth is filled with random rows.
+What the plan says of the same limit (footprint.streaming) stands beside where the limit holds at
+least all but the experts. Rows in the result that are not measured again stay in it.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ from common import (
     ask_worker,
     numbers,
     random_states,
+    read_result,
     run_main,
     say,
     show,
     write_result,
 )
+from cut_models import model_row
 from memory_limits import forget, memory_group
 
-from edge_kv import models
 from edge_kv.amounts import parse_bytes
 from edge_kv.artifact import Artifact, read_artifact, sha256_file, write_manifest
 from edge_kv.footprint import footprint, streaming
@@ -58,12 +61,17 @@ ROUNDS, STEPS, DECAY = 3, 300, 0.98  # of fitting biases
 def main() -> None:
     args = _arguments()
     artifact = read_artifact(args.artifact)
-    config, formats = models.get_row(args.model).config, artifact.manifest.quant.formats
+    config, formats = model_row(args.model).config, artifact.manifest.quant.formats
     states = random_states(args.artifact, args.engine, args.threads, args.depths)
-    rows, routing = [], []
+    name = args.result or f"mixture_{artifact.manifest.name}_{args.engine}"
+    held = read_result(name)
+    rows = {_case(row): row for row in held.get("rows", ())}
+    routing = {entry["skew"]: entry for entry in held.get("routing", ())}
+    own = _scores(artifact, {}, args.threads, seed=8)[1]
+    say(f"routing of its own: {own}")
     for skew in map(float, args.skew.split(",")):
         with _routed(artifact, skew, args.threads) as (root, share):
-            routing.append({"skew": skew, "tokens": COUNTED, "share": share})
+            routing[skew] = {"skew": skew, "tokens": COUNTED, "share": share}
             say(f"skew {skew}: {share}")
             for depth in args.depths:
                 for limit in map(_limit, args.limits.split(",")):
@@ -73,14 +81,19 @@ def main() -> None:
                     need = footprint(config, artifact.plan, formats=formats, depth=depth)
                     if limit and limit >= need.least:
                         row["planned_storage"] = streaming(need, limit).storage
-                    rows.append(row)
+                    rows[_case(row)] = row
                     say(json.dumps(row))
-    write_result(
-        args.result or f"mixture_{artifact.manifest.name}_{args.engine}",
-        {"artifact": artifact.manifest.name, "threads": args.threads, "note": args.note,
-         "routing": routing, "rows": rows},
-    )  # fmt: skip
-    show("Decoding with one random token after another", [_line(row) for row in rows])
+                    write_result(
+                        name,
+                        {"artifact": artifact.manifest.name, "threads": args.threads,
+                         "note": args.note, "own_share": own, "routing": [*routing.values()],
+                         "rows": [*rows.values()]},
+                    )  # fmt: skip
+    show("Decoding with one random token after another", [_line(row) for row in rows.values()])
+
+
+def _case(row: dict[str, Any]) -> tuple[float, int, int | None]:
+    return row["skew"], row["depth"], row["limit"]
 
 
 def _limit(text: str) -> int | None:
@@ -94,6 +107,7 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
         "depth": row["depth"],
         "limit MiB": row["limit"] >> 20 if row["limit"] else "none",
         "tok/s": "killed" if killed else round(row["rate"], 2),
+        "prefill": "" if killed else round(row["prefill"], 1),
         "anon MB": "" if killed else round(row["anon"] / 1e6),
         "bank MB": "" if killed else round(row["bank"] / 1e6),
         "storage MB/token": "" if killed else round(row["storage"] / 1e6),
@@ -119,17 +133,20 @@ def _work(root: str, engine: str, snapshot: str, threads: str) -> None:
     with load(root, engine, threads=int(threads)) as session:
         loaded = time.perf_counter() - begin
         vocab = session.artifact.tokens.vocab
-        ids = np.random.default_rng(7).integers(0, vocab, 3 * TOKENS + 256)
+        chunks = 2 * session.plan.chunk
+        ids = np.random.default_rng(7).integers(0, vocab, chunks + 2 * TOKENS)
         if snapshot:
             session.restore(snapshot)
         start = session.pos
-        begin = time.perf_counter()
-        session.prefill(ids[: session.plan.chunk])
-        prefill = session.plan.chunk / (time.perf_counter() - begin)
+        chunk, prefill = session.plan.chunk, []
+        for at in (0, chunk):
+            begin = time.perf_counter()
+            session.prefill(ids[at : at + chunk])
+            prefill.append(chunk / (time.perf_counter() - begin))
         for token in ids[-TOKENS:]:  # fills a bank
             session.decode(int(token))
         before, seconds = _storage_bytes(), []
-        for token in ids[256 : 256 + TOKENS]:
+        for token in ids[chunks : chunks + TOKENS]:
             begin = time.perf_counter()
             session.decode(int(token))
             seconds.append(time.perf_counter() - begin)
@@ -140,7 +157,8 @@ def _work(root: str, engine: str, snapshot: str, threads: str) -> None:
             "rate": 1 / float(np.median(seconds)),
             "mean_rate": 1 / float(np.mean(seconds)),
             "worst_seconds": max(seconds),
-            "prefill_first_chunk": prefill,
+            "prefill_first_chunk": prefill[0],
+            "prefill": prefill[1],
             "storage": (_storage_bytes() - before) / TOKENS,
             "bank": session.stats.expert_bank_bytes,
             "anon": memory.anon,

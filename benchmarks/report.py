@@ -255,6 +255,67 @@ def single_layers() -> str:
     )  # fmt: skip
 
 
+def mixtures() -> str:
+    """Mixtures of experts under hard limits of memory: a row a depth and limit, both routings."""
+    parts = []
+    for path in sorted(RESULTS.glob("mixture_*.json")):
+        r = load(path.stem)
+        skews = [x["skew"] for x in r["routing"]]
+        of = {(x["depth"], x["limit"], x["skew"]): x for x in r["rows"]}
+        head = [f"{r['artifact']}: depth, limit"]
+        for skew in skews:
+            name = "alike" if skew == 0 else "favourites"
+            head += [f"{name}: decode tok/s", "prefill", "MB a token, planned"]
+        head += ["anonymous MB", "peak RSS MB"]
+        rows = []
+        for depth, limit in dict.fromkeys((x["depth"], x["limit"]) for x in r["rows"]):
+            found = [of.get((depth, limit, skew)) for skew in skews]
+            ran = [x for x in found if x and x["rate"]]
+            cells = [f"{depth:,}, {f'{limit / 2**30:g} GiB' if limit else 'none'}"]
+            for x in found:
+                if not x or not x["rate"]:
+                    cells += [MISSING if not x else "killed", MISSING, MISSING]
+                    continue
+                planned = x.get("planned_storage")
+                read = f"{x['storage'] / 1e6:.0f}"
+                read += f", {planned / 1e6:.0f}" if planned is not None else ""
+                cells += [f"{x['rate']:.2f}", f"{x['prefill']:.1f}", read]
+            peaks = (max((x[key] for x in ran), default=0) for key in ("anon", "rss_peak"))
+            rows.append([*cells, *(f"{x / 1e6:.0f}" if ran else MISSING for x in peaks)])
+        shares = " ".join(
+            f"{'Alike' if x['skew'] == 0 else 'Favourites'}: the most chosen expert of a layer has "
+            f"{x['share'][0]:.0%} of the tokens, the least {x['share'][-1]:.1%}."
+            for x in r["routing"]
+        )
+        note = f"{r['note']} " if r["note"] else ""
+        own = f"Before biases were fitted the most chosen had {r['own_share'][0]:.0%}."
+        parts.append(f"{note}{shares} {own}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def smollm2_peer() -> str:
+    """SmolLM2 beside llama.cpp on the same file: what is lost, then speed."""
+    r = load("smollm2_peer")
+    quality, speed = r["quality"], r["speed"]
+    head = ["SmolLM2-135M-Instruct", "bits a weight", "perplexity", "KL from the file's floats",
+            "same top-1"]  # fmt: skip
+    floats = f"{quality['rows'][0]['float_perplexity']:.2f}"
+    rows = [["the file's weights in floats", MISSING, floats, "0", "100 %"]]
+    for x in quality["rows"]:
+        figures = (f"{x['bits']:.2f}", f"{x['perplexity']:.2f}", f"{x['mean_kl']:.2g}")
+        rows.append([x["run"], *figures, f"{x['top1_agreement']:.1%}"])
+    c = speed["conditions"]
+    columns = [f"{c['threads']} threads: depth", "decode tok/s", f"prefill tok/s, {c['prompt']}",
+               "anonymous MB", "peak RSS MB"]  # fmt: skip
+    rates = [
+        [f"{x['subject']}, {x['depth']:,}", f"{x['decode']:.0f} ({x['decode_ratio']:.2f}x)",
+         f"{x['prefill']:.0f} ({x['prefill_ratio']:.2f}x)",
+         f"{x['anon_peak'] / 1e6:.0f}", f"{x['rss_peak'] / 1e6:.0f}"]
+        for x in speed["summary"]
+    ]  # fmt: skip
+    return f"{table(head, rows)}\n\n{table(columns, rates)}"
+
+
 def v4_state() -> str:
     """DeepSeek V4's state for 1M tokens, from the plan, beside that of DeepSeek V3.2.
 
@@ -543,6 +604,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "mobile": mobile,
     "single-layers": single_layers,
     "v4-state": v4_state,
+    "mixtures": mixtures,
+    "smollm2-peer": smollm2_peer,
     "adding": adding,
     "full-size, earlier": partial(full_size, today=False),
     "memory": memory,
