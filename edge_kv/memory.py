@@ -68,7 +68,7 @@ COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
-        code=13_700_000, copies=1.17, kept=0.6, logits=2.0, further=2.6, apart=True,
+        code=13_700_000, copies=1.25, kept=0.3, logits=2.0, further=2.6, apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),

@@ -56,12 +56,14 @@ def create_engine(
     operators: Path | None = None,
     exact: bool = False,
     pool: int | None = None,
+    arena: bool = True,
 ) -> Any:
     """An onnxruntime InferenceSession for one program, weights mapped from beside it.
 
     `operators` is the library of native operators to run in place of the program's functions;
     with `exact` their products take activations as they are. `pool` are the threads of
-    onnxruntime's own operators, as many as `threads` when left out.
+    onnxruntime's own operators, as many as `threads` when left out. Without an `arena`, what a run
+    works in goes back to the heap.
 
     Raises:
         ArtifactError: onnxruntime refuses the file.
@@ -71,6 +73,7 @@ def create_engine(
     options.intra_op_num_threads = pool or threads
     options.log_severity_level = log_severity
     options.enable_mem_pattern = False  # a planned arena holds 40 MB more at E2B, and gains nothing
+    options.enable_cpu_mem_arena = arena
     try:
         if operators:
             options.add_session_config_entry("edge_kv.threads", str(threads))
@@ -154,10 +157,11 @@ class OnnxSession(Session):
         programs, exact = backend.programs, bool(backend.details.get("exact"))
 
         def create(
-            model: Path, options: ort.SessionOptions | None = None, pool: int | None = None
-        ) -> Any:
+            model: Path, options: ort.SessionOptions | None = None, pool: int | None = None,
+            arena: bool = True,
+        ) -> Any:  # fmt: skip
             return create_engine(
-                model, self.threads, log_severity, options, self.operators, exact, pool
+                model, self.threads, log_severity, options, self.operators, exact, pool, arena
             )
 
         names = (*PROGRAMS, DRAFT) if self.has_drafter else PROGRAMS
@@ -171,7 +175,9 @@ class OnnxSession(Session):
             if name not in files:
                 # Threads of two programs that take turns would wait on the same cores: a pass
                 # behind a draft took 77 ms instead of 53 at E2B. Native operators share theirs.
-                return create(plain[name], pool=1 if name == DRAFT and self.operators else None)
+                pool = 1 if name == DRAFT and self.operators else None
+                # An arena would hold what a prompt was read in beside the tokens that follow.
+                return create(plain[name], pool=pool, arena=name != "prefill" or not self.operators)
             try:
                 return create(files[name], _optimised())
             except ArtifactError as e:
