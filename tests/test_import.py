@@ -366,11 +366,11 @@ def test_integers_with_static_activations_run_as_in_transformers(llama, tmp_path
     ids = np.random.default_rng(0).integers(0, 96, 24)
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    root = exported(llama, tmp_path / "kept")
+    root = exported(llama, tmp_path / "kept", backends=("onnx", "executorch"))
     quant = read_artifact(root).manifest.quant
     assert quant.scheme == KEPT and not any(r.error for r in quant.tensors.values())
     assert {r.format for r in quant.tensors.values()} >= {"int2-row", f"int{bits}-row", "int8-row"}
-    for engine in ("onnx", "onnx-stock"):
+    for engine in ("onnx", "onnx-stock", "executorch"):
         with runtime.load(root, engine) as session:
             session.prefill(ids[:8])
             for at in range(8, len(ids)):
