@@ -24,9 +24,9 @@ OPENED = re.compile(r'open(?:at)?\((?:AT_FDCWD, )?"([^"]+)", [^)]*O_(?:WRONLY|RD
         "run {artifact} Hello --max-new-tokens 2 --engine onnx-stock",
     ],
 )
-def test_a_command_opens_no_socket_and_writes_no_file_of_its_own(tmp_path, command):
+def test_a_command_opens_no_socket_and_writes_nothing_outside_the_cache(tmp_path, command):
     artifact = write_artifact(tmp_path / "a")
-    home, log = tmp_path / "home", tmp_path / "calls"
+    home, log, cache = tmp_path / "home", tmp_path / "calls", tmp_path / "cache"
     home.mkdir()
     words = command.format(artifact=artifact).split()
     done = subprocess.run(
@@ -34,12 +34,14 @@ def test_a_command_opens_no_socket_and_writes_no_file_of_its_own(tmp_path, comma
          sys.executable, "-B", "-m", "edge_kv", *words],
         capture_output=True, text=True, check=False,
         env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"),
+             "EDGE_KV_CACHE": str(cache),
              "PYTHONPATH": str(Path(__file__).parent.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     calls = log.read_text()
     assert "socket(" not in calls
-    written = {p for p in OPENED.findall(calls) if not p.startswith(("/dev/", "/proc/"))}
+    own = ("/dev/", "/proc/", f"{cache}/")
+    written = {p for p in OPENED.findall(calls) if not p.startswith(own)}
     assert not written
     assert not list(home.iterdir())
 
