@@ -158,6 +158,7 @@ extern "C" __attribute__((visibility("default"))) int edge_kv_call(
   }
   std::vector<EValue*> stack;
   for (EValue& value : values) stack.push_back(&value);
+  stack.push_back(&values.back());  // a program names the result twice
   logged.clear();
   executorch::runtime::KernelRuntimeContext context;
   found.get()(context, {stack.data(), stack.size()});
