@@ -191,10 +191,14 @@ def open_artifact(path: Path) -> Artifact:
 def check_model(model: str | None, weights: str | None) -> None:
     """Refuse a file or a hub id given as --model, and an artifact given as --weights.
 
+    A preset stays one where a folder has its name, as the artifacts of our own examples do.
+
     Raises:
         ConfigError: naming the option that takes it.
     """
-    if model and _is_checkpoint(model):
+    from edge_kv import models
+
+    if model and model not in models.ROWS and _is_checkpoint(model):
         raise ConfigError(
             f"--model takes the name of a preset, and {model!r} is a checkpoint: give it as "
             f"--weights {model}"

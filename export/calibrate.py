@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from edge_kv import heap
 from edge_kv.errors import ExportError
 from edge_kv.export.rounding import Factor
 from edge_kv.models.model import Model, Weight
@@ -25,7 +26,6 @@ from edge_kv.nets import make_net, ops
 from edge_kv.nets.state import StaticState
 from edge_kv.nets.weights import Rows, Value, Weights, load
 from edge_kv.plan import Plan
-from edge_kv.runtime import heap
 
 WINDOW = 512  # tokens of a sequence
 SEQUENCES = 16

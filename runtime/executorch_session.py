@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_kv import heap
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.manifest import DRAFT, Backend, Program
 from edge_kv.plan import Table
 from edge_kv.ple import PleTable
-from edge_kv.runtime import experts, heap, mapped
+from edge_kv.runtime import experts, mapped
 from edge_kv.runtime.executorch_contract import (
     METHODS,
     check_contract,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edge_kv import heap
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.manifest import (
@@ -31,7 +32,7 @@ from edge_kv.manifest import (
     tokens_axis,
 )
 from edge_kv.ple import PleTable
-from edge_kv.runtime import experts, heap, mapped, native_library, packed
+from edge_kv.runtime import experts, mapped, native_library, packed
 from edge_kv.runtime.ort import onnxruntime as ort
 from edge_kv.runtime.packed import PROGRAMS
 from edge_kv.runtime.session import Draft, Hidden, Ids, Logits, Session, scored_tokens

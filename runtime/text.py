@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edge_kv import heap
 from edge_kv.artifact import Artifact
 from edge_kv.errors import ArtifactError, PromptError
-from edge_kv.runtime import heap
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how byte-fallback vocabularies spell a byte
 

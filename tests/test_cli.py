@@ -54,6 +54,13 @@ def test_plan_json_is_the_plan():
     assert data["memory"]["state"] == plan.bytes
 
 
+def test_a_preset_is_meant_where_a_folder_has_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e2b").mkdir()
+    data = json.loads(good("plan", "--model", "e2b", "--ctx", "2k", "--json").stdout)
+    assert data["totals"]["bytes"] == models.plan(models.get_row("e2b").config, ctx=2048).bytes
+
+
 def test_plan_leads_with_the_answer_and_ends_with_the_tables():
     args = ["plan", "--model", "e2b", "--ctx", "32768", "--kv", "f16"]
     short, out = good(*args).stdout, good(*args, "--buffers").stdout

@@ -12,8 +12,8 @@ from fuzz_operators import FLAGS, preloaded, run_sanitized
 from kernel_library import ALL_ISAS, MACHINE_ISAS
 from native_call import KINDS, Operators, Refused
 
+from edge_kv import heap
 from edge_kv.formats import FORMATS, Quantised, dequantise, pack
-from edge_kv.runtime import heap
 from edge_kv.runtime.native_library import build_kernels
 
 STORAGES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
