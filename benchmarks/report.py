@@ -27,8 +27,8 @@ from edge_kv.models import gemma
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
-    "README.md", "docs/android.md", "docs/executorch.md", "docs/files.md", "docs/models.md",
-    "docs/raspberry-pi.md", "docs/speed.md",
+    "README.md", "docs/android.md", "docs/calibration.md", "docs/executorch.md", "docs/files.md",
+    "docs/models.md", "docs/raspberry-pi.md", "docs/speed.md",
 )  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/calibration.py
@@ -597,9 +597,49 @@ def executorch_export() -> str:
     return table(["export", "limit", "peak RSS of a process", "minutes", "CPU minutes"], rows)
 
 
+def weight_quality() -> str:
+    """Bits, bytes and loss of our weight formats and llama.cpp's types, smallest first."""
+    rows = sorted(load("weight_quality_gemma3_270m")["rows"], key=lambda r: (r["bytes"], r["by"]))
+    cells = [
+        [
+            f"{r['by']} {r['run']}",
+            f"{r['bits']:.2f}",
+            size(r["bytes"]),
+            f"{r['perplexity']:.2f}",
+            f"{r['mean_kl']:.2g}",
+            f"{100 * r['top1']:.0f} %",
+        ]
+        for r in rows
+    ]
+    head = ["Gemma 3 270M", "bits a weight", "weights", "perplexity", "KL", "same likeliest token"]
+    return table(head, cells)
+
+
+def imported() -> str:
+    """A file of another project's integers, kept: what is alike, and what both make of it."""
+    r = load("imported_gemma3_270m_q4_0")
+    equal = r["same_as_llama_cpp"]
+    rows = [
+        [
+            row["run"],
+            f"{row['perplexity']:.2f}",
+            f"{row['mean_kl']:.2g}" if "mean_kl" in row else MISSING,
+            ", ".join(map(str, equal[row["run"]])),
+        ]
+        for row in r["rows"]
+    ]
+    head = ["the same file", "perplexity", "KL from llama.cpp", f"first of {r['tokens']} tokens"]
+    return (
+        f"Gemma 3 270M as Q4_0: all {r['values']:,} values of {r['matrices']} matrices are the "
+        f"file's, bit for bit.\n\n{table(head, rows)}"
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "full-size": partial(full_size, today=True),
+    "weight-quality": weight_quality,
+    "imported": imported,
     "pass-cost": pass_cost,
     "mobile": mobile,
     "single-layers": single_layers,

@@ -144,7 +144,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    looks = {"edge-kv": ("#0b6e4f", "o", (8, -4), "left"), PEER: ("#c8553d", "s", (8, 4), "left")}
+    looks = {"edge-kv": ("#0b6e4f", "o", (8, -5), "left"), PEER: ("#c8553d", "s", (0, 8), "center")}
     with plt.rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(figsize=(7.5, 6), constrained_layout=True)
         for by, (colour, marker, offset, align) in looks.items():
