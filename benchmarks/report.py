@@ -227,18 +227,25 @@ def pass_cost() -> str:
     )
 
 
-def mobile() -> str:
-    """E2B as released for phones beside the default and llama.cpp, in one alternation."""
-    rows = load("full_size_mobile_e2b")["summary"]
+def beside(name: str, subject: str) -> str:
+    """Speed and memory of ours and llama.cpp in one alternation, the medians of its rounds."""
     return table(
-        ["E2B: weights and engine, depth", "decode tok/s", "beside llama.cpp", "prefill tok/s",
-         "anonymous MB", "peak RSS MB"],
+        [f"{subject}: weights and engine, depth", "decode tok/s", "beside llama.cpp",
+         "prefill tok/s", "anonymous MB", "peak RSS MB"],
         [
             [f"{r['subject']}, {r['depth']:,}", f"{r['decode']:.1f}", f"{r['decode_ratio']:.2f}x",
              f"{r['prefill']:.0f}", f"{r['anon_peak'] / 1e6:.0f}", f"{r['rss_peak'] / 1e6:.0f}"]
-            for r in rows
+            for r in load(name)["summary"]
         ],
     )  # fmt: skip
+
+
+def equal_width() -> str:
+    """Gemma 3 270M beside llama.cpp at the same bits: one file of both, and 8 bits of each."""
+    return "\n\n".join(
+        beside(f"full_size_gemma3_270m_{kind}", f"Gemma 3 270M, {kind.upper()}")
+        for kind in ("q4_0", "q8_0")
+    )
 
 
 def single_layers() -> str:
@@ -641,7 +648,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "weight-quality": weight_quality,
     "imported": imported,
     "pass-cost": pass_cost,
-    "mobile": mobile,
+    "mobile": partial(beside, "full_size_mobile_e2b", "E2B"),
+    "equal-width": equal_width,
     "single-layers": single_layers,
     "v4-state": v4_state,
     "mixtures": mixtures,
