@@ -125,6 +125,14 @@ def requantise(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
     writer.close()
 
 
+def stored(file: Path) -> dict[str, Any]:
+    """Bits a weight and bytes of all tensors."""
+    tensors = GGUFReader(file).tensors
+    size = sum(int(t.n_bytes) for t in tensors)
+    elements = sum(int(t.n_elements) for t in tensors)
+    return {"bits": round(8 * size / elements, 3), "bytes": size}
+
+
 def compare_stored(root: Path, file: Path) -> tuple[int, int]:
     """How many matrices and values are stored; every one must be the file's, bit for bit."""
     checkpoint = open_checkpoint(file)

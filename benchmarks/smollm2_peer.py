@@ -23,8 +23,7 @@ import numpy as np
 from calibration import bits
 from common import Scored, Tally, read_result, read_text, run_main, say, show, write_result
 from full_size import PEER, ours, peer, summarise
-from gguf import GGUFReader
-from imported import Peer
+from imported import Peer, stored
 from smollm2 import smollm2_path
 
 from edge_kv.artifact import Artifact, read_artifact
@@ -73,7 +72,6 @@ def _quality(artifacts: dict[str, Artifact], args: argparse.Namespace) -> dict[s
     cuts = list(windows(text.ids, None, WINDOW))
     reference = float_reference(str(args.gguf), first)
     expected = [[Scored(logits) for logits in reference(cut)] for cut in cuts]
-    tensors = GGUFReader(args.gguf).tensors
     rows = []
 
     def add(name: str, size: float, run: Callable[[list[int]], Iterable[Any]]) -> None:
@@ -83,12 +81,11 @@ def _quality(artifacts: dict[str, Artifact], args: argparse.Namespace) -> dict[s
                 tally.add(whole, Scored(logits), target)
         kept = ("tokens", "perplexity", "mean_kl", "p99_kl", "top1_agreement")
         found = {k: v for k, v in tally.summary().items() if k in kept}
-        rows.append({"run": name, "bits": round(size, 3), **found})
+        rows.append({"run": name, "bits": size, **found})
         rows[-1]["float_perplexity"] = tally.reference_perplexity
         say(str(rows[-1]))
 
-    size = 8 * sum(t.n_bytes for t in tensors) / sum(t.n_elements for t in tensors)
-    add(f"{PEER}, the file", float(size), Peer(args.gguf, args.threads).logits)
+    add(f"{PEER}, the file", stored(args.gguf)["bits"], Peer(args.gguf, args.threads).logits)
     for quant, artifact in artifacts.items():
         for engine in ENGINES:
             with load(artifact, engine, threads=args.threads, cache=False) as session:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import numpy as np
 from common import (
     Scored,
     Tally,
@@ -31,8 +30,8 @@ from common import (
     windows,
     write_result,
 )
-from gguf import GGMLQuantizationType, GGUFReader
-from imported import Peer, requantise
+from gguf import GGMLQuantizationType
+from imported import Peer, requantise, stored
 
 from edge_kv.artifact import read_artifact
 from edge_kv.reference import float_reference
@@ -118,14 +117,6 @@ def quantise(source: Path, out: Path, kind: int, pure: bool, threads: int) -> No
     )
     if status:
         raise SystemExit(f"llama.cpp cannot write {out.name} (status {status}).")
-
-
-def stored(file: Path) -> dict[str, Any]:
-    """Bits a weight and bytes of all tensors."""
-    tensors = GGUFReader(file).tensors
-    size = int(sum(int(t.n_bytes) for t in tensors))
-    elements = sum(int(np.prod(t.shape)) for t in tensors)
-    return {"bits": round(8 * size / elements, 3), "bytes": size}
 
 
 def scores(tally: Tally) -> dict[str, Any]:
