@@ -138,13 +138,17 @@ class LlamaServer:
     _READ = re.compile(r"prompt eval time =.*/ *(\d+) tokens")
 
     def __init__(self, python: str, gguf: Path, ctx: int, threads: int, log: Path) -> None:
-        """Start it with states of up to 4 GiB and Gemma's chat format; `log` takes its stderr."""
+        """Start it with states of up to 2 GiB and Gemma's chat format; `log` takes its stderr.
+
+        Its default, the logits of every token, would copy 8 GB of them into each kept state of
+        8,000 tokens, beyond the cache's limit: with four conversations the kernel kills it.
+        """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         options = {
             "model": gguf, "n_ctx": ctx, "n_threads": threads, "n_threads_batch": threads,
-            "cache": "true", "cache_type": "ram", "cache_size": 4 << 30, "chat_format": "gemma",
-            "port": port, "host": "127.0.0.1",
+            "cache": "true", "cache_type": "ram", "cache_size": 2 << 30, "logits_all": "false",
+            "chat_format": "gemma", "port": port, "host": "127.0.0.1",
         }  # fmt: skip
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = [*shlex.split(python), "-m", "llama_cpp.server", *words]

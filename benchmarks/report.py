@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "docs/android.md", "docs/calibration.md", "docs/executorch.md", "docs/files.md",
-    "docs/models.md", "docs/raspberry-pi.md", "docs/speed.md",
+    "docs/models.md", "docs/raspberry-pi.md", "docs/serve.md", "docs/speed.md",
 )  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/calibration.py
@@ -642,6 +642,26 @@ def imported() -> str:
     )
 
 
+def prompt_cache() -> str:
+    """Returning conversations: tokens read again and time to the first token, a row a way."""
+    r = load("prompt_cache")
+    rows = [
+        [
+            way,
+            f"{cost['opening']['first_token_seconds']:.1f} s",
+            f"{cost['returning']['most_read']:.0f}",
+            f"{cost['returning']['first_token_seconds']:.2f} s",
+        ]
+        for way, cost in r["ways"].items()
+    ]
+    head = ["states kept", "first token of an opening", "read again, at most", "first token"]
+    return (
+        f"{r['conversations']} conversations of {r['tokens']:,} tokens that take turns, "
+        f"Gemma 3 270M on {r['threads']} threads, in one run (`benchmarks/prompt_cache.py`; "
+        f"medians, the last two columns of the turns that return):\n\n{table(head, rows)}"
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "full-size": partial(full_size, today=True),
@@ -663,6 +683,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "jvm": jvm,
     "apk": apk,
     "executorch-export": executorch_export,
+    "prompt-cache": prompt_cache,
 }
 
 
