@@ -217,7 +217,7 @@ def plan(
     from edge_kv.plan_report import fit_choices, fits_data, plan_data, print_fits, print_plan
     from edge_kv.request import find_assistant, find_subject
     from edge_kv.runtime.available import available_memory
-    from edge_kv.runtime.base import machine_base
+    from edge_kv.runtime.base import lacks_plan, machine_base
     from edge_kv.tensors import AUTO, SCHEMES, parse_changes, storage
     from edge_kv.terminal import output
 
@@ -243,14 +243,18 @@ def plan(
     held = subject.formats() if quant == AUTO else {}
     drafter = find_assistant(assistant, subject.config) if assistant else None
     scheme, formats = storage(quant, models.weights(subject.config, drafter), held, changes)
+    lack = lacks_plan("onnx")
     data = plan_data(
         subject.config, subject.name, length, step, kv or "int8", scheme, formats,
-        {engine: machine_base(engine) for engine in COSTS}, available_memory(), drafts, drafter,
+        {engine: machine_base(engine) for engine in COSTS},
+        None if lack else available_memory(), drafts, drafter,
     )  # fmt: skip
     if as_json:
         _print_json(data)
     else:
         print_plan(data, output(), buffers)
+    if lack:
+        _say(f"Whether it fits this machine is not planned: {lack}")
 
 
 @app.command()
@@ -404,7 +408,8 @@ def run(
     opened = open_artifact(artifact)
     base = _base(engine)
     if ram_limit:
-        _check_ram(opened, ram_limit, engine, base, huge_pages)
+        planned = _planned(opened, engine, base, huge=huge_pages)
+        _check_ram(opened, ram_limit, engine, planned, huge_pages)
     options = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -844,11 +849,10 @@ def serve(
             "pip install '.[serve]'"
         ) from e
     opened = open_artifact(artifact)
-    base = _base(engine)
+    memory = _planned(opened, engine, _base(engine), huge=huge_pages)
     if ram_limit:
-        _check_ram(opened, ram_limit, engine, base, huge_pages)
+        _check_ram(opened, ram_limit, engine, memory, huge_pages)
     limit = parse_bytes(ram_limit) if ram_limit else 0
-    memory = _planned(opened, engine, base, huge=huge_pages)
     kept = kept_bytes(memory, conversations) if memory and not state else 0
     if limit and memory:
         kept = max(0, min(kept, limit - with_margin(memory.conversation) - SERVER_BYTES))
@@ -1008,9 +1012,9 @@ def _write_json(path: Path, text: str) -> None:
 
 
 def _check_ram(
-    artifact: Artifact, limit: str, engine: str, base: Base | None, huge_pages: bool
+    artifact: Artifact, limit: str, engine: str, planned: MemoryPlan | None, huge_pages: bool
 ) -> None:
-    """Refuse a run that is planned to need more than `limit`, or might.
+    """Refuse a run that is `planned` to need more than `limit`, or might.
 
     Raises:
         ConfigError: no amount of memory, or an engine without a plan.
@@ -1019,7 +1023,7 @@ def _check_ram(
     from edge_kv.amounts import parse_bytes, size
     from edge_kv.memory import COSTS, with_margin
 
-    allowed, planned = parse_bytes(limit), _planned(artifact, engine, base, huge=huge_pages)
+    allowed = parse_bytes(limit)
     if planned is None and engine in COSTS:
         raise ConfigError(
             f"--ram-limit needs a memory plan, and there is none for {engine} without its native "

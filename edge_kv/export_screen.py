@@ -126,7 +126,7 @@ def _interrupted(part: Path) -> str:
 def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) -> None:
     """What was made: size, time, what quantisation lost, planned memory, and what to do next."""
     from edge_kv.report import parity_line
-    from edge_kv.runtime.base import machine_base
+    from edge_kv.runtime.base import lacks_plan, machine_base
 
     name = made.root
     minutes, rest = divmod(round(seconds), 60)
@@ -137,7 +137,9 @@ def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) ->
             say(line)
             break
     engine = next((name for name in COSTS if name in made.manifest.backends), None)
-    if engine:
+    if engine and (lack := lacks_plan(engine)):
+        say(f"No planned memory: {lack}")
+    elif engine:
         memory = predict_artifact(made, engine=engine, base=machine_base(engine))
         say(
             f"Planned memory with all {made.plan.ctx:,} tokens in use: "

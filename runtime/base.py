@@ -19,7 +19,7 @@ from edge_kv.files import write_text
 from edge_kv.memory import COSTS, Base
 from edge_kv.runtime.cache import cache_folder
 from edge_kv.runtime.meter import read_memory
-from edge_kv.runtime.native_library import build_onnx_operators
+from edge_kv.runtime.native_library import build_onnx_operators, lack_of_onnx_operators
 
 COMMAND = ("edge_kv.cli", "edge_kv.repl", "edge_kv.runtime.text")  # what `edge-kv run` imports
 _MODULES = {
@@ -67,6 +67,20 @@ def planned_base(engine: str) -> Base | None:
         except RuntimeFault:
             return None
     return base
+
+
+def lacks_plan(engine: str) -> str:
+    """Why what `engine` runs here is not what its memory plan is of, in words; else empty.
+
+    Nothing is compiled to find out.
+    """
+    lack = lack_of_onnx_operators() if engine == "onnx" else ""
+    if not lack:
+        return ""
+    return (
+        f"{lack} The memory plan of ONNX is of its native operators; ONNX Runtime's own, which "
+        "would run here, are slower and take more."
+    )
 
 
 def machine_base(engine: str, imports: tuple[str, ...] = COMMAND) -> Base:

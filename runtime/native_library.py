@@ -208,6 +208,22 @@ def build_onnx_operators(machine: str | None = None) -> Path:
                             machine=machine)  # fmt: skip
 
 
+def lack_of_onnx_operators() -> str:
+    """Why `build_onnx_operators` would find nothing to give, in words; empty where it would try.
+
+    Nothing is compiled for it.
+    """
+    machine = platform.machine()
+    if _shipped(machine):
+        return ""
+    try:
+        _compiler()
+        _require_kernels(machine)
+    except RuntimeFault as e:
+        return str(e)
+    return ""
+
+
 def _operators() -> dict[str, tuple[str, ...]]:
     return dict.fromkeys((*KERNELS, "onnx_adapter.cpp"), ())
 
@@ -273,11 +289,7 @@ def build(
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
     """
     compiler, machine = _compiler(compiler), machine or platform.machine()
-    if machine not in ISAS:
-        raise RuntimeFault(
-            f"There are no native kernels for {machine} (only for {', '.join(ISAS)}); "
-            "use --engine onnx-stock."
-        )
+    _require_kernels(machine)
     units = _units(sources, machine, kernel_flags)
     folder = cache_folder("native")
     target = folder / f"{name}-{_digest(compiler, units, link)}{suffix}"
@@ -293,6 +305,14 @@ def build(
             ) from e
     require_own(target)
     return target
+
+
+def _require_kernels(machine: str) -> None:
+    if machine not in ISAS:
+        raise RuntimeFault(
+            f"There are no native kernels for {machine} (only for {', '.join(ISAS)}); "
+            "use --engine onnx-stock."
+        )
 
 
 def _units(

@@ -17,6 +17,7 @@ from edge_kv.artifact import read_artifact
 from edge_kv.cli import app
 from edge_kv.errors import RuntimeFault
 from edge_kv.export import export_model
+from edge_kv.export_screen import print_summary
 from edge_kv.runtime import base, native_library
 from edge_kv.runtime.onnx_session import OnnxSession, _Bound, create_engine
 from edge_kv.runtime.ort import onnxruntime as ort
@@ -145,6 +146,24 @@ def test_without_a_compiler_the_functions_run(tiny_artifact, monkeypatch):
     assert base.planned_base("onnx") is None
     done = CliRunner().invoke(app, ["run", str(tiny_artifact), "a", "--ram-limit", "9g"])
     assert done.exit_code == 1 and "none for onnx without its native operators" in done.stderr
+
+
+def test_without_a_compiler_plan_says_that_it_is_of_another_run(
+    tiny_artifact, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(native_library, "_shipped", lambda machine: None)
+    assert not base.lacks_plan("onnx")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not base.lacks_plan("executorch")
+    done = CliRunner().invoke(app, ["plan", "--model", "e2b", "--ctx", "4k"])
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == 0 and "this machine" not in done.stdout
+    assert "Whether it fits this machine is not planned: There is no C++ compiler" in said
+    lines = []
+    print_summary(read_artifact(tiny_artifact), 3.0, lines.append)
+    assert any("No planned memory: There is no C++ compiler" in line for line in lines)
+    assert not any("tokens in use" in line for line in lines)
 
 
 def put(content, library):
