@@ -1,11 +1,12 @@
 """Template fidelity: generated conversations, rendered here and by transformers.
 
 Conversations have system prompts, several turns, thinking, tools, calls and their results; every
-template of a folder renders each of them with thinking asked for, forbidden and left open. What a
-template refuses has to be refused in both. Public projects ship such folders, for example
+template renders each of them with thinking asked for, forbidden and left open. What a template
+refuses has to be refused in both. The templates are those of template_shapes.py, one in the shape
+of each family that runs, and those of a folder: public projects ship such folders, for example
 `models/templates` of llama.cpp.
 
-python benchmarks/templates.py DIR --write
+python benchmarks/templates.py [DIR] --write
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, write_result
+from template_shapes import SHAPES
 
 from edge_kv.errors import EdgeKVError
 from edge_kv.runtime.messages import Message, Tool, ToolCall
@@ -108,17 +110,20 @@ def compare(source: str, wanted: list[Conversation]) -> tuple[int, int, list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="more templates: *.jinja")
     parser.add_argument("--count", type=int, default=200, help="conversations a template renders")
     parser.add_argument("--write", action="store_true", help="keep it as a result")
     args = parser.parse_args()
     wanted = list(conversations(args.count))
+    sources = {f"in the shape of {family}": source for family, source in SHAPES.items()}
+    for path in sorted(args.folder.glob("*.jinja")) if args.folder else []:
+        sources[path.stem] = path.read_text(encoding="utf-8")
     rows, faults = {}, 0
-    for path in sorted(args.folder.glob("*.jinja")):
-        alike, refused, differ = compare(path.read_text(encoding="utf-8"), wanted)
-        rows[path.stem] = {"alike": alike, "refused_by_both": refused, "differ": len(differ)}
+    for name, source in sources.items():
+        alike, refused, differ = compare(source, wanted)
+        rows[name] = {"alike": alike, "refused_by_both": refused, "differ": len(differ)}
         faults += len(differ)
-        print(path.stem, rows[path.stem], *differ[:2], file=sys.stderr)
+        print(name, rows[name], *differ[:2], file=sys.stderr)
     document = {
         "benchmark": "templates",
         "conversations": args.count,
