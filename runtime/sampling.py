@@ -18,6 +18,7 @@ import numpy.typing as npt
 from edge_kv.errors import ConfigError, RuntimeFault
 
 Floats = npt.NDArray[np.float64]
+_BLOCK = 64  # weights whose maximum is looked at first
 _FIRST_CUT = 64  # candidates looked at first; top-p grows it until they hold enough probability
 
 
@@ -153,22 +154,30 @@ class Sampler:
 
         Without any filter the ids stand in their own order.
         """
+        if self.top_k:
+            ids = _largest(logits, min(self.top_k, len(logits)))
+            weights = self._weights(logits[ids])
+        else:
+            ids, weights = np.arange(len(logits)), self._weights(logits)
+        if self.top_p < 1.0:
+            total = weights.sum()
+            if not self.top_k:
+                ids = self._enough(weights, total)
+                weights = weights[ids]
+            kept = weights.cumsum() - weights < self.top_p * total
+            ids, weights = ids[kept], weights[kept]
+        if self.min_p > 0.0:
+            kept = weights >= self.min_p * weights.max()
+            ids, weights = ids[kept], weights[kept]
+        return ids, weights
+
+    def _weights(self, logits: npt.NDArray[np.float32]) -> Floats:
+        """Probabilities of logits, the largest one among them, as multiples of its own."""
         scaled = logits.astype(np.float64)
         scaled -= scaled.max()
         scaled /= self.temperature
-        np.exp(scaled, out=scaled)
-        ids: npt.NDArray[np.intp] = np.arange(len(scaled))
-        if self.top_k:
-            ids = _largest(scaled, min(self.top_k, len(scaled)))
-        if self.top_p < 1.0:
-            total = scaled[ids].sum()
-            if not self.top_k:
-                ids = self._enough(scaled, total)
-            before = scaled[ids].cumsum() - scaled[ids]
-            ids = ids[before < self.top_p * total]
-        if self.min_p > 0.0:
-            ids = ids[scaled[ids] >= self.min_p * scaled[ids].max()]
-        return ids, scaled[ids]
+        weights: Floats = np.exp(scaled, out=scaled)
+        return weights
 
     def _enough(self, weights: Floats, total: float) -> npt.NDArray[np.intp]:
         """A head of the sorted candidates that holds top_p of the probability."""
@@ -208,18 +217,32 @@ class Sampler:
 
 def lead(logits: npt.NDArray[np.float32], token: int) -> float:
     """By how much the logit of `token` is above the largest other one in float32 [vocab]."""
-    others = np.concatenate([logits[:token], logits[token + 1 :]])
-    return float(logits[token] - others.max(initial=-np.inf))
+    others = (logits[:token].max(initial=-np.inf), logits[token + 1 :].max(initial=-np.inf))
+    return float(logits[token] - max(others))
 
 
-def _largest(weights: Floats, count: int) -> npt.NDArray[np.intp]:
+def _largest(weights: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.intp]:
     """Indices of the `count` largest weights, largest first, ties by the lower index."""
-    if count < len(weights):
-        cut = np.partition(weights, len(weights) - count)[len(weights) - count]
-        above = np.flatnonzero(weights > cut)
-        level = np.flatnonzero(weights == cut)[: count - len(above)]
-        kept = np.concatenate([above, level])
-        kept.sort()
-    else:
-        kept = np.arange(len(weights))
+    kept = _candidates(weights, count)
+    if count < len(kept):
+        found = weights[kept]
+        cut = np.partition(found, len(found) - count)[len(found) - count]
+        above = np.flatnonzero(found > cut)
+        level = np.flatnonzero(found == cut)[: count - len(above)]
+        chosen = np.concatenate([above, level])
+        chosen.sort()
+        kept = kept[chosen]
     return kept[np.argsort(-weights[kept], kind="stable")]
+
+
+def _candidates(weights: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.intp]:
+    """Indices, in order, among which are the `count` largest weights; few, where that is cheap.
+
+    Each of the `count` blocks with the largest maxima holds a weight that is as large as the least
+    of those maxima, so no smaller one is wanted.
+    """
+    blocks = len(weights) // _BLOCK
+    if not 0 < count <= blocks:
+        return np.arange(len(weights))
+    maxima = weights[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+    return np.flatnonzero(weights >= np.partition(maxima, blocks - count)[blocks - count])

@@ -151,3 +151,19 @@ def test_the_lead_of_a_logit():
     logits = np.array([0.5, 2.0, 1.5], np.float32)
     assert lead(logits, 1) == 0.5 and lead(logits, 0) == -1.5
     assert lead(np.array([1.0], np.float32), 0) == np.inf
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 1000, 4100])
+@pytest.mark.parametrize("count", [1, 5, 15, 64])
+def test_the_largest_of_many_equals_are_the_first_ones(size, count):
+    """Blocks and what is left behind them, values of which many are equal or out of reach."""
+    rng = np.random.default_rng(size + count)
+    for values in (3, 40, 10_000):
+        logits = rng.integers(0, values, size).astype(np.float32)
+        logits[rng.random(size) < 0.5] = -np.inf
+        logits[-1] = values
+        ids, weights = Sampler(temperature=1.0, top_k=count).candidates(logits)
+        order = np.lexsort((np.arange(size), -logits))[:count]
+        assert ids.tolist() == order.tolist()
+        expected = np.exp(logits[order].astype(np.float64) - values)
+        np.testing.assert_allclose(weights, expected, rtol=1e-12)
