@@ -1150,7 +1150,8 @@ def _summary_line(summary: dict[str, Any]) -> str:
     if drafted:
         drafts = (
             f"{summary['tokens_per_pass']:.2f} tokens a pass "
-            f"({summary['accepted_tokens']:,} of {drafted:,} drafts came) · "
+            f"({summary['accepted_tokens']:,} of {drafted:,} drafts came, "
+            f"{summary['ties']:,} ties) · "
         )
     return (
         f"first token {summary['first_token_seconds']:.2f} s · "

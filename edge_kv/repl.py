@@ -100,7 +100,9 @@ def figures(chat: Chat) -> str:
         return ""
     spent = reply.seconds - reply.first_token_seconds
     speed = f", {(len(reply.ids) - 1) / spent:.1f} tokens/s" if len(reply.ids) > 1 and spent else ""
-    drafted = f"; {reply.accepted} of {reply.drafted} drafts came" if reply.drafted else ""
+    drafted = ""
+    if reply.drafted:
+        drafted = f"; {reply.accepted} of {reply.drafted} drafts came, {reply.ties} ties"
     return (
         f"({len(reply.ids)} tokens{speed}, first after {reply.first_token_seconds:.2f} s; "
         f"{reply.reused_tokens:,} of {reply.prompt_tokens:,} prompt tokens were held"

@@ -16,6 +16,7 @@ from edge_kv.errors import (
     PromptError,
     SnapshotError,
 )
+from edge_kv.repl import figures
 from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Generator, Message, Options, Template
 from edge_kv.runtime.sampling import Sampling
 from edge_kv.runtime.text import TextStream, Tokenizer
@@ -463,7 +464,7 @@ def test_notes_of_another_kind_are_refused(artifact, tmp_path, note):
 @pytest.fixture
 def repeating(tmp_path):
     """Makes sessions whose passes take up to seven drafts, about a text that repeats itself."""
-    root = write_artifact(tmp_path / "a", ctx=600, chunk=9, drafts=7, programs=False)
+    root = write_artifact(tmp_path / "a", ctx=600, chunk=20, drafts=7, programs=False)
     said = ("to be, to be, to be, to be or not", "to be, to be, to be.")
     return lambda: Scripted(read_artifact(root), *said)
 
@@ -484,6 +485,18 @@ def test_a_stop_text_in_the_middle_of_a_pass_leaves_what_was_said(repeating):
     assert plain.reused_tokens == drafted.reused_tokens > 20
     assert plain.passes == len(plain.ids) + 1 and plain.drafted == 0  # the end of the turn is one
     assert drafted.passes < 10 < drafted.accepted <= drafted.drafted
+
+
+def test_choices_near_a_tie_are_shown_with_the_drafts(repeating, monkeypatch):
+    monkeypatch.setattr(Scripted, "rounding", np.inf, raising=False)
+    chat = Chat(repeating(), drafts=7)
+    "".join(ask(chat, "to be?"))
+    reply = chat.last
+    assert reply.accepted < reply.ties <= len(reply.ids) + 1  # all choices of passes with drafts
+    assert f"{reply.accepted} of {reply.drafted} drafts came, {reply.ties} ties" in figures(chat)
+    monkeypatch.setattr(Scripted, "rounding", 0.0)
+    "".join(ask(chat, "again"))
+    assert chat.last.accepted > 0 and chat.last.ties == 0
 
 
 def test_a_reply_that_is_stopped_early_keeps_what_was_shown(repeating):

@@ -431,7 +431,8 @@ def test_kept_conversations_outlive_the_process_and_are_bounded(artifact, tmp_pa
     assert list(again.generator.session.tokens) == tokens(3, WORTH_KEEPING + 20)
 
 
-def test_drafts_are_counted(tmp_path):
+def test_drafts_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(NumpySession, "rounding", np.inf)
     root = write_artifact(tmp_path / "a", ctx=512, chunk=9, drafts=7, programs=False)
     session = NumpySession(read_artifact(root))
     generator = Generator(session, drafts=7)
@@ -446,4 +447,5 @@ def test_drafts_are_counted(tmp_path):
     assert came == session.stats.accepted_tokens
     assert f"edge_kv_drafted_tokens_total {came + others:.1f}" in figures
     assert f"edge_kv_accepted_tokens_total {came:.1f}" in figures
+    assert f"edge_kv_ties_total {server.last.ties:.1f}" in figures and server.last.ties > came
     assert f"edge_kv_decode_passes_total {session.stats.decode_passes:.1f}" in figures

@@ -108,6 +108,7 @@ class Metrics:
         self.passes = counter("decode_passes", "Runs of the model for tokens of replies.")
         self.drafted = counter("drafted_tokens", "Drafts that were fed.")
         self.accepted = counter("accepted_tokens", "Of them, those that came.")
+        self.ties = counter("ties", "Choices beside drafts that rounding may turn round.")
         self.first = histogram("first_token_seconds", "From the question to the first token.")
         self.seconds = histogram("reply_seconds", "From the question to the end of the reply.")
         self.memory = gauge("memory_bytes", "Resident memory by kind.", "kind")
@@ -146,6 +147,7 @@ class Server:
         m.passes.inc(reply.passes)
         m.drafted.inc(reply.drafted)
         m.accepted.inc(reply.accepted)
+        m.ties.inc(reply.ties)
         m.first.observe(reply.first_token_seconds)
         m.seconds.observe(reply.seconds)
 
