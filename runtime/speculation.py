@@ -55,15 +55,16 @@ class PromptLookup:
 
     Positions are found by a hash of the ids that end there, in chains from the newest to the
     oldest, as compressors of the LZ77 family find them. The longest match counts, the newest of
-    equals. A token costs constant time, and 12 bytes beside at most 1 MiB of heads of chains.
+    equals, and be it of one id: what is copied with changes goes on behind the first id that is
+    as before. A token costs constant time, and 16 bytes beside at most 1.5 MiB of heads of chains.
     """
 
-    _ORDERS = (4, 2)  # ids that are hashed, the longest first
+    _ORDERS = (4, 2, 1)  # ids that are hashed, the longest first
     _TRIES = 12  # positions of a chain that are looked at
     _LONGEST = 32  # ids of a match that are counted
-    _BOUNDS = (3, 4, 6, 10, 18)  # lengths of a match at which its next class begins
+    _BOUNDS = (2, 3, 4, 6, 10, 18)  # lengths of a match at which its next class begins
     costly = False
-    kinds: Sequence[float] = (0.25, 0.4, 0.5, 0.65, 0.8, 0.9)
+    kinds: Sequence[float] = (0.15, 0.25, 0.4, 0.5, 0.65, 0.8, 0.9)
 
     def __init__(self, ctx: int) -> None:
         """For texts of up to `ctx` + 1 ids."""
@@ -100,13 +101,13 @@ class PromptLookup:
         for chains in self._chains:
             for end in chains.before(self._TRIES):
                 length = self._length(end)
-                if length > longest:
+                if length > longest and length >= chains.order:  # else only the hash is the same
                     best, longest = end + 1, length
                     if length == self._LONGEST:
                         break
-            if longest >= chains.order:
+            if longest:
                 break
-        return (best, longest) if longest >= self._ORDERS[-1] else (0, 0)
+        return best, longest
 
     def _length(self, end: int) -> int:
         """How many ids up to position `end` equal the newest ones."""
@@ -195,7 +196,6 @@ class _Chances:
 
     _FADING = 1 - 1 / 32  # what a trial still counts for after the next one of its class
     _PRIOR = 3.0  # trials that the chances before any trial count for
-    _ANOTHER = 8.0  # trials that what another text showed counts for at most
 
     def __init__(self, prior: Sequence[float]) -> None:
         self._trials = [self._PRIOR] * len(prior)
@@ -203,13 +203,6 @@ class _Chances:
 
     def __getitem__(self, kind: int) -> float:
         return self._right[kind] / self._trials[kind]
-
-    def another_text(self) -> None:
-        """The trials so far were of another text than those that come."""
-        for kind, trials in enumerate(self._trials):
-            if trials > self._ANOTHER:
-                self._right[kind] *= self._ANOTHER / trials
-                self._trials[kind] = self._ANOTHER
 
     def add(self, kind: int, right: bool) -> None:
         self._trials[kind] = self._trials[kind] * self._FADING + 1
@@ -244,6 +237,10 @@ class _Costs:
         self._passes[tokens].append(seconds)
         self._medians[tokens] = median(self._passes[tokens])
 
+    def forget(self) -> None:
+        """Of passes of several tokens, all that was measured."""
+        self._passes, self._medians = {1: self._passes[1]}, {1: self._medians[1]}
+
     def assumed(self, tokens: int) -> float:
         """In passes of one token, before anything was measured."""
         return 1 + self._SLOPE * (tokens - 1)
@@ -269,7 +266,6 @@ class _Way:
     _ASSUMED = 0.06  # what a costly guess is assumed to take, in passes of one
     _WINDOW = 11  # newest bursts of guesses that count
     GAP = 128  # guesses that are passed over before one that is fed to look at its costs again
-    _SHORT_GAP = 8  # … after one that was fed so and paid
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
@@ -308,10 +304,13 @@ class _Way:
         self._times.append(seconds / count)
         self._each = median(self._times)
 
-    def best(self, kinds: Sequence[int], costs: _Costs, *, assumed: bool) -> tuple[int, float]:
+    def best(
+        self, kinds: Sequence[int], costs: _Costs, room: float, *, assumed: bool
+    ) -> tuple[int, float]:
         """The most promising number of drafts, and its tokens a second over plain decoding.
 
-        By what passes and guesses were measured to cost, or as before anything was measured.
+        They may cost `room` passes of one token. By what passes and guesses were measured to cost,
+        or as before anything was measured.
         """
         each = self._ASSUMED if self.drafter.costly else 0.0
         if self._each >= 0 and not assumed:
@@ -319,29 +318,35 @@ class _Way:
         count, gain = 0, 1.0
         most = 2 * costs.largest - 1  # drafts: no pass is much larger than one measured
         for n, tokens in enumerate(_expected(kinds[:most], self.chances), 1):
-            whole = costs.assumed(n + 1) if assumed else costs[n + 1] / costs[1]
-            if tokens / (whole + n * each) > gain:
-                count, gain = n, tokens / (whole + n * each)
+            cost = n * each + (costs.assumed(n + 1) if assumed else costs[n + 1] / costs[1])
+            if cost > 1 + room:
+                break
+            if tokens / cost > gain:
+                count, gain = n, tokens / cost
         return count, gain
-
-    def looked(self, paid: bool) -> None:
-        """A pass was made to look at its costs again."""
-        self.gap = self._SHORT_GAP if paid else 2 * max(self.gap, self.GAP)
 
 
 class Speculation:
     """Whose drafts a pass takes, and how many.
 
-    With `fixed`, as many as there are, of the drafter that usually has the most right. Else as many
-    as promise the most tokens a second, and none where they promise less than plain decoding. What
-    drafts have lost lately against plain decoding is kept near a hundredth of the time: beyond it
-    only a large gain is tried.
+    With `fixed`, as many as there are, of the drafter that usually has the most right. Else the n
+    that promises the most tokens a second. In passes of one token,
+
+        gain(n) = (1 + p1 + p1 p2 + … + p1 p2 … pn) / cost(n),
+
+    where cost(n) is what a pass of n + 1 tokens and n guesses were measured to take, and p what
+    guesses of a class were right, the newest counting most. A gain below 1.04 is left alone.
+
+    Drafts may lose a pass of one token against plain decoding, and no more: n is such that
+    lost + cost(n) - 1 <= 1, the left side being what is lost where none comes. A pass that gave m
+    tokens adds cost(n) - m to `lost`, which is at least -2 within a text and is forgotten by 1/128
+    with each pass: text that drafts do nothing for takes 0.8 % and one pass longer at most.
     """
 
     _GAIN = 1.04  # over plain decoding, from which drafts are fed
-    _SURE_GAIN = 1.5  # … where they have lost too much already
-    _ALLOWED = 1.5  # passes of one token that drafts may lose …
-    _FORGOTTEN = 1 / 128  # … and what of a loss is forgotten with each pass
+    _ALLOWED = 1.0  # passes of one token that drafts may lose …
+    _WON = 2.0  # … beyond what they won, of which so much is counted …
+    _FORGOTTEN = 1 / 128  # … and what of a loss or a gain is forgotten with each pass
     _STALE = 128  # passes after which one of a single token is made again
 
     def __init__(self, *drafters: Drafter, fixed: int | None = None) -> None:
@@ -349,9 +354,9 @@ class Speculation:
         self._fixed = fixed
         self._costs = _Costs()
         self._chosen: _Way | None = None  # whose drafts are in the pass under way
-        self._looking = False  # that pass is there to look at their costs again
+        self._looking = False  # one is in it to look at the costs again
         self._since_one = 0  # passes since one of a single token
-        self._lost = 0.0  # seconds
+        self._lost = 0.0  # passes of one token; below 0: won
 
     @classmethod
     def of(cls, drafts: Speculation | str | int, session: Session) -> Speculation | None:
@@ -385,9 +390,9 @@ class Speculation:
 
     def begin(self, history: Sequence[int]) -> None:
         """The text is `history` from here on."""
+        self._lost = max(0.0, self._lost)
         for way in self._ways:
             way.guess = Guess()
-            way.chances.another_text()
             way.drafter.begin(history)
 
     def drafts(self, history: Sequence[int], most: int) -> tuple[int, ...]:
@@ -404,16 +409,18 @@ class Speculation:
         """
         for way in self._ways:
             way.learn(came)
-        self._costs.add(fed + 1, seconds)
+        costs = self._costs
+        faster = self._looking and seconds < (costs[1] + costs[fed + 1]) / 2
+        costs.add(fed + 1, seconds)
         self._since_one = self._since_one + 1 if fed else 0
         self._lost *= 1 - self._FORGOTTEN
         if fed and self._chosen:
             self._chosen.took(fed, drafting)
             if self._fixed is None:
-                loss = seconds + drafting - len(came) * self._costs[1]
-                self._lost = max(0.0, self._lost + loss)
-                if self._looking:
-                    self._chosen.looked(paid=loss < 0)
+                loss = (seconds + drafting) / costs[1] - len(came)
+                self._lost = max(-self._WON, self._lost + loss)
+        if faster:
+            costs.forget()
 
     def _usual(self, offers: list[tuple[_Way, Sequence[int]]]) -> tuple[_Way | None, int]:
         """The drafter that has the most right before anything was measured, and a fixed number."""
@@ -430,25 +437,23 @@ class Speculation:
         """The drafter whose guesses are worth feeding most, and how many of them; None: none."""
         if self._since_one >= self._STALE or 1 not in self._costs:
             return None, 0
-        allowed = self._ALLOWED * self._costs[1]
+        room = self._ALLOWED - self._lost
         best: tuple[_Way | None, int] = (None, 0)
-        most = self._GAIN if self._lost < allowed else self._SURE_GAIN
+        most = self._GAIN
         for way, kinds in offers:
-            count, gain = way.best(kinds, self._costs, assumed=False)
+            count, gain = way.best(kinds, self._costs, room, assumed=False)
             if gain >= most:
                 best, most = (way, count), gain
         if best[0]:
             best[0].passed_over, best[0].gap = 0, _Way.GAP
             return best
-        # Costs that were measured in a bad moment would stand for ever: they are looked at again.
+        # Costs that were measured in a bad moment would stand for ever: one draft looks at them.
         for way, kinds in offers:
-            count, gain = way.best(kinds, self._costs, assumed=True)
-            if gain < self._GAIN:
-                continue
-            way.passed_over += 1
-            if way.passed_over >= way.gap and self._lost < allowed:
-                way.passed_over, self._looking = 0, True
-                return way, count
+            gain = way.best(kinds, self._costs, room, assumed=True)[1]
+            way.passed_over += gain >= self._GAIN
+            if way.passed_over >= way.gap and room > 0:
+                way.passed_over, way.gap, self._looking = 0, 2 * way.gap, True
+                return way, 1
         return None, 0
 
 

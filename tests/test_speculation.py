@@ -28,7 +28,7 @@ def matches(history):
 def best_guess(history, count):
     """What a search through all of `history` guesses, and the length of its match."""
     at, length = max(matches(history), key=lambda m: (m[1], m[0]), default=(0, 0))
-    if length < 2:
+    if length < 1:
         return (), 0
     text = list(history)
     for i in range(count):
@@ -95,7 +95,7 @@ def test_a_long_text_costs_little_memory_and_time():
     lookup.begin(history[:-1])
     assert lookup.guess(history[:-1], 4).ids == (7, 7, 7, 7)
     held = [a for c in lookup._chains for a in (c._newest, c._older)] + [lookup._ids]
-    assert sum(len(a) * a.itemsize for a in held) <= 12 * 20_000 + (1 << 20)
+    assert sum(len(a) * a.itemsize for a in held) <= 16 * 20_000 + (3 << 19)
     lookup.begin([5])
     assert len(lookup._ids) == len(lookup._chains[0]._older) == 1
     assert all(at <= 0 for at in lookup._chains[0]._newest)
@@ -179,7 +179,7 @@ def texts():
 def test_drafts_never_cost_two_percent(costs, noise):
     for name, (prompt, text) in texts().items():
         gain = speed(prompt, text, COSTS[costs], Speculation(PromptLookup(4096)), noise)
-        allowed = 0.02 + 3 / len(text)  # what may be lost before anything is known
+        allowed = 0.01 + 1.5 / len(text)  # what may be lost at any time
         assert gain >= 1 - allowed, (name, gain)
 
 
@@ -194,7 +194,7 @@ def test_free_text_behind_copied_text_costs_few_passes(costs):
         for name in ("prose", "noise of nine letters", "noise of two letters", "no repeats"):
             prompt, text = all_texts[name]
             gain = speed(prompt, text[300 * turn % 900 :][:64], COSTS[costs], speculation)
-            assert 64 / gain <= 64 + 3.5, (name, gain)
+            assert 64 / gain <= 64 + 1.75, (name, gain)
 
 
 def test_copied_text_is_fast():
@@ -279,7 +279,7 @@ def both(name, costs, rate, noise=0.0):
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.9])
 def test_two_drafters_never_cost_two_percent(costs, rate):
     for name, (_, text) in texts().items():
-        allowed = 0.02 + 4 / len(text)  # what may be lost before anything is known of either
+        allowed = 0.01 + 1.5 / len(text)
         gain = both(name, costs, rate, 0.2)[2]
         assert gain >= 1 - allowed, (name, gain)
 
