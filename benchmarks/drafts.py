@@ -5,7 +5,8 @@ and without its own prompt lookup where `--peer` names the GGUF file of the mode
 greedy, but for free prose, which is sampled as well: small models repeat themselves when they are
 greedy. Texts are those that the package ships, and a module of it; a model without a chat template
 goes on with the beginning of an answer. A rate is that of the tokens behind the first one; the
-median of the rounds counts.
+median of the rounds counts. Greedy replies with and without drafts are compared: where they part,
+the result says by how much plain decoding preferred its id, beside what counts as a tie.
 
     python benchmarks/drafts.py ARTIFACT --name gemma3_270m --peer gemma3-270m.gguf
 """
@@ -26,6 +27,7 @@ from common import say, write_result
 
 from edge_kv import amounts
 from edge_kv.runtime import Generator, Message, Options, Session, load
+from edge_kv.runtime.sampling import lead
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 
 CTX = 2048
@@ -76,7 +78,7 @@ class Ours:
     """An artifact, as a conversation runs it: what drafts have learnt stays from reply to reply."""
 
     def __init__(self, session: Session, drafts: str, tokens: int) -> None:
-        self.tokens = tokens
+        self.session, self.tokens = session, tokens
         held = Template.of(session.artifact)
         template, self.raw = held or Template(RAW_TEMPLATE), held is None
         self.ways = {
@@ -99,10 +101,21 @@ class Ours:
         assert reply
         seconds = reply.seconds - reply.first_token_seconds
         return {
-            "ids": reply.ids, "rate": (len(reply.ids) - 1) / seconds, "passes": reply.passes,
+            "prompt": self.session.tokens[: reply.prompt_tokens], "ids": reply.ids,
+            "rate": (len(reply.ids) - 1) / seconds, "passes": reply.passes, "text": reply.text,
             "drafted": reply.drafted, "accepted": reply.accepted, "ties": reply.ties,
-            "text": reply.text,
         }  # fmt: skip
+
+    def parting(self, plain: dict[str, Any], ids: tuple[int, ...]) -> dict[str, Any]:
+        """Where `ids` leave a plain reply, and how far its choice there was above the second."""
+        pairs = zip(plain["ids"], ids, strict=False)
+        shorter = min(len(plain["ids"]), len(ids))
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+        *read, last = [*plain["prompt"], *ids[:at]]
+        self.session.reset()
+        self.session.prefill(read)
+        logits = self.session.decode(last)
+        return {"at": at, "lead": round(lead(logits, int(logits.argmax())), 4)}
 
 
 class LlamaCpp:
@@ -158,12 +171,14 @@ def measured(runtime: Ours | LlamaCpp, rounds: int) -> Iterator[dict[str, Any]]:
             "rates": {way: round(median(found), 2) for way, found in rates.items()},
             "gain": round(median(gains), 3), "gains": [round(g, 3) for g in gains],
         }  # fmt: skip
-        if "ids" in plain:
+        if isinstance(runtime, Ours):
             ids, others = plain["ids"], drafted["ids"]
             row |= {
                 "tokens": len(others), "same": ids == others, "text": drafted["text"][:300],
                 **{name: drafted[name] for name in ("passes", "drafted", "accepted", "ties")},
             }  # fmt: skip
+            if ids != others and not case.temperature:
+                row["parted"] = runtime.parting(plain, others)
         say(f"{case.kind:<6}{case.name:<22} {row['rates']} gain {row['gain']}")
         yield row
 
@@ -181,10 +196,11 @@ def main() -> None:
     args = parser.parse_args()
     with load(args.artifact, args.engine, args.threads) as session:
         rows = list(measured(Ours(session, args.drafts, args.tokens), args.rounds))
-        quant = session.artifact.manifest.quant.scheme
+        quant, rounding = session.artifact.manifest.quant.scheme, session.rounding
     document: dict[str, Any] = {
         "benchmark": "drafts", "engine": args.engine, "threads": args.threads, "quant": quant,
-        "drafts": args.drafts, "tokens": args.tokens, "rows": rows, "gain": gains(rows),
+        "drafts": args.drafts, "tokens": args.tokens, "rounding": rounding, "rows": rows,
+        "gain": gains(rows),
     }  # fmt: skip
     if args.peer:
         peer = list(measured(LlamaCpp(args.peer, args.threads, args.tokens), args.rounds))

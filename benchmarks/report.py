@@ -227,6 +227,47 @@ def pass_cost() -> str:
     )
 
 
+def drafts() -> str:
+    """Replies with drafts beside plain ones, of llama.cpp's binding too, a text a row."""
+    parts = []
+    for model, name in (("SmolLM2-135M", "smollm2"), ("Gemma 3 270M", "gemma3_270m")):
+        r = load(f"drafts_{name}")
+        peer = {row["case"]: row for row in r["llama.cpp"]["rows"]}
+        rows = [
+            [f"{row['kind']}: {row['case']}", f"{row['rates']['off']:.0f}",
+             f"{row['rates']['auto']:.0f}", f"{row['gain']:.2f}x",
+             f"{row['accepted']} of {row['drafted']}", *_greedy(row),
+             f"{peer[row['case']]['gain']:.2f}x"]
+            for row in r["rows"]
+        ]  # fmt: skip
+        rows += [
+            [f"all of {kind}, least", "", "", _spread(r["gain"], kind), "", "", "",
+             _spread(r["llama.cpp"]["gain"], kind)]
+            for kind in ("copy", "prose")
+        ]  # fmt: skip
+        head = [
+            f"{model}: text", "plain tok/s", "with drafts", "gain", "drafts that came",
+            "ties", "greedy texts", "llama-cpp-python's lookup",
+        ]  # fmt: skip
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def _greedy(row: dict[str, Any]) -> tuple[str, str]:
+    """Choices near a tie in a greedy reply, and by how much plain decoding preferred its id where
+    the texts part."""
+    if row["temperature"]:
+        return "", "sampled"
+    if row["same"]:
+        return str(row["ties"]), "equal"
+    lead = f" at a lead of {row['parted']['lead']:.2f}" if "parted" in row else ""
+    return str(row["ties"]), f"part{lead}"
+
+
+def _spread(gain: dict[str, float], kind: str) -> str:
+    return f"{gain[kind]:.2f}x, {gain[kind + '_least']:.2f}x"
+
+
 def beside(name: str, subject: str) -> str:
     """Speed and memory of ours and llama.cpp in one alternation, the medians of its rounds."""
     return table(
@@ -668,6 +709,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "weight-quality": weight_quality,
     "imported": imported,
     "pass-cost": pass_cost,
+    "drafts": drafts,
     "mobile": partial(beside, "full_size_mobile_e2b", "E2B"),
     "equal-width": equal_width,
     "single-layers": single_layers,
