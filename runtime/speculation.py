@@ -304,21 +304,29 @@ class _Way:
         self._times.append(seconds / count)
         self._each = median(self._times)
 
+    def cost(self, count: int, costs: _Costs, *, assumed: bool = False) -> float:
+        """A pass with so many guesses, in passes of one token.
+
+        By what passes and guesses were measured to take, or as before anything was measured.
+        """
+        each = self._ASSUMED if self.drafter.costly else 0.0
+        if assumed:
+            return count * each + costs.assumed(count + 1)
+        if self._each >= 0:
+            each = self._each / costs[1]
+        return count * each + costs[count + 1] / costs[1]
+
     def best(
         self, kinds: Sequence[int], costs: _Costs, room: float, *, assumed: bool
     ) -> tuple[int, float]:
         """The most promising number of drafts, and its tokens a second over plain decoding.
 
-        They may cost `room` passes of one token. By what passes and guesses were measured to cost,
-        or as before anything was measured.
+        They may cost `room` passes of one token.
         """
-        each = self._ASSUMED if self.drafter.costly else 0.0
-        if self._each >= 0 and not assumed:
-            each = self._each / costs[1]
         count, gain = 0, 1.0
         most = 2 * costs.largest - 1  # drafts: no pass is much larger than one measured
         for n, tokens in enumerate(_expected(kinds[:most], self.chances), 1):
-            cost = n * each + (costs.assumed(n + 1) if assumed else costs[n + 1] / costs[1])
+            cost = self.cost(n, costs, assumed=assumed)
             if cost > 1 + room:
                 break
             if tokens / cost > gain:
@@ -410,14 +418,14 @@ class Speculation:
         for way in self._ways:
             way.learn(came)
         costs = self._costs
-        faster = self._looking and seconds < (costs[1] + costs[fed + 1]) / 2
+        faster = self._looking and fed > 0 and seconds < (costs[1] + costs[fed + 1]) / 2
         costs.add(fed + 1, seconds)
         self._since_one = self._since_one + 1 if fed else 0
         self._lost *= 1 - self._FORGOTTEN
         if fed and self._chosen:
             self._chosen.took(fed, drafting)
             if self._fixed is None:
-                loss = (seconds + drafting) / costs[1] - len(came)
+                loss = self._chosen.cost(fed, costs) - len(came)
                 self._lost = max(-self._WON, self._lost + loss)
         if faster:
             costs.forget()

@@ -228,6 +228,20 @@ class Told:
         return Guess(self.ids[:most], (0,) * min(most, len(self.ids)))
 
 
+def test_a_pass_that_was_held_up_does_not_end_drafts():
+    """Something else ran meanwhile: that is no loss of the drafts that were in the pass."""
+    told, fed = Told(), []
+    told.ids = (1,) * DRAFTS
+    speculation = Speculation(told)
+    speculation.begin([])
+    for step in range(120):
+        count = len(speculation.drafts([], DRAFTS))
+        fed.append(count)
+        cost = COSTS["few-token kernels"][count] + 40 * (step % 12 == 0)
+        speculation.passed(count, [1] * (count + 1), cost)
+    assert all(count == DRAFTS for count in fed[20:])
+
+
 def test_what_was_never_fed_is_judged_by_what_came():
     """Guesses that turn out right are fed in the end, though none was fed at first."""
     told = Told()
