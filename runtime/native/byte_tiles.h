@@ -1,8 +1,10 @@
 // Attention over int8 rows in products of bytes, for CPUs that add four of them at once (VNNI); part
 // of kernels.cpp, between what it needs there.
 //
-// A tile of rows is put in order once and then meets all queries: a row is read once however many
-// they are. Queries and weights are two digits each, a coarse and a fine byte. Most tiles of a long
+// A tile of rows meets all queries before the next one does: a row is read once however many they are.
+// Many queries meet tiles that were put in order once, few meet the rows where they lie, which
+// costs more for each query and nothing besides. Queries and weights are two digits each, a coarse
+// and a fine byte. Most tiles of a long
 // context meet only the coarse ones, which halves the work: those in which no key takes more than
 // 1/64 of a query's softmax so far. What rounding does to their keys is below what storing the rows in
 // 8 bits did, and averages out over the many keys that share the rest.
@@ -11,6 +13,9 @@
 constexpr int kStepValues = 128;     // values of a query that share a step
 constexpr int kMostSteps = kMostDim / kStepValues;
 constexpr float kCoarseShare = 1.0f / 64;
+constexpr int kDigitQueries = 4;     // of a head; with fewer, memory is slower than digits of 16 bits
+constexpr int kFewQueries = 16;      // for which tiles are not worth their order
+constexpr int kWideRow = 256;        // values, so that the sums of a row are little beside its products
 
 using ByteVec = __m512i;
 
@@ -113,6 +118,19 @@ inline void byte_scores(const ByteQueries& q, int row, int which, int dim, const
     }
 }
 
+// 32 columns of R rows of sums, `dim` apart, take in what a tile adds.
+template <int R>
+inline void add_mixed(const ByteVec (&sums)[R][2], const float* steps, const Softened* soft, float* mix,
+                      int dim) {
+  for (int r = 0; r < R; ++r) {
+    float* const to = mix + r * dim;
+    const Vec step = splat(steps[r]), k = splat(soft[r].keep);
+    save(to, multiply_add(_mm512_cvtepi32_ps(sums[r][0]), step, mul(load(to), k)));
+    save(to + kWidth,
+         multiply_add(_mm512_cvtepi32_ps(sums[r][1]), step, mul(load(to + kWidth), k)));
+  }
+}
+
 // mix[r] = keep * mix[r] + steps[r] * sum_j weights[r][j] * value j of a tile in order; weights have
 // one digit or two, the higher one first.
 template <int R>
@@ -133,13 +151,7 @@ inline void byte_mix(const uint8_t (*weights)[2][kTile], int digits, const float
         add_bytes<R, false>(sums, at, weights[0][g] + j, sizeof weights[0]);
       }
     }
-    for (int r = 0; r < R; ++r) {
-      float* const to = mix + r * dim + d;
-      const Vec step = splat(steps[r]), k = splat(soft[r].keep);
-      save(to, multiply_add(_mm512_cvtepi32_ps(sums[r][0]), step, mul(load(to), k)));
-      save(to + kWidth,
-           multiply_add(_mm512_cvtepi32_ps(sums[r][1]), step, mul(load(to + kWidth), k)));
-    }
+    add_mixed<R>(sums, steps, soft, mix + d, dim);
   }
 }
 
@@ -189,30 +201,229 @@ inline bool stands_out(float peak, float top, float sum) {
   return !(sum > 0.0f && peak <= top + logf(least));
 }
 
-void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
+// Tiles that are put in order for many queries. The values of a query take steps of their own by
+// kStepValues.
+class OrderedTiles {
+ public:
+  OrderedTiles(int dim, int) : dim_(dim) {}
+
+  void take_query(int row, const float* x) {
+    const int64_t at = int64_t(row) * dim_;
+    query_digits(x, dim_, digits_[0] + at, digits_[1] + at, sums_[row], steps_[row]);
+  }
+
+  void open(const Cache& one, const Tile& tile, TileScales& scales) {
+    order_tile(
+        one, tile, scales,
+        [&](const int8_t* const* rows, int n) { order_keys(rows, n, dim_, keys_); },
+        [&](const int8_t* const* rows, int n) { order_values(rows, n, dim_, values_); });
+  }
+
+  template <int R>
+  void scores(int row, int which, int n, float (*to)[kTile], Ahead ahead) const {
+    const ByteQueries queries{{digits_[0], digits_[1]}, sums_, steps_};
+    byte_scores<R>(queries, row, which, dim_, keys_, n, to, ahead);
+  }
+
+  template <int R>
+  void mix(const uint8_t (*weights)[2][kTile], int digits, const float* steps, const Softened* soft,
+           int n, float* to, Ahead ahead) const {
+    byte_mix<R>(weights, digits, steps, soft, values_, n, dim_, to, ahead);
+  }
+
+ private:
+  int dim_;
+  alignas(64) int8_t digits_[2][kQueryValues];
+  alignas(64) char keys_[kTile * kMostDim];
+  alignas(64) char values_[kTile * kMostDim];
+  int32_t sums_[kQueryRows][kMostSteps][2];
+  float steps_[kQueryRows][kMostSteps];
+};
+
+// Add products of lines of two keys, which are not negative, with those of R queries: `of_line` bytes
+// from one line of the queries to the next.
+template <int R, int lines>
+inline void add_lines(ByteVec (&sums)[R][2], const int8_t* one, const int8_t* two,
+                      const int8_t* queries, int64_t of_line) {
+  const ByteVec flip = _mm512_set1_epi8(-128);
+#pragma GCC unroll 4
+  for (int i = 0; i < lines; ++i, queries += of_line) {
+    const ByteVec a = _mm512_xor_si512(_mm512_loadu_si512(one + i * kLine), flip);
+    const ByteVec b = _mm512_xor_si512(_mm512_loadu_si512(two + i * kLine), flip);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      ByteVec x = _mm512_load_si512(queries + r * kLine);
+      __asm__("" : "+v"(x));  // loaded once, not for both products
+      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], a, x);
+      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], b, x);
+    }
+  }
+}
+
+// Add products of sixteen rows with the weights of R queries, `stride` apart: of the lower or the
+// upper eight of every sixteen of their columns [d, d + kLine), four of eight in each of two sums.
+template <int R, bool upper>
+inline void add_rows(ByteVec (&sums)[R][2], const int8_t* const* rows, int d,
+                     const uint8_t* weights, int stride) {
+  const auto pair = [&](int j) {
+    const ByteVec a = _mm512_loadu_si512(rows[j] + d), b = _mm512_loadu_si512(rows[j + 1] + d);
+    return upper ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
+  };
+#pragma GCC unroll 4
+  for (int j = 0; j < 16; j += 4) {
+    const ByteVec a = pair(j), b = pair(j + 2);
+    const ByteVec v[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const ByteVec w = _mm512_set1_epi32(four_bytes(weights + r * stride + j));
+      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w, v[0]);
+      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w, v[1]);
+    }
+  }
+}
+
+// What those sums add to the mix of a row, of the first of the columns: eight of sixteen at a time.
+inline void add_eights(const ByteVec (&sums)[2], float step, float keep, float* mix) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int i = 0; i < 2; ++i, mix += 32) {
+    const __m512i both = _mm512_permutex2var_epi32(sums[0], i ? second : first, sums[1]);
+    const Vec old = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(mix)),
+                                       _mm256_loadu_ps(mix + 16), 1);
+    const Vec all = multiply_add(_mm512_cvtepi32_ps(both), splat(step), mul(old, splat(keep)));
+    _mm256_storeu_ps(mix, _mm512_castps512_ps256(all));
+    _mm256_storeu_ps(mix + 16, _mm512_extractf32x8_ps(all, 1));
+  }
+}
+
+// Rows where they lie, for few queries. A line is 64 values of a row; the values of a query in one
+// lane of its lines take steps of their own.
+class RowsInPlace {
+ public:
+  RowsInPlace(int dim, int queries) : dim_(dim), of_line_(int64_t(queries) * kLine) {}
+
+  void take_query(int row, const float* x) {
+    alignas(64) float size[kLine] = {}, per_step[kLine];
+    for (int d = 0; d < dim_; d += kWidth) {
+      const Vec v = load(x + d);
+      float* const at = size + d % kLine;
+      save(at, larger(load(at), larger(v, sub(splat(0.0f), v))));
+    }
+    for (int lane = 0; lane < kWidth; ++lane) {
+      float most = 1e-30f;
+      for (int i = 4 * lane; i < 4 * lane + 4; ++i) most = size[i] > most ? size[i] : most;
+      steps_[row][lane] = most / kLargest;
+      for (int i = 4 * lane; i < 4 * lane + 4; ++i) per_step[i] = kLargest / most;
+    }
+    ByteVec sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int d = 0; d < dim_; d += kLine) {
+      int8_t* const at[2] = {line(row, 0, d), line(row, 1, d)};
+      for (int i = 0; i < kLine; i += kWidth) {
+        const __m512i whole = _mm512_cvtps_epi32(mul(load(x + d + i), load(per_step + i)));
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+        const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
+        _mm_store_si128((__m128i*)(at[0] + i), _mm512_cvtepi32_epi8(high));
+        _mm_store_si128((__m128i*)(at[1] + i), _mm512_cvtepi32_epi8(low));
+      }
+      for (int which = 0; which < 2; ++which)
+        sums[which] = _mm512_dpbusd_epi32(sums[which], _mm512_set1_epi8(1),
+                                          _mm512_load_si512(at[which]));
+    }
+    for (int which = 0; which < 2; ++which)
+      _mm512_store_si512(starts_[row][which], _mm512_sub_epi32(_mm512_setzero_si512(),
+                                                               _mm512_slli_epi32(sums[which], 7)));
+  }
+
+  void open(const Cache& one, const Tile& tile, TileScales& scales) {
+    scales.read(one, tile);
+    find_rows(one.keys, one.row_stride, tile, keys_);
+    find_rows(one.values, one.row_stride, tile, values_);
+  }
+
+  // Keys plus 128 are not negative; what that adds is in the start values.
+  template <int R>
+  void scores(int row, int which, int n, float (*to)[kTile], Ahead ahead) const {
+    Vec steps[R];
+    for (int r = 0; r < R; ++r) steps[r] = mul(load(steps_[row + r]), splat(which ? 1.0f : 256.0f));
+    for (int j = 0; j < n; j += 2) {
+      ahead.fetch(2 * dim_);
+      ByteVec sums[R][2];
+      for (int r = 0; r < R; ++r)
+        sums[r][0] = sums[r][1] = _mm512_load_si512(starts_[row + r][which]);
+      int d = 0;
+      for (; d + 4 * kLine <= dim_; d += 4 * kLine)
+        add_lines<R, 4>(sums, keys_[j] + d, keys_[j + 1] + d, line(row, which, d), of_line_);
+      for (; d < dim_; d += kLine)
+        add_lines<R, 1>(sums, keys_[j] + d, keys_[j + 1] + d, line(row, which, d), of_line_);
+      const auto floats = [&](int r, int key) {
+        return mul(_mm512_cvtepi32_ps(sums[r][key]), steps[r]);
+      };
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r += 2) {
+        const int next = r + 1 < R ? r + 1 : r;
+        save_totals(floats(r, 0), floats(r, 1), floats(next, 0), floats(next, 1), to[r] + j,
+                    to[next] + j);
+      }
+    }
+  }
+
+  template <int R>
+  void mix(const uint8_t (*weights)[2][kTile], int digits, const float* steps, const Softened* soft,
+           int n, float* to, Ahead ahead) const {
+    for (int d = 0; d < dim_; d += kLine) {
+      mix_eights<R, false>(weights, digits, steps, soft, n, d, to + d, ahead);
+      mix_eights<R, true>(weights, digits, steps, soft, n, d, to + d + 8, ahead);
+    }
+  }
+
+ private:
+  template <int R, bool upper>
+  void mix_eights(const uint8_t (*weights)[2][kTile], int digits, const float* steps,
+                  const Softened* soft, int n, int d, float* to, Ahead& ahead) const {
+    ByteVec sums[R][2];
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+    for (int g = 0; g < digits; ++g) {
+      if (g)
+        for (int r = 0; r < R; ++r)
+          for (int i = 0; i < 2; ++i) sums[r][i] = _mm512_slli_epi32(sums[r][i], 8);
+      for (int j = 0; j < n; j += 16) {
+        if (!g) ahead.fetch(16 * 32);
+        add_rows<R, upper>(sums, values_ + j, d, weights[0][g] + j, 2 * kTile);
+      }
+    }
+    for (int r = 0; r < R; ++r) add_eights(sums[r], steps[r], soft[r].keep, to + r * dim_);
+  }
+
+  int8_t* line(int row, int which, int d) {
+    return digits_[which] + d / kLine * of_line_ + row * kLine;
+  }
+  const int8_t* line(int row, int which, int d) const {
+    return digits_[which] + d / kLine * of_line_ + row * kLine;
+  }
+
+  int dim_;
+  int64_t of_line_;  // bytes of a line of all queries
+  alignas(64) int8_t digits_[2][kQueryValues];
+  alignas(64) int32_t starts_[kQueryRows][2][kWidth];
+  alignas(64) float steps_[kQueryRows][kWidth];
+  const int8_t* keys_[kTile];
+  const int8_t* values_[kTile];
+};
+
+template <class Rows>
+void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t end,
                   const Partial& out) {
   const int dim = cache.dim, most = rows_held(cache);
-  alignas(64) int8_t digits[2][kQueryValues];
-  alignas(64) char key_tile[kTile * kMostDim], value_tile[kTile * kMostDim];
-  int32_t sums[kQueryRows][kMostSteps][2];
-  float query_steps[kQueryRows][kMostSteps];
-  const ByteQueries queries{{digits[0], digits[1]}, sums, query_steps};
+  Rows rows(dim, cache.heads * (q.count < most ? q.count : most));
   TileScales scales;
   const auto open = [&](int head, const Tile& tile) {
-    order_tile(
-        head_of(cache, head, 1), tile, scales,
-        [&](const int8_t* const* rows, int n) { order_keys(rows, n, dim, key_tile); },
-        [&](const int8_t* const* rows, int n) { order_values(rows, n, dim, value_tile); });
+    rows.open(head_of(cache, head, 1), tile, scales);
   };
   for (int from = 0; from < q.count; from += most) {
     const int count = q.count - from < most ? q.count - from : most;
     for (int head = 0; head < cache.heads; ++head)
-      for (int r = 0; r < count; ++r) {
-        const int row = head * count + r;
-        query_digits(q.rows + head * q.next + int64_t(from + r) * dim, dim,
-                     digits[0] + int64_t(row) * dim, digits[1] + int64_t(row) * dim, sums[row],
-                     query_steps[row]);
-      }
+      for (int r = 0; r < count; ++r)
+        rows.take_query(head * count + r, q.rows + head * q.next + int64_t(from + r) * dim);
     walk<kDotRows>(cache, begin, end, count, open, [&](auto block, int head, int at,
                                                        const Tile& tile) {
       constexpr int R = decltype(block)::count;
@@ -231,8 +442,7 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
         mask_scores(q, first + r, tile, of);
         return peak_of(of, n);
       };
-      byte_scores<R>(queries, row, 0, dim, key_tile, n, scores,
-                     after(one, tile, one.keys, at, R, count));
+      rows.template scores<R>(row, 0, n, scores, after(one, tile, one.keys, at, R, count));
       bool fine = false;
       for (int r = 0; r < R; ++r) {
         peaks[r] = scaled(r, scores[r], nullptr);
@@ -240,7 +450,7 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
       }
       if (fine) {
         alignas(64) float more[R][kTile];
-        byte_scores<R>(queries, row, 1, dim, key_tile, n, more, Ahead{});
+        rows.template scores<R>(row, 1, n, more, Ahead{});
         for (int r = 0; r < R; ++r) {
           peaks[r] = scaled(r, more[r], scores[r]);
           memcpy(scores[r], more[r], sizeof scores[r]);
@@ -252,8 +462,8 @@ void attend_tiles(const Cache& cache, const Queries& q, int64_t begin, int64_t e
                          partial.sum + first + r);
         steps[r] = weight_digits(scores[r], n, soft[r].largest, digits, weights[r]);
       }
-      byte_mix<R>(weights, digits, steps, soft, value_tile, n, dim,
-                  partial.mix + int64_t(first) * dim, after(one, tile, one.values, at, R, count));
+      rows.template mix<R>(weights, digits, steps, soft, n, partial.mix + int64_t(first) * dim,
+                           after(one, tile, one.values, at, R, count));
     });
   }
 }

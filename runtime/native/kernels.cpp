@@ -676,7 +676,13 @@ void attend_int8(const Cache& cache, const Queries& q, int64_t begin, int64_t en
     return;
   }
 #endif
-#if defined(__AVX512VNNI__) || defined(EDGE_KV_TILES)
+#if defined(__AVX512VNNI__)
+  if (cache.dim % kLine == 0 && cache.dim <= kMostDim) {
+    if (cache.dim >= kWideRow && q.count >= kDigitQueries && q.count <= kFewQueries)
+      return attend_bytes<RowsInPlace>(cache, q, begin, end, out);
+    if (q.count >= kTileQueries) return attend_bytes<OrderedTiles>(cache, q, begin, end, out);
+  }
+#elif defined(EDGE_KV_TILES)
   if (cache.dim % kLine == 0 && cache.dim <= kMostDim && q.count >= kTileQueries)
     return attend_tiles(cache, q, begin, end, out);
 #endif
