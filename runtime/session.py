@@ -27,7 +27,7 @@ from edge_kv.manifest import DRAFT, Program, draft_outputs
 from edge_kv.memory import CHECKPOINTS
 from edge_kv.plan import Plan, Table
 from edge_kv.runtime import snapshot as snapshots
-from edge_kv.runtime.huge_pages import use_huge_pages
+from edge_kv.runtime.huge_pages import FilledState, use_huge_pages
 from edge_kv.runtime.mapped import Span
 from edge_kv.runtime.snapshot import Checkpoint, common_prefix
 
@@ -140,6 +140,7 @@ class Session(ABC):
         self.plan = artifact.plan
         self.stats = Stats(kv_bytes=self.plan.bytes)
         self.state: dict[str, npt.NDArray[Any]] = {t.name: _allocate(t) for t in self.plan.tables}
+        self._filled = FilledState(self.plan)
         self._tokens: list[int] = []
         self._written = 0
         self._checkpoints: list[Checkpoint] = []  # by length
@@ -441,6 +442,7 @@ class Session(ABC):
                 raise SnapshotError(f"Cannot read {path} ({e.strerror}); session emptied.") from e
             self._tokens = list(held.tokens)
             self._written = held.written
+            self._filled.cover(self.state, self.pos)
             return held.note
 
     def close(self) -> None:
@@ -511,6 +513,7 @@ class Session(ABC):
         pos = self.pos
         self._checkpoints = [c for c in self._checkpoints if len(c.tokens) <= pos]
         self._written = max(self._written, pos + len(ids))
+        self._filled.cover(self.state, pos)
         result = run(ids, pos)
         self._tokens.extend(ids.tolist())
         return result

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_kv.plan import Plan, Table
 from edge_kv.runtime import huge_pages, load, mapped
+from edge_kv.runtime.session import _allocate
 
 SIZE = (5 << 20) + 777  # two whole huge pages somewhere in it, and a part of a page
 
@@ -101,3 +103,41 @@ def test_a_session_answers_the_same(tiny_artifact):
             session.prefill(range(20))
             logits[-1].append(session.decode(6))
     np.testing.assert_array_equal(*logits)
+
+
+def test_state_is_covered_as_it_fills():
+    """Whole pages of rows alone, the same bytes, no more memory; once each."""
+    rows = 3 * huge_pages._HUGE // 1024
+    long = Table("k", (1, 1024), rows, dtype="int8")
+    plan = Plan(rows, 128, "int8", (long, Table("ring", (1, 256), 640, keep=512)))
+    state = {t.name: _allocate(t) for t in plan.tables}
+    span = state["k"].ctypes.data, state["k"].nbytes
+    expected = np.random.default_rng(1).integers(-127, 128, state["k"].shape, np.int8)
+    filled = huge_pages.FilledState(plan)
+    end, covered = rows - 100, 0
+    state["k"][:end] = expected[:end]
+    before = smaps_of(span)["Rss:"]
+    for at in (0, 10, 300, 3000, end):  # also back to where it was
+        covered += filled.cover(state, at)
+    assert smaps_of(span)["Rss:"] <= before
+    first = -(-span[0] // huge_pages._HUGE) * huge_pages._HUGE
+    whole = (span[0] + end * 1024 - first) // huge_pages._HUGE
+    if huge_pages._has_huge_pages():
+        assert covered == whole * huge_pages._HUGE
+        assert smaps_of(span)["AnonHugePages:"] >= covered >> 10
+    assert filled.cover(state, 0) == filled.cover(state, end) == 0
+    np.testing.assert_array_equal(state["k"][:end], expected[:end])
+    assert not state["k"][end:].any() and not state["ring"].any()
+
+
+def test_state_stays_as_it_is_where_the_system_refuses(monkeypatch):
+    table = Table("k", (1, 1024), 4 * huge_pages._HUGE // 1024, dtype="int8")
+    filled = huge_pages.FilledState(Plan(table.slots, 128, "int8", (table,)))
+    state = {"k": _allocate(table)}
+    state["k"][:] = 7
+    asked = []
+    monkeypatch.setattr(huge_pages, "_has_huge_pages", lambda: True)
+    monkeypatch.setattr(huge_pages, "_advise_at", lambda *how: bool(asked.append(how)))
+    assert filled.cover(state, table.slots) == 0 and len(asked) <= 1
+    assert filled.cover(state, 300) == 0 and len(asked) <= 1  # it is not asked again
+    assert (state["k"] == 7).all()
