@@ -33,7 +33,7 @@ def main() -> None:
     sampling = ["--temperature", "0.7", "--top-p", "0.9", "--seed", "7"]
     rows = []
     for engine in args.engines:
-        print(f"\n--- {engine} ---\n{PROMPT}", end="", flush=True)
+        print(f"\n--- {engine} ---\n{PROMPT} …", flush=True)
         run(args.artifact, PROMPT, "--engine", engine, *limit, *sampling, capture=False)
         said = run(args.artifact, "--file", str(PASSAGE), "--engine", engine, *limit, "--json")
         rows.append((engine, json.loads(said)))

@@ -36,6 +36,7 @@ STEPS: tuple[str | tuple[str, ...], ...] = (
     "edge-kv export --weights /models/smollm2.gguf --ctx 2048 --out smollm2",
     "edge-kv run gemma --raw 'The three primary colours are' --max-new-tokens 40",
     ("edge-kv run smollm2 --max-new-tokens 30", "Hello!", "/stats", "/bye"),
+    "pip install '.[plot]'",
     "edge-kv bench gemma --ctx 1k,4k --plot gemma.png --json gemma.json",
     f"edge-kv deploy smollm2 root@127.0.0.1:/root/board --ssh 'ssh -p {PORT}' --ctx 512",
     "edge-kv inspect smollm2",
