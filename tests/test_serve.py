@@ -218,6 +218,21 @@ def test_other_names_and_other_sites_are_kept_out(client):
     assert "access-control-allow-origin" not in same.headers
 
 
+def test_a_name_that_is_none_is_no_way_in(artifact, tmp_path):
+    """What stands in Host becomes neither another name nor another path."""
+    server = serving(artifact, tmp_path, Settings(api_key="geheimß"))
+    right = {"Authorization": "Bearer geheimß".encode()}
+    with TestClient(make_app(server), base_url="http://localhost") as client:
+        for host in ("localhost/healthz?", "localhost/healthz#", "u@localhost", "[::1", "a:b:80",
+                     "localhost:999999", "", "évil.example".encode("latin-1")):  # fmt: skip
+            response = client.get("/v1/models", headers={"Host": host, **right})
+            assert response.status_code == 403, host
+        for host in ("LOCALHOST", "127.0.0.1:80", "[::1]", "[::1]:8080"):
+            assert client.get("/v1/models", headers={"Host": host}).status_code == 401
+            response = client.get("/v1/models", headers={"Host": host, **right})
+            assert response.status_code == 200, host
+
+
 def test_a_site_that_was_named_may_ask(artifact, tmp_path):
     site = "https://app.example"
     server = serving(artifact, tmp_path, Settings(origins=(site,)))

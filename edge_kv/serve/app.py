@@ -16,6 +16,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -57,6 +58,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+# A name or address and perhaps a port: nothing that a URL made of it could take for a path.
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:/?#@\[\]\\\s]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # bounds of the histograms
 _STOP_SECONDS = 30.0
@@ -255,7 +258,7 @@ def make_app(server: Server) -> Starlette:
         return Response(server.prometheus(), media_type="text/plain; version=0.0.4")
 
     async def static(request: Request) -> Response:
-        name, kind = STATIC[request.url.path]
+        name, kind = STATIC[request.scope["path"]]
         content = files("edge_kv.serve").joinpath("static", name).read_bytes()
         return Response(content, media_type=kind)
 
@@ -271,7 +274,7 @@ def make_app(server: Server) -> Starlette:
     async def missing(request: Request, e: Exception) -> Response:
         status = getattr(e, "status_code", 404)
         what = "does not take" if status == 405 else "has nothing at"
-        path = request.url.path[:100]
+        path = request.scope["path"][:100]
         message = f"This server {what} {request.method} {path!r}; it speaks OpenAI's API at /v1."
         return JSONResponse(schema.error(message, code="not_found"), status)
 
@@ -326,13 +329,14 @@ class _Guard:
             }
             return Response(status_code=204, headers=heard)
         # A site whose name was made to point here must not reach a server that trusts its machine.
-        if settings.hosts and (request.url.hostname or "") not in settings.hosts:
-            message = f"This server does not answer to the name {request.url.hostname!r}."
+        host = request.headers.get("host", "")
+        if settings.hosts and _name(host) not in settings.hosts:
+            message = f"This server does not answer to the name {host!r}."
             return JSONResponse(schema.error(message), 403)
         origin = request.headers.get("origin")
-        if origin and not allowed and origin != f"{request.url.scheme}://{request.url.netloc}":
+        if origin and not allowed and origin != f"{request.scope['scheme']}://{host}":
             return JSONResponse(schema.error(f"Requests from {origin} are not allowed."), 403)
-        if settings.api_key and request.url.path not in _OPEN and not self._has_key(request):
+        if settings.api_key and request.scope["path"] not in _OPEN and not self._has_key(request):
             message = "This server wants its API key: send 'Authorization: Bearer KEY'."
             document = schema.error(message, "authentication_error", "invalid_api_key")
             return JSONResponse(document, 401, {"WWW-Authenticate": "Bearer"})
@@ -340,12 +344,21 @@ class _Guard:
 
     def _has_key(self, request: Request) -> bool:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self._settings.api_key.encode())
+        # Header bytes are read as Latin-1, whatever a client means by them.
+        right = hmac.compare_digest(
+            given.strip().encode("latin-1"), self._settings.api_key.encode()
+        )
         return right and kind.lower() == "bearer"
 
     def _allowed_origin(self, request: Request) -> str:
         origin, origins = request.headers.get("origin", ""), self._settings.origins
         return origin if origin and (origin in origins or "*" in origins) else ""
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without its port; empty where it is none."""
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 async def _body(request: Request, settings: Settings) -> bytes:
