@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edge_kv.errors import ArtifactError, PlanError
+from edge_kv.errors import ArtifactError, PlanError, unusable
 from edge_kv.files import write_text
 from edge_kv.manifest import SCHEMA_VERSION, Backend, FileEntry, Manifest, parse_manifest
 
@@ -94,7 +94,10 @@ class Artifact:
         return self.path(name)
 
     def _check_digest(self, name: str, entry: FileEntry) -> None:
-        digest = sha256_file(self.path(name))
+        try:
+            digest = sha256_file(self.path(name))
+        except OSError as e:
+            raise ArtifactError(unusable(e)) from e
         if digest != entry.sha256:
             raise ArtifactError(
                 f"{name} has SHA-256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: "
@@ -109,7 +112,13 @@ def read_artifact(root: str | Path) -> Artifact:
         ArtifactError: no such directory, not an artifact, another version, a path that leaves the
             directory, or a file that is missing or of another size.
     """
-    root = Path(root)
+    try:
+        return _read(Path(root))
+    except OSError as e:  # a name that is too long, a file or folder that may not be read
+        raise ArtifactError(unusable(e)) from e
+
+
+def _read(root: Path) -> Artifact:
     path = root / MANIFEST
     if not root.is_dir():
         raise ArtifactError(f"{root} is not a directory; give the directory `edge-kv export` made.")

@@ -6,6 +6,7 @@ errors are caught in one place and shown as one line on stderr, exit status 1.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -33,7 +34,9 @@ from edge_kv.errors import (
     PromptError,
     RuntimeFault,
     did_you_mean,
+    unusable,
 )
+from edge_kv.streams import open_streams
 
 if TYPE_CHECKING:
     from edge_kv.artifact import Artifact
@@ -74,6 +77,11 @@ class _Commands(TyperGroup):
             raise typer.Exit(_INTERRUPTED) from e
         except EdgeKVError as e:
             typer.echo(f"Error: {e}", err=True)
+            raise typer.Exit(1) from e
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # whoever read this has gone
+                raise
+            typer.echo(f"Error: {unusable(e)}", err=True)
             raise typer.Exit(1) from e
         except KeyboardInterrupt as e:
             typer.echo("Interrupted.", err=True)
@@ -121,6 +129,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `edge-kv` script."""
+    open_streams()
     app(prog_name="edge-kv")
 
 
@@ -800,7 +809,9 @@ def deploy(
 def serve(
     artifact: ArtifactDir,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0: a free one.", min=0)] = 8080,
+    port: Annotated[
+        int, typer.Option("--port", help="Port; 0: a free one.", min=0, max=65535)
+    ] = 8080,
     api_key: Annotated[
         str, typer.Option("--api-key", envvar="EDGE_KV_API_KEY", help="Key that clients must send.")
     ] = "",
@@ -1166,4 +1177,9 @@ def _summary_line(summary: dict[str, Any]) -> str:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    typer.echo(json.dumps(data, ensure_ascii=False, default=str))
+    text = json.dumps(data, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeError:  # a stream of fewer characters: escapes lose none of them
+        text = json.dumps(data, default=str)
+    typer.echo(text)

@@ -118,7 +118,10 @@ class Ssh:
         """
         self.name = login
         self._login = login.replace("[", "").replace("]", "")
-        words = shlex.split(ssh)
+        try:
+            words = shlex.split(ssh)
+        except ValueError as e:
+            raise DeployError(f"--ssh {ssh!r} is no command ({e}); close its quotes.") from e
         if not words or not shutil.which(words[0]):
             raise DeployError(f"There is no {ssh!r} here; install an ssh client (openssh-client).")
         # A short path: a socket's must stay below 104 bytes everywhere.

@@ -22,6 +22,7 @@ Messages are one sentence that names the value, what was expected and what to do
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -90,3 +91,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     close = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(choices)}."
+
+
+_LONGEST_NAME = 200  # characters of a file name in a message
+
+
+def unusable(error: OSError) -> str:
+    """What to say of a file or a stream that the system refuses."""
+    why, name = error.strerror or str(error), error.filename
+    if name is None:
+        return f"{why}."
+    shown = os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else f"file {name}"
+    return f"{shown[:_LONGEST_NAME]} cannot be used ({why}); look at the name and its permissions."

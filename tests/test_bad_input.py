@@ -340,6 +340,11 @@ CASES = [
         "bench DIR/art --engine onnx,tensorrt", artifact(),
     ),
     Case(
+        "flags", "an ssh command with an open quote",
+        'deploy DIR/art pi@board --ssh "ssh -i \'key"', artifact(),
+    ),
+    Case("flags", "a port that is none", "serve DIR/art --port 99999", artifact()),
+    Case(
         "flags", "a plan of an engine without one",
         f"{RUN} --ram-limit 2g --engine onnx-stock", artifact(),
     ),

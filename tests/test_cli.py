@@ -514,6 +514,50 @@ def test_stops_and_logprobs(root):
     assert data["text"] == text[: text.index(stop)] and data["finish"] == "stop"
 
 
+def command(root, *words, **options):
+    line = [sys.executable, "-m", "edge_kv", *words, str(root)]
+    return subprocess.run(line, capture_output=True, timeout=120, check=False, **options)
+
+
+def test_streams_of_other_characters(root):
+    odd = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    table = command(root, "inspect", env=odd)
+    assert table.returncode == 0 and b"ctx" in table.stdout and not table.stderr
+    document = command(root, "inspect", "--json", env=odd)
+    assert json.loads(document.stdout) == json.loads(command(root, "inspect", "--json").stdout)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_that_are_closed(root, closed):
+    def close():
+        for descriptor in closed:
+            os.close(descriptor)
+
+    done = command(root, "inspect", preexec_fn=close)
+    assert done.returncode == 0 and not done.stderr
+    assert bool(done.stdout) == (1 not in closed)
+
+
+@pytest.mark.parametrize(
+    "line", ["inspect {long}", "plan --weights {long} --ctx 64", "list {long}", "run {long} hi"]
+)
+def test_what_the_system_refuses_is_one_sentence(root, line):
+    result = CliRunner().invoke(app, line.format(long="a" * 5000).split())
+    assert result.exit_code == 1
+    assert re.fullmatch(
+        r"Error: a{200} cannot be used \(File name too long\); [^\n]*\n", result.stderr
+    )
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence(root):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edge_kv", "inspect", str(root)],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1 and done.stderr == "Error: No space left on device.\n"
+
+
 def test_only_the_answer_lands_in_a_pipe(root, tmp_path):
     """Status and figures go to the terminal on stderr, thinking and they never into stdout."""
     master, slave = pty.openpty()
