@@ -232,8 +232,9 @@ def test_laguna_with_experts_stacked_or_apart(saved, tmp_path):
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
-def as_gguf(root, path, arch, storage=None):
-    """A saved Llama or Qwen as llama.cpp's converter writes it; `storage` quantises matrices."""
+def as_gguf(root, path, arch, storage=None, **keys):
+    """A saved Llama or Qwen as llama.cpp's converter writes it; `storage` quantises matrices, and
+    `keys` are further metadata of the model."""
     config = json.loads((root / "config.json").read_text())
     rope = config["rope_parameters"]
     writer = gguf.GGUFWriter(path, arch)
@@ -250,6 +251,9 @@ def as_gguf(root, path, arch, storage=None):
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     for name, i in (("bos", 1), ("eos", 2), ("padding", 0)):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
+    for key, value in keys.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"{arch}.{key.replace('__', '.')}", value)
     kind = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2,
             "qwen3": gguf.MODEL_ARCH.QWEN3}[arch]  # fmt: skip
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
@@ -311,6 +315,21 @@ def test_gguf_of_llama3_turns_as_it_does(saved, tmp_path):
         np.testing.assert_array_equal(one.read(name), other.read(name), err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "keys, factor",
+    [
+        ({"type": "none", "factor": 4.0}, 1.0),  # as in llama.cpp, which scales nothing then
+        ({"type": "linear", "factor": 4.0}, 4.0),
+        ({"factor": 4.0}, 4.0),
+        ({"factor": 0.0}, 1.0),
+    ],
+)
+def test_scaled_ropes_of_gguf(saved, tmp_path, keys, factor):
+    scaling = {f"rope__scaling__{key}": value for key, value in keys.items()}
+    path = as_gguf(saved("llama"), tmp_path / "x.gguf", "llama", **scaling)
+    assert open_checkpoint(path).config.rope.factor == factor
+
+
 @pytest.mark.parametrize("name", ["e2b", "26b", "gemma3"])
 @pytest.mark.parametrize("split", [False, True])
 def test_gguf_of_gemma(tmp_path, name, split):
@@ -359,7 +378,12 @@ def test_a_head_of_its_own_under_a_tied_config_is_used_as_transformers_does(save
         return tensors | {"lm_head.weight": drawn}
 
     rewrite(root, add)
-    ids = torch.arange(3, 23)
+    assert difference(root) < 2e-4
+
+
+def difference(root):
+    """The largest difference of the logits of the saved model in `root` from transformers'."""
+    ids = torch.arange(3, 43)
     with torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
         expected = loaded.eval()(ids[None]).logits[0]
@@ -372,7 +396,30 @@ def test_a_head_of_its_own_under_a_tied_config_is_used_as_transformers_does(save
         ids,
         token_values=table_values(checkpoint.config, checkpoint.read),
     ).logits()
-    assert (got - expected).abs().max() < 2e-4
+    return float((got - expected).abs().max())
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        # Added by hand beside the rope_parameters that transformers saved, as model cards advise.
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("qwen3", {"rope_scaling": YARN}),
+        ("llama-bias", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 77}),
+        ("llama-bias", {"rope_scaling": {"type": "default"}}),
+        ("llama-bias", {"original_max_position_embeddings": 64}),
+        ("qwen3", {"rope_parameters": {"type": "linear", **YARN}}),
+        ("gemma3", {"rope_scaling": {"type": "default"}}),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_ropes_that_are_said_twice_count_as_in_transformers(saved, name, fields):
+    root = saved(name)
+    configure(root, **fields)
+    assert difference(root) < 2e-4
 
 
 def test_one_error_lists_every_fault(saved):
@@ -419,6 +466,9 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}},
         "factor is 0, expected a positive number",
     ),
+    ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+    ("qwen3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ("llama", {"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1, expected a positive"),
     (
         "llama",

@@ -23,6 +23,7 @@ from weights_models import NAMES, canonical_tensors, tiny_hf
 from edge_kv import models
 from edge_kv.errors import ConfigError, EdgeKVError, WeightsError
 from edge_kv.models.sources import open_weights
+from edge_kv.weights.gguf_text import GGUFText
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
 from edge_kv.weights.source import Generation
 
@@ -135,6 +136,12 @@ def test_texts_beside_the_weights(e2b):
     assert json.loads(source.text.tokenizer_json() or "")["added_tokens"] == added
     assert source.text.chat_template() == "{{ D }}"
     assert source.text.stop_ids() == [50, 99]  # 1 and 106 are the config's
+    odd = [{"name": ["default"], "template": "T"}, {"name": {}}, 1, *named]
+    (e2b / "tokenizer_config.json").write_text(json.dumps({"chat_template": odd}))
+    entries = [{"id": 98, "content": ["<turn|>"]}, {"id": True, "content": "<turn|>"}, None]
+    (e2b / "tokenizer.json").write_text(json.dumps({"added_tokens": entries}))
+    text = open_weights(str(e2b)).text
+    assert (text.chat_template(), text.stop_ids()) == ("{{ D }}", [50])
     (e2b / "chat_template.jinja").write_text("{{ file }}")
     assert source.text.chat_template() == "{{ file }}"
 
@@ -539,6 +546,42 @@ def test_gemma4_gguf_brings_its_texts(bpe, tmp_path):
     assert tokenizer.get_vocab() == original.get_vocab()
     assert source.text.chat_template() == "{{ bos_token }}"
     assert source.text.stop_ids() == [4]
+
+
+@pytest.mark.parametrize("tokens", [1, True, 0.5, "x", [1, 2], [[]]])
+def test_stop_ids_of_a_gguf_whose_tokens_are_none(tokens):
+    text = GGUFText({"tokenizer.ggml.tokens": tokens}, "x.gguf", 128, (1,))
+    assert text.stop_ids() == []
+
+
+# What llama.cpp makes of these, of a vocabulary without a word on spaces and special tokens.
+SPACED = {
+    "the and": ["<s>", "▁the", "▁and"],
+    " the": ["<s>", "▁", "▁the"],
+    "</s>the": ["<s>", "</s>", "▁the"],
+    "é": ["<s>", "▁", "<0xC3>", "<0xA9>"],
+    "": ["<s>"],
+}
+
+
+def test_sentencepiece_begins_with_a_space_unless_the_file_says_otherwise():
+    pieces = [*"▁thedan", "th", "the", "▁the", "an", "and", "▁and"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": list(dict.fromkeys(tokens)),
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(set(pieces)))],
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(set(pieces)))],
+    }
+    ours = Tokenizer.from_str(hf_tokenizer_json(metadata, "x.gguf") or "")
+    for text, expected in SPACED.items():
+        encoded = ours.encode(text)
+        assert encoded.tokens == expected
+        assert ours.decode(encoded.ids) == text.replace("</s>", "")
+    plain = metadata | {"tokenizer.ggml.add_space_prefix": False}
+    ours = Tokenizer.from_str(hf_tokenizer_json(plain, "x.gguf") or "")
+    assert ours.encode("the and").tokens == ["<s>", "the", "▁and"]
 
 
 # --- random -------------------------------------------------------------------------------------

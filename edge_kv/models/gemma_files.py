@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edge_kv.errors import ConfigError, did_you_mean
+from edge_kv.models import reading
 from edge_kv.models.gemma import FULL, SLIDING, Attention, Config, MoE, gemma3, gemma4
 from edge_kv.models.model import Rope
 from edge_kv.weights.fields import Fields
+from edge_kv.weights.gguf_tokenizer import default_ids
 from edge_kv.weights.source import Stored
 
 if TYPE_CHECKING:
@@ -152,7 +154,6 @@ def _gemma3_ropes(fields: Fields) -> dict[str, dict[str, Any]]:
     if scaling is not None:
         if not isinstance(scaling, dict):
             raise fields.fault("rope_scaling", "an object")
-        scaling = {"rope_type" if k == "type" else k: v for k, v in scaling.items()}
         rope["full_attention"].update(scaling)
     for layer_type, key in (
         ("full_attention", "rope_theta"),
@@ -268,8 +269,8 @@ def _hf_rope(
     entry = Fields(
         ropes[layer_type],
         f"{fields.where}: rope_parameters.{layer_type}",
-        {"rope_type": "default", "rope_theta": _THETA[layer_type], "factor": 1.0,
-         "partial_rotary_factor": 1.0},
+        {"rope_type": ropes[layer_type].get("type", "default"), "rope_theta": _THETA[layer_type],
+         "factor": 1.0, "partial_rotary_factor": 1.0},
     )  # fmt: skip
     kind = entry.get("rope_type")
     if kind not in ("default", "linear", "proportional"):
@@ -301,14 +302,10 @@ def _hf_moe(fields: Fields) -> MoE | None:
 def read_gguf(file: GGUFFile, where: str) -> Config:
     """The config that a GGUF file's metadata and tensors describe."""
     arch = file.metadata["general.architecture"]
-    ids = {"padding": 0, "eos": 1, "bos": 2}
-    tokens = Fields(
-        file.metadata, where, {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
-    )
+    tokens = Fields(file.metadata, where, default_ids(file.metadata), "tokenizer.ggml.")
     defaults = {"rope.freq_base_swa": 1e4}  # llama.cpp's own
     fields = Fields(file.metadata, where, defaults, f"{arch}.")
     fields.refuse_unless("attention.causal", True)
-    fields.refuse_unless("rope.scaling.type", "none", "linear")
     softcap = fields.get("final_logit_softcapping")
     build = _gguf_gemma3 if arch == "gemma3" else _gguf_gemma4
     return build(
@@ -322,9 +319,9 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
         softcap=0.0 if softcap is None else fields.number("final_logit_softcapping"),
         # The file holds the nearest f32 of a decimal number.
         norm_eps=float(f"{fields.number('attention.layer_norm_rms_epsilon'):.7g}"),
-        pad_id=tokens.integer("tokenizer.ggml.padding_token_id"),
-        bos_id=tokens.integer("tokenizer.ggml.bos_token_id"),
-        eos_ids=tokens.ids("tokenizer.ggml.eos_token_id"),
+        pad_id=tokens.integer("padding_token_id"),
+        bos_id=tokens.integer("bos_token_id"),
+        eos_ids=tokens.ids("eos_token_id"),
     )
 
 
@@ -346,7 +343,7 @@ def _gguf_gemma3(fields: Fields, tensors: dict[str, Stored], **common: Any) -> C
     # llama.cpp's rule: only the 27B scales by hidden / heads instead of head_dim.
     scale_dim = common["hidden"] / q_heads if n == _LAYERS_OF_27B else dim
     sliding = Rope.whole(_theta(fields, "rope.freq_base_swa"), dim)
-    full = Rope(_theta(fields, "rope.freq_base"), dim, dim // 2, _rope_factor(fields))
+    full = Rope(_theta(fields, "rope.freq_base"), dim, dim // 2, reading.gguf_rope_factor(fields))
     return gemma3(
         **common,
         pattern=_gguf_pattern(fields, n, 6),
@@ -381,7 +378,7 @@ def _gguf_gemma4(fields: Fields, tensors: dict[str, Stored], **common: Any) -> C
         rope = Rope.whole(theta, dim)
         if letter == FULL:
             pairs = _rotated_pairs(fields.where, tensors, dim)
-            rope = Rope(theta, dim, pairs, _rope_factor(fields))
+            rope = Rope(theta, dim, pairs, reading.gguf_rope_factor(fields))
         kinds[letter] = Attention(*heads, dim, rope, k_eq_v and letter == FULL)
     mlp = _uniform(fields, "feed_forward_length", owners, n)
     shared_mlp = _uniform(fields, "feed_forward_length", sharers, n) if shared else mlp
@@ -432,16 +429,6 @@ def _theta(fields: Fields, key: str) -> float:
     if theta <= 0:
         raise fields.fault(key, "a positive number")
     return theta
-
-
-def _rope_factor(fields: Fields) -> float:
-    """What positions of full layers are divided by; llama.cpp reads 0 as 1, like no scaling."""
-    if fields.get("rope.scaling.type") == "none":
-        return 1.0
-    for key in ("rope.scaling.factor", "rope.scale_linear"):
-        if factor := fields.positive(key, or_zero=True):
-            return factor
-    return 1.0
 
 
 def _rotated_pairs(where: str, tensors: dict[str, Stored], head_dim: int) -> int:

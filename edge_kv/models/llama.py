@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
+from edge_kv.errors import ConfigError
 from edge_kv.models import reading
 from edge_kv.models.model import (
     EMBED,
@@ -23,6 +25,8 @@ from edge_kv.models.model import (
 )
 from edge_kv.plan import Sizes, Table
 from edge_kv.weights.fields import Fields
+from edge_kv.weights.gguf_tokenizer import default_ids
+from edge_kv.weights.source import Stored
 
 if TYPE_CHECKING:
     from edge_kv.weights.gguf_file import GGUFFile
@@ -59,6 +63,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 HF = tuple(_DEFAULTS)
 GGUF = ("llama", "qwen2", "qwen3")
+_DIVISORS = "rope_freqs.weight"
 
 
 def read_hf(raw: dict[str, Any], where: str) -> Config:
@@ -77,7 +82,8 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
     common = reading.sizes(fields)
     reading.letters(fields, "layer_types", {"full_attention": "F"}, common["layers"])
     head_dim = _or(fields, "head_dim", common["hidden"] // max(heads, 1))
-    entry = reading.nested(fields, "rope_parameters") or reading.nested(fields, "rope_scaling")
+    rope = Fields(reading.one_rope(fields), f"{where}: rope_parameters")
+    rope.refuse_unless("partial_rotary_factor", 1)
     theta = {"rope_theta": fields.number("rope_theta")}
     bias = kind == "qwen2" or fields.flag("attention_bias")
     return Config(
@@ -86,7 +92,7 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
         kv_heads=kv_heads,
         head_dim=head_dim,
         mlp_width=fields.integer("intermediate_size"),
-        rope=reading.rope(Fields(entry, f"{where}: rope_parameters"), head_dim, theta),
+        rope=reading.rope(rope, head_dim, theta),
         qk_norm=kind == "qwen3",
         attn_bias=bias,
         out_bias=bias and kind != "qwen2",
@@ -107,20 +113,18 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
     """
     arch = file.metadata["general.architecture"]
     fields = Fields(file.metadata, where, {"rope.freq_base": 1e4}, f"{arch}.")
-    fields.refuse_unless("rope.scaling.type", "none", "linear")
     fields.refuse_unless("expert_count", 0)
-    tokens = Fields(file.metadata, where)
+    tokens = Fields(file.metadata, where, default_ids(file.metadata), "tokenizer.ggml.")
     heads = fields.integer("attention.head_count")
     kv_heads = _or(fields, "attention.head_count_kv", heads)
     hidden = fields.integer("embedding_length")
     head_dim = _or(fields, "attention.key_length", hidden // max(heads, 1))
     fields.refuse_unless("attention.value_length", head_dim)
     dim = _or(fields, "rope.dimension_count", head_dim)
-    rope = Rope.whole(fields.number("rope.freq_base"), dim)
-    if fields.get("rope.scaling.factor") is not None:
-        rope = replace(rope, factor=fields.number("rope.scaling.factor"))
-    if (divisors := file.tensors.get("rope_freqs.weight")) is not None:
-        rope = replace(rope, scaling=Divisors(tuple(divisors.rows(0, dim // 2).tolist())))
+    factor = reading.gguf_rope_factor(fields)
+    rope = replace(Rope.whole(fields.number("rope.freq_base"), dim), factor=factor)
+    if (divisors := file.tensors.get(_DIVISORS)) is not None:
+        rope = replace(rope, scaling=_divisors(divisors, dim, where))
     table = file.tensors.get("token_embd.weight")
     return Config(
         vocab=table.shape[0] if table else 0,
@@ -128,9 +132,9 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
         layers=fields.n_layers("block_count"),
         max_ctx=fields.integer("context_length"),
         norm_eps=float(f"{fields.number('attention.layer_norm_rms_epsilon'):.7g}"),
-        bos_id=reading.token(tokens, "tokenizer.ggml.bos_token_id"),
-        eos_ids=tokens.ids("tokenizer.ggml.eos_token_id"),
-        pad_id=reading.token(tokens, "tokenizer.ggml.padding_token_id"),
+        bos_id=reading.token(tokens, "bos_token_id"),
+        eos_ids=tokens.ids("eos_token_id"),
+        pad_id=reading.token(tokens, "padding_token_id"),
         q_heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -143,6 +147,18 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
         tied="output.weight" not in file.tensors,
         paired=arch == "llama",
     )
+
+
+def _divisors(stored: Stored, dim: int, where: str) -> Divisors:
+    """One positive number for each pair of `dim` dims."""
+    pairs = dim // 2
+    values = stored.rows(0, pairs) if stored.shape == (pairs,) and not stored.fault else None
+    if values is None or not all(0 < v < inf for v in values.tolist()):
+        raise ConfigError(
+            f"{where}: {_DIVISORS} of shape {stored.shape} must hold {pairs} positive rope "
+            "divisors; convert it with a current llama.cpp."
+        )
+    return Divisors(tuple(values.tolist()))
 
 
 def ignored(c: Config, name: str) -> bool:

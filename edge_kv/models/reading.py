@@ -54,6 +54,20 @@ def nested(fields: Fields, key: str) -> dict[str, Any]:
     return value
 
 
+def one_rope(fields: Fields) -> dict[str, Any]:
+    """The rope object of a model that has one, by transformers' rule.
+
+    The older `rope_scaling` counts before `rope_parameters`, and the length that a model was first
+    trained for counts where it stands beside the object, before the one in it.
+    """
+    entry = dict(nested(fields, "rope_scaling") or nested(fields, "rope_parameters"))
+    trained = "original_max_position_embeddings"
+    if fields.get(trained) is not None:
+        entry[trained] = fields.get(trained)
+    entry.setdefault("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    return entry
+
+
 def rope(
     fields: Fields, dim: int, defaults: Mapping[str, Any], *, gain: float | None = None
 ) -> Rope:
@@ -68,11 +82,13 @@ def rope(
     Raises:
         ConfigError: a rope type no net here computes, or a value it cannot have.
     """
+    said = fields.get("type")  # the older name of rope_type
+    kind = "default" if said is None else said
     entry = Fields(
-        {"rope_type" if k == "type" else k: v for k, v in fields.values.items()},
+        fields.values,
         fields.where,
-        {"rope_type": "default", "partial_rotary_factor": 1.0, **defaults},
-    )  # fmt: skip
+        {"rope_type": kind, "partial_rotary_factor": 1.0, **defaults},
+    )
     kind = entry.get("rope_type")
     if kind not in ROPE_TYPES:
         raise entry.unsupported("rope_type", kind, ", ".join(ROPE_TYPES))
@@ -110,6 +126,17 @@ def positive(fields: Fields, key: str) -> float:
     if value <= 0:
         raise fields.fault(key, "a positive number")
     return value
+
+
+def gguf_rope_factor(fields: Fields) -> float:
+    """What positions are divided by in a GGUF file; llama.cpp reads 0 as 1, like no scaling."""
+    fields.refuse_unless("rope.scaling.type", "none", "linear")
+    if fields.get("rope.scaling.type") == "none":
+        return 1.0
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        if factor := fields.positive(key, or_zero=True):
+            return factor
+    return 1.0
 
 
 def by_type(

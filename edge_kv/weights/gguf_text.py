@@ -28,10 +28,11 @@ class GGUFText:
     def stop_ids(self) -> list[int]:
         fields, n = Fields(self._metadata, self._where), self.vocab
         known = self.eos
-        tokens = self._metadata.get("tokenizer.ggml.tokens") or []
+        listed = self._metadata.get("tokenizer.ggml.tokens")
+        tokens = enumerate(listed) if isinstance(listed, list) else ()
         ids = {
             *fields.token_ids("tokenizer.ggml.eot_token_id", n),
-            *turn_end_ids({t: i for i, t in enumerate(tokens)}, known),
+            *turn_end_ids({t: i for i, t in tokens if isinstance(t, str)}, known),
         }
         return sorted(ids - set(known))
 

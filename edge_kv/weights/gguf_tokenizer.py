@@ -24,6 +24,24 @@ _MARKS = re.compile(
 )
 
 
+def default_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens of a SentencePiece file that does not name them: llama.cpp's own, or
+    those of every Gemma; none of a byte-level one."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gemma4" or str(metadata.get("general.architecture")).startswith("gemma"):
+        return {"padding_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "unknown_token_id": 3}
+    if kind == "llama":
+        return {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {}
+
+
+def _unsaid(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds where a file does not say it: as in llama.cpp, SentencePiece begins with a space,
+    and Gemma 4's own kind does not."""
+    spaced = metadata.get("tokenizer.ggml.model") == "llama"
+    return {**default_ids(metadata), "add_space_prefix": spaced}
+
+
 def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
     """Content of a `tokenizer.json` that gives the same ids; None without a tokenizer.
 
@@ -57,7 +75,7 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
         )
     else:
         merges = _stored_merges(_strings(metadata, "merges", where), vocab, where)
-    fields = Fields(metadata, where, {"unknown_token_id": 3, "bos_token_id": 2}, "tokenizer.ggml.")
+    fields = Fields(metadata, where, _unsaid(metadata), "tokenizer.ggml.")
     unknown = fields.integer("unknown_token_id")
     if not 0 <= unknown < len(tokens):
         raise WeightsError(f"{where}: the unknown token {unknown} is not one of {len(tokens)}.")
@@ -70,14 +88,7 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
             "normalizer": _normalizer(fields),
             "pre_tokenizer": None,
             "post_processor": _post_processor(fields, tokens),
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                ],
-            },
+            "decoder": _decoder(fields),
             "model": {
                 "type": "BPE",
                 "dropout": None,
@@ -197,6 +208,18 @@ def _normalizer(fields: Fields) -> dict[str, Any]:
     if not fields.flag("add_space_prefix"):
         return spaces
     return {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, spaces]}
+
+
+def _decoder(fields: Fields) -> dict[str, Any]:
+    """The way back: the space that a text was begun with is not of the text."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if fields.flag("add_space_prefix"):
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
 
 
 def _post_processor(fields: Fields, tokens: list[str]) -> dict[str, Any] | None:

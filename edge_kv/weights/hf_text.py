@@ -34,8 +34,8 @@ class HFText:
         for file in ("tokenizer_config.json", "chat_template.json"):
             found = (self._json(file) or {}).get("chat_template")
             if isinstance(found, list):  # several named templates
-                named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-                found = named.get("default")
+                default = (t.get("template") for t in _objects(found) if t.get("name") == "default")
+                found = next(default, None)
             if isinstance(found, str):
                 return found
         return None
@@ -66,14 +66,9 @@ class HFText:
     def _tokens(self) -> dict[str, int]:
         """Added token -> id of tokenizer.json."""
         added = (self._json("tokenizer.json") or {}).get("added_tokens")
-        entries = [t for t in added if isinstance(t, dict)] if isinstance(added, list) else []
-        found = {t.get("content"): t.get("id") for t in entries}
+        found = [(t.get("content"), t.get("id")) for t in _objects(added)]
         known = range(self.vocab)
-        return {
-            t: i
-            for t, i in found.items()
-            if isinstance(t, str) and isinstance(i, int) and i in known
-        }
+        return {t: i for t, i in found if isinstance(t, str) and type(i) is int and i in known}
 
     def files(self) -> list[Path]:
         """What it reads, as far as it is there."""
@@ -84,3 +79,8 @@ class HFText:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         return read_json(self._root / name)
+
+
+def _objects(listed: Any) -> list[dict[str, Any]]:
+    """The objects of a JSON list; none of anything else."""
+    return [x for x in listed if isinstance(x, dict)] if isinstance(listed, list) else []
