@@ -26,8 +26,8 @@ from typing import Any
 from common import say, write_result
 
 from edge_kv import amounts
+from edge_kv.parity import lead
 from edge_kv.runtime import Generator, Message, Options, Session, load
-from edge_kv.runtime.sampling import lead
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 
 CTX = 2048

@@ -255,6 +255,8 @@ class ParityEntry(Entry):
     quantisation: dict[Name, Distance]
     perplexity: dict[Name, Distance] | None = None  # of a text, where there was one
     correlation: Annotated[float, Field(ge=-1, le=1)]  # of logits with the checkpoint's
+    # By how much passes of several tokens move the likeliest one's lead; None: not measured.
+    lead_change: Distance | None = None
     lowering_limit: dict[Name, Distance]
     vectors: FileName
     verify: VerifyEntry

@@ -50,6 +50,24 @@ def divergence(reference: Floats, run: Floats) -> Divergence:
     )
 
 
+def lead_change(alone: Floats, passes: Floats) -> float:
+    """By how much the likeliest token's lead over the second differs between two runs, at most.
+
+    A greedy choice may come out otherwise where its lead is below that. Logits are [rows, vocab].
+    """
+    changes = []
+    for a, b in zip(alone, passes, strict=True):
+        best = int(a.argmax())
+        changes.append(abs(lead(a, best) - lead(b, best)))
+    return float(np.max(changes))
+
+
+def lead(logits: Floats, token: int) -> float:
+    """By how much the logit of `token` is above the largest other one of logits [vocab]."""
+    others = (logits[:token].max(initial=-np.inf), logits[token + 1 :].max(initial=-np.inf))
+    return float(logits[token] - max(others))
+
+
 def together(parts: Sequence[Divergence]) -> Divergence:
     """The divergence of a run from those of its parts."""
     steps = [p.steps for p in parts]

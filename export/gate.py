@@ -7,6 +7,9 @@ against the same), and `quantisation` (the programs as they ship against the flo
 at least be about the same model, and where storage loses nothing the stored weights must be the
 checkpoint's).
 
+Passes of several tokens are compared with the single steps too: how far they move the lead of the
+likeliest token says below which lead a greedy choice may depend on the number of drafts.
+
 Of an artifact with a drafter, what it says behind some of the decoded tokens is compared too:
 `lowering` and `kernels` of its program, and `quantisation` of its stored weights against those of
 its checkpoint, both over what the model with stored weights has read.
@@ -35,6 +38,7 @@ from edge_kv.parity import (
     bursts,
     divergence,
     draft_divergence,
+    lead_change,
     log_softmax,
     replayed,
     several,
@@ -263,11 +267,18 @@ def judge(
         "lowering": _rounded(lowering),
         "kernels": _rounded(kernels),
         "quantisation": _rounded(quantisation),
+        **({"lead_change": _lead_change(run, shipped)} if run.passes else {}),
         **({"perplexity": perplexity} if run.text and run.steps > 1 else {}),
         "correlation": float(f"{agreement:.3g}"),
         "lowering_limit": _limit_entry(limit, limit_kl),
         "verify": _verify_limits(kernels),
     }
+
+
+def _lead_change(run: GateRun, logits: npt.NDArray[np.float32]) -> float:
+    """Between the passes of several tokens and the steps with the same tokens one by one."""
+    alone = logits[run.rows[run.steps :]]
+    return float(f"{lead_change(alone, logits[run.steps :]):.3g}")
 
 
 def judge_drafts(

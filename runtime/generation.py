@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_kv.errors import ConfigError, ContextFullError, PromptError, did_you_mean
-from edge_kv.runtime.sampling import Sampler, TokenLogprobs, lead
+from edge_kv.parity import lead
+from edge_kv.runtime.sampling import Sampler, TokenLogprobs
 from edge_kv.runtime.session import Logits, Session
 from edge_kv.runtime.speculation import AUTO, Speculation
 

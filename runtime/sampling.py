@@ -215,12 +215,6 @@ class Sampler:
         return out
 
 
-def lead(logits: npt.NDArray[np.float32], token: int) -> float:
-    """By how much the logit of `token` is above the largest other one in float32 [vocab]."""
-    others = (logits[:token].max(initial=-np.inf), logits[token + 1 :].max(initial=-np.inf))
-    return float(logits[token] - max(others))
-
-
 def _largest(weights: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.intp]:
     """Indices of the `count` largest weights, largest first, ties by the lower index."""
     kept = _candidates(weights, count)

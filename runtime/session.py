@@ -315,13 +315,16 @@ class Session(ABC):
 
     @property
     def rounding(self) -> float:
-        """Logits nearer to each other than this may change places between programs of this model.
+        """A likeliest id whose logit leads by less may be another one in a pass of several tokens.
 
-        It is twice what the export gate measured as the noise of the exported programs.
+        It is twice the largest change of a lead that the export gate saw, in artifacts from before
+        that was measured twice the largest |Δlogit| of programs with float kernels.
         """
         parity = self.artifact.manifest.parity.get(self.backend)
         if parity is None:
             return 0.0
+        if parity.lead_change is not None:
+            return 2 * parity.lead_change
         return 2 * parity.lowering.get("max_abs", 0.0)
 
     @property

@@ -57,6 +57,23 @@ def test_a_quantised_model_passes_and_its_figures_are_recorded():
     assert found["lowering_limit"] == {"relative": 1e-3, "max_kl": 1e-6}
 
 
+def test_how_far_passes_of_several_tokens_move_a_lead_is_recorded():
+    """Against single steps of the shipped programs, whatever is far from the likeliest token."""
+    alone = logits()
+    run = replace(RUN, passes=((3, 2), (9, 1)))
+    exact = np.concatenate([alone, alone[[3, 4, 9]]])
+    shipped = exact.copy()
+    shipped[-2, alone[4].argmax()] -= 0.125
+    shipped[-1, alone[9].argmin()] -= 0.5
+    stored = torch.from_numpy(alone)
+    found = gate.judge(
+        run, Plan, exact=exact, shipped=shipped, stored=stored, source=stored, scheme="int4",
+        moved=unasked,
+    )  # fmt: skip
+    assert found["lead_change"] == 0.125
+    assert "lead_change" not in judge(alone, alone, alone, alone)
+
+
 @pytest.mark.parametrize("scheme", ["int4", "int8", "none", "another-storage"])
 def test_weights_of_another_model_are_refused(scheme):
     source, stored = logits(0), logits(1)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_kv.errors import ConfigError, RuntimeFault
-from edge_kv.runtime.sampling import Sampler, TokenLogprobs, lead
+from edge_kv.parity import lead
+from edge_kv.runtime.sampling import Sampler, TokenLogprobs
 
 
 def reference(logits, *, temperature, top_k=0, top_p=1.0, min_p=0.0):

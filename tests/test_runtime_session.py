@@ -1,8 +1,10 @@
 """Session rules that no engine decides: chunks, rewinds, interrupts, refusals."""
 
+import json
+
 import numpy as np
 import pytest
-from fake_artifact import VOCAB, NumpySession, oracle, write_artifact
+from fake_artifact import VOCAB, NumpySession, edit_manifest, oracle, write_artifact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,6 +145,19 @@ def test_a_refused_draft_is_taken_back_after_any_pass(session):
         session.decode(5), oracle(session.toy, session.plan, [*fed, 5]), rtol=1e-4, atol=1e-4
     )
     assert session.stats.decode_passes - passes == 16 and session.stats.decode_tokens == 46
+
+
+def test_what_rounding_may_turn_round_is_what_the_gate_measured(tmp_path):
+    root = write_artifact(tmp_path / "a", programs=False)
+    stored = json.loads((root / "manifest.json").read_text())["parity"]
+    stored["onnx"]["lowering"]["max_abs"] = 0.25
+    for change, rounding in (({}, 0.5), ({"lead_change": 0.75}, 1.5), ({"lead_change": 0.0}, 0.0)):
+        edit_manifest(root, parity={"onnx": {**stored["onnx"], **change}})
+        with NumpySession(read_artifact(root)) as session:
+            assert session.rounding == rounding
+    edit_manifest(root, parity={})
+    with NumpySession(read_artifact(root)) as session:
+        assert session.rounding == 0.0
 
 
 def test_a_pass_takes_as_many_tokens_as_were_exported(session):

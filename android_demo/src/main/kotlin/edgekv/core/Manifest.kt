@@ -245,12 +245,13 @@ class Manifest private constructor(
         private fun vectors(f: Fields): String {
             f.only(
                 "prompt", "steps", "lowering", "kernels", "quantisation", "perplexity", "correlation",
-                "lowering_limit", "vectors", "verify", "draft",
+                "lead_change", "lowering_limit", "vectors", "verify", "draft",
             )
             f.int("prompt", NUMBER)
             f.int("steps", COUNT)
             distances(f, listOf("min_top1"))
             if (f.has("perplexity")) distances(f, "perplexity")
+            if (f.has("lead_change")) f.double("lead_change", DISTANCE)
             if (f.has("draft")) {
                 val draft = f.fields("draft")
                 draft.only(
