@@ -6,6 +6,7 @@
 // Decodes greedily and streams each id as it is chosen; times and memory go to stderr. What it needs
 // to know about the model is in the manifest, which is compared with the program.
 #include <fcntl.h>
+#include <malloc.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -25,6 +26,7 @@
 #include "engine.h"
 #include "kernels.h"
 #include "manifest.h"
+#include "parallel.h"
 #include "snapshot.h"
 
 namespace {
@@ -170,6 +172,16 @@ void check_contract(edge_kv_engine* engine, const std::string& program, const Ma
     stop(program + " and the manifest disagree about '" + odd[0] + "'; copy the artifact again.");
 }
 
+// Gives back what a prompt was read in: a chunk of it works in far more than the tokens behind it.
+void release_memory() {
+  edge_kv_release_scratch();
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#elif defined(M_PURGE)
+  mallopt(M_PURGE, 0);  // Android's allocator
+#endif
+}
+
 void report_memory() {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);)
@@ -240,6 +252,7 @@ int main(int argc, char** argv) {
     if (edge_kv_prefill(engine, &ids[size_t(at)], count, restored + at, rows, error, kErrorBytes))
       stop(std::string("Prefill failed: ") + error + ".");
   }
+  if (prompt) release_memory();
   const double prefilled = now();
   std::vector<float> logits(static_cast<size_t>(vocab));
   int64_t id = ids.back(), pos = restored + prompt, made = 0;
