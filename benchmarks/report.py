@@ -245,9 +245,10 @@ def drafts() -> str:
              _spread(r["llama.cpp"]["gain"], kind)]
             for kind in ("copy", "prose")
         ]  # fmt: skip
+        below = f" (leads below {r['rounding']:.2f})" if "rounding" in r else ""
         head = [
             f"{model}: text", "plain tok/s", "with drafts", "gain", "drafts that came",
-            "ties", "greedy texts", "llama-cpp-python's lookup",
+            f"ties{below}", "greedy texts", "llama-cpp-python's lookup",
         ]  # fmt: skip
         parts.append(table(head, rows))
     return "\n\n".join(parts)
