@@ -232,7 +232,11 @@ def many(base: str, model: str, seconds: float, server: int) -> dict[str, Any]:
 
 
 def malformed(base: str, count: int) -> dict[str, Any]:
-    """Requests that are wrong in seeded ways: what they were answered with."""
+    """Requests that are wrong in seeded ways: what they were answered with, and how late.
+
+    Some turn out to be right (`"max_tokens": null` asks for as long a reply as the server gives):
+    they are answered with a reply, whose time says nothing of how long a refusal takes.
+    """
     draw = random.Random(0)
     odd: list[Any] = [None, -1, 10**30, "x", [], {}, [1], {"a": 1}, True, "\ud800", 1e308, "ÿ" * 99]
     fields = [
@@ -240,7 +244,7 @@ def malformed(base: str, count: int) -> dict[str, Any]:
         "logit_bias", "response_format", "stream_options", "seed", "top_logprobs", "prompt",
     ]  # fmt: skip
     statuses: dict[str, int] = {}
-    longest = 0.0
+    longest: dict[str, float] = {}
     with httpx.Client(timeout=300, headers=key()) as client:
         for _ in range(count):
             body: dict[str, Any] = {"messages": [QUESTION], "max_tokens": 1}
@@ -253,10 +257,11 @@ def malformed(base: str, count: int) -> dict[str, Any]:
             path = draw.choice(["/v1/chat/completions"] * 5 + ["/v1/completions", "/v1/nothing"])
             begin = time.monotonic()
             answer = client.post(f"{base}{path}", content=content, headers={"Content-Type": kind})
-            longest = max(longest, time.monotonic() - begin)
+            seconds = time.monotonic() - begin
             answer.json()  # an error is a document too
             name = str(answer.status_code)
             statuses[name] = statuses.get(name, 0) + 1
+            longest[name] = max(longest.get(name, 0.0), seconds)
     say(f"malformed requests by status: {statuses}")
     return {"requests": count, "statuses": statuses, "longest_seconds": longest}
 
