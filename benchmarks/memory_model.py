@@ -136,6 +136,7 @@ def best_costs(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     base = [r["base"]["anon"] for r in rows]
     loads = [r["measured"]["load"]["held"] - b for r, b in zip(rows, base, strict=True)]
+    opening = [r["measured"]["load"]["anon"] - r["measured"]["load"]["held"] for r in rows]
     opened, layer = solve([[1.0] * len(rows), [r["sizes"]["layers"] for r in rows]], loads)
 
     def work(phase: str) -> list[float]:
@@ -147,14 +148,15 @@ def best_costs(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     chunks = [4.0 * min(r["sizes"]["chunk"], r["depth"]) * r["sizes"]["row"] for r in rows]
     ones = [1.0] * len(rows)
-    kept, logits, running = solve(
+    kept, logits, running = solve(  # rows of logits: of the token and of all its drafts
         [chunks, [4.0 * r["sizes"]["vocab"] for r in rows], ones], work("decode")
     )
     copies, _ = solve([chunks, ones], work("prefill"))
     code = [r["measured"]["decode"]["file"] - r["base"]["file"] - r["sizes"]["dense"] for r in rows]
     found = {
-        "opened": opened, "layer": layer, "copies": copies, "kept": kept, "logits": logits,
-        "running": running, "code, tokenizer's too": float(np.median(code)),
+        "opened": opened, "layer": layer, "copies": copies, "kept": kept,
+        "logits, drafts' too": logits, "running": running, "opening": float(np.median(opening)),
+        "code, tokenizer's too": float(np.median(code)),
     }  # fmt: skip
     texts = [r for r in rows if "tokenizer" in r["measured"]]
     counts = [[float(r["sizes"][n]) for r in texts] for n in ("vocab", "merges")]

@@ -41,9 +41,9 @@ def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> di
     with Watch(memory, "decode"):
         for token in ids[depth - steps :]:
             session.decode(int(token))
-        if session.drafts:
-            session.rewind(session.drafts + 1)
-            session.decode_many(ids[depth - session.drafts - 1 : depth])
+        for drafts in passes(session.drafts):
+            session.rewind(drafts + 1)
+            session.decode_many(ids[depth - drafts - 1 : depth])
     planned = predict_artifact(artifact, depth, engine=engine, base=base)
     needs, tokens = needs_of(artifact), artifact.manifest.tokenizer
     merges = count_merges(root / tokens.file) if tokens else 0
@@ -65,6 +65,12 @@ def measure(root: Path, engine: str, depth: int, steps: int, threads: int) -> di
             "state": artifact.plan.touched(depth) + TOKEN_BYTES * depth,
         },
     }  # fmt: skip
+
+
+def passes(most: int) -> list[int]:
+    """Drafts of the passes that are made: one, about half of the most, and the most, as drafts of
+    several lengths follow each other in a reply."""
+    return sorted({1, most // 2, most} - {0}) if most else []
 
 
 def forget(path: Path) -> None:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "docs/android.md", "docs/calibration.md", "docs/executorch.md", "docs/files.md",
-    "docs/models.md", "docs/raspberry-pi.md", "docs/serve.md", "docs/speed.md",
+    "docs/memory.md", "docs/models.md", "docs/raspberry-pi.md", "docs/serve.md", "docs/speed.md",
 )  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
 STORED = {  # how a row calls a run of benchmarks/calibration.py
@@ -684,6 +684,36 @@ def imported() -> str:
     )
 
 
+def memory_model() -> str:
+    """Planned and measured megabytes of every phase: rows of a model, an engine and a Python."""
+    phases = ("load", "tokenizer", "prefill", "decode")
+    runs = [load(p.stem) for p in sorted(RESULTS.glob("memory_model*.json"))]
+    models = list(dict.fromkeys(x["model"] for r in runs for x in r["rows"]))
+    rows, held, limits = [], [], []
+    for r in runs:
+        held.append(f"{r['promise']['held']} of {r['promise']['of']} with Python {r['python']}")
+        for x in r["rows"]:
+            if "ram_limit" in x:
+                limits.append(x["ram_limit"]["peak"] <= x["ram_limit"]["limit"])
+            cells = []
+            for phase in phases:
+                values = []
+                for kind in ("anon", "total") if phase in x["measured"] else ():
+                    planned, measured = x["planned"][phase][kind], x["measured"][phase][kind]
+                    off = abs(planned - measured) > max(0.05 * measured, 5e6)
+                    values.append(f"{planned / 1e6:.0f}, {measured / 1e6:.0f}{' *' if off else ''}")
+                cells.append(" / ".join(values) or MISSING)
+            python = ".".join(r["python"].split(".")[:2])
+            rows.append([f"{x['model']}, {x['use']}", x["engine"], python, *cells])
+    rows.sort(key=lambda row: (models.index(row[0].rpartition(", ")[0]), row[1], row[2]))
+    head = ["model, use", "engine", "Python", *phases]
+    return (
+        f"Within 5 % or 5 MB: {', '.join(held)} figures; the others are marked. Under the least "
+        f"`--ram-limit` that lets them start, {sum(limits)} of {len(limits)} runs stayed inside."
+        f"\n\n{table(head, rows)}"
+    )
+
+
 def prompt_cache() -> str:
     """Returning conversations: tokens read again and time to the first token, a row a way."""
     r = load("prompt_cache")
@@ -726,6 +756,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "jvm": jvm,
     "apk": apk,
     "executorch-export": executorch_export,
+    "memory-model": memory_model,
     "prompt-cache": prompt_cache,
 }
 

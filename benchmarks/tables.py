@@ -34,7 +34,6 @@ def main() -> None:
         "limits": "\n\n".join(limits(r) for r in results("limits_")),
         "exports": exports([r for r in results("export_") if "limit" in r]),
         "resume": "\n\n".join(resume(r) for r in results("resume_")),
-        "memory": "\n\n".join(memory_model(r) for r in results("memory_model")),
         "startup": startup(result("startup")),
         "agreement": "\n\n".join(agreement(r) for r in results("engines_agree_")),
         "peers": "\n\n".join(peers(r) for r in results("peers_")),
@@ -321,32 +320,6 @@ def resume(r: dict[str, Any]) -> str:
         f"{min(k['seconds'] for k in kills):.0f} to {max(k['seconds'] for k in kills):.0f} s): no "
         f"finished tensor is done twice, and the artifact, {len(r['equal_files'])} files of "
         f"{size / 1e9:.1f} GB, {end} the uninterrupted one byte by byte."
-    )
-
-
-def memory_model(r: dict[str, Any]) -> str:
-    """Planned and measured megabytes of every phase, a row a model and engine."""
-    phases = ("load", "tokenizer", "prefill", "decode")
-    head = ("model, use", "engine", "MB", *phases)
-    rows: list[tuple[Any, ...]] = []
-    for x in r["rows"]:
-        for kind, label in (("anon", "anonymous"), ("total", "all")):
-            cells = []
-            for phase in phases:
-                if phase not in x["measured"]:
-                    cells.append("–")
-                    continue
-                planned, measured = x["planned"][phase][kind], x["measured"][phase][kind]
-                off = abs(planned - measured) > max(0.05 * measured, 5e6)
-                cells.append(f"{planned / 1e6:.0f}, {measured / 1e6:.0f}{' *' if off else ''}")
-            rows.append((f"{x['model']}, {x['use']}", x["engine"], label, *cells))
-    promise = r["promise"]
-    rest = "; the others are marked" if promise["held"] < promise["of"] else ""
-    python = r.get("python", r["machine"]["python"])
-    return (
-        f"Python {python}: {promise['held']} of {promise['of']} figures are within 5 % or 5 MB"
-        f"{rest}.\n\n"
-        f"{markdown(head, rows)}"
     )
 
 

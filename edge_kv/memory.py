@@ -54,26 +54,28 @@ class Costs:
     typical: Base  # where a process cannot be measured
     opened: int  # heap of a session, whatever its model
     layer: int  # … and for each layer of a model, in both programs
+    opening: int  # heap beside these that a load takes for a moment: programs as they are read
     running: int  # heap that the first step takes, whatever the model: pools, a thread's stack
     code_opened: int  # pages of libraries that opening a model touches
     code: int  # … and that running one does
     copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
     kept: float  # … of these, beside the tokens that follow a prompt; the others are given back
     logits: float  # rows of logits, f32
-    further: float  # … for each further token of a pass
+    further: float  # … for each further token of a pass: in the program, given out, left behind
     apart: bool  # whether prefill maps the weights for itself
 
 
 COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
-        opened=4_360_000, layer=290_000, running=2_230_000, code_opened=8_800_000,
-        code=13_700_000, copies=1.25, kept=0.3, logits=2.0, further=2.6, apart=True,
+        opened=3_000_000, layer=375_000, opening=1_400_000, running=700_000,
+        code_opened=8_800_000, code=13_700_000, copies=1.45, kept=0.25, logits=1.0, further=2.6,
+        apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
-        opened=1_100_000, layer=13_500, running=1_360_000, code_opened=2_300_000,
-        code=10_000_000, copies=0.92, kept=0.5, logits=0.36, further=1.2, apart=False,
+        opened=1_100_000, layer=13_500, opening=0, running=300_000, code_opened=2_300_000,
+        code=10_000_000, copies=1.0, kept=0.35, logits=1.0, further=2.0, apart=False,
     ),
 }  # fmt: skip
 
@@ -200,7 +202,7 @@ def predict(
         mapped |= {"weights": 0, "experts": 0}
     loaded = base.anon + programs + copied
     running = sum(parts.values())
-    phases = {"load": Phase(loaded, opened)}
+    phases = {"load": Phase(loaded + costs.opening, opened)}
     if text:
         reading = ENTRY_READING * vocab + MERGE_READING * merges
         phases[TOKENIZER] = Phase(loaded + reading, opened + reader)
