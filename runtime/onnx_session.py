@@ -211,6 +211,8 @@ class OnnxSession(Session):
     def _program(self, name: str) -> _Bound:
         """The program to run next; the other lets go of its pages, both map the same file."""
         if self._running != name:
+            if name == "decode" and self.operators:
+                heap.release(ctypes.CDLL(str(self.operators)))
             for other in PROGRAMS:
                 if other != name and other in self._bound:
                     if self._lean:
@@ -220,8 +222,6 @@ class OnnxSession(Session):
                         mapped.let_go(self._mapped[other], self._folders[other])
             if name not in self._bound:
                 self._open(name)
-            if name == "decode" and self.operators:
-                heap.release(ctypes.CDLL(str(self.operators)))
             self._running = name
         return self._bound[name]
 
