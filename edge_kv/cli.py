@@ -34,6 +34,7 @@ from edge_kv.errors import (
     PromptError,
     RuntimeFault,
     did_you_mean,
+    one_line,
     unusable,
 )
 from edge_kv.streams import open_streams
@@ -62,7 +63,7 @@ class _Commands(TyperGroup):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             meant = command_for(args[0], self.list_commands(ctx))
             hint = f"Did you mean `edge-kv {meant}`?" if meant else "See `edge-kv --help`."
-            typer.echo(f"Error: There is no command {args[0]!r}. {hint}", err=True)
+            _say_error(f"There is no command {args[0]!r}. {hint}")
             raise typer.Exit(2)
         return super().resolve_command(ctx, args)
 
@@ -70,22 +71,26 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except _USAGE as e:
-            typer.echo(f"Error: {_usage(e)}", err=True)
+            _say_error(_usage(e))
             raise typer.Exit(2) from e
         except Cancelled as e:
             typer.echo(str(e), err=True)
             raise typer.Exit(_INTERRUPTED) from e
         except EdgeKVError as e:
-            typer.echo(f"Error: {e}", err=True)
+            _say_error(str(e))
             raise typer.Exit(1) from e
         except OSError as e:
             if e.errno == errno.EPIPE:  # whoever read this has gone
                 raise
-            typer.echo(f"Error: {unusable(e)}", err=True)
+            _say_error(unusable(e))
             raise typer.Exit(1) from e
         except KeyboardInterrupt as e:
             typer.echo("Interrupted.", err=True)
             raise typer.Exit(_INTERRUPTED) from e
+
+
+def _say_error(text: str) -> None:
+    typer.echo(f"Error: {one_line(text)}", err=True)
 
 
 def _usage(error: Any) -> str:

@@ -93,6 +93,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(choices)}."
 
 
+def one_line(text: str) -> str:
+    """`text` on one line and without what would steer a terminal: names, templates and devices
+    that a message quotes are foreign."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 _LONGEST_NAME = 200  # characters of a file name in a message
 
 

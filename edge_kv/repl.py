@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from edge_kv.errors import EdgeKVError, did_you_mean
+from edge_kv.errors import EdgeKVError, did_you_mean, one_line
 from edge_kv.runtime.chat import CANCELLED, FULL, LENGTH, Chat
 from edge_kv.runtime.messages import Message, ToolCall
 from edge_kv.runtime.replies import Piece
@@ -60,7 +60,7 @@ def converse(chat: Chat, terminal: Terminal) -> None:
         except KeyboardInterrupt:
             continue
         except EdgeKVError as e:
-            terminal.say(f"Error: {e}")
+            terminal.say(f"Error: {one_line(str(e))}")
             continue
         if line in _ENDS:
             return
@@ -70,7 +70,7 @@ def converse(chat: Chat, terminal: Terminal) -> None:
             elif line:
                 _answer(chat, terminal, chat.ask(Message("user", line)))
         except EdgeKVError as e:
-            terminal.say(f"Error: {e}")
+            terminal.say(f"Error: {one_line(str(e))}")
         except KeyboardInterrupt:
             terminal.say("(stopped)")
 

@@ -549,6 +549,16 @@ def test_what_the_system_refuses_is_one_sentence(root, line):
     )
 
 
+def test_what_a_message_quotes_does_not_steer_the_terminal(root):
+    result = CliRunner().invoke(app, ["inspect", "a\nb\x1b[2J\u202eé"])
+    assert result.stderr.startswith("Error: a\\nb\\x1b[2J\\u202eé is not a directory;")
+    text = "{{ raise_exception('\\x1b[2J gone\\r\\n') }}"
+    art = write_artifact(root.parent / "steering", template=text)
+    result = CliRunner().invoke(app, ["run", str(art), "hi"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "\\x1b[2J gone" in result.stderr and "\x1b" not in result.stderr
+
+
 def test_a_full_disk_behind_stdout_is_one_sentence(root):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
