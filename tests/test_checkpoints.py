@@ -232,9 +232,9 @@ def test_laguna_with_experts_stacked_or_apart(saved, tmp_path):
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
-def as_gguf(root, path, arch, storage=None, **keys):
-    """A saved Llama or Qwen as llama.cpp's converter writes it; `storage` quantises matrices, and
-    `keys` are further metadata of the model."""
+def as_gguf(root, path, arch, storage=None, turned=None, **keys):
+    """A saved Llama or Qwen as llama.cpp's converter writes it; `storage` quantises matrices,
+    `turned` dims of a head turn instead of all, and `keys` are further metadata of the model."""
     config = json.loads((root / "config.json").read_text())
     rope = config["rope_parameters"]
     writer = gguf.GGUFWriter(path, arch)
@@ -246,7 +246,7 @@ def as_gguf(root, path, arch, storage=None, **keys):
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_dimension_count(turned or config["head_dim"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     for name, i in (("bos", 1), ("eos", 2), ("padding", 0)):
@@ -330,6 +330,13 @@ def test_scaled_ropes_of_gguf(saved, tmp_path, keys, factor):
     assert open_checkpoint(path).config.rope.factor == factor
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_gguf_of_heads_that_turn_in_part(saved, tmp_path, name):
+    path = as_gguf(saved(name), tmp_path / "x.gguf", name, turned=4)
+    with pytest.raises(ConfigError, match=r"rope.dimension_count = 4 is not supported"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["e2b", "26b", "gemma3"])
 @pytest.mark.parametrize("split", [False, True])
 def test_gguf_of_gemma(tmp_path, name, split):
@@ -399,6 +406,8 @@ def difference(root):
     return float((got - expected).abs().max())
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+PLAIN = {"rope_type": "default", "rope_theta": 77.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -412,6 +421,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("llama-bias", {"rope_scaling": {"type": "default"}}),
         ("llama-bias", {"original_max_position_embeddings": 64}),
         ("qwen3", {"rope_parameters": {"type": "linear", **YARN}}),
+        ("laguna", {"rope_parameters": {FULL: PLAIN, SLIDING: PLAIN}}),
+        ("laguna", {"rope_parameters": {FULL: {**PLAIN, **YARN}, SLIDING: PLAIN}}),
+        ("deepseek_v4", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("deepseek_v4", {"rope_scaling": {**YARN, "attention_factor": 0.7, "rope_theta": 9}}),
+        ("deepseek_v4", {"rope_parameters": {"main": YARN, "compress": {"rope_theta": 50}}}),
+        ("zaya-sliding", {"rope_parameters": {"hybrid": PLAIN, "hybrid_sliding": PLAIN}}),
         ("gemma3", {"rope_scaling": {"type": "default"}}),
         ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     ],
@@ -480,6 +495,10 @@ REFUSED = [
     ("laguna", {"num_experts_per_tok": 9}, "top_k 9 must be at most the number of experts 8"),
     ("laguna", {"gating": "sometimes"}, "gating = 'sometimes' is not supported"),
     ("laguna", {"moe_apply_router_weight_on_input": True}, "moe_apply_router_weight_on_input"),
+    ("laguna", {"moe_router_use_sigmoid": False}, "moe_router_use_sigmoid = false"),
+    ("laguna", {"rope_parameters": {"full_attention": {}}}, "rope_theta is absent"),
+    ("laguna", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = {"),
+    ("zaya", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = {"),
     ("laguna", {"num_attention_heads_per_layer": [6]}, "num_attention_heads_per_layer"),
     ("laguna", {"sliding_window": 0}, "window 0 must be positive"),
     ("laguna", {"num_experts": 0}, "experts 0 must be positive"),

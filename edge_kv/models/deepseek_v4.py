@@ -211,23 +211,34 @@ def _hashed(fields: Fields, layers: int) -> int:
 def _ropes(fields: Fields, head_dim: int) -> tuple[Rope, Rope]:
     """The ropes of window layers and of the others, from either style of config.
 
-    The reference never multiplies cos and sin by YaRN's own factor.
+    Where they are one object, cos and sin are not multiplied by YaRN's own factor.
     """
     share = fields.get("partial_rotary_factor")
-    if share is None:
-        share = fields.integer("qk_rope_head_dim") / max(head_dim, 1)
-    given = reading.nested(fields, "rope_parameters") or reading.nested(fields, "rope_scaling")
-    split = isinstance(given.get("main"), dict) and isinstance(given.get("compress"), dict)
-    scaled = given["compress"] if split else {k: v for k, v in given.items() if k != "rope_theta"}
-    ropes = []
-    for key, entry, theta in (
-        ("main", given["main"] if split else {}, "rope_theta"),
-        ("compress", scaled, "compress_rope_theta"),
-    ):
-        where = f"{fields.where}: rope_parameters.{key}"
-        defaults = {"rope_theta": fields.number(theta), "partial_rotary_factor": share}
-        ropes.append(reading.rope(Fields(entry, where), head_dim, defaults, gain=1.0))
-    return ropes[0], ropes[1]
+    # As in transformers, the older name counts before the newer one.
+    given = reading.nested(fields, "rope_scaling") or reading.nested(fields, "rope_parameters")
+    theta = {"rope_theta": fields.number("rope_theta")}
+    if isinstance(given.get("main"), dict) and isinstance(given.get("compress"), dict):
+        both = {"main": given["main"], "compress": given["compress"]}
+        rest = theta if share is None else {**theta, "partial_rotary_factor": share}
+        defaults, gain = {"main": rest, "compress": rest}, None
+    else:
+        if share is None:
+            share = fields.integer("qk_rope_head_dim") / max(head_dim, 1)
+        kept = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        both, gain = {"main": {}, "compress": kept}, 1.0
+        thetas = {"main": "rope_theta", "compress": "compress_rope_theta"}
+        defaults = {
+            key: {"rope_theta": fields.number(name), "partial_rotary_factor": share}
+            for key, name in thetas.items()
+        }
+    main, compress = (
+        reading.rope(
+            Fields(both[key], f"{fields.where}: rope_parameters.{key}"),
+            head_dim, defaults[key], gain=gain,
+        )
+        for key in both
+    )  # fmt: skip
+    return main, compress
 
 
 def _preset(**sizes: Any) -> Config:

@@ -340,6 +340,7 @@ def _gguf_gemma3(fields: Fields, tensors: dict[str, Stored], **common: Any) -> C
     q_heads = fields.integer("attention.head_count")
     kv_heads = _uniform(fields, "attention.head_count_kv", range(n), n)
     dim = _head_dim(fields, "")
+    fields.refuse_unless("rope.dimension_count", dim)
     # llama.cpp's rule: only the 27B scales by hidden / heads instead of head_dim.
     scale_dim = common["hidden"] / q_heads if n == _LAYERS_OF_27B else dim
     sliding = Rope.whole(_theta(fields, "rope.freq_base_swa"), dim)

@@ -73,6 +73,7 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
     fields.refuse_unless("attention_bias", False)
     fields.refuse_unless("quantization_config")
     fields.refuse_unless("moe_apply_router_weight_on_input", False)
+    fields.refuse_unless("moe_router_use_sigmoid", True)
     common = reading.sizes(fields)
     layers = common["layers"]
     gate = fields.get("gating")
@@ -83,18 +84,18 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
         gate = kinds[0]
     if not isinstance(gate, (str, bool)) or gate not in _GATES:
         raise fields.unsupported("gating", gate, "true, false, per-head and per-element")
-    sigmoid = fields.get("moe_router_use_sigmoid")
     head_dim = fields.integer("head_dim")
-    # Some releases keep the numbers of YaRN beside rope_parameters instead of in it.
-    yarn = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-    loose: dict[str, Any] = {key: raw[key] for key in yarn if key in raw}
     ropes = reading.by_type(
-        fields, list(_TYPES), head_dim,
+        fields,
+        list(_TYPES),
+        head_dim,
         {
             "sliding_attention": {"rope_theta": 1e4},
-            "full_attention": {"rope_theta": 5e5, "partial_rotary_factor": 0.5, **loose},
+            "full_attention": {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
         },
-    )  # fmt: skip
+        # Some releases keep the numbers of YaRN beside rope_parameters instead of in it.
+        loose=("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    )
     mlps = reading.letters(fields, "mlp_layer_types", {"dense": DENSE, "sparse": SPARSE}, layers)
     if mlps is None and isinstance(dense := fields.get("mlp_only_layers"), list):
         mlps = "".join(DENSE if i in dense else SPARSE for i in range(layers))
@@ -121,7 +122,6 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
         top_k=fields.integer("num_experts_per_tok"),
         expert_width=fields.integer("moe_intermediate_size"),
         shared_width=fields.integer("shared_expert_intermediate_size"),
-        score="softmax" if sigmoid is False else "sigmoid",
         routed_scale=fields.number("moe_routed_scaling_factor"),
         router_softcap=fields.number("moe_router_logit_softcapping"),
         tied=fields.flag("tie_word_embeddings"),

@@ -120,11 +120,11 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
     hidden = fields.integer("embedding_length")
     head_dim = _or(fields, "attention.key_length", hidden // max(heads, 1))
     fields.refuse_unless("attention.value_length", head_dim)
-    dim = _or(fields, "rope.dimension_count", head_dim)
+    fields.refuse_unless("rope.dimension_count", head_dim)
     factor = reading.gguf_rope_factor(fields)
-    rope = replace(Rope.whole(fields.number("rope.freq_base"), dim), factor=factor)
+    rope = replace(Rope.whole(fields.number("rope.freq_base"), head_dim), factor=factor)
     if (divisors := file.tensors.get(_DIVISORS)) is not None:
-        rope = replace(rope, scaling=_divisors(divisors, dim, where))
+        rope = replace(rope, scaling=_divisors(divisors, head_dim, where))
     table = file.tensors.get("token_embd.weight")
     return Config(
         vocab=table.shape[0] if table else 0,

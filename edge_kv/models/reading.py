@@ -77,7 +77,8 @@ def rope(
         fields: the object (`rope_parameters` of one layer type, or the older `rope_scaling`).
         dim: dims of a head; `partial_rotary_factor` is the share of them that turns.
         defaults: for keys the object may leave out.
-        gain: what cos and sin are multiplied by; YaRN's own rule when left out.
+        gain: what cos and sin are multiplied by where the object does not say it; YaRN's own rule
+            when left out.
 
     Raises:
         ConfigError: a rope type no net here computes, or a value it cannot have.
@@ -114,7 +115,7 @@ def rope(
     entry.refuse_unless("truncate", True)
     fast = positive(entry, "beta_fast") if entry.get("beta_fast") is not None else 32.0
     slow = positive(entry, "beta_slow") if entry.get("beta_slow") is not None else 1.0
-    if gain is None and entry.get("attention_factor") is not None:
+    if entry.get("attention_factor") is not None:
         gain = positive(entry, "attention_factor")
     if gain is None:
         gain = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
@@ -140,17 +141,28 @@ def gguf_rope_factor(fields: Fields) -> float:
 
 
 def by_type(
-    fields: Fields, types: Sequence[str], dim: int, defaults: Mapping[str, Mapping[str, Any]]
+    fields: Fields,
+    types: Sequence[str],
+    dim: int,
+    defaults: Mapping[str, Mapping[str, Any]],
+    loose: Sequence[str] = (),
 ) -> dict[str, Rope]:
-    """The ropes of `rope_parameters`, an object with one rope object a layer type."""
+    """The ropes of `rope_parameters`, an object with one rope object a layer type.
+
+    Args:
+        defaults: what stands for a rope object that is not there at all: one that is there has
+            none of it, as in transformers.
+        loose: names that may also stand beside `rope_parameters`.
+    """
+    fields.refuse_unless("rope_scaling", False)
     given = nested(fields, "rope_parameters")
+    beside = {name: fields.get(name) for name in loose if fields.get(name) is not None}
     out = {}
     for t in types:
         entry = given.get(t)
-        if entry is None:
-            entry = {}
-        if not isinstance(entry, dict):
+        if entry is not None and not isinstance(entry, dict):
             raise fields.fault("rope_parameters", "an object with one object a layer type")
+        rest = {**(defaults[t] if entry is None else {}), **beside}
         where = f"{fields.where}: rope_parameters.{t}"
-        out[t] = rope(Fields(entry, where), dim, defaults[t])
+        out[t] = rope(Fields(entry or {}, where), dim, rest)
     return out
