@@ -708,7 +708,7 @@ def memory_model() -> str:
     rows.sort(key=lambda row: (models.index(row[0].rpartition(", ")[0]), row[1], row[2]))
     head = ["model, use", "engine", "Python", *phases]
     return (
-        f"Figures within 5 % or 5 MB: {', '.join(held)}; others would be marked *. Under the least "
+        f"Figures within 5 % or 5 MB: {', '.join(held)}; the others are marked *. Under the least "
         f"`--ram-limit` that lets them start, {sum(limits)} of {len(limits)} runs stayed inside."
         f"\n\n{table(head, rows)}"
     )

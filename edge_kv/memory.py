@@ -69,7 +69,7 @@ COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=3_000_000, layer=375_000, opening=1_400_000, running=700_000,
-        code_opened=8_800_000, code=13_700_000, copies=1.45, kept=0.3, logits=1.0, further=2.6,
+        code_opened=8_800_000, code=13_700_000, copies=1.33, kept=0.3, logits=1.0, further=2.6,
         apart=True,
     ),
     "executorch": Costs(
