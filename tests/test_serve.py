@@ -10,12 +10,12 @@ from fake_artifact import NumpySession, write_artifact
 from starlette.testclient import TestClient
 
 from edge_kv.artifact import read_artifact
-from edge_kv.errors import ConfigError
+from edge_kv.errors import ConfigError, RuntimeFault
 from edge_kv.memory import predict_artifact
 from edge_kv.runtime.chat import Generator, Message, Reply
 from edge_kv.runtime.generation import feed
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
-from edge_kv.serve.app import Server, Settings, make_app
+from edge_kv.serve.app import Server, Settings, make_app, serve
 from edge_kv.serve.command import run_server
 from edge_kv.serve.states import WORTH_KEEPING, States, kept_bytes
 from edge_kv.serve.worker import Job, QueueFull, TimeIsUp, Worker
@@ -216,6 +216,12 @@ def test_other_names_and_other_sites_are_kept_out(client):
     same = client.get("/v1/models", headers={"Origin": "http://localhost"})
     assert same.status_code == 200
     assert "access-control-allow-origin" not in same.headers
+
+
+@pytest.mark.parametrize("host", ["\udc80", "..", "a" * 300])
+def test_a_host_that_is_none_is_refused(artifact, tmp_path, host):
+    with pytest.raises(RuntimeFault, match="Cannot listen on"):
+        serve(serving(artifact, tmp_path), host, 0, ready=print)
 
 
 def test_a_name_that_is_none_is_no_way_in(artifact, tmp_path):

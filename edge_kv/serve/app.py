@@ -509,9 +509,10 @@ def serve(server: Server, host: str, port: int, *, ready: Callable[[str], None])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         bound = socket.create_server((host, port), family=family)
-    except OSError as e:
+    except (OSError, TypeError, UnicodeError) as e:  # the latter two: a name that is none
+        why = e.strerror if isinstance(e, OSError) else e
         raise RuntimeFault(
-            f"Cannot listen on {host}:{port} ({e.strerror}); choose another --port or --host."
+            f"Cannot listen on {host}:{port} ({why}); choose another --port or --host."
         ) from e
     with bound:
         name = f"[{host}]" if family == socket.AF_INET6 else host
