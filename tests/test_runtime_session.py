@@ -151,7 +151,7 @@ def test_what_rounding_may_turn_round_is_what_the_gate_measured(tmp_path):
     root = write_artifact(tmp_path / "a", programs=False)
     stored = json.loads((root / "manifest.json").read_text())["parity"]
     stored["onnx"]["lowering"]["max_abs"] = 0.25
-    for change, rounding in (({}, 0.5), ({"lead_change": 0.75}, 1.5), ({"lead_change": 0.0}, 0.0)):
+    for change, rounding in (({}, 0.5), ({"lead_change": 0.75}, 2.25), ({"lead_change": 0.0}, 0.0)):
         edit_manifest(root, parity={"onnx": {**stored["onnx"], **change}})
         with NumpySession(read_artifact(root)) as session:
             assert session.rounding == rounding
