@@ -152,7 +152,7 @@ def best_costs(rows: list[dict[str, Any]]) -> dict[str, float]:
         [chunks, [4.0 * r["sizes"]["vocab"] for r in rows], ones], work("decode")
     )
     copies, _ = solve([chunks, ones], work("prefill"))
-    code = [r["measured"]["decode"]["file"] - r["base"]["file"] - r["sizes"]["dense"] for r in rows]
+    code = [r["measured"]["decode"]["file"] - r["sizes"]["dense"] for r in rows]
     found = {
         "opened": opened, "layer": layer, "copies": copies, "kept": kept,
         "logits, drafts' too": logits, "running": running, "opening": float(np.median(opening)),

@@ -36,6 +36,7 @@ ENTRY_BYTES, MERGE_BYTES = 223, 80  # heap of the tokenizers library for an entr
 ENTRY_READING, MERGE_READING = 266, 551  # … while it reads them
 USUAL_MERGES = 2  # merges an entry has where they were not counted; the most that is usual
 TOKENIZER_CODE = 5_000_000  # pages of that library
+KEPT_CODE = 6_500_000  # … and of all others, once a load has let go of them
 LOOKUP_BYTES = 65_536  # file pages mapped around one looked-up row of the token table
 
 
@@ -57,7 +58,7 @@ class Costs:
     opening: int  # heap beside these that a load takes for a moment: programs as they are read
     running: int  # heap that the first step takes, whatever the model: pools, a thread's stack
     code_opened: int  # pages of libraries that opening a model touches
-    code: int  # … and that running one does
+    code: int  # pages of all libraries that running one touches; a load lets go of them
     copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
     kept: float  # … of these, beside the tokens that follow a prompt; the others are given back
     logits: float  # rows of logits, f32
@@ -69,13 +70,13 @@ COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=3_000_000, layer=375_000, opening=1_400_000, running=700_000,
-        code_opened=8_800_000, code=13_700_000, copies=1.33, kept=0.3, logits=1.0, further=2.6,
+        code_opened=8_800_000, code=19_000_000, copies=1.33, kept=0.3, logits=1.0, further=2.6,
         apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
         opened=1_100_000, layer=13_500, opening=0, running=300_000, code_opened=2_300_000,
-        code=10_000_000, copies=1.0, kept=0.35, logits=1.0, further=2.0, apart=False,
+        code=17_000_000, copies=1.0, kept=0.35, logits=1.0, further=2.0, apart=False,
     ),
 }  # fmt: skip
 
@@ -194,7 +195,7 @@ def predict(
     if copied:
         parts["weights in huge pages"] = copied
     reader = TOKENIZER_CODE if text else 0
-    opened, code = base.file + costs.code_opened, base.file + costs.code + reader
+    opened, code = base.file + costs.code_opened, costs.code + reader
     lookup = _touched(needs.weights.get("embed", 0), LOOKUP_BYTES, depth)
     prefill = 0 if huge and not costs.apart else min(needs.prefill + lookup, weights)
     mapped = {"libraries": code, "weights": needs.dense, "experts": needs.experts}
@@ -205,7 +206,7 @@ def predict(
     phases = {"load": Phase(loaded + costs.opening, opened)}
     if text:
         reading = ENTRY_READING * vocab + MERGE_READING * merges
-        phases[TOKENIZER] = Phase(loaded + reading, opened + reader)
+        phases[TOKENIZER] = Phase(loaded + reading, KEPT_CODE + reader)
     phases["prefill"] = Phase(running - checking + reading_prompt, code + prefill)
     phases["decode"] = Phase(running, code + max(weights - copied, prefill))
     kept = CHECKPOINTS * sum(t.bytes for t in plan.tables if t.keep)

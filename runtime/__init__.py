@@ -108,6 +108,7 @@ def load(
         MemoryLimitError: the weights do not fit.
     """
     from edge_kv.artifact import Artifact, read_artifact
+    from edge_kv.runtime.mapped import let_go_of_code
 
     artifact = path if isinstance(path, Artifact) else read_artifact(path)
     check_engine(artifact, engine)
@@ -115,6 +116,7 @@ def load(
     session: Session = getattr(import_module(module), name)(artifact, threads=threads, cache=cache)
     if huge_pages:
         session.use_huge_pages()
+    let_go_of_code()
     return session
 
 

@@ -327,7 +327,7 @@ class _Bound(_Program):
         self._ids = np.zeros(width, np.int64)
         self._pos = np.zeros(1, np.int64)
         rows = [_fixed(t.shape[1:], path) for t in program.inputs if t.name == "ple"]
-        self._ple = np.zeros((width, *(rows[0] if rows else (0, 0))), np.float32)
+        self._ple_shape = rows[0] if rows else (0, 0)  # of a token's rows
         self._has_ple = bool(rows)
         self.logits: Logits = np.zeros((width if decode else 0, vocab), np.float32)
         entry = session.artifact.manifest.drafter
@@ -367,8 +367,7 @@ class _Bound(_Program):
     @property
     def ple_layers(self) -> int:
         """How many layers' per-layer rows the program takes."""
-        layers: int = self._ple.shape[1]
-        return layers
+        return self._ple_shape[0]
 
     def run(self, ids: Ids, pos: int, ple: npt.NDArray[np.float32] | None) -> None:
         """Run over `ids` at `pos`: state is updated in place, logits are in `self.logits`."""
@@ -376,7 +375,7 @@ class _Bound(_Program):
         self._ids[:n] = ids
         self._pos[0] = pos
         if ple is not None:
-            self._ple[:n] = ple
+            self._feed("ple", ple)
         self._run(pos, pos + n)
 
     def _bind_values(self) -> None:
@@ -386,8 +385,6 @@ class _Bound(_Program):
         self._bound_tokens = None
         self._feed("ids", self._ids[:n])
         self._feed("pos", self._pos)
-        if self._has_ple:
-            self._feed("ple", self._ple[:n])
         if self.logits.size:
             self._fetch("logits", self.logits[0] if self._flat else self.logits[:n])
         if self.hidden.size:

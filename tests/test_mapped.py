@@ -1,6 +1,8 @@
-"""Letting go of mapped weight pages: clean ones leave, changed ones stay, the content holds."""
+"""Letting go of mapped pages: clean ones leave, changed ones stay, the content holds."""
 
 import mmap
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,3 +63,22 @@ def test_turns_between_programs_change_no_logit(tiny_artifact):
         session.prefill(ids)
         assert np.array_equal(session.decode(7), first)
         assert all(session._mapped.values())  # both programs map the weights
+
+
+_CODE = """
+import numpy as np
+from edge_kv.runtime.mapped import let_go_of_code
+from edge_kv.runtime.meter import read_memory
+from edge_kv.runtime.ort import onnxruntime
+before = read_memory()
+let_go_of_code()
+after = read_memory()
+assert np.linalg.inv(np.eye(3)).sum() == 3 and onnxruntime.get_available_providers()
+print(before.file, after.file, after.anon - before.anon)
+"""
+
+
+def test_code_leaves_and_comes_back():
+    found = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, check=True)
+    before, after, more = map(int, found.stdout.split())
+    assert after < before / 2 and more < 8e6
