@@ -330,6 +330,14 @@ def test_scaled_ropes_of_gguf(saved, tmp_path, keys, factor):
     assert open_checkpoint(path).config.rope.factor == factor
 
 
+@pytest.mark.parametrize("key, value", [("rope__scaling__attn_factor", 2.0),
+                                        ("attention__causal", 0.0)])  # fmt: skip
+def test_gguf_that_llama_cpp_computes_otherwise(saved, tmp_path, key, value):
+    path = as_gguf(saved("llama"), tmp_path / "x.gguf", "llama", **{key: value})
+    with pytest.raises(ConfigError, match=f"{key.replace('__', '.')} = .* is not supported"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_gguf_of_heads_that_turn_in_part(saved, tmp_path, name):
     path = as_gguf(saved(name), tmp_path / "x.gguf", name, turned=4)

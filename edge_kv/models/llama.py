@@ -114,6 +114,7 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
     arch = file.metadata["general.architecture"]
     fields = Fields(file.metadata, where, {"rope.freq_base": 1e4}, f"{arch}.")
     fields.refuse_unless("expert_count", 0)
+    fields.refuse_unless("attention.causal", True)
     tokens = Fields(file.metadata, where, default_ids(file.metadata), "tokenizer.ggml.")
     heads = fields.integer("attention.head_count")
     kv_heads = _or(fields, "attention.head_count_kv", heads)

@@ -132,6 +132,7 @@ def positive(fields: Fields, key: str) -> float:
 def gguf_rope_factor(fields: Fields) -> float:
     """What positions are divided by in a GGUF file; llama.cpp reads 0 as 1, like no scaling."""
     fields.refuse_unless("rope.scaling.type", "none", "linear")
+    fields.refuse_unless("rope.scaling.attn_factor", 1)
     if fields.get("rope.scaling.type") == "none":
         return 1.0
     for key in ("rope.scaling.factor", "rope.scale_linear"):
