@@ -57,6 +57,16 @@ _INTERRUPTED = 130  # what a shell makes of SIGINT
 class _Commands(TyperGroup):
     """The one place where errors become a line and an exit status."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        alone = not args
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE as e:
+            if alone:  # its message is the help
+                raise
+            _say_error(_usage(e))
+            raise typer.Exit(2) from e
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         from edge_kv.guidance import command_for
 
@@ -127,6 +137,7 @@ class _Notices(logging.Handler):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     help="KV-efficient language models from checkpoint to phone, with the memory known first.",
 )

@@ -320,6 +320,7 @@ CASES = [
     Case("commands", "vLLM's --dtype", "export --model e2b --ctx 4k --dtype int8"),
     Case("commands", "layers for a GPU", "run DIR/art hi --n-gpu-layers 99", artifact()),
     Case("commands", "an option nobody has", "run DIR/art hi --fast", artifact()),
+    Case("commands", "an option before any command", "--quiet run DIR/art hi"),
     Case("commands", "an option without its value", "run DIR/art hi --top-k", artifact()),
     Case("commands", "words where a number belongs", "run DIR/art hi --top-k many", artifact()),
     Case("commands", "more than it takes", "bench DIR/art now", artifact()),
