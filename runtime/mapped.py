@@ -54,6 +54,8 @@ def _mappings(wanted: Callable[[str, str], bool]) -> list[Mapping]:
             start, stop = (int(part, 16) for part in head[0].split("-"))
             dirty = words[1] != "0"
             found.append(Mapping(start, stop - start, int(head[2], 16), head[5], dirty))
+        elif head and words[0] == "Swap:" and words[1] != "0":  # such copies are not in RAM now
+            found[-1] = found[-1]._replace(dirty=True)
     return found
 
 

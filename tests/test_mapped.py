@@ -47,6 +47,19 @@ def test_changed_pages_stay(held):
     assert pages[5] == 77 and resident(span) == SIZE
 
 
+def test_changed_pages_that_were_swapped_out_stay_too(held, tmp_path, monkeypatch):
+    folder, _, (span,) = held[0], held[1], tuple(held[2])
+    with open("/proc/self/smaps") as f:
+        said = f.read()
+    mapping = said.index(f"{span[0]:x}-")
+    at = said.index("Swap:", mapping)
+    swapped = tmp_path / "smaps"
+    swapped.write_text(said[:at] + said[at:].replace("0 kB", "4 kB", 1))
+    monkeypatch.setattr(mapped, "_SMAPS", swapped)
+    mapped.let_go({span}, folder)
+    assert resident(span) == SIZE
+
+
 def test_only_the_named_mappings_are_dropped(held):
     folder, _, (span,) = held[0], held[1], tuple(held[2])
     mapped.let_go(set(), folder)
