@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import GATED, NO_REPO, serving
@@ -35,6 +36,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hub_module, "_PAUSE", 0.0)
+        # The client waits between its own attempts, 23 s in all where a hub is down.
+        hurried = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
+        monkeypatch.setattr("huggingface_hub.utils._http.time", hurried)
         monkeypatch.setenv("HF_TOKEN", "")
         yield hub
 
