@@ -227,6 +227,41 @@ def pass_cost() -> str:
     )
 
 
+def breakdown() -> str:
+    """What the operators of one token of E2B take, at both depths; small ones together."""
+    near, far = load("breakdown_e2b")["depths"]
+    at = {o["operator"]: o["ms"] for o in far["operators"]}
+    rows, rest = [], [0.0, 0.0]
+    for found in near["operators"]:
+        name, first, then = found["operator"], found["ms"], at.get(found["operator"], 0.0)
+        if max(first, then) < 0.2:
+            rest = [rest[0] + first, rest[1] + then]
+            continue
+        share = found.get("of a plain read")
+        title = f"`{name}`" if found["calls"] else "outside the nodes"
+        rows.append([title, f"{found['calls'] or ''}", f"{first:.1f}", f"{then:.1f}",
+                     f"{found['MB']:.0f}" if share else MISSING,
+                     f"{share:.2f}" if share else MISSING])  # fmt: skip
+    rows.append(["the rest", "", f"{rest[0]:.1f}", f"{rest[1]:.1f}", MISSING, MISSING])
+    head = ["operator", "calls", *(f"ms at {d['depth']:,}" for d in (near, far)), "MB read",
+            "of a plain read's speed"]  # fmt: skip
+    return table(head, rows)
+
+
+def against_commit() -> str:
+    """Today's E2B over that of the commit before the families, at both contexts."""
+    titles = {"onnx": "ONNX", "executorch": "ExecuTorch"}
+    head = ["engine, context", "decode", "prefill", "anonymous peak", "peak RSS"]
+    return table(
+        head,
+        [
+            [f"{titles[r['engine']]}, {r['ctx']:,}"]
+            + [f"{r[f'{n} ratio']:.2f}x" for n in ("decode", "prefill", "anon_peak", "rss_peak")]
+            for r in load("against_commit")["summary"]
+        ],
+    )
+
+
 def drafts() -> str:
     """Replies with drafts beside plain ones, of llama.cpp's binding too, a text a row."""
     parts = []
@@ -757,6 +792,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "apk": apk,
     "executorch-export": executorch_export,
     "memory-model": memory_model,
+    "breakdown": breakdown,
+    "against-commit": against_commit,
     "prompt-cache": prompt_cache,
 }
 
