@@ -31,6 +31,7 @@ DOCUMENTS = (
     "docs/memory.md", "docs/models.md", "docs/raspberry-pi.md", "docs/serve.md", "docs/speed.md",
 )  # fmt: skip
 MEASURED = {"gemma3_270m": "Gemma 3 270M", "tiny": "tiny"}  # models that quality is measured on
+ENGINES = {"onnx": "ONNX", "executorch": "ExecuTorch"}  # how a row calls them
 STORED = {  # how a row calls a run of benchmarks/calibration.py
     "int8 weights": "int8",
     "int4 weights, the default": "int4",
@@ -216,11 +217,10 @@ def pass_cost() -> str:
     rows = load("pass_cost_e2b")["rows"]
     counts = sorted({r["tokens"] for r in rows})
     of = {(r["engine"], r["depth"], r["tokens"]): r for r in rows}
-    titles = {"onnx": "ONNX", "executorch": "ExecuTorch"}
     return table(
         ["engine, depth", "one token", *(f"{n} tokens" for n in counts[1:])],
         [
-            [f"{titles[engine]}, {depth:,}", f"{of[engine, depth, 1]['milliseconds']:.0f} ms"]
+            [f"{ENGINES[engine]}, {depth:,}", f"{of[engine, depth, 1]['milliseconds']:.0f} ms"]
             + [f"{of[engine, depth, n]['multiple']:.2f}x" for n in counts[1:]]
             for engine, depth in dict.fromkeys((r["engine"], r["depth"]) for r in rows)
         ],
@@ -250,12 +250,11 @@ def breakdown() -> str:
 
 def against_commit() -> str:
     """Today's E2B over that of the commit before the families, at both contexts."""
-    titles = {"onnx": "ONNX", "executorch": "ExecuTorch"}
     head = ["engine, context", "decode", "prefill", "anonymous peak", "peak RSS"]
     return table(
         head,
         [
-            [f"{titles[r['engine']]}, {r['ctx']:,}"]
+            [f"{ENGINES[r['engine']]}, {r['ctx']:,}"]
             + [f"{r[f'{n} ratio']:.2f}x" for n in ("decode", "prefill", "anon_peak", "rss_peak")]
             for r in load("against_commit")["summary"]
         ],
@@ -726,7 +725,9 @@ def memory_model() -> str:
     models = list(dict.fromkeys(x["model"] for r in runs for x in r["rows"]))
     rows, held, limits = [], [], []
     for r in runs:
-        held.append(f"{r['promise']['held']} of {r['promise']['of']} with Python {r['python']}")
+        promise = r["promise"]
+        within, least = promise["within"], promise["or_bytes"]
+        held.append(f"{promise['held']} of {promise['of']} with Python {r['python']}")
         for x in r["rows"]:
             if "ram_limit" in x:
                 limits.append(x["ram_limit"]["peak"] <= x["ram_limit"]["limit"])
@@ -735,7 +736,7 @@ def memory_model() -> str:
                 values = []
                 for kind in ("anon", "total") if phase in x["measured"] else ():
                     planned, measured = x["planned"][phase][kind], x["measured"][phase][kind]
-                    off = abs(planned - measured) > max(0.05 * measured, 5e6)
+                    off = abs(planned - measured) > max(within * measured, least)
                     values.append(f"{planned / 1e6:.0f}, {measured / 1e6:.0f}{' *' if off else ''}")
                 cells.append(" / ".join(values) or MISSING)
             python = ".".join(r["python"].split(".")[:2])

@@ -131,6 +131,13 @@ inline void add_mixed(const ByteVec (&sums)[R][2], const float* steps, const Sof
   }
 }
 
+// Make room for products with the lower digit of weights behind those with the higher one.
+template <int R>
+inline void next_digit(ByteVec (&sums)[R][2]) {
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < 2; ++i) sums[r][i] = _mm512_slli_epi32(sums[r][i], 8);
+}
+
 // mix[r] = keep * mix[r] + steps[r] * sum_j weights[r][j] * value j of a tile in order; weights have
 // one digit or two, the higher one first.
 template <int R>
@@ -142,9 +149,7 @@ inline void byte_mix(const uint8_t (*weights)[2][kTile], int digits, const float
     ByteVec sums[R][2];
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int g = 0; g < digits; ++g) {
-      if (g)
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < 2; ++i) sums[r][i] = _mm512_slli_epi32(sums[r][i], 8);
+      if (g) next_digit<R>(sums);
       const char* at = values;
       for (int j = 0; j < n; j += 16, at += 8 * kLine) {
         if (!g) ahead.fetch(8 * kLine);
@@ -383,9 +388,7 @@ class RowsInPlace {
     ByteVec sums[R][2];
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int g = 0; g < digits; ++g) {
-      if (g)
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < 2; ++i) sums[r][i] = _mm512_slli_epi32(sums[r][i], 8);
+      if (g) next_digit<R>(sums);
       for (int j = 0; j < n; j += 16) {
         if (!g) ahead.fetch(16 * 32);
         add_rows<R, upper>(sums, values_ + j, d, weights[0][g] + j, 2 * kTile);
