@@ -5,7 +5,9 @@
 Each system is a root file system that mmdebstrap makes of Debian's or Ubuntu's packages, with
 Python and make, and once with and once without a C++ compiler. The committed state of this checkout
 is cloned into it. Needs root, mmdebstrap, 10 GB of disk a system, and the network of this machine;
---torch names a build of PyTorch for machines that cannot reach the index of CPU builds.
+--torch names a build of PyTorch for machines that cannot reach the index of CPU builds, and
+--find-links a folder that has wheels of it. Systems and targets that are not measured again keep
+what the result has of them; each target's entry names the commit that it ran.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import say, write_result
+from common import read_result, say, write_result
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = "python3,python3-venv,python3-pip,make,git,ca-certificates"
@@ -55,14 +57,18 @@ def main() -> None:
     parser.add_argument("--compilers", nargs="+", choices=["with", "without"],
                         default=["without", "with"])  # fmt: skip
     parser.add_argument("--torch", help="the TORCH of the Makefile")
+    parser.add_argument("--find-links", type=Path, help="a folder of wheels for pip")
     parser.add_argument("--artifact", type=Path, help="for the target runtime")
     parser.add_argument("--result", default="fresh_systems")
     args = parser.parse_args()
-    rows = []
     for name in args.systems:
         for compiler in args.compilers:
-            rows.append(measure(name, compiler == "with", args))
-            write_result(args.result, {"systems": rows})
+            row = measure(name, compiler == "with", args)
+            held = read_result(args.result).get("systems", [])
+            rows = {(r["system"], r["compiler"]): r for r in held}
+            key = name, compiler == "with"
+            rows[key] = {**rows.get(key, {}), **row}
+            write_result(args.result, {"systems": [rows[k] for k in sorted(rows)]})
 
 
 def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, Any]:
@@ -83,6 +89,9 @@ def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, An
                 shutil.copy(path, root / path.relative_to("/"))
         run("mount", "-t", "proc", "proc", str(root / "proc"))
         run("git", "clone", "-q", str(ROOT), str(root / "root/edge-kv"))
+        commit = run("git", "-C", str(root / "root/edge-kv"), "rev-parse", "HEAD").stdout.strip()
+        if args.find_links:
+            shutil.copytree(args.find_links, root / "wheels")
         if args.artifact:
             shutil.copytree(args.artifact, root / "artifact")
         row["python"] = inside(root, "python3 --version").stdout.split()[-1]
@@ -90,15 +99,19 @@ def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, An
             torch = f" TORCH={args.torch}" if args.torch else ""
             command = RUNTIME if target == "runtime" else f"make {target}{torch}"
             begin = time.monotonic()
-            done = inside(root, f"cd /root/edge-kv && {command}")
+            links = "export PIP_FIND_LINKS=/wheels; " if args.find_links else ""
+            done = inside(root, f"{links}cd /root/edge-kv && {command}")
             row[target] = {
                 "command": command,
+                "commit": commit,
                 "status": done.returncode,
                 "seconds": round(time.monotonic() - begin),
                 "disk_mb": disk_mb(root / "root/edge-kv"),
-                "last": last_line(done.stdout if not done.returncode else done.stderr),
+                "last": last_line(done.stdout),
             }
             say(f"{name} {'with' if compiler else 'without'} g++: {target} {row[target]}")
+            if done.returncode:
+                say("\n".join([*done.stdout.splitlines()[-60:], *done.stderr.splitlines()[-20:]]))
     finally:
         run("umount", str(home / "root/proc"))
         shutil.rmtree(home, ignore_errors=True)
