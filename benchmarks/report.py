@@ -376,6 +376,19 @@ def mixtures() -> str:
     return "\n\n".join(parts)
 
 
+def expert_reads() -> str:
+    """Ways to read experts: seconds and bytes of a token, a row a limit and routing."""
+    r = load("expert_reads")
+    modes = list(dict.fromkeys(x["mode"] for x in r["summary"]))
+    rows: dict[str, dict[str, str]] = {}
+    for x in r["summary"]:
+        routing = "alike" if x["skew"] == 0 else "favourites"
+        figures = f"{x['seconds_per_token']:.2f} s, {x['storage_bytes_per_token'] / 1e6:,.0f} MB"
+        case = f"{x['limit'] / 2**30:g} GiB, {routing}"
+        rows.setdefault(case, dict.fromkeys(modes, MISSING))[x["mode"]] = figures
+    return table(["limit, routing", *modes], [[case, *row.values()] for case, row in rows.items()])
+
+
 def smollm2_peer() -> str:
     """SmolLM2 beside llama.cpp on the same file: what is lost, then speed."""
     r = load("smollm2_peer")
@@ -782,6 +795,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "single-layers": single_layers,
     "v4-state": v4_state,
     "mixtures": mixtures,
+    "expert-reads": expert_reads,
     "smollm2-peer": smollm2_peer,
     "adding": adding,
     "full-size, earlier": partial(full_size, today=False),
