@@ -1,6 +1,7 @@
 """The server: OpenAI's API over one decoder, fair, bounded, and closed to whom it should be."""
 
 import json
+import re
 import threading
 import time
 
@@ -17,6 +18,7 @@ from edge_kv.runtime.generation import feed
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.serve.app import Server, Settings, make_app, serve
 from edge_kv.serve.command import run_server
+from edge_kv.serve.schema import finish_reason
 from edge_kv.serve.states import WORTH_KEEPING, States, kept_bytes
 from edge_kv.serve.worker import Job, QueueFull, TimeIsUp, Worker
 
@@ -135,6 +137,67 @@ def test_a_call_that_is_asked_for_comes(client):
     ]
 
 
+@pytest.mark.parametrize(
+    ("syntax", "definition"), [("regex", "[ab]{3}-[0-9]"), ("lark", 'start: /[ab]{3}/ "-" /[0-9]/')]
+)
+def test_an_answer_follows_its_grammar(client, syntax, definition):
+    form = {"type": "grammar", "syntax": syntax, "definition": definition}
+    ask = {**ASK, "max_tokens": 9, "response_format": form, "seed": 1, "temperature": 1.0}
+    choice = client.post(CHAT, json=ask).json()["choices"][0]
+    assert re.fullmatch("[ab]{3}-[0-9]", choice["message"]["content"])
+
+
+def test_the_model_is_found_by_its_name(client, server):
+    assert client.get(f"/v1/models/{server.model}").json()["id"] == server.model
+    response = client.get("/v1/models/another")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+def test_fields_that_change_nothing_are_served(client):
+    neutral = {
+        "n": 1,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "echo": False,
+        "suffix": None,
+    }
+    assert client.post(CHAT, json={**ASK, **neutral}).status_code == 200
+
+
+def test_token_ids_are_a_prompt_special_ones_too(client, server):
+    ids = server.generator.tokenizer.encode("<start_of_turn>Hello")
+    document = client.post("/v1/completions", json={"prompt": ids, "max_tokens": 1}).json()
+    assert document["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_offsets_of_logprobs_lie_in_the_text(client):
+    ask = {"prompt": "Hello", "max_tokens": 5, "logprobs": 0, "seed": 1, "temperature": 1.0}
+    choice = client.post("/v1/completions", json=ask).json()["choices"][0]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert [0, *np.cumsum([len(t) for t in tokens])[:-1]] == offsets
+
+
+@pytest.mark.parametrize(
+    ("finish", "word"),
+    [("stop", "stop"), ("length", "length"), ("full", "length"), ("calls", "tool_calls"),
+     ("cancelled", "length")],
+)  # fmt: skip
+def test_a_reply_that_was_cut_off_is_not_called_whole(finish, word):
+    assert finish_reason(Reply("a", (1,), 1, 0, 0.0, 0.0, finish=finish)) == word
+
+
+def test_who_shares_a_key_takes_turns_all_the_same(artifact, tmp_path, monkeypatch):
+    server = serving(artifact, tmp_path, Settings(api_key="s3cret"))
+    clients, submit = [], server.worker.submit
+    monkeypatch.setattr(server.worker, "submit", lambda j: (clients.append(j.client), submit(j)))
+    right = {"Authorization": "Bearer s3cret"}
+    for host in ("192.0.2.1", "192.0.2.2"):
+        app = TestClient(make_app(server), base_url="http://localhost", client=(host, 50000))
+        assert app.post(CHAT, json=ASK, headers=right).status_code == 200
+    assert len(set(clients)) == 2
+    server.worker.stop(5)
+
+
 def test_a_conversation_that_goes_on_reads_its_new_turn_alone(client):
     first = client.post(CHAT, json=ASK).json()
     answer = first["choices"][0]["message"]["content"] or ""
@@ -155,13 +218,18 @@ def test_a_conversation_that_goes_on_reads_its_new_turn_alone(client):
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
-        ({"n": 2}, "n:"),
+        ({"n": 2}, "n: only 1"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: only 0"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"logit_bias": {"many": 1}}, "logit_bias"),
         ({"stop": ["a"] * 99}, "stop"),
         ({"tools": [{"function": {}}]}, "tools[0]"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": []}}}, "must be"),
+        ({"response_format": {"type": "grammar", "syntax": "gbnf", "definition": ""}}, "'lark'"),
+        ({"response_format": {"type": "grammar", "syntax": "regex", "definition": "["}}, "usable"),
         ({"max_completion_tokens": "many"}, "max_completion_tokens"),
     ],
 )

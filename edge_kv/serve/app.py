@@ -1,7 +1,7 @@
 """`edge-kv serve`: one artifact behind OpenAI's HTTP API, with a page and figures for monitoring.
 
     POST /v1/chat/completions, /v1/completions    replies, whole or streamed
-    GET  /v1/models                               the one model
+    GET  /v1/models, /v1/models/NAME              the one model
     GET  /                                        a page to chat in, with a live meter of memory
     GET  /status                                  what that page shows, as JSON
     GET  /healthz, /metrics                       for supervisors and Prometheus
@@ -36,7 +36,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edge_kv import __version__
 from edge_kv.errors import ContextFullError, EdgeKVError, MemoryLimitError, RuntimeFault
 from edge_kv.runtime.chat import Generator, Piece, Reply, Turn
-from edge_kv.runtime.constraints import Grammar
 from edge_kv.runtime.messages import Message
 from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.replies import THINKING
@@ -214,8 +213,7 @@ def make_app(server: Server) -> Starlette:
         asked = schema.parse(schema.ChatRequest, await _body(request, server.settings))
         messages, tools = asked.conversation(), asked.offered()
         options = asked.options(server.settings.max_tokens)
-        wanted = asked.answer_schema()
-        grammar = None if wanted is None else Grammar.json_schema(wanted)
+        grammar = asked.grammar()
         choice = "required" if asked.must_call else "auto"
 
         def begin(cancelled: Callable[[], bool]) -> Turn:
@@ -244,9 +242,16 @@ def make_app(server: Server) -> Starlette:
         answer = schema.Answer.new(server.number(), server.model, server.raw.tokenizer, chat=False)
         return await _answer(request, server, answer, begin, asked)
 
+    one = {"id": server.model, "object": "model", "created": 0, "owned_by": "edge-kv"}
+
     async def models(request: Request) -> Response:
-        one = {"id": server.model, "object": "model", "created": 0, "owned_by": "edge-kv"}
         return JSONResponse({"object": "list", "data": [one]})
+
+    async def model(request: Request) -> Response:
+        if request.path_params["name"] != server.model:
+            message = f"This server has one model, {server.model!r}."
+            return JSONResponse(schema.error(message, code="model_not_found"), 404)
+        return JSONResponse(one)
 
     async def status(request: Request) -> Response:
         return JSONResponse(server.status())
@@ -282,6 +287,7 @@ def make_app(server: Server) -> Starlette:
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
         Route("/status", status),
         Route("/healthz", health),
         Route("/metrics", metrics),
@@ -395,8 +401,9 @@ class _Waiting:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        key = request.headers.get("authorization", "")
-        client = key or (request.client.host if request.client else "")
+        # Many can share one key, and clients of one machine may each send a key of their own.
+        host = request.client.host if request.client else ""
+        client = f"{host} {request.headers.get('authorization', '')}"
         self._job = Job(client, begin, told, time.monotonic() + server.settings.timeout)
         server.worker.submit(self._job)
 

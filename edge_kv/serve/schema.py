@@ -1,7 +1,7 @@
 """Requests and answers in the shape of OpenAI's API: what a client sends is checked here.
 
 Fields that are unknown are ignored, as OpenAI's own servers do; fields that are known and cannot be
-served (`n` above 1, images) are refused by name.
+served (`n` above 1, penalties by frequency, images) are refused by name.
 """
 
 from __future__ import annotations
@@ -9,18 +9,25 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from itertools import accumulate
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_kv.errors import PromptError
-from edge_kv.runtime.chat import CALLS, LENGTH, Options, Reply
+from edge_kv.runtime.chat import CALLS, CANCELLED, FULL, LENGTH, Options, Reply
+from edge_kv.runtime.constraints import Grammar
 from edge_kv.runtime.messages import Message, Tool, ToolCall
 from edge_kv.runtime.sampling import TokenLogprobs
 from edge_kv.runtime.text import Tokenizer
 
 MAX_TEXTS = 16  # stop texts of one request
 MAX_TOP_LOGPROBS = 20
+NOT_SERVED: dict[str, Any] = {
+    "n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "echo": False,
+    "suffix": "", "functions": [],
+}  # fmt: skip
+"""Fields of OpenAI's API that change a reply in ways not built here, and the values that do not."""
 
 
 class _Request(BaseModel):
@@ -38,7 +45,6 @@ class _Request(BaseModel):
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_TEXTS)] | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    n: Literal[1] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -106,26 +112,29 @@ class ChatRequest(_Request):
     def must_call(self) -> bool:
         return self.tool_choice == "required" or isinstance(self.tool_choice, dict)
 
-    def answer_schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer has to follow; None for free text.
+    def grammar(self) -> Grammar | None:
+        """What the answer has to be; None for free text.
 
         Raises:
             PromptError: a response_format of another shape.
         """
         wanted = self.response_format or {"type": "text"}
-        kind = wanted.get("type")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            return {"type": "object"}
-        inner = wanted.get("json_schema")
-        schema = inner.get("schema") if isinstance(inner, dict) else None
-        if kind != "json_schema" or not isinstance(schema, dict):
-            raise PromptError(
-                "response_format must be {'type': 'text'}, {'type': 'json_object'} or "
-                "{'type': 'json_schema', 'json_schema': {'name': …, 'schema': {…}}}."
-            )
-        return schema
+        match wanted:
+            case {"type": "text"}:
+                return None
+            case {"type": "json_object"}:
+                return Grammar.json_schema({"type": "object"})
+            case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+                return Grammar.json_schema(schema)
+            case {"type": "grammar", "syntax": "regex", "definition": str(pattern)}:
+                return Grammar.regex(pattern)
+            case {"type": "grammar", "syntax": "lark", "definition": str(text)}:
+                return Grammar.lark(text)
+        raise PromptError(
+            "response_format must be {'type': 'text'}, {'type': 'json_object'}, "
+            "{'type': 'json_schema', 'json_schema': {'name': …, 'schema': {…}}} or "
+            "{'type': 'grammar', 'syntax': 'regex' or 'lark', 'definition': …}."
+        )
 
     def options(self, default_tokens: int) -> Options:
         options = super().options(self.max_completion_tokens or default_tokens)
@@ -156,7 +165,7 @@ class CompletionRequest(_Request):
         if isinstance(prompt, str):
             return prompt
         if all(isinstance(p, int) for p in prompt):
-            return tokenizer.decode([int(p) for p in prompt])
+            return tokenizer.decode([int(p) for p in prompt], special=True)
         if len(prompt) != 1:
             raise PromptError(f"prompt has {len(prompt)} texts; send one request for each.")
         return str(prompt[0])
@@ -166,10 +175,15 @@ def parse(kind: type[_Request], body: bytes) -> Any:
     """A request from the body of an HTTP request.
 
     Raises:
-        PromptError: not JSON, or a field of the wrong kind; the message names it.
+        PromptError: not JSON, or a field of the wrong kind or that is not served; the message names
+            it.
     """
     try:
-        return kind.model_validate(json.loads(body))
+        data = json.loads(body)
+        for name, neutral in NOT_SERVED.items() if isinstance(data, dict) else ():
+            if data.get(name) not in (None, neutral):
+                raise PromptError(f"{name}: only {json.dumps(neutral)} is served; leave it out.")
+        return kind.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(x) for x in first["loc"]) or "the request"
@@ -198,7 +212,8 @@ class Answer:
         """The reply as one document."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason(reply)}
         if self.chat:
-            message: dict[str, Any] = {"role": "assistant", "content": reply.text or None}
+            text = reply.text if reply.text or not reply.calls else None
+            message: dict[str, Any] = {"role": "assistant", "content": text}
             if reply.thinking:
                 message["reasoning_content"] = reply.thinking
             if reply.calls:
@@ -253,8 +268,10 @@ class Answer:
 
         if not given:
             return None
+        texts = [text(t.id) for t in given]
         return {
-            "tokens": [text(t.id) for t in given],
+            "tokens": texts,
+            "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)),
             "token_logprobs": [t.logprob for t in given],
             "top_logprobs": [{text(i): p for i, p in t.top} for t in given],
         }
@@ -274,8 +291,9 @@ def call(called: ToolCall, index: int) -> dict[str, Any]:
 
 
 def finish_reason(reply: Reply) -> str:
-    """Why a reply ended, in OpenAI's words; a full context is a length too."""
-    return {CALLS: "tool_calls", LENGTH: "length", "full": "length"}.get(reply.finish, "stop")
+    """Why a reply ended, in OpenAI's words: a full context and a time limit cut it off too."""
+    words = {CALLS: "tool_calls", LENGTH: "length", FULL: "length", CANCELLED: "length"}
+    return words.get(reply.finish, "stop")
 
 
 def usage(reply: Reply) -> dict[str, Any]:
