@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import expm1
 from pathlib import Path
@@ -37,6 +37,7 @@ ENTRY_READING, MERGE_READING = 266, 551  # … while it reads them
 USUAL_MERGES = 2  # merges an entry has where they were not counted; the most that is usual
 TOKENIZER_CODE = 5_000_000  # pages of that library
 KEPT_CODE = 6_500_000  # … and of all others, once a load has let go of them
+KEPT_SHARE = 0.2  # … of what they take beyond that where a touch maps more than 64 KB
 LOOKUP_BYTES = 65_536  # file pages mapped around one looked-up row of the token table
 
 
@@ -46,6 +47,8 @@ class Base:
 
     anon: int
     file: int
+    # How often 64 KB doubles to what a touch of a library's file maps, by library; 0 if left out.
+    doublings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,31 @@ class Costs:
     running: int  # heap that the first step takes, whatever the model: pools, a thread's stack
     code_opened: int  # pages of libraries that opening a model touches
     code: int  # pages of all libraries that running one touches; a load lets go of them
+    doubling: Mapping[str, int]  # … more for each of `Base.doublings`, by library
     copies: float  # of what a chunk of a prompt holds, as it is counted in `needs`
     kept: float  # … of these, beside the tokens that follow a prompt; the others are given back
     logits: float  # rows of logits, f32
     further: float  # … for each further token of a pass: in the program, given out, left behind
     apart: bool  # whether prefill maps the weights for itself
 
+    def spread(self, base: Base) -> int:
+        """Pages of libraries that running a model touches here beyond `code`."""
+        return round(sum(n * base.doublings.get(name, 0.0) for name, n in self.doubling.items()))
+
 
 COSTS = {
     "onnx": Costs(
         Base(34_500_000, 33_600_000),
         opened=3_000_000, layer=375_000, opening=1_400_000, running=700_000,
-        code_opened=8_800_000, code=19_000_000, copies=1.33, kept=0.3, logits=1.0, further=2.6,
-        apart=True,
+        code_opened=8_800_000, code=19_000_000,
+        doubling={"onnxruntime": 3_500_000, "numpy": 1_200_000},
+        copies=1.33, kept=0.3, logits=1.0, further=2.6, apart=True,
     ),
     "executorch": Costs(
         Base(25_500_000, 24_000_000),
         opened=1_100_000, layer=13_500, opening=0, running=300_000, code_opened=2_300_000,
-        code=17_000_000, copies=1.0, kept=0.35, logits=1.0, further=2.0, apart=False,
+        code=17_000_000, doubling={"executorch": 1_100_000, "numpy": 1_200_000},
+        copies=1.0, kept=0.35, logits=1.0, further=2.0, apart=False,
     ),
 }  # fmt: skip
 
@@ -195,7 +205,8 @@ def predict(
     if copied:
         parts["weights in huge pages"] = copied
     reader = TOKENIZER_CODE if text else 0
-    opened, code = base.file + costs.code_opened, costs.code + reader
+    spread = costs.spread(base)
+    opened, code = base.file + costs.code_opened, costs.code + spread + reader
     lookup = _touched(needs.weights.get("embed", 0), LOOKUP_BYTES, depth)
     prefill = 0 if huge and not costs.apart else min(needs.prefill + lookup, weights)
     mapped = {"libraries": code, "weights": needs.dense, "experts": needs.experts}
@@ -206,7 +217,7 @@ def predict(
     phases = {"load": Phase(loaded + costs.opening, opened)}
     if text:
         reading = ENTRY_READING * vocab + MERGE_READING * merges
-        phases[TOKENIZER] = Phase(loaded + reading, KEPT_CODE + reader)
+        phases[TOKENIZER] = Phase(loaded + reading, KEPT_CODE + int(KEPT_SHARE * spread) + reader)
     phases["prefill"] = Phase(running - checking + reading_prompt, code + prefill)
     phases["decode"] = Phase(running, code + max(weights - copied, prefill))
     kept = CHECKPOINTS * sum(t.bytes for t in plan.tables if t.keep)

@@ -10,14 +10,18 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from edge_kv.errors import RuntimeFault
 from edge_kv.files import write_text
 from edge_kv.memory import COSTS, Base
 from edge_kv.runtime.cache import cache_folder
+from edge_kv.runtime.mapped import doublings
 from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.native_library import build_onnx_operators, lack_of_onnx_operators
 
@@ -26,17 +30,24 @@ _MODULES = {
     "onnx": "edge_kv.runtime.onnx_session",
     "executorch": "edge_kv.runtime.executorch_session",
 }
+# Where the largest library of a package that `Costs.doubling` names lies in it.
+_LARGEST = {
+    "onnxruntime": "capi/onnxruntime_pybind11_state*",
+    "numpy": "_core/_multiarray_umath*",
+    "executorch": "lib/libexecutorch_kernels_optimized*",
+}
 _LIBRARIES = ("numpy", "onnxruntime", "executorch", "pydantic", "tokenizers", "typer", "rich")
 _FILE = "base.json"
 _MEASURE = """
-import sys
+import json, sys
+from dataclasses import asdict
 from importlib import import_module
 for name in sys.argv[2:]:
     import_module(name)
 from edge_kv.runtime.base import own_base
-base = own_base(sys.argv[1])
-print(base.anon, base.file)
+print(json.dumps(asdict(own_base(sys.argv[1]))))
 """
+_SAME = 0.5  # doublings that leave a kept measurement in force
 _SECONDS = 60  # that a measuring process may take
 
 
@@ -50,7 +61,18 @@ def own_base(engine: str) -> Base:
     held = read_memory()
     if held.anon is None or held.file is None:
         return COSTS[engine].typical
-    return Base(held.anon, held.file)
+    return Base(held.anon, held.file, _doublings(engine))
+
+
+def _doublings(engine: str) -> dict[str, float]:
+    """`Base.doublings` of the libraries that `engine` runs, as their files lie in RAM now."""
+    found = {}
+    for package in COSTS[engine].doubling:
+        spec = find_spec(package)
+        places = list(spec.submodule_search_locations or ()) if spec else []
+        files = (f for place in places for f in sorted(Path(place).glob(_LARGEST[package])))
+        found[package] = round(doublings(next(files, Path())), 1)
+    return found
 
 
 def planned_base(engine: str) -> Base | None:
@@ -86,8 +108,8 @@ def lacks_plan(engine: str) -> str:
 def machine_base(engine: str, imports: tuple[str, ...] = COMMAND) -> Base:
     """What a process holds on this machine that imports `imports` and the engine.
 
-    Measured once and kept in the cache directory, for the versions that are installed; typical
-    figures where that cannot be done.
+    Measured once and kept in the cache directory, for the versions that are installed and as long
+    as a touch of their files maps as much as it did; typical figures where that cannot be done.
 
     Raises:
         KeyError: an engine without costs in `edge_kv.memory`.
@@ -97,20 +119,27 @@ def machine_base(engine: str, imports: tuple[str, ...] = COMMAND) -> Base:
     with suppress(RuntimeFault, OSError, ValueError, AttributeError):
         kept = json.loads((cache_folder("memory") / _FILE).read_bytes()).get(versions) or {}
     with suppress(KeyError, TypeError, ValueError):
-        anon, file = kept[key]
-        return Base(int(anon), int(file))
+        base, now = _base(kept[key]), _doublings(engine)
+        if all(abs(base.doublings[name] - n) < _SAME for name, n in now.items()):
+            return base
     try:
         done = subprocess.run(
             [sys.executable, "-c", _MEASURE, engine, *imports],
             capture_output=True, text=True, timeout=_SECONDS, check=True,
         )  # fmt: skip
-        anon, file = map(int, done.stdout.split())
+        base = _base(json.loads(done.stdout))
     except (OSError, ValueError, subprocess.SubprocessError):
         return COSTS[engine].typical
     with suppress(RuntimeFault, OSError):
-        record = {versions: {**kept, key: [anon, file]}}
+        record = {versions: {**kept, key: asdict(base)}}
         write_text(cache_folder("memory") / _FILE, json.dumps(record))
-    return Base(anon, file)
+    return base
+
+
+def _base(data: dict[str, Any]) -> Base:
+    """A base out of JSON."""
+    found = {str(name): float(n) for name, n in dict(data["doublings"]).items()}
+    return Base(int(data["anon"]), int(data["file"]), found)
 
 
 def _versions() -> str:

@@ -78,6 +78,28 @@ def test_turns_between_programs_change_no_logit(tiny_artifact):
         assert all(session._mapped.values())  # both programs map the weights
 
 
+@pytest.mark.parametrize("piece", [1 << 14, 1 << 18, SIZE])
+def test_what_a_touch_maps_is_measured(piece, tmp_path):
+    """Beside the pages that the kernel counts in a mapping of which one byte was read."""
+    path = tmp_path / "library.so"
+    with path.open("wb", 0) as f:
+        for _ in range(8 * SIZE // piece):
+            f.write(b"x" * piece)
+    before = mapped.spans(tmp_path)
+    counts = []
+    for at in (SIZE + 7, 5 * SIZE + SIZE // 2):
+        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+            assert pages[at] == ord("x")
+            counts.append(resident(*(mapped.spans(tmp_path) - before)))
+    least = max(min(counts), mapped.WINDOW)
+    assert mapped.WINDOW << round(mapped.doublings(path)) == least
+
+
+def test_what_cannot_be_touched_doubles_nothing(tmp_path):
+    (tmp_path / "empty").touch()
+    assert mapped.doublings(tmp_path / "empty") == mapped.doublings(tmp_path / "none") == 0
+
+
 _CODE = """
 import numpy as np
 from edge_kv.runtime.mapped import let_go_of_code
