@@ -397,6 +397,10 @@ def run(
     tools: Annotated[
         Path | None, typer.Option("--tools", help="JSON list of tools that replies may call.")
     ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option("--logit-bias", help="ID=BIAS: makes a token likelier; may be repeated."),
+    ] = None,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="With --json: log-probabilities, of N ids.")
     ] = None,
@@ -446,6 +450,7 @@ def run(
         on_full=on_full,
         stop=tuple(stop or ()),
         think=THINK[think],
+        logit_bias=dict(map(_bias, logit_bias or ())),
         logprobs=logprobs,
     )
     with load(opened, engine, threads, not no_cache, huge_pages) as session:
@@ -455,6 +460,7 @@ def run(
             options=options,
             system=system,
             tools=offered,
+            grammar=limits,
             on_slide=_say_slide,
             drafts=drafts,
         )
@@ -463,7 +469,7 @@ def run(
         if text is None:
             converse(chat, Terminal(lambda p: _show(chat, p), _say, lambda: _stats(chat, base)))
         else:
-            pieces = chat.ask(Message("user", text), grammar=limits)
+            pieces = chat.ask(Message("user", text))
             if as_json:
                 for _ in pieces:
                     pass
@@ -998,6 +1004,15 @@ def _grammar(schema: Path | None, regex: str | None, lark: Path | None) -> Gramm
     return Grammar.regex(regex) if regex is not None else None
 
 
+def _bias(text: str) -> tuple[int, float]:
+    """A token id and what is added to its logit, from ID=BIAS."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as e:
+        raise ConfigError(f"--logit-bias {text!r} must be ID=BIAS, such as 107=-100.") from e
+
+
 def _tools(path: Path) -> tuple[Tool, ...]:
     """The tools that a file lists, in OpenAI's shape."""
     from edge_kv.runtime.messages import Tool
@@ -1143,6 +1158,7 @@ def _summary(chat: Chat, base: Base | None) -> dict[str, Any]:
         "text": reply.text if reply else "",
         "thinking": reply.thinking if reply else "",
         "finish": reply.finish if reply else "",
+        "stopped_by": reply.stopped_by if reply else "",
         "ids": list(reply.ids) if reply else [],
         "prompt_tokens": reply.prompt_tokens if reply else 0,
         "reused_tokens": reply.reused_tokens if reply else 0,

@@ -90,7 +90,7 @@ def ended(chat: Chat) -> str:
             f"(the context of {chat.session.plan.ctx:,} tokens is full; /reset starts anew, "
             "--on-full slide forgets the middle, a larger --ctx at export holds more)"
         )
-    return ""
+    return f"(ended at the stop text {reply.stopped_by!r})" if reply.stopped_by else ""
 
 
 def figures(chat: Chat) -> str:

@@ -242,6 +242,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "ple": manifest.ple.model_dump() if manifest.ple else None,
         "drafter": manifest.drafter.model_dump() if manifest.drafter else None,
         "sampling": asdict(Sampling.of(artifact)),
+        "tokens": manifest.tokens.model_dump(),
         "tokenizer": manifest.tokenizer.model_dump() if manifest.tokenizer else None,
         "files": {n: f.size for n, f in manifest.files.items()},
         "parity": {n: p.model_dump() for n, p in manifest.parity.items()},
@@ -251,6 +252,20 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
             if name in manifest.backends
         },
     }
+
+
+def _drawn(sampling: dict[str, float], tokens: dict[str, Any]) -> str:
+    """How tokens are drawn and what ends a reply, unless somebody says otherwise."""
+    penalty = sampling["repetition_penalty"]
+    if sampling["temperature"]:
+        how = ", ".join(f"{k} {v:g}" for k, v in sampling.items())
+    else:
+        how = "greedy" + (f", repetition_penalty {penalty:g}" if penalty != 1 else "")
+    ends = ", ".join(map(str, tokens["eos"])) or "none"
+    count = len(tokens["suppress"])
+    some = ", ".join(map(str, tokens["suppress"][:8])) + (", …" if count > 8 else "")
+    never = f"; never drawn: {count:,} ids ({some})" if count else ""
+    return f"Sampling: {how}. Ids that end a reply: {ends}{never}."
 
 
 def _model_data(artifact: Artifact) -> dict[str, Any]:
@@ -311,8 +326,7 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
         console.print(f"Stored as: {', '.join(f'{k} {n}' for k, n in quant['formats'].items())}.")
     else:
         console.print(f"Weights: {quant['scheme']}.")
-    drawn = ", ".join(f"{k} {v:g}" for k, v in data["sampling"].items())
-    console.print(f"Sampling: {drawn}." if data["sampling"]["temperature"] else "Sampling: greedy.")
+    console.print(_drawn(data["sampling"], data["tokens"]))
     listing = Table("file", box=None, pad_edge=False)
     listing.add_column("bytes", justify="right")
     for name, count in data["files"].items():

@@ -549,11 +549,12 @@ class Chat:
         options: Options | None = None,
         system: str | None = None,
         tools: Sequence[Tool] = (),
+        grammar: Grammar | None = None,
         on_slide: Callable[[Slide], None] | None = None,
         drafts: Speculation | str | int = AUTO,
     ) -> None:
-        """Tokenizer and template default to those of the session's artifact; `drafts` are as in
-        `generate`.
+        """Tokenizer and template default to those of the session's artifact; `grammar` is what
+        every answer must be, and `drafts` are as in `generate`.
 
         Raises:
             ArtifactError: the artifact has no tokenizer.
@@ -563,6 +564,7 @@ class Chat:
         self.generator = Generator(session, tokenizer, template, on_slide=on_slide, drafts=drafts)
         self.options = options or Options()
         self.tools = tuple(tools)
+        self.grammar = grammar
         self.history: list[Message] = []
         self.last: Reply | None = None
         self.system = system or ""
@@ -643,14 +645,12 @@ class Chat:
     def ask(self, *messages: Message, grammar: Grammar | None = None) -> Iterator[Piece]:
         """Add turns (a question, results of tools) and yield the reply in pieces.
 
-        `grammar` is what the answer must be.
+        `grammar` is what this answer must be, where it is not that of the conversation.
 
         Raises:
             As `send`.
         """
-        asked = [*self.history, *messages]
-        turn = self.generator.reply(asked, tools=self.tools, options=self.options, grammar=grammar)
-        return self._kept(turn, asked)
+        return self._reply([*self.history, *messages], grammar)
 
     def again(self) -> Iterator[Piece]:
         """Answer the last question once more; the reply there was is forgotten.
@@ -661,8 +661,12 @@ class Chat:
         last = [i for i, m in enumerate(self.history) if m.role != "assistant"]
         if not last or self.history[last[-1]].role == "system":
             raise PromptError("There is no question yet to answer again.")
-        asked = self.history[: last[-1] + 1]
-        turn = self.generator.reply(asked, tools=self.tools, options=self.options)
+        return self._reply(self.history[: last[-1] + 1])
+
+    def _reply(self, asked: list[Message], grammar: Grammar | None = None) -> Iterator[Piece]:
+        turn = self.generator.reply(
+            asked, tools=self.tools, options=self.options, grammar=grammar or self.grammar
+        )
         return self._kept(turn, asked)
 
     def _kept(self, turn: Turn, asked: list[Message]) -> Iterator[Piece]:

@@ -287,6 +287,8 @@ CASES = [
         "flags", "a tool without a name", f"{RUN} --tools DIR/tools",
         lambda d: (artifact()(d), file("tools", b'[{"function": {}}]')(d)),
     ),
+    Case("flags", "a bias of no token", f"{RUN} --logit-bias newline=-1", artifact()),
+    Case("flags", "a bias of no id of the model", f"{RUN} --logit-bias 99999=1", artifact()),
     Case("flags", "more log-probabilities than are kept", f"{RUN} --logprobs 999", artifact()),
     Case("flags", "less RAM than planned", f"{RUN} --ram-limit 1m", artifact()),
     Case("flags", "an amount of RAM that is none", f"{RUN} --ram-limit lots", artifact()),

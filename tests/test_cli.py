@@ -163,6 +163,19 @@ def test_inspect(root):
     assert data["files"]["onnx/decode.onnx"] == (root / "onnx/decode.onnx").stat().st_size
 
 
+def test_inspect_shows_what_the_checkpoint_says_of_sampling(tmp_path):
+    root = write_artifact(tmp_path / "a", programs=False)
+    assert "Sampling: greedy. Ids" in good("inspect", root).stdout
+    sampling = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
+    tokens = json.loads((root / "manifest.json").read_text())["tokens"]
+    edit_manifest(root, sampling=sampling, tokens={**tokens, "eos": [1, 4], "suppress": [7, 9]})
+    out = " ".join(good("inspect", root).stdout.split())
+    assert "Sampling: temperature 1, top_k 64, top_p 0.95, min_p 0, repetition_penalty 1." in out
+    assert "Ids that end a reply: 1, 4; never drawn: 2 ids (7, 9)." in out
+    edit_manifest(root, sampling={"repetition_penalty": 1.1})
+    assert "greedy, repetition_penalty 1.1." in good("inspect", root).stdout
+
+
 def test_inspect_shows_quantisation_errors_and_memory(tmp_path):
     root = write_artifact(tmp_path / "a", programs=False)
     tensors = {f"t{i}": {"format": "int4-s8", "error": i / 100} for i in range(9)}
@@ -501,6 +514,10 @@ def test_replies_of_a_grammar(root, tmp_path):
     assert all(type(b) is bool for b in json.loads(data["text"])) and data["finish"] == "stop"
     data = json.loads(good("run", root, "x", "--regex", "[ab]{3}", *options).stdout)
     assert len(data["text"]) == 3 and set(data["text"]) <= {"a", "b"}
+    lark = tmp_path / "g.lark"
+    lark.write_text('start: "yes" | "no"')
+    data = json.loads(good("run", root, "x", "--grammar", lark, *options).stdout)
+    assert data["text"] in ("yes", "no")
 
 
 def test_stops_and_logprobs(root):
@@ -512,6 +529,11 @@ def test_stops_and_logprobs(root):
     stop = text[2:4]
     data = json.loads(good("run", root, "hello", *options, "--stop", stop).stdout)
     assert data["text"] == text[: text.index(stop)] and data["finish"] == "stop"
+    assert data["stopped_by"] == stop
+    said = good("run", root, "hello", "--max-new-tokens", "6", "--stop", stop).stderr
+    assert f"ended at the stop text {stop!r}" in said
+    biased = good("run", root, "hello", *options, "--logit-bias", "70=1000").stdout
+    assert json.loads(biased)["ids"] == [70] * 6
 
 
 def command(root, *words, **options):

@@ -1,11 +1,14 @@
 """The conversation on a terminal: what its commands do, driven by scripted lines."""
 
+import re
+
 import pytest
 from fake_artifact import NumpySession, write_artifact
 
 from edge_kv import repl
 from edge_kv.artifact import read_artifact
 from edge_kv.runtime.chat import Chat, Message, Options, ToolCall
+from edge_kv.runtime.constraints import Grammar
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,19 @@ def test_an_interrupt_ends_the_reply_and_not_the_conversation(chat, talk, monkey
     said = talk(["hello there", "hello there"], chat)
     assert "(stopped)" in said
     assert [m.role for m in chat.history] == ["user", "assistant"]
+
+
+def test_a_grammar_holds_for_every_answer_of_a_conversation(artifact, talk):
+    options = Options(max_new_tokens=9, temperature=1.0, seed=1)
+    chat = Chat(NumpySession(artifact), options=options, grammar=Grammar.regex("[ab]{3}"))
+    talk(["hello", "and", "/regen"], chat)
+    answers = [m.content for m in chat.history if m.role == "assistant"]
+    assert len(answers) == 2 and all(re.fullmatch("[ab]{3}", a) for a in answers)
+
+
+def test_a_stop_text_that_ended_a_reply_is_said(artifact, talk):
+    plain = Chat(NumpySession(artifact), options=Options(max_new_tokens=6, temperature=0))
+    talk(["hello"], plain)
+    stop = plain.last.text[2:4]
+    chat = Chat(NumpySession(artifact), options=Options(temperature=0, stop=(stop,)))
+    assert f"(ended at the stop text {stop!r})" in talk(["hello"], chat)
