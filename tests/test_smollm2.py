@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 import torch
+from common import smollm2_path
 from jinja2 import Environment
-from smollm2 import reply, smollm2_path
+from smollm2 import reply
 from tokenizers import Tokenizer
 
 from edge_kv import models, nets
