@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import gguf_path, say, smollm2_path, write_result
-from fresh_systems import COMPILER, PACKAGES, SHARED, SYSTEMS, disk_mb, inside, run
+from fresh_systems import COMPILER, PACKAGES, SYSTEMS, clean_root, disk_mb, inside, run
 
 ROOT = Path(__file__).parent.parent
 MORE = "openssh-server,openssh-client,rsync,bsdutils"
@@ -91,18 +91,11 @@ def remove(home: Path) -> None:
 
 def made(home: Path, name: str, smollm: Path) -> Path:
     """A clean system with this checkout, two models and an ssh server on loopback."""
-    root, system = home / "root", SYSTEMS[name]
-    done = run("mmdebstrap", "--variant=apt", f"--include={PACKAGES},{COMPILER},{MORE}",
-               system.suite, str(root), system.mirror)  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"Error: {done.stderr.strip()[-400:]}")
-    for path in map(Path, SHARED):
-        if path.exists():
-            (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, root / path.relative_to("/"))
-    run("mount", "-t", "proc", "proc", str(root / "proc"))
+    root = home / "root"
+    fault = clean_root(root, name, f"{PACKAGES},{COMPILER},{MORE}")
+    if fault:
+        raise SystemExit(f"Error: {fault}")
     run("mount", "--rbind", "--make-rslave", "/dev", str(root / "dev"))
-    run("git", "clone", "-q", str(ROOT), str(root / "root/edge-kv"))
     (root / "models").mkdir()
     shutil.copy(gguf_path(), root / "models/gemma-3-270m.gguf")
     shutil.copy(smollm, root / "models/smollm2.gguf")

@@ -36,12 +36,13 @@ class System:
 
     suite: str
     mirror: str
+    components: str = "main"  # of the archive
 
 
 SYSTEMS = {
     "debian-12": System("bookworm", "http://deb.debian.org/debian"),
     "debian-13": System("trixie", "http://deb.debian.org/debian"),
-    "ubuntu-24.04": System("noble", "http://archive.ubuntu.com/ubuntu"),
+    "ubuntu-24.04": System("noble", "http://archive.ubuntu.com/ubuntu", "main,universe"),
 }
 RUNTIME = (
     "python3 -m venv .venv && .venv/bin/pip install -q . && "
@@ -67,28 +68,20 @@ def main() -> None:
             held = read_result(args.result).get("systems", [])
             rows = {(r["system"], r["compiler"]): r for r in held}
             key = name, compiler == "with"
-            rows[key] = {**rows.get(key, {}), **row}
+            earlier = {k: v for k, v in rows.get(key, {}).items() if k != "fault"}
+            rows[key] = earlier | row
             write_result(args.result, {"systems": [rows[k] for k in sorted(rows)]})
 
 
 def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, Any]:
     """One system: its Python, and each target's status, time and disk."""
-    system = SYSTEMS[name]
     row: dict[str, Any] = {"system": name, "compiler": compiler}
     home = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     try:
-        include = f"{PACKAGES},{COMPILER}" if compiler else PACKAGES
-        made = run("mmdebstrap", "--variant=apt", f"--include={include}", system.suite,
-                   str(home / "root"), system.mirror)  # fmt: skip
-        if made.returncode:
-            return {**row, "fault": last_line(made.stderr)}
         root = home / "root"
-        for path in map(Path, SHARED):
-            if path.exists():
-                (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, root / path.relative_to("/"))
-        run("mount", "-t", "proc", "proc", str(root / "proc"))
-        run("git", "clone", "-q", str(ROOT), str(root / "root/edge-kv"))
+        fault = clean_root(root, name, f"{PACKAGES},{COMPILER}" if compiler else PACKAGES)
+        if fault:
+            return {**row, "fault": fault}
         commit = run("git", "-C", str(root / "root/edge-kv"), "rev-parse", "HEAD").stdout.strip()
         if args.find_links:
             shutil.copytree(args.find_links, root / "wheels")
@@ -116,6 +109,26 @@ def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, An
         run("umount", str(home / "root/proc"))
         shutil.rmtree(home, ignore_errors=True)
     return row
+
+
+def clean_root(root: Path, name: str, packages: str) -> str:
+    """Make `root` the system `name` with `packages` and a clone of this checkout's commit.
+
+    Returns what went wrong in one line, or nothing.
+    """
+    system = SYSTEMS[name]
+    made = run("mmdebstrap", "--variant=apt", f"--components={system.components}",
+               f"--include={packages}", system.suite, str(root), system.mirror)  # fmt: skip
+    if made.returncode:
+        faults = [line for line in made.stderr.splitlines() if line.startswith("E: ")]
+        return (faults or [last_line(made.stderr)])[0][:300]
+    for path in map(Path, SHARED):
+        if path.exists():
+            (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / path.relative_to("/"))
+    run("mount", "-t", "proc", "proc", str(root / "proc"))
+    cloned = run("git", "clone", "-q", str(ROOT), str(root / "root/edge-kv"))
+    return last_line(cloned.stderr)
 
 
 def inside(root: Path, script: str) -> subprocess.CompletedProcess[str]:
