@@ -8,7 +8,8 @@ import pytest
 from fake_artifact import NumpySession, write_artifact
 
 from edge_kv.artifact import read_artifact
-from edge_kv.runtime.chat import Generator
+from edge_kv.runtime.chat import Generator, Piece, Reply, Turn
+from edge_kv.runtime.replies import CONTENT, THINKING
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.serve.app import Server, Settings, make_app
 from edge_kv.serve.states import States
@@ -119,6 +120,7 @@ def test_stop_ends_the_reply_here_and_on_the_device(page, served, how):
         page.key("Escape")
     page.wait(DONE)
     assert "stopped" in page.run(f"{LAST} .figures').textContent")
+    assert page.run("document.activeElement.id") == "input"  # and not nowhere
     until = time.monotonic() + browsers.SECONDS
     while served[1].worker.busy:
         assert time.monotonic() < until
@@ -145,12 +147,86 @@ def test_regenerate_answers_once_more_and_edit_takes_back(page):
     assert page.run("document.querySelector('#input').value") == "Hello"
 
 
-def test_a_failure_is_told_in_the_conversation(page):
+@pytest.fixture
+def asked(served, monkeypatch):
+    """The conversations that the server is asked, with their options, as they come."""
+    generator, heard = served[1].generator, []
+    reply = generator.reply
+
+    def hearing(messages, **how):
+        heard.append((messages, how["options"]))
+        return reply(messages, **how)
+
+    monkeypatch.setattr(generator, "reply", hearing)
+    return heard
+
+
+def test_a_failure_is_told_and_the_conversation_goes_on(page, asked):
+    ask(page, "Hello", 4)
+    page.wait(DONE)
     ask(page, "long " * 3000, 4)
     page.wait(DONE)
     assert "context" in page.run(f"{LAST} .text').textContent")
     assert page.run("document.querySelectorAll('#log article.failed').length") == 1
+    ask(page, "And now?", 4)
+    page.wait(DONE)
+    assert page.run("document.querySelectorAll('#log article.failed').length") == 1
+    assert [m.content for m in asked[-1][0] if m.role == "user"] == ["Hello", "And now?"]
     page.faults.clear()  # the browser logs the status 400
+
+
+def test_settings_reach_the_model(page, asked):
+    values = {"system": "Be brief.", "temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 3}
+    for name, value in {**values, "think": "on"}.items():
+        page.run(f"document.querySelector('#{name}').value = {value!r}")
+    ask(page, "Hello", 4)
+    page.wait(DONE)
+    messages, options = asked[-1]
+    assert [(m.role, m.content) for m in messages] == [("system", "Be brief."), ("user", "Hello")]
+    given = {n: getattr(options, n) for n in (*values, "think") if n != "system"}
+    assert given == {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 3, "think": True}
+
+
+def test_a_text_file_is_added_and_another_file_is_refused(page, tmp_path):
+    (tmp_path / "list.txt").write_text("milk\nbread ü")
+    page.upload("#file", tmp_path / "list.txt")
+    page.wait("document.querySelector('#input').value.includes('list.txt:\\nmilk\\nbread ü')")
+    (tmp_path / "odd.bin").write_bytes(b"\xff\xfe\x00")
+    page.upload("#file", tmp_path / "odd.bin")
+    page.wait("document.querySelector('#notice').textContent.includes('odd.bin is not')")
+
+
+def test_a_thought_is_folded_and_stays_open_once_opened(page, served, monkeypatch):
+    told = threading.Event()
+
+    def pieces(turn):
+        yield Piece(THINKING, "Hm.")
+        yield Piece(CONTENT, "Yes")
+        told.wait(browsers.SECONDS)
+        yield Piece(CONTENT, ".")
+        turn[0].reply = Reply("Yes.", (7, 8), 3, 0, 0.1, 0.2, thinking="Hm.")
+
+    def reply(messages, **how):
+        heard.append(messages)
+        turn = []
+        turn.append(Turn(pieces(turn)))
+        return turn[0]
+
+    heard = []
+    monkeypatch.setattr(served[1].generator, "reply", reply)
+    ask(page, "Really?", 8)
+    page.wait(f"{LAST} .text').textContent == 'Yes'")
+    assert page.run(f"{LAST} .thinking').textContent") == "Hm."
+    assert page.run(f"{LAST} details').open") is False
+    page.click("#log article:last-child summary")
+    told.set()
+    page.wait(DONE)
+    assert page.run(f"{LAST} .text').textContent") == "Yes."
+    assert page.run(f"{LAST} details').open") is True
+    ask(page, "Sure?", 8)
+    page.wait(DONE)
+    assert [m.content for m in heard[-1]] == ["Really?", "Yes.", "Sure?"]
+    assert not any(m.thinking for m in heard[-1])
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -168,6 +244,8 @@ def test_every_text_can_be_read_and_nothing_is_cut_off(page, tmp_path, dark, wid
     assert page.run("document.activeElement.id") == "system"
     page.key("Escape")
     assert page.run("document.activeElement.id") == "toggle-settings"
+    told = page.run("document.querySelector('#memory').innerText")
+    assert all(kind in told for kind in ("State", "Heap", "Mapped", "Planned"))
     box = page.run("(r => [r.left, r.right, r.bottom])"
                    "(document.querySelector('#send').getBoundingClientRect())")  # fmt: skip
     assert (0 <= box[0] < box[1] <= width and box[2] <= 720) or width < 600

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const SAMPLES = 120; // one a second
 const FIELDS = ["system", "temperature", "top_k", "top_p", "max_tokens", "seed", "think"];
-const messages = []; // {role, content, thinking, figures, failed}
+const messages = []; // {role, content, thinking, figures, failed, article}
 const samples = [];
 let running = null; // AbortController of the reply under way
 
@@ -16,10 +16,10 @@ for (const id of [...FIELDS, "key"]) {
   $(id).addEventListener("change", () => store.setItem(`edge-kv.${id}`, $(id).value));
 }
 
-function showSettings(open) {
+function showSettings(open, field = "system") {
   $("settings").hidden = !open;
   $("toggle-settings").setAttribute("aria-expanded", String(open));
-  (open ? $("system") : $("toggle-settings")).focus();
+  (open ? $(field) : $("toggle-settings")).focus();
 }
 $("toggle-settings").addEventListener("click", () => showSettings($("settings").hidden));
 $("close-settings").addEventListener("click", () => showSettings(false));
@@ -31,30 +31,40 @@ function headers() {
 
 // --- the conversation -------------------------------------------------------
 
+// Articles stay in place from one drawing to the next: a screen reader hears only what is new, and
+// a thought that was opened stays open.
 function render() {
   const log = $("log");
-  log.replaceChildren(...messages.map(turn));
+  messages.forEach((message, index) => {
+    message.article ||= $("turn").content.firstElementChild.cloneNode(true);
+    show(message, index);
+    if (log.children[index] !== message.article) log.insertBefore(message.article, log.children[index] || null);
+  });
+  while (log.children.length > messages.length) log.lastElementChild.remove();
   log.scrollTop = log.scrollHeight;
 }
 
-function turn(message, index) {
-  const article = $("turn").content.firstElementChild.cloneNode(true);
+function show(message, index) {
+  const article = message.article;
   article.className = message.role + (message.failed ? " failed" : "");
-  article.querySelector("h3").textContent = message.role === "user" ? "You" : "Model";
-  fill(article, message);
-  const actions = article.querySelector(".actions");
-  if (message.role === "user") actions.append(button("Edit", () => edit(index)));
-  else if (index === messages.length - 1 && !running) actions.append(button("Regenerate", () => regenerate(index)));
-  if (message.content) actions.append(button("Copy", () => navigator.clipboard.writeText(message.content)));
-  return article;
+  set(article.querySelector("h3"), message.role === "user" ? "You" : "Model");
+  fill(message);
+  const buttons = [];
+  if (message.role === "user") buttons.push(button("Edit", () => edit(index)));
+  else if (index === messages.length - 1 && !running) buttons.push(button("Regenerate", () => regenerate(index)));
+  if (message.content && navigator.clipboard) buttons.push(button("Copy", () => navigator.clipboard.writeText(message.content)));
+  article.querySelector(".actions").replaceChildren(...buttons);
 }
 
-function fill(article, message) {
-  const details = article.querySelector("details");
-  details.hidden = !message.thinking;
-  details.querySelector(".thinking").textContent = message.thinking || "";
-  article.querySelector(".text").textContent = message.content.trimStart();
-  article.querySelector(".figures").textContent = message.figures || "";
+function fill({ article, thinking, content, figures }) {
+  article.querySelector("details").hidden = !thinking;
+  set(article.querySelector(".thinking"), thinking || "");
+  set(article.querySelector(".text"), content.trimStart());
+  set(article.querySelector(".figures"), figures || "");
+}
+
+function set(element, text) {
+  if (element.textContent !== text) element.textContent = text;
 }
 
 function button(label, action) {
@@ -79,7 +89,9 @@ function regenerate(index) {
 }
 
 function request() {
-  const sent = messages.filter((m) => !m.failed).map((m) => ({ role: m.role, content: m.content }));
+  // A question whose reply failed was not asked; two questions in a row are no conversation.
+  const asked = messages.filter((m, i) => !m.failed && !messages[i + 1]?.failed);
+  const sent = asked.map((m) => ({ role: m.role, content: m.content }));
   const system = $("system").value.trim();
   if (system) sent.unshift({ role: "system", content: system });
   const body = { messages: sent, stream: true, stream_options: { include_usage: true } };
@@ -98,7 +110,6 @@ async function reply() {
   messages.push(answer);
   busy(true);
   render();
-  const article = $("log").lastElementChild;
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
@@ -106,7 +117,7 @@ async function reply() {
       body: JSON.stringify(body),
       signal: running.signal,
     });
-    if (response.status === 401) showSettings(true);
+    if (response.status === 401) showSettings(true, "key");
     if (!response.ok) throw new Error(await reason(response));
     for await (const event of events(response.body)) {
       if (event.error) throw new Error(event.error.message);
@@ -121,7 +132,7 @@ async function reply() {
       answer.thinking += thinking || "";
       const log = $("log");
       const follow = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-      fill(article, answer);
+      fill(answer);
       if (follow) log.scrollTop = log.scrollHeight;
     }
   } catch (e) {
@@ -135,6 +146,7 @@ async function reply() {
   running = null;
   busy(false);
   render();
+  if (document.activeElement === document.body) $("input").focus(); // the button pressed is gone
 }
 
 function figures(usage, finish, wait, rest) {
@@ -252,22 +264,28 @@ function draw(status) {
   }
 }
 
-function show(status) {
+function tell(status) {
   const { memory, last } = status;
-  $("model").textContent = status.model;
+  const held = `${status.used.toLocaleString()} of ${status.ctx.toLocaleString()} tokens`;
+  const texts = {
+    model: status.model,
+    summary: `${status.engine} · ${status.ctx.toLocaleString()} tokens of context`,
+    "m-state": bytes(memory.state),
+    "m-heap": bytes(memory.heap),
+    "m-mapped": bytes(memory.mapped),
+    "m-total": bytes(total(memory)),
+    "m-planned": status.planned ? bytes(status.planned) : "–",
+    "m-limit": bytes(status.limit),
+    "context-text": held,
+    "s-rate": last.tokens_per_second ? last.tokens_per_second.toFixed(1) : "–",
+    "s-first": last.first_token_seconds ? `${last.first_token_seconds.toFixed(2)} s` : "–",
+    "s-read": last.prompt_tokens ? `${last.prompt_tokens - last.reused_tokens} of ${last.prompt_tokens}` : "–",
+    "s-queue": String(status.queued),
+  };
+  for (const [id, text] of Object.entries(texts)) set($(id), text);
   document.title = `${status.model} · edge-kv`;
-  $("summary").textContent = `${status.engine} · ${status.ctx.toLocaleString()} tokens of context`;
-  for (const kind of ["state", "heap", "mapped"]) $(`m-${kind}`).textContent = bytes(memory[kind]);
-  $("m-total").textContent = bytes(total(memory));
-  $("m-planned").textContent = status.planned ? bytes(status.planned) : "–";
   $("limit-row").hidden = !status.limit;
-  $("m-limit").textContent = bytes(status.limit);
   $("context").value = status.used / status.ctx;
-  $("context-text").textContent = `${status.used.toLocaleString()} of ${status.ctx.toLocaleString()} tokens`;
-  $("s-rate").textContent = last.tokens_per_second ? last.tokens_per_second.toFixed(1) : "–";
-  $("s-first").textContent = last.first_token_seconds ? `${last.first_token_seconds.toFixed(2)} s` : "–";
-  $("s-read").textContent = last.prompt_tokens ? `${last.prompt_tokens - last.reused_tokens} of ${last.prompt_tokens}` : "–";
-  $("s-queue").textContent = status.queued;
 }
 
 async function watch() {
@@ -277,11 +295,11 @@ async function watch() {
       const status = await response.json();
       samples.push(status.memory);
       if (samples.length > SAMPLES) samples.shift();
-      show(status);
+      tell(status);
       draw(status);
-    } else $("summary").textContent = await reason(response);
+    } else set($("summary"), await reason(response));
   } catch {
-    $("summary").textContent = "The server cannot be reached.";
+    set($("summary"), "The server cannot be reached.");
   }
   setTimeout(watch, document.hidden ? 5000 : 1000);
 }
