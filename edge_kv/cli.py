@@ -37,6 +37,7 @@ from edge_kv.errors import (
     one_line,
     unusable,
 )
+from edge_kv.signals import end_on_signals
 from edge_kv.streams import open_streams
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the `edge-kv` script."""
     open_streams()
+    end_on_signals()
     app(prog_name="edge-kv")
 
 

@@ -42,6 +42,7 @@ from edge_kv.runtime.replies import THINKING
 from edge_kv.serve import schema
 from edge_kv.serve.states import States
 from edge_kv.serve.worker import Begin, Job, QueueFull, TimeIsUp, Worker
+from edge_kv.signals import hang_up
 
 STATIC = {
     "/": ("index.html", "text/html"),
@@ -271,6 +272,10 @@ def make_app(server: Server) -> Starlette:
         server.metrics.requests.labels("refused").inc()
         return _failure(e)
 
+    async def left(request: Request, e: Exception) -> Response:
+        server.metrics.requests.labels("disconnected").inc()
+        return Response(status_code=499)
+
     async def broken(request: Request, e: Exception) -> Response:
         server.metrics.requests.labels("failed").inc()
         message = "The server failed on this request; its log says why."
@@ -297,8 +302,11 @@ def make_app(server: Server) -> Starlette:
         routes=routes,
         lifespan=lifespan,
         middleware=[Middleware(_Guard, settings=server.settings)],
-        exception_handlers={EdgeKVError: failed, 404: missing, 405: missing, Exception: broken},
-    )
+        exception_handlers={
+            EdgeKVError: failed, ClientDisconnect: left, 404: missing, 405: missing,
+            Exception: broken,
+        },
+    )  # fmt: skip
 
 
 class _Guard:
@@ -513,6 +521,8 @@ def serve(server: Server, host: str, port: int, *, ready: Callable[[str], None])
     """
     import uvicorn
 
+    from edge_kv.serve.connection import Connection
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         bound = socket.create_server((host, port), family=family)
@@ -527,5 +537,8 @@ def serve(server: Server, host: str, port: int, *, ready: Callable[[str], None])
         config = uvicorn.Config(
             make_app(server), log_level="warning", access_log=False, server_header=False,
             timeout_graceful_shutdown=int(_STOP_SECONDS), h11_max_incomplete_event_size=64 << 10,
+            http=Connection, ws="none",
         )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[bound])
+        running = uvicorn.Server(config)
+        with hang_up(running.handle_exit):
+            running.run(sockets=[bound])

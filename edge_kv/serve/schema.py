@@ -165,7 +165,10 @@ class CompletionRequest(_Request):
         if isinstance(prompt, str):
             return prompt
         if all(isinstance(p, int) for p in prompt):
-            return tokenizer.decode([int(p) for p in prompt], special=True)
+            ids = [int(p) for p in prompt]
+            if odd := next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None):
+                raise PromptError(f"prompt holds {odd}, which is no token id of this model.")
+            return tokenizer.decode(ids, special=True)  # marks of turns are part of a prompt
         if len(prompt) != 1:
             raise PromptError(f"prompt has {len(prompt)} texts; send one request for each.")
         return str(prompt[0])
@@ -312,4 +315,5 @@ def usage(reply: Reply) -> dict[str, Any]:
 
 def error(message: str, kind: str = "invalid_request_error", code: str = "") -> dict[str, Any]:
     """An error in the shape that OpenAI's clients show."""
+    message = message.encode(errors="backslashreplace").decode()  # what it quotes may be no UTF-8
     return {"error": {"message": message, "type": kind, "param": None, "code": code or None}}

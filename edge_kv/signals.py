@@ -1,0 +1,52 @@
+"""Signals that end a command: what is being written is removed, children end, a line says why."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+ENDING = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # SIGINT is Python's own, KeyboardInterrupt
+_BY_SIGNAL = 128  # a shell's status of a command that a signal ended is this plus its number
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the command, unless they are ignored (nohup)."""
+    for number in ENDING:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError, ValueError):
+        print(f"Ended by {signal.Signals(number).name}.", file=sys.stderr, flush=True)
+    raise SystemExit(_BY_SIGNAL + number)
+
+
+@contextmanager
+def hang_up(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` hear SIGHUP, as when a terminal is closed, and go on with it afterwards."""
+    number = getattr(signal, "SIGHUP", None)
+    alone = threading.current_thread() is threading.main_thread()  # others set no handlers
+    if number is None or not alone or signal.getsignal(number) is signal.SIG_IGN:
+        yield
+        return
+    heard = False
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        heard = True
+        handler(number, frame)
+
+    before = signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+    if heard:
+        signal.raise_signal(number)

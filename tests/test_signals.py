@@ -1,0 +1,61 @@
+"""Signals that end a command leave nothing half-written, and say one line."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import signal, sys, time
+from pathlib import Path
+from edge_kv.files import replacing
+from edge_kv.signals import end_on_signals, hang_up
+{before}
+end_on_signals()
+with {around}, replacing(Path(sys.argv[1])) as f:
+    f.write(b"half of it")
+    f.flush()
+    print("writing", flush=True)
+    {wait}
+print("over")
+"""
+
+
+def ended(tmp_path, number, before="", around="open(sys.argv[0])", wait="time.sleep(30)"):
+    """Exit status, output and errors of a command that is sent a signal while it writes a file."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(before=before, around=around, wait=wait))
+    command = [sys.executable, str(script), str(tmp_path / "file")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline() == "writing\n"
+        running.send_signal(number)
+        out, err = running.communicate(timeout=20)
+    script.unlink()
+    return running.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_is_being_written_is_removed(tmp_path, number):
+    assert ended(tmp_path, number) == (128 + number, "", f"Ended by {number.name}.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    status, out, _ = ended(tmp_path, signal.SIGHUP, before=ignore, wait="time.sleep(0.5)")
+    assert (status, out) == (0, "over\n")
+    assert (tmp_path / "file").read_bytes() == b"half of it"
+
+
+def test_a_server_that_is_hung_up_on_ends_in_its_own_time(tmp_path):
+    heard = "hang_up(lambda number, frame: print('heard', flush=True))"
+    status, out, err = ended(
+        tmp_path, signal.SIGHUP, around=heard, wait="time.sleep(0.5); print('kept', flush=True)"
+    )
+    assert (status, out, err) == (129, "heard\nkept\n", "Ended by SIGHUP.\n")
+    assert (tmp_path / "file").read_bytes() == b"half of it"
