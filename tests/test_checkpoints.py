@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import ROWS, tiny
+from tiny_models import DENSE, ROWS, SPARSE, tiny
 from transformers import AutoModelForCausalLM
 from weights_gguf import write_gguf
 from weights_models import tiny_hf
@@ -433,13 +433,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("laguna", {"rope_parameters": {FULL: {**PLAIN, **YARN}, SLIDING: PLAIN}}),
         ("deepseek_v4", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
         ("deepseek_v4", {"rope_scaling": {**YARN, "attention_factor": 0.7, "rope_theta": 9}}),
+        ("deepseek_v4", {"compress_rates": {SPARSE: 2, DENSE: 8}, "compress_rate_csa": 4,
+                         "compress_rate_hca": 16}),
+        ("deepseek_v4", {"partial_rotary_factor": None, "rope_parameters": YARN}),
         ("deepseek_v4", {"rope_parameters": {"main": YARN, "compress": {"rope_theta": 50}}}),
         ("zaya-sliding", {"rope_parameters": {"hybrid": PLAIN, "hybrid_sliding": PLAIN}}),
         ("gemma3", {"rope_scaling": {"type": "default"}}),
         ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     ],
-)
-def test_ropes_that_are_said_twice_count_as_in_transformers(saved, name, fields):
+)  # fmt: skip
+def test_fields_that_are_said_twice_count_as_in_transformers(saved, name, fields):
     root = saved(name)
     configure(root, **fields)
     assert difference(root) < 2e-4
@@ -507,6 +510,13 @@ REFUSED = [
     ("laguna", {"rope_parameters": {"full_attention": {}}}, "rope_theta is absent"),
     ("laguna", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = {"),
     ("zaya", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = {"),
+    (
+        "deepseek_v4",
+        {"rope_parameters": {"main": {}, "compress": {**YARN, "rope_theta": 1}}},
+        "YaRN needs a rope theta above 1, and it is 1",
+    ),
+    ("llama", {"is_causal": False}, "is_causal = false is not supported"),
+    ("laguna", {"per_layer_config": {"1": {"skip": ["mlp"]}}}, "per_layer_config = {"),
     ("laguna", {"num_attention_heads_per_layer": [6]}, "num_attention_heads_per_layer"),
     ("laguna", {"sliding_window": 0}, "window 0 must be positive"),
     ("laguna", {"num_experts": 0}, "experts 0 must be positive"),

@@ -18,6 +18,7 @@ from edge_kv.errors import ArtifactError, ConfigError, WeightsError
 from edge_kv.formats import Format, Quantised, find_format, pack
 from edge_kv.models.model import EMBED, FLOAT, PLE_TABLE, TABLE, Model, Weight
 from edge_kv.weights.compressed_tensors import is_pack_quantised, joined_packed
+from edge_kv.weights.fields import Fields
 from edge_kv.weights.gemma_quant import QUANTISATION, is_gemma_quant, joined_integers
 from edge_kv.weights.gguf_blocks import NEAREST
 from edge_kv.weights.gguf_file import GGUFFile, is_gguf, only_model, open_gguf
@@ -461,6 +462,9 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> Model:
         ConfigError: an unknown model_type, an unsupported field or a wrong value, by name.
     """
     module = models.module_for("HF", raw.get("model_type"), where)
+    for level in (raw, raw.get("text_config")):
+        if isinstance(level, dict):  # transformers masks any model by it
+            Fields(level, where).refuse_unless("is_causal", True)
     if is_gemma_quant(raw) or is_pack_quantised(raw):  # what makes integers of weights is read here
         raw = {key: value for key, value in raw.items() if key != QUANTISATION}
     return _described(lambda: module.read_hf(raw, where), where)

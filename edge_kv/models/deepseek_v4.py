@@ -88,6 +88,7 @@ class Config(Model):
 
 HF = ("deepseek_v4",)
 GGUF = ()
+_SHARE = 64 / 512  # of a head, that turns where a config does not say it
 _TYPES = {
     "sliding_attention": WINDOW,
     "compressed_sparse_attention": SPARSE,
@@ -108,7 +109,6 @@ _DEFAULTS = {
     "scoring_func": "sqrtsoftplus",
     "routed_scaling_factor": 1.5,
     "max_position_embeddings": 1_048_576,
-    "qk_rope_head_dim": 64,
     "rope_theta": 1e4,
     "compress_rope_theta": 1.6e5,
     "hc_mult": 4,
@@ -148,9 +148,11 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
         Fields(quantized, f"{where}: quantization_config").refuse_unless("quant_method", "fp8")
     common = reading.sizes(fields)
     sparse, dense = "compressed_sparse_attention", "heavily_compressed_attention"
-    older = {sparse: raw.get("compress_rate_csa", 4), dense: raw.get("compress_rate_hca", 128)}
-    given = reading.nested(fields, "compress_rates")
-    strides = Fields(given, f"{where}: compress_rates", older)
+    strides = dict(reading.nested(fields, "compress_rates") or {sparse: 4, dense: 128})
+    for key, older in ((sparse, "compress_rate_csa"), (dense, "compress_rate_hca")):
+        if fields.get(older) is not None:  # which counts, as in transformers
+            strides[key] = fields.get(older)
+    rates = Fields(strides, f"{where}: compress_rates")
     head_dim = fields.integer("head_dim")
     rope, block_rope = _ropes(fields, head_dim)
     return Config(
@@ -164,8 +166,8 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
         out_rank=fields.integer("o_lora_rank"),
         rope=rope,
         block_rope=block_rope,
-        sparse_stride=strides.integer(sparse),
-        dense_stride=strides.integer(dense),
+        sparse_stride=rates.integer(sparse),
+        dense_stride=rates.integer(dense),
         index_heads=fields.integer("index_n_heads"),
         index_dim=fields.integer("index_head_dim"),
         index_top_k=fields.integer("index_topk"),
@@ -223,7 +225,10 @@ def _ropes(fields: Fields, head_dim: int) -> tuple[Rope, Rope]:
         defaults, gain = {"main": rest, "compress": rest}, None
     else:
         if share is None:
-            share = fields.integer("qk_rope_head_dim") / max(head_dim, 1)
+            turned = fields.get("qk_rope_head_dim")
+            share = (
+                _SHARE if turned is None else fields.integer("qk_rope_head_dim") / max(head_dim, 1)
+            )
         kept = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor")}
         both, gain = {"main": {}, "compress": kept}, 1.0
         thetas = {"main": "rope_theta", "compress": "compress_rope_theta"}

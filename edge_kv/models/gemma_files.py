@@ -92,7 +92,6 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
     fields.refuse_unless("attention_bias", False)
     fields.refuse_unless("attn_logit_softcapping")
     fields.refuse_unless("hidden_activation", "gelu_pytorch_tanh")
-    softcap = fields.get("final_logit_softcapping")
     build = _hf_gemma3 if _TEXT[kind] is _GEMMA3 else _hf_gemma4
     return build(
         fields,
@@ -102,7 +101,7 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
         window=fields.integer("sliding_window"),
         mlp_width=fields.integer("intermediate_size"),
         max_ctx=fields.integer("max_position_embeddings"),
-        softcap=0.0 if softcap is None else fields.number("final_logit_softcapping"),
+        softcap=fields.positive("final_logit_softcapping") or 0.0,
         norm_eps=fields.number("rms_norm_eps"),
         pad_id=fields.integer("pad_token_id"),
         bos_id=fields.integer("bos_token_id"),
@@ -132,6 +131,7 @@ def _text_fields(raw: dict[str, Any], where: str) -> tuple[str, Fields]:
 
 def _hf_gemma3(fields: Fields, **common: Any) -> Config:
     fields.refuse_unless("use_bidirectional_attention", False)
+    fields.refuse_unless("per_layer_config", {})
     scalar = fields.number("query_pre_attn_scalar")
     if scalar <= 0:
         raise fields.fault("query_pre_attn_scalar", "a positive number")

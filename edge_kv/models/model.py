@@ -168,6 +168,8 @@ class Rope:
                 f"{self.theta:g} and factor {self.factor:g} cannot be; pairs are at most half the "
                 "dims, theta and factor are positive."
             )
+        if isinstance(self.scaling, Yarn) and self.theta <= 1:
+            raise ConfigError(f"YaRN needs a rope theta above 1, and it is {self.theta:g}.")
 
     @classmethod
     def whole(cls, theta: float, dim: int) -> Rope:

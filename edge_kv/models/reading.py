@@ -14,6 +14,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 def sizes(fields: Fields, layers: str = "num_hidden_layers") -> dict[str, Any]:
     """The fields of every `Model`, as most config.json files spell them."""
+    fields.refuse_unless("per_layer_config", {})  # transformers builds layers by it
     return {
         "vocab": fields.integer("vocab_size"),
         "hidden": fields.integer("hidden_size"),
