@@ -74,7 +74,7 @@ from edge_kv.progress import Progress, Silent
 from edge_kv.tensors import AUTO, KEPT, parse_changes, storage
 from edge_kv.weights.files import identity
 from edge_kv.weights.source import Generation
-from edge_kv.weights.tokenizer import usable_tokenizer
+from edge_kv.weights.tokenizer import text_start, usable_tokenizer
 
 log = logging.getLogger(__name__)
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
@@ -223,6 +223,11 @@ class _Job:
         text = source.text
         content = text.tokenizer_json() if text else None
         self.tokenizer_json = content and usable_tokenizer(content, self.config.vocab, source.label)
+        self.bos_id, self.adds_bos = self.config.bos_id, False
+        if text and self.tokenizer_json:
+            self.bos_id, self.adds_bos = text_start(
+                self.tokenizer_json, text.bos_token(), self.bos_id, self.config.vocab, source.label
+            )
         self.template = text.chat_template() if text else None
         self.generation = text.generation() if text else Generation()
         self.stop_ids = text.stop_ids() if text else []
@@ -347,7 +352,7 @@ class _Job:
         return TokenizerEntry(
             file="tokenizer.json",
             chat_template="chat_template.jinja" if self.template is not None else None,
-            add_bos=self.config.bos_id is not None,
+            add_bos=self.adds_bos,
         )
 
     def _finish(self, written: _Written, lowered: dict[str, Lowered]) -> None:
@@ -475,7 +480,7 @@ class _Job:
             name=self.out.name,
             tokens=TokensEntry(
                 vocab=config.vocab,
-                bos=config.bos_id,
+                bos=self.bos_id,
                 eos=list(dict.fromkeys([*config.eos_ids, *self.stop_ids])),
                 pad=config.pad_id,
                 suppress=list(self.generation.suppress_tokens),

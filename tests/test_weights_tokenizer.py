@@ -6,9 +6,13 @@ import json
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
-from edge_kv.errors import WeightsError
-from edge_kv.weights.tokenizer import usable_tokenizer
+from edge_kv.errors import ConfigError, WeightsError
+from edge_kv.runtime.template import Template
+from edge_kv.weights.gguf_text import GGUFText
+from edge_kv.weights.hf_text import HFText
+from edge_kv.weights.tokenizer import text_start, usable_tokenizer
 
 VOCAB = {"<unk>": 0, "a": 1, "b": 2, "ab": 3, "abab": 4}
 
@@ -65,3 +69,113 @@ def test_what_is_no_tokenizer_is_refused(content):
 def test_a_tokenizer_of_which_nothing_would_be_left_is_refused():
     with pytest.raises(WeightsError, match=r"is not a tokenizer|knows more tokens"):
         usable_tokenizer(tokenizer(), 0, "x")
+
+
+def post_processor(*ids: int) -> dict:
+    """What puts tokens before a text: bos and, where two are given, eos behind it."""
+    names = {i: t for t, i in VOCAB.items()}
+    parts = [
+        {"SpecialToken": {"id": names[ids[0]], "type_id": 0}} if ids else None,
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": names[ids[1]], "type_id": 0}} if len(ids) > 1 else None,
+    ]
+    tokens = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in ids}
+    return {"type": "TemplateProcessing", "single": [p for p in parts if p],
+            "pair": [], "special_tokens": tokens}  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", [(), (1,), (1, 2)])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {}, {"bos_token": None}, {"bos_token": "a"}, {"bos_token": "b"},
+        {"add_bos_token": True, "bos_token": "a"}, {"add_bos_token": False, "bos_token": "a"},
+        {"bos_token": {"content": "ab", "__type": "AddedToken"}},
+    ],
+)  # fmt: skip
+def test_a_text_begins_as_transformers_begins_it(tmp_path, ends, beside):
+    """The start token of a model's config (Qwen has one) is no sign that texts begin with it."""
+    (tmp_path / "tokenizer.json").write_text(tokenizer(post_processor=post_processor(*ends)))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **beside})
+    )
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    ids, bare = made("abab").input_ids, made("abab", add_special_tokens=False).input_ids
+    expected = ids[0] if ids[: len(bare)] != bare else None
+
+    text = HFText(tmp_path, 5, ())
+    bos, added = text_start(text.tokenizer_json(), text.bos_token(), 3, 5, "x")
+    assert (bos if added else None) == expected or made.bos_token_id not in (None, expected)
+    if made.bos_token is not None:
+        assert bos == made.bos_token_id
+
+
+def test_a_start_token_the_model_does_not_have_is_refused():
+    odd = post_processor(1)
+    odd["special_tokens"]["a"]["ids"] = [7]
+    with pytest.raises(WeightsError, match="begins a text with token 7, and the model has 5"):
+        text_start(tokenizer(post_processor=odd), None, 1, 5, "x")
+
+
+MARK = {"content": "<mark>", "lstrip": False, "rstrip": False, "normalized": False,
+        "single_word": False, "special": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"added_tokens_decoder": {"5": MARK}},
+        {"added_tokens_decoder": {"5": {**MARK, "lstrip": True}}, "eos_token": "<mark>"},
+        {"added_tokens_decoder": {"3": {**MARK, "content": "ab", "single_word": True}}},
+        {"added_tokens_decoder": {"6": {**MARK, "content": "<end>"}, "5": MARK}},
+        {"added_tokens_decoder": {"0": {**MARK, "content": "<unk>", "special": False}}},
+        {"eos_token": "<mark>", "pad_token": "b"},
+        {"image_token": "<mark>", "extra_special_tokens": ["<end>"]},
+        {
+            "additional_special_tokens": ["<end>"],
+            "eos_token": {"__type": "AddedToken", **MARK, "lstrip": True},
+        },
+    ],
+)
+def test_added_tokens_beside_the_tokenizer_count_as_in_transformers(tmp_path, beside):
+    (tmp_path / "tokenizer.json").write_text(tokenizer())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **beside})
+    )
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    read = Tokenizer.from_str(HFText(tmp_path, 9, ()).tokenizer_json())
+    for text in ("ab<mark>abab", "a  <mark> b<end>ab", "ab abab", "<unk>b"):
+        ids = read.encode(text, add_special_tokens=False).ids
+        assert ids == made(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("entry", [{"content": 3}, {"odd": 1}, "x"])
+def test_an_added_token_that_is_none_is_refused(tmp_path, entry):
+    (tmp_path / "tokenizer.json").write_text(tokenizer())
+    beside = json.dumps({"added_tokens_decoder": {"5": entry}})
+    (tmp_path / "tokenizer_config.json").write_text(beside)
+    with pytest.raises(
+        (ConfigError, WeightsError), match=r"added_tokens_decoder|an added token that is none"
+    ):
+        HFText(tmp_path, 9, ()).tokenizer_json()
+
+
+def test_a_template_for_tools_is_taken_where_tools_are_offered(tmp_path):
+    default = "\n {% for m in messages %}\n{{ m['content'] }}\n  {% endfor %}\n"
+    tool_use = "  {% set x = 1 %}\n\n{{ tools | length }}{{ x }} \n\n"
+    named = [{"name": "default", "template": default}, {"name": "tool_use", "template": tool_use}]
+    beside = tmp_path / "tokenizer_config.json"
+    beside.write_text(json.dumps({"chat_template": named}))
+    one = HFText(tmp_path, 9, ()).chat_template()
+    messages = [{"role": "user", "content": "a"}]
+    for offered, alone in ((None, default), ([{"a": 1}, {"b": 2}], tool_use)):
+        made = Template(one).render(messages, tools=offered)
+        assert made == Template(alone).render(messages, tools=offered)
+
+    beside.unlink()
+    (tmp_path / "chat_template.jinja").write_text(default)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+    assert HFText(tmp_path, 9, ()).chat_template() == one
+    keys = {"tokenizer.chat_template": default, "tokenizer.chat_template.tool_use": tool_use}
+    assert GGUFText(keys, "x.gguf", 9, ()).chat_template() == one

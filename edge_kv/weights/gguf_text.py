@@ -6,7 +6,7 @@ from typing import Any
 
 from edge_kv.weights.fields import Fields
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
-from edge_kv.weights.source import Generation, turn_end_ids
+from edge_kv.weights.source import Generation, one_template, turn_end_ids
 
 
 class GGUFText:
@@ -21,9 +21,15 @@ class GGUFText:
             self._tokenizer = hf_tokenizer_json(self._metadata, self._where)
         return self._tokenizer
 
+    def bos_token(self) -> None:
+        """The id in the metadata says it."""
+
     def chat_template(self) -> str | None:
         template = self._metadata.get("tokenizer.chat_template")
-        return template if isinstance(template, str) else None
+        tools = self._metadata.get("tokenizer.chat_template.tool_use")
+        if not isinstance(template, str):
+            return None
+        return one_template(template, tools if isinstance(tools, str) else None)
 
     def stop_ids(self) -> list[int]:
         fields, n = Fields(self._metadata, self._where), self.vocab

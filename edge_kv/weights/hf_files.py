@@ -28,8 +28,11 @@ def read_text(path: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file."""
     text = read_text(path)
-    if text is None:
-        return None
+    return None if text is None else parsed(text, path)
+
+
+def parsed(text: str, path: Path) -> dict[str, Any]:
+    """The object that `text`, of the file at `path`, is in JSON."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:

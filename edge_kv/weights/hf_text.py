@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from edge_kv.weights.fields import Fields
-from edge_kv.weights.hf_files import read_json, read_text
-from edge_kv.weights.source import Generation, turn_end_ids
+from edge_kv.weights.hf_files import parsed, read_json, read_text
+from edge_kv.weights.source import TOOL_USE, Generation, one_template, turn_end_ids
+from edge_kv.weights.tokenizer import with_added
 
+_CONFIG = "tokenizer_config.json"
+_SPECIAL = "special_tokens_map.json"
 _TEXTS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "generation_config.json", "tokenizer.json", _CONFIG, _SPECIAL, "chat_template.jinja", TOOL_USE,
     "chat_template.json",
 )  # fmt: skip
 
@@ -26,18 +29,22 @@ class HFText:
         self._root, self.vocab, self.eos = root, vocab, eos
 
     def tokenizer_json(self) -> str | None:
-        return self._text("tokenizer.json")
+        return self._tokenizer
+
+    def bos_token(self) -> str | None:
+        return (self._named("bos_token") or "") if "bos_token" in self._beside.values else None
 
     def chat_template(self) -> str | None:
         if (text := self._text("chat_template.jinja")) is not None:
-            return text
-        for file in ("tokenizer_config.json", "chat_template.json"):
+            return one_template(text, self._text(TOOL_USE))
+        for file in (_CONFIG, "chat_template.json"):
             found = (self._json(file) or {}).get("chat_template")
-            if isinstance(found, list):  # several named templates
-                default = (t.get("template") for t in _objects(found) if t.get("name") == "default")
-                found = next(default, None)
             if isinstance(found, str):
                 return found
+            named = {str(t.get("name")): t.get("template") for t in _objects(found)}
+            default, tools = named.get("default"), named.get("tool_use")
+            if isinstance(default, str):
+                return one_template(default, tools if isinstance(tools, str) else None)
         return None
 
     def stop_ids(self) -> list[int]:
@@ -63,9 +70,48 @@ class HFText:
         return Fields(raw, str(self._root / "generation_config.json"))
 
     @cached_property
+    def _tokenizer(self) -> str | None:
+        """tokenizer.json with the added tokens that are listed beside it."""
+        content, listed = self._text("tokenizer.json"), self._beside.get("added_tokens_decoder")
+        by_id = listed if isinstance(listed, dict) else {}
+        if not all(i.isdecimal() and isinstance(token, dict) for i, token in by_id.items()):
+            raise self._beside.fault("added_tokens_decoder", "an object of tokens by id")
+        entries, special = [by_id[i] for i in sorted(by_id, key=int)], self._special()
+        if content is None or not (entries or special):
+            return content
+        return with_added(content, entries, special, str(self._root))
+
+    def _special(self) -> list[str | dict[str, Any]]:
+        """Special tokens that are named beside the tokenizer: one a role, and lists of further."""
+        values = self._beside.values
+        named = [v for key, v in values.items() if key.endswith("_token")]
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            further = values.get(key)
+            named += further.values() if isinstance(further, dict) else []
+            named += further if isinstance(further, list) else []
+        return [v for v in named if isinstance(v, dict) or (isinstance(v, str) and v)]
+
+    @cached_property
+    def _beside(self) -> Fields:
+        """tokenizer_config.json; without a list of added tokens the older file counts before it."""
+        raw = self._json(_CONFIG) or {}
+        if "added_tokens_decoder" not in raw:
+            raw = {**raw, **(self._json(_SPECIAL) or {})}
+        return Fields(raw, str(self._root / _CONFIG))
+
+    def _named(self, key: str) -> str | None:
+        """The text of a token with a role, such as `bos_token`."""
+        token = self._beside.get(key)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if not (token is None or isinstance(token, str)):
+            raise self._beside.fault(key, "a text")
+        return token
+
+    @cached_property
     def _tokens(self) -> dict[str, int]:
-        """Added token -> id of tokenizer.json."""
-        added = (self._json("tokenizer.json") or {}).get("added_tokens")
+        """Added token -> id of the tokenizer."""
+        added = parsed(self._tokenizer or "{}", self._root / "tokenizer.json").get("added_tokens")
         found = [(t.get("content"), t.get("id")) for t in _objects(added)]
         known = range(self.vocab)
         return {t: i for t, i in found if isinstance(t, str) and type(i) is int and i in known}

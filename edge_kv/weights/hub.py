@@ -23,6 +23,7 @@ from edge_kv.amounts import size
 from edge_kv.errors import WeightsError
 from edge_kv.files import locked
 from edge_kv.progress import Progress, Silent
+from edge_kv.weights.source import TOOL_USE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG = "config.json"
@@ -47,7 +48,8 @@ class Repository:
     @property
     def checkpoint(self) -> list[str]:
         """The files of a checkpoint in Hugging Face's layout; other formats lie in folders."""
-        return [f for f in self.files if PurePosixPath(f).suffix in READ and "/" not in f]
+        top = [f for f in self.files if PurePosixPath(f).suffix in READ and "/" not in f]
+        return top + [f for f in self.files if f == TOOL_USE]
 
     def gguf(self) -> list[str]:
         """The parts of its only GGUF model, the first one first.

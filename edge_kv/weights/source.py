@@ -36,6 +36,13 @@ class Text(Protocol):
     def tokenizer_json(self) -> str | None:
         """Content of a Hugging Face `tokenizer.json`, if the checkpoint has a tokenizer."""
 
+    def bos_token(self) -> str | None:
+        """The start token that templates are told; empty: there is none, None: it is not said.
+
+        Raises:
+            ConfigError: it is no text.
+        """
+
     def chat_template(self) -> str | None:
         """The Jinja chat template, if the checkpoint has one."""
 
@@ -48,6 +55,21 @@ class Text(Protocol):
         Raises:
             ConfigError: a value out of range.
         """
+
+
+TOOL_USE = "additional_chat_templates/tool_use.jinja"  # of a Hugging Face checkpoint
+
+
+def one_template(default: str, tool_use: str | None) -> str:
+    """The chat template of a checkpoint that has another one for when tools are offered.
+
+    As in transformers and llama.cpp, that one is taken then; each is rendered as it would be alone.
+    """
+    if tool_use is None:
+        return default
+    parts = (t.removesuffix("\n") for t in (tool_use, default))  # as Jinja does at a template's end
+    # A newline behind a tag is not of the text: what follows begins a line, as a template does.
+    return "{%+ if tools %}\n" + "{%+ else %}\n".join(parts) + "{%+ endif %}"
 
 
 @dataclass(frozen=True)

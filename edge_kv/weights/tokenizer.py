@@ -1,12 +1,15 @@
-"""A `tokenizer.json` is tried before an export relies on it, and fitted to the model's rows."""
+"""A `tokenizer.json` is tried before an export relies on it, fitted to the model's rows, and asked
+what a text begins with."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edge_kv.errors import WeightsError
 
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
 _TRIED = "The quick brown fox: 1 + 1 = 2.\n"
 
 
@@ -40,6 +43,83 @@ def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
     return fitted
 
 
+def with_added(
+    content: str,
+    listed: Iterable[Mapping[str, Any]],
+    special: Iterable[str | Mapping[str, Any]],
+    where: str,
+) -> str:
+    """`content` with the added tokens that are listed beside it, as transformers completes it.
+
+    Those it has with other flags get the listed ones, those it lacks the next ids; tokens named
+    `special` that are no added tokens become some.
+
+    Raises:
+        WeightsError: it is no tokenizer, or an entry is none.
+    """
+    engine = _engine(content, where)
+    held = {token.content: _flags(token) for token in engine.get_added_tokens_decoder().values()}
+    try:
+        tokens = [_token(entry) for entry in listed]
+        named = [_token({"content": t} if isinstance(t, str) else t, special=True) for t in special]
+    except TypeError as e:
+        raise WeightsError(
+            f"{where} lists an added token that is none ({e}); download the tokenizer again."
+        ) from e
+    known = {*held, *(token.content for token in tokens)}
+    tokens += [token for token in named if token.content not in known]
+    new = [token for token in tokens if held.get(token.content) != _flags(token)]
+    if not new:
+        return content
+    engine.add_tokens(new)
+    completed: str = engine.to_str()
+    return completed
+
+
+def _token(entry: Mapping[str, Any], **flags: bool) -> Any:
+    from tokenizers import AddedToken
+
+    if not isinstance(entry.get("content"), str):
+        raise TypeError(f"its content is {entry.get('content')!r}")
+    return AddedToken(**{k: v for k, v in entry.items() if k in _FLAGS} | flags)
+
+
+def _flags(token: Any) -> tuple[bool, ...]:
+    return tuple(getattr(token, name) for name in _FLAGS)
+
+
+def text_start(
+    content: str, named: str | None, bos_id: int | None, vocab_size: int, where: str
+) -> tuple[int | None, bool]:
+    """The start token that templates may name, and whether it goes before every text.
+
+    As in transformers, the tokenizer's own last step decides about the latter: that a config has a
+    start token does not put it before texts (Qwen's config has one, its texts do not). Where that
+    step puts another token than the named one, none is put.
+
+    Args:
+        named: `Text.bos_token`.
+        bos_id: the start token of the model's config, where none is named.
+
+    Raises:
+        WeightsError: it is no tokenizer, or begins texts with a token the model does not have.
+    """
+    engine = _engine(content, where)
+    encoded = engine.encode(_TRIED)
+    added = encoded.ids[0] if encoded.special_tokens_mask[:1] == [1] else None
+    if added is not None and added >= vocab_size:
+        raise WeightsError(
+            f"The tokenizer of {where} begins a text with token {added}, and the model has "
+            f"{vocab_size}; use the tokenizer of this checkpoint."
+        )
+    if named:
+        bos_id = engine.token_to_id(named)
+        return bos_id, added is not None and bos_id == added
+    if added is not None:
+        return added, True
+    return (None if named == "" else bos_id), False
+
+
 def _known(merge: str | list[str], vocab: dict[str, int]) -> bool:
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left in vocab and right in vocab and left + right in vocab
@@ -47,12 +127,17 @@ def _known(merge: str | list[str], vocab: dict[str, int]) -> bool:
 
 def _largest(content: str, where: str) -> int:
     """The largest id of a tokenizer that reads and encodes."""
+    return max(_engine(content, where).get_vocab().values(), default=-1)
+
+
+def _engine(content: str, where: str) -> Any:
+    """The tokenizer, which has encoded a text."""
     from tokenizers import Tokenizer
 
     try:
         engine: Any = Tokenizer.from_str(content)
-        engine.encode(_TRIED, add_special_tokens=False)
-        return max(engine.get_vocab().values(), default=-1)
+        engine.encode(_TRIED)
+        return engine
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # plain Exception, and what its Rust side panics with
