@@ -83,7 +83,7 @@ struct Format {
   }
 };
 
-// Bytes of one token's rounded activations: values, steps and sums of blocks.
+// Bytes of one token's rounded activations: a record of every block.
 constexpr int64_t rounded_stride(int64_t cols) {
   const int64_t blocks = (cols + kBlockValues - 1) / kBlockValues;
   return (blocks * (kBlockValues + 8) + kLineBytes - 1) / kLineBytes * kLineBytes;

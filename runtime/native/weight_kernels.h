@@ -39,6 +39,7 @@ template <int bits, bool levels>
 constexpr int kZero = levels ? 128 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return _mm512_set1_epi32(four_bytes(x)); }
 inline Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints halved(Ints x, int times) { return _mm512_srai_epi32(x, unsigned(times)); }
 inline Ints add_pairs(Ints sum, Ints pairs) {
   return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
@@ -77,6 +78,7 @@ template <int bits, bool levels>
 constexpr int kZero = levels ? 0 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return _mm256_set1_epi32(four_bytes(x)); }
 inline Ints splat_int(int32_t x) { return _mm256_set1_epi32(x); }
+inline Ints halved(Ints x, int times) { return _mm256_srai_epi32(x, times); }
 inline Ints add_pairs(Ints sum, Ints pairs) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
@@ -114,6 +116,7 @@ template <int bits, bool levels>
 constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return vdupq_n_s32(four_bytes(x)); }
 inline Ints splat_int(int32_t x) { return vdupq_n_s32(x); }
+inline Ints halved(Ints x, int times) { return vshlq_s32(x, vdupq_n_s32(-times)); }
 inline Ints add_pairs(Ints sum, Ints) { return sum; }
 template <int bits, bool levels>
 inline Ints part_of(Ints w, int part) {
@@ -149,6 +152,7 @@ template <int bits, bool levels>
 constexpr int kZero = levels || bits == 8 ? 0 : 1 << (bits - 1);
 inline Ints four_values(const int8_t* x) { return load_ints(x); }
 inline Ints splat_int(int32_t x) { return {0, x}; }
+inline Ints halved(Ints x, int times) { return {0, x.sum / (1 << times)}; }
 inline Ints add_pairs(Ints sum, Ints) { return sum; }
 template <int bits, bool levels>
 inline Ints part_of(Ints w, int part) {
@@ -173,15 +177,11 @@ inline Ints add_part(Ints sum, Ints w, Ints x) {
 
 #endif
 
-// What a token's rounded activations are: bytes [blocks * kBlockValues], steps and sums [blocks].
-struct Activations {
-  const int8_t* bytes;
-  const float* steps;
-  const int32_t* sums;
-
-  Activations(const void* x, int64_t blocks)
-      : bytes((const int8_t*)x), steps((const float*)(bytes + blocks * kBlockValues)),
-        sums((const int32_t*)(steps + blocks)) {}
+// A block of a token's rounded activations; `start` is -128 times the sum of its values.
+struct RoundedBlock {
+  int8_t values[kBlockValues];
+  float step;
+  int32_t start;
 };
 
 // The step of a block rounded to 8 bits: the largest value is 127 of them.
@@ -194,36 +194,35 @@ inline float step_of(const float* x) {
   return largest(top) * float(1.0 / 127);
 }
 
-// A block in its own steps; returns their sum.
-inline int32_t round_block(const float* x, float step, int8_t* out) {
+// A block in its own steps.
+inline void round_block(const float* x, float step, int8_t* out) {
   const Vec inverse = splat(1.0f / step);
   for (int i = 0; i < kBlockValues; i += kWidth) save_bytes(out + i, mul(load(x + i), inverse));
-  return sum_of_32(out);
 }
 
 // The same in steps of which its largest value need not be 127.
-inline int32_t round_block_to(float step, const float* x, int8_t* out) {
+inline void round_block_to(float step, const float* x, int8_t* out) {
   const Vec by = splat(step);
   for (int i = 0; i < kBlockValues; i += kWidth) save_bytes(out + i, whole_steps(load(x + i), by));
-  return sum_of_32(out);
 }
 
 void round_row(const float* x, int64_t cols, float fixed, void* out) {
-  const int64_t blocks = (cols + kBlockValues - 1) / kBlockValues;
-  const Activations to(out, blocks);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const float* from = x + b * kBlockValues;
+  RoundedBlock* to = (RoundedBlock*)out;
+  for (int64_t begin = 0; begin < cols; begin += kBlockValues, ++to) {
+    const float* from = x + begin;
     float block[kBlockValues];
-    const int64_t n = cols - b * kBlockValues;
+    const int64_t n = cols - begin;
     if (n < kBlockValues) {  // the last of them
       memset(block, 0, sizeof block);
       from = (const float*)memcpy(block, from, sizeof(float) * size_t(n));
     }
-    const float step = fixed != 0.0f ? fixed : step_of(from);
-    int8_t* const bytes = (int8_t*)to.bytes + b * kBlockValues;
-    ((int32_t*)to.sums)[b] =
-        fixed != 0.0f ? round_block_to(step, from, bytes) : round_block(from, step, bytes);
-    ((float*)to.steps)[b] = step;
+    to->step = fixed != 0.0f ? fixed : step_of(from);
+    if (fixed != 0.0f) {
+      round_block_to(fixed, from, to->values);
+    } else {
+      round_block(from, to->step, to->values);
+    }
+    to->start = -128 * sum_of_32(to->values);
   }
 }
 
@@ -246,6 +245,14 @@ inline Vec block_scales(const uint8_t* line, int block, int vector) {
   return load((const uint16_t*)line + at);
 }
 
+// What the products of a block begin with: -zero times the sum of its values.
+template <int zero>
+inline Ints start_of(const RoundedBlock& block) {
+  constexpr int times = zero == 128 ? 0 : zero == 8 ? 4 : 6;
+  static_assert(zero == 0 || zero << times == 128, "a start is halved to that of a lower zero");
+  return zero ? halved(splat_int(block.start), times) : splat_int(0);
+}
+
 // One group of rows with T tokens: sixteen numbers for each.
 template <int bits, Scale scale, bool levels, int T>
 void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t x_stride,
@@ -259,19 +266,19 @@ void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t
   for (int t = 0; t < T; ++t)
     for (int v = 0; v < kVectors; ++v) sums[t][v] = splat(0.0f);
   int left = 0;  // blocks that the line of scales still serves
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t b = 0; b < blocks; ++b, x += sizeof(RoundedBlock)) {
+    const auto block = [&](int t) -> const RoundedBlock& {
+      return *(const RoundedBlock*)(x + t * x_stride);
+    };
     if (format.served() && left-- == 0) {
       __builtin_prefetch(from + kBytesAhead);
       scales = from;
       from += kLineBytes;
       left = format.served() - 1;
     }
-    const auto offset = [&](int t) {
-      return splat_int(zero ? -zero * Activations(x + t * x_stride, blocks).sums[b] : 0);
-    };
     Ints dots[T][kVectors];
     for (int t = 0; t < T; ++t) {
-      const Ints start = kShort<bits, levels> ? splat_int(0) : offset(t);
+      const Ints start = kShort<bits, levels> ? splat_int(0) : start_of<zero>(block(t));
       for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
     }
 #pragma GCC unroll kUnroll
@@ -284,8 +291,7 @@ void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t
           w[v] = part_of<bits, levels>(load_ints(from + v * kBytes), p);
 #pragma GCC unroll kUnroll
         for (int t = 0; t < T; ++t) {
-          const Ints four = four_values((const int8_t*)x + t * x_stride + b * kBlockValues +
-                                        (line * parts + p) * 4);
+          const Ints four = four_values(block(t).values + (line * parts + p) * 4);
           for (int v = 0; v < kVectors; ++v)
             dots[t][v] = add_part<bits, levels>(dots[t][v], w[v], four);
         }
@@ -295,8 +301,8 @@ void group_tokens(const uint8_t* from, int64_t blocks, const uint8_t* x, int64_t
       const Vec by = format.served() ? block_scales<scale>(scales, format.served() - 1 - left, v)
                                      : splat(1.0f);
       for (int t = 0; t < T; ++t) {
-        const Vec step = splat(Activations(x + t * x_stride, blocks).steps[b]);
-        if (kShort<bits, levels>) dots[t][v] = add_pairs(offset(t), dots[t][v]);
+        const Vec step = splat(block(t).step);
+        if (kShort<bits, levels>) dots[t][v] = add_pairs(start_of<zero>(block(t)), dots[t][v]);
         sums[t][v] = multiply_add(to_float(dots[t][v]), format.served() ? mul(by, step) : step,
                                   sums[t][v]);
       }
