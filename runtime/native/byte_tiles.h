@@ -13,6 +13,7 @@
 constexpr int kStepValues = 128;     // values of a query that share a step
 constexpr int kMostSteps = kMostDim / kStepValues;
 constexpr float kCoarseShare = 1.0f / 64;
+constexpr int kFewFine = 2;          // of eight query rows that take their second digits alone
 constexpr int kDigitQueries = 4;     // of a head; with fewer, memory is slower than digits of 16 bits
 constexpr int kFewQueries = 16;      // for which tiles are not worth their order
 constexpr int kWideRow = 256;        // values, so that the sums of a row are little beside its products
@@ -103,10 +104,9 @@ inline void byte_scores(const ByteQueries& q, int row, int which, int dim, const
       ByteVec sums[R][2];
       for (int r = 0; r < R; ++r)
         sums[r][0] = sums[r][1] = _mm512_set1_epi32(-128 * q.sums[row + r][step][which]);
-      for (int d = from; d < to; d += 16, keys += 8 * kLine) {
-        ahead.fetch(8 * kLine);
+      ahead.fetch(32 * (to - from));
+      for (int d = from; d < to; d += 16, keys += 8 * kLine)
         add_bytes<R, true>(sums, keys, digits + d, dim);
-      }
       for (int r = 0; r < R; ++r) {
         const Vec by = splat(unit * q.steps[row + r][step]);
         float* const at = scores[r] + j;
@@ -131,47 +131,35 @@ inline void add_mixed(const ByteVec (&sums)[R][2], const float* steps, const Sof
   }
 }
 
-// Make room for products with the lower digit of weights behind those with the higher one.
+// mix[r] = keep * mix[r] + steps[r] * sum_j weights[r][j] * value j of a tile in order.
 template <int R>
-inline void next_digit(ByteVec (&sums)[R][2]) {
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < 2; ++i) sums[r][i] = _mm512_slli_epi32(sums[r][i], 8);
-}
-
-// mix[r] = keep * mix[r] + steps[r] * sum_j weights[r][j] * value j of a tile in order; weights have
-// one digit or two, the higher one first.
-template <int R>
-inline void byte_mix(const uint8_t (*weights)[2][kTile], int digits, const float* steps,
-                     const Softened* soft, const char* values, int n, int dim, float* mix,
-                     Ahead ahead) {
+inline void byte_mix(const uint8_t (*weights)[kTile], const float* steps, const Softened* soft,
+                     const char* values, int n, int dim, float* mix, Ahead ahead) {
   const int64_t lines = int64_t(n) / 2 * kLine;
   for (int d = 0; d < dim; d += 32, values += lines) {
     ByteVec sums[R][2];
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
-    for (int g = 0; g < digits; ++g) {
-      if (g) next_digit<R>(sums);
-      const char* at = values;
-      for (int j = 0; j < n; j += 16, at += 8 * kLine) {
-        if (!g) ahead.fetch(8 * kLine);
-        add_bytes<R, false>(sums, at, weights[0][g] + j, sizeof weights[0]);
-      }
-    }
+    ahead.fetch(32 * n);
+    const char* at = values;
+    for (int j = 0; j < n; j += 16, at += 8 * kLine)
+      add_bytes<R, false>(sums, at, weights[0] + j, kTile);
     add_mixed<R>(sums, steps, soft, mix + d, dim);
   }
 }
 
 // Round n weights of at most `size`, a multiple of kWidth and not negative, to steps: 255 of them are
-// `size` in one digit, 65535 in two. Returns the step.
-inline float weight_digits(const float* x, int n, float size, int digits, uint8_t (*to)[kTile]) {
-  const float step = (size > 1e-30f ? size : 1e-30f) / (digits == 1 ? 255.0f : 65535.0f);
+// `size` in one digit, 65535 in two. Returns the step of the first digit; that of a second one is
+// 1/256 of it.
+inline float weight_digits(const float* x, int n, float size, uint8_t* first, uint8_t* second) {
+  const float step = (size > 1e-30f ? size : 1e-30f) / (second ? 65535.0f : 255.0f);
   const Vec per_step = splat(1.0f / step);
   for (int i = 0; i < n; i += kWidth) {
     const __m512i whole = _mm512_cvtps_epu32(mul(load(x + i), per_step));
-    const __m512i high = digits == 1 ? whole : _mm512_srli_epi32(whole, 8);
-    _mm_storeu_si128((__m128i*)(to[0] + i), _mm512_cvtusepi32_epi8(high));
-    if (digits > 1) _mm_storeu_si128((__m128i*)(to[1] + i), _mm512_cvtepi32_epi8(whole));
+    const __m512i high = second ? _mm512_srli_epi32(whole, 8) : whole;
+    _mm_storeu_si128((__m128i*)(first + i), _mm512_cvtusepi32_epi8(high));
+    if (second) _mm_storeu_si128((__m128i*)(second + i), _mm512_cvtepi32_epi8(whole));
   }
-  return step;
+  return second ? 256.0f * step : step;
 }
 
 // A query row in digits.
@@ -231,9 +219,9 @@ class OrderedTiles {
   }
 
   template <int R>
-  void mix(const uint8_t (*weights)[2][kTile], int digits, const float* steps, const Softened* soft,
-           int n, float* to, Ahead ahead) const {
-    byte_mix<R>(weights, digits, steps, soft, values_, n, dim_, to, ahead);
+  void mix(const uint8_t (*weights)[kTile], const float* steps, const Softened* soft, int n,
+           float* to, Ahead ahead) const {
+    byte_mix<R>(weights, steps, soft, values_, n, dim_, to, ahead);
   }
 
  private:
@@ -373,26 +361,23 @@ class RowsInPlace {
   }
 
   template <int R>
-  void mix(const uint8_t (*weights)[2][kTile], int digits, const float* steps, const Softened* soft,
-           int n, float* to, Ahead ahead) const {
+  void mix(const uint8_t (*weights)[kTile], const float* steps, const Softened* soft, int n,
+           float* to, Ahead ahead) const {
     for (int d = 0; d < dim_; d += kLine) {
-      mix_eights<R, false>(weights, digits, steps, soft, n, d, to + d, ahead);
-      mix_eights<R, true>(weights, digits, steps, soft, n, d, to + d + 8, ahead);
+      mix_eights<R, false>(weights, steps, soft, n, d, to + d, ahead);
+      mix_eights<R, true>(weights, steps, soft, n, d, to + d + 8, ahead);
     }
   }
 
  private:
   template <int R, bool upper>
-  void mix_eights(const uint8_t (*weights)[2][kTile], int digits, const float* steps,
-                  const Softened* soft, int n, int d, float* to, Ahead& ahead) const {
+  void mix_eights(const uint8_t (*weights)[kTile], const float* steps, const Softened* soft, int n,
+                  int d, float* to, Ahead& ahead) const {
     ByteVec sums[R][2];
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
-    for (int g = 0; g < digits; ++g) {
-      if (g) next_digit<R>(sums);
-      for (int j = 0; j < n; j += 16) {
-        if (!g) ahead.fetch(16 * 32);
-        add_rows<R, upper>(sums, values_ + j, d, weights[0][g] + j, 2 * kTile);
-      }
+    for (int j = 0; j < n; j += 16) {
+      ahead.fetch(16 * 32);
+      add_rows<R, upper>(sums, values_ + j, d, weights[0] + j, kTile);
     }
     for (int r = 0; r < R; ++r) add_eights(sums[r], steps[r], soft[r].keep, to + r * dim_);
   }
@@ -436,7 +421,7 @@ void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t e
       const Partial partial = head_of(out, head);
       const bool edge = at_edge<R>(q, first, tile);
       alignas(64) float scores[R][kTile], peaks[R];
-      alignas(64) uint8_t weights[R][2][kTile];
+      alignas(64) uint8_t weights[2][R][kTile];
       float steps[R];
       Softened soft[R];
       const auto scaled = [&](int r, float* of, const float* sum) {
@@ -446,27 +431,40 @@ void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t e
         return peak_of(of, n);
       };
       rows.template scores<R>(row, 0, n, scores, after(one, tile, one.keys, at, R, count));
-      bool fine = false;
+      int fine[R], fines = 0;  // rows that take their second digits
       for (int r = 0; r < R; ++r) {
         peaks[r] = scaled(r, scores[r], nullptr);
-        fine |= stands_out(peaks[r], partial.top[first + r], partial.sum[first + r]);
+        if (stands_out(peaks[r], partial.top[first + r], partial.sum[first + r])) fine[fines++] = r;
       }
-      if (fine) {
-        alignas(64) float more[R][kTile];
-        rows.template scores<R>(row, 1, n, more, Ahead{});
-        for (int r = 0; r < R; ++r) {
-          peaks[r] = scaled(r, more[r], scores[r]);
-          memcpy(scores[r], more[r], sizeof scores[r]);
-        }
+      // Each by itself, or all together where they are many: the numbers are the same.
+      const bool together = fines > kFewFine;
+      alignas(64) float more[R][kTile];
+      if (together) rows.template scores<R>(row, 1, n, more, Ahead{});
+      for (int i = 0; i < fines; ++i) {
+        const int r = fine[i];
+        if (!together) rows.template scores<1>(row + r, 1, n, more + r, Ahead{});
+        peaks[r] = scaled(r, more[r], scores[r]);
+        memcpy(scores[r], more[r], sizeof scores[r]);
       }
-      const int digits = fine ? 2 : 1;
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0, i = 0; r < R; ++r) {
         soft[r] = soften(scores[r], n, peaks[r], scales.values, partial.top + first + r,
                          partial.sum + first + r);
-        steps[r] = weight_digits(scores[r], n, soft[r].largest, digits, weights[r]);
+        const bool second = i < fines && fine[i] == r;
+        i += second;
+        steps[r] = weight_digits(scores[r], n, soft[r].largest, weights[0][r],
+                                 second ? weights[1][r] : nullptr);
+        if (!second && together) memset(weights[1][r], 0, sizeof weights[1][r]);
       }
-      rows.template mix<R>(weights, digits, steps, soft, n, partial.mix + int64_t(first) * dim,
-                           after(one, tile, one.values, at, R, count));
+      float* const mix = partial.mix + int64_t(first) * dim;
+      rows.template mix<R>(weights[0], steps, soft, n, mix, after(one, tile, one.values, at, R, count));
+      for (int r = 0; r < R; ++r) steps[r] *= 1.0f / 256, soft[r].keep = 1.0f;
+      if (together) {
+        rows.template mix<R>(weights[1], steps, soft, n, mix, Ahead{});
+      } else {
+        for (int i = 0; i < fines; ++i)
+          rows.template mix<1>(weights[1] + fine[i], steps + fine[i], soft + fine[i], n,
+                               mix + fine[i] * dim, Ahead{});
+      }
     });
   }
 }
