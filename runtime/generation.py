@@ -15,6 +15,7 @@ from edge_kv.runtime.speculation import AUTO, Speculation
 
 ON_FULL = ("stop", "slide", "error")
 MAX_LOGPROBS = 100
+CHECKPOINT_TOKENS = 2048  # of a long prompt, between two spare checkpoints of the rings
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,9 @@ def feed(
 ) -> int:
     """Make `session.tokens` equal `ids`, reusing what the session holds of them; how much that was.
 
-    At every length in `checkpoints` the session keeps its rings. Once `cancelled()` is true no
+    At every length in `checkpoints` the session keeps its rings, and, where there are any, every
+    `CHECKPOINT_TOKENS` of what is read, as far as there is room: a text that goes on otherwise
+    from the middle of a long turn is then not read from its start. Once `cancelled()` is true no
     further chunk is read: `session.tokens` is then a beginning of `ids`.
 
     Raises:
@@ -295,10 +298,13 @@ def feed(
     """
     reused = session.resume(ids)
     chunk = session.plan.chunk
-    left = sorted(c for c in checkpoints if 0 < c <= len(ids))
+    marks = {c for c in checkpoints if 0 < c <= len(ids)}
+    spare = set(range(reused + CHECKPOINT_TOKENS, len(ids), CHECKPOINT_TOKENS)) if marks else set()
+    left = sorted(marks | spare)
     while True:
         while left and left[0] <= session.pos:  # whole chunks: the rings still hold its rows
-            session.checkpoint(left.pop(0))
+            at = left.pop(0)
+            session.checkpoint(at, spare=at not in marks)
         if session.pos == len(ids) or cancelled():
             return reused
         session.prefill(ids[session.pos : session.pos + chunk])

@@ -333,11 +333,12 @@ class Session(ABC):
         """How many tokens `rewind` can go back without starting over."""
         return self.pos - self.plan.earliest(self._written)
 
-    def checkpoint(self, at: int) -> None:
+    def checkpoint(self, at: int, *, spare: bool = False) -> None:
         """Keep the rings as they are after the first `at` tokens, for `resume` to go back to.
 
         Does nothing where the rings no longer hold those rows, or where there are no rings. At most
-        `CHECKPOINTS` are kept: the first, the newest, and the others as far apart as they come.
+        `CHECKPOINTS` are kept: `spare` ones make room for the others, of which the first and the
+        newest stay, and those between as far apart as they come.
         """
         self._check_open()
         if not 0 < at <= self.pos or not self.plan.can_rewind(at, self._written):
@@ -345,13 +346,13 @@ class Session(ABC):
         rows = tuple(map(bytes, snapshots.ring_rows(self.plan, self.state, at, self._written)))
         if not rows:
             return
-        kept = Checkpoint(tuple(self._tokens[:at]), self._written, rows)
+        kept = Checkpoint(tuple(self._tokens[:at]), self._written, rows, spare)
         points = [c for c in self._checkpoints if len(c.tokens) != at]
         self._checkpoints = points = sorted([*points, kept], key=lambda c: len(c.tokens))
         if len(points) > CHECKPOINTS:
-            lengths = [len(c.tokens) for c in points[:-1]]
-            gaps = [b - a for a, b in pairwise(lengths)]
-            del points[1 + gaps.index(min(gaps))]
+            gaps = [b - a for a, b in pairwise([0, *(len(c.tokens) for c in points)])]
+            less = [i for i, c in enumerate(points) if c.spare] or range(1, len(points) - 1)
+            del points[min(less, key=lambda i: gaps[i])]
 
     def resume(self, ids: Sequence[int]) -> int:
         """Go back to the longest beginning of `ids` that is still held, and return its length.

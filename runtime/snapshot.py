@@ -57,11 +57,15 @@ class Identity:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The rings as they were after `tokens`; append buffers keep those rows themselves."""
+    """The rings as they were after `tokens`; append buffers keep those rows themselves.
+
+    A `spare` one stands at no turn boundary and makes room for those that do.
+    """
 
     tokens: tuple[int, ...]
     written: int
     rows: tuple[bytes, ...]
+    spare: bool = False
 
     def begins(self, ids: Sequence[int]) -> bool:
         """Whether `ids` begin with its tokens."""

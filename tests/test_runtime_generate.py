@@ -6,7 +6,7 @@ from fake_artifact import VOCAB, NumpySession, oracle, write_artifact
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import ConfigError, ContextFullError, PromptError
-from edge_kv.runtime import generate, load
+from edge_kv.runtime import generate, generation, load
 from edge_kv.runtime.generation import Trace, feed
 from edge_kv.runtime.session import CHECKPOINTS
 from edge_kv.runtime.speculation import Guess, PromptLookup, Speculation
@@ -228,6 +228,27 @@ def test_checkpoints_are_few_and_keep_the_first(session):
     rings = [b for b in session.plan.tables if b.keep]
     for c in session._checkpoints:
         assert sum(map(len, c.rows)) <= sum(b.bytes for b in rings)
+
+
+def test_long_prompts_keep_rings_on_the_way_and_turns_come_first(session, monkeypatch):
+    monkeypatch.setattr(generation, "CHECKPOINT_TOKENS", 8)
+    prompt = [2, *range(10, 61)]
+    feed(session, prompt, [len(prompt)])
+    kept = [len(c.tokens) for c in session._checkpoints]
+    assert len(kept) == CHECKPOINTS and kept[-1] == len(prompt)
+    branch = [*prompt[:45], 200, 201]  # the long turn goes on otherwise
+    held = feed(session, branch, [len(branch)])
+    assert held == max(k for k in kept if k <= 45) > 8
+    wanted = oracle(session.toy, session.plan, [*branch, 9])
+    np.testing.assert_allclose(session.decode(9), wanted, atol=1e-4)
+    session.reset()
+    for turn in (10, 20):
+        feed(session, prompt[:turn], [turn])
+    feed(session, prompt, [len(prompt)])  # what is read on the way takes no turn's place
+    assert [len(c.tokens) for c in session._checkpoints] == [10, 20, len(prompt)]
+    session.reset()
+    feed(session, [5, *prompt[1:]])  # none without a turn: nobody comes back
+    assert not session.own_checkpoints()
 
 
 def test_a_cancelled_prompt_stops_between_chunks_and_keeps_what_it_read(session):
