@@ -1,5 +1,6 @@
 """The server: OpenAI's API over one decoder, fair, bounded, and closed to whom it should be."""
 
+import asyncio
 import json
 import re
 import threading
@@ -335,6 +336,40 @@ def test_the_page_the_status_and_the_figures(client):
     figures = client.get("/metrics").text
     assert 'edge_kv_requests_total{outcome="answered"} 1.0' in figures
     assert "edge_kv_generated_tokens_total 4.0" in figures
+
+
+def test_a_reply_that_nobody_heard_to_its_end_is_counted(artifact, tmp_path):
+    server = serving(artifact, tmp_path)
+    server.generator.session._run_decode = slowly(server.generator.session._run_decode)
+    ask = json.dumps({**ASK, "max_tokens": 300, "stream": True, "logit_bias": {"1": -99}}).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": CHAT, "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    }  # fmt: skip
+    asked, heard = iter([{"type": "http.request", "body": ask}]), []
+
+    async def receive():
+        if first := next(asked, None):
+            return first
+        while len(heard) < 5:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        heard.append(message)
+
+    asyncio.run(make_app(server)(scope, receive, send))
+    server.worker.stop(10)
+    figures = server.prometheus().decode()
+    assert 'edge_kv_requests_total{outcome="disconnected"} 1.0' in figures
+    assert 'outcome="answered"' not in figures
+    assert f"edge_kv_generated_tokens_total {float(len(server.last.ids))}" in figures
+    assert 0 < len(server.last.ids) < 300
+
+
+def slowly(run):
+    """`run`, so that there is something left to leave."""
+    return lambda *args: time.sleep(0.01) or run(*args)
 
 
 # --- the queue -----------------------------------------------------------------------------------

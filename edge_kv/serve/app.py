@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_kv import __version__
 from edge_kv.errors import ContextFullError, EdgeKVError, MemoryLimitError, RuntimeFault
-from edge_kv.runtime.chat import Generator, Piece, Reply, Turn
+from edge_kv.runtime.chat import CANCELLED, Generator, Piece, Reply, Turn
 from edge_kv.runtime.messages import Message
 from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.replies import THINKING
@@ -140,10 +140,9 @@ class Server:
         return self._count
 
     def finished(self, reply: Reply) -> None:
-        """Count a reply."""
+        """Count what a reply cost, whether or not somebody still waits for it."""
         self.last = reply
         m = self.metrics
-        m.requests.labels("cancelled" if reply.finish == "cancelled" else "answered").inc()
         m.prompt.inc(reply.prompt_tokens)
         m.cached.inc(reply.reused_tokens)
         m.made.inc(len(reply.ids))
@@ -406,6 +405,8 @@ class _Waiting:
         self._request, self._server = request, server
 
         def told(event: Piece | Reply | Exception) -> None:
+            if isinstance(event, Reply):
+                server.finished(event)
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -421,18 +422,20 @@ class _Waiting:
         Raises:
             EdgeKVError: the reply failed. ClientDisconnect: nobody waits for it.
         """
+        requests, ended = self._server.metrics.requests, False
         try:
-            while True:
+            while not ended:
                 event = await self._next()
+                ended = not isinstance(event, Piece)
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Reply):
-                    self._server.finished(event)
+                    requests.labels("cancelled" if event.finish == CANCELLED else "answered").inc()
                 yield event
-                if isinstance(event, Reply):
-                    return
         finally:
             self._job.cancelled.set()
+            if not ended:
+                requests.labels("disconnected").inc()
 
     async def _next(self) -> Piece | Reply | Exception:
         while True:
@@ -455,7 +458,6 @@ async def _answer(
                 return JSONResponse(answer.whole(first))
             first = await anext(events)
     except ClientDisconnect:
-        server.metrics.requests.labels("disconnected").inc()
         return Response(status_code=499)
 
     async def lines() -> AsyncIterator[bytes]:
@@ -477,6 +479,7 @@ async def _answer(
             if asked.include_usage:
                 yield _event(answer.counted(event))
         except EdgeKVError as e:
+            server.metrics.requests.labels("failed").inc()
             yield _event(_document(e))
         yield b"data: [DONE]\n\n"
 
