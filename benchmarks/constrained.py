@@ -2,8 +2,8 @@
 
 tiny was trained on running text: nothing it says by itself is JSON. The masks are timed beside an
 unconstrained step of the same session, with the vocabulary of the artifact; the share of a token of
-a larger model follows from the time of its own token, the median of the first subject's rows in a
-result of full_size.py that `--beside` names.
+a larger model follows from the time of its own token, the median of the first subject's rows at the
+smallest depth (the shortest tokens) in a result of full_size.py that `--beside` names.
 
 python benchmarks/constrained.py artifacts/tiny --tokenizer GEMMA/tokenizer.json \\
     --beside benchmarks/results/full_size_e2b_today.json --write
@@ -156,8 +156,9 @@ def main() -> None:
     if args.tokenizer and args.beside:
         rows = json.loads(args.beside.read_text())["rows"]
         subject = rows[0]["subject"]
-        own = [r["decode_seconds"]["p50"] for r in rows if r["subject"] == subject]
-        token = statistics.median(own)
+        depth = min(r["depth"] for r in rows)
+        own = [r for r in rows if r["subject"] == subject and r["depth"] == depth]
+        token = statistics.median(r["decode_seconds"]["p50"] for r in own)
         document["large"] |= {
             "beside": f"{args.beside.stem}: {subject}",
             "token_seconds": token,
