@@ -98,6 +98,7 @@ def test_llama3_begins_with_bos_and_takes_whole_pieces():
 
 FAULTS = [
     ({"pre": "smollm2"}, r"tokenizer.ggml.pre 'smollm2' is not supported. Did you mean 'smollm'"),
+    ({"pre": None}, r"tokenizer.ggml.pre None is not supported"),
     ({"pre": 3}, r"tokenizer.ggml.pre 3 is not supported"),
     ({"merges": ["a zzz"]}, r"the merge 'a zzz' does not join two tokens"),
     ({"token_type": [1]}, r"token_type has 1 entries"),

@@ -56,7 +56,7 @@ def byte_level(
     Raises:
         WeightsError: a rule for splitting text that is not known.
     """
-    name = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    name = metadata.get("tokenizer.ggml.pre")
     if not isinstance(name, str) or name not in _RULES:
         raise WeightsError(
             f"{where}: tokenizer.ggml.pre {name!r} is not supported."

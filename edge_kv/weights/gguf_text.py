@@ -8,6 +8,12 @@ from edge_kv.weights.fields import Fields
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
 from edge_kv.weights.source import Generation, one_template, turn_end_ids
 
+# Tokens that end a text whatever the ids in the metadata are, as in llama.cpp.
+_ENDS = (
+    "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
+    "<end_of_turn>", "<EOT>", "</s>",
+)  # fmt: skip
+
 
 class GGUFText:
     """The metadata of the file called `where`, for a model of `vocab` tokens."""
@@ -36,9 +42,12 @@ class GGUFText:
         known = self.eos
         listed = self._metadata.get("tokenizer.ggml.tokens")
         tokens = enumerate(listed) if isinstance(listed, list) else ()
+        by_name = {t: i for i, t in tokens if isinstance(t, str)}
         ids = {
             *fields.token_ids("tokenizer.ggml.eot_token_id", n),
-            *turn_end_ids({t: i for i, t in tokens if isinstance(t, str)}, known),
+            *fields.token_ids("tokenizer.ggml.eom_token_id", n),
+            *turn_end_ids(by_name, known),
+            *(by_name[name] for name in _ENDS if by_name.get(name, n) < n),
         }
         return sorted(ids - set(known))
 
