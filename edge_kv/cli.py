@@ -207,6 +207,9 @@ HugePages = Annotated[
     bool,
     typer.Option("--huge-pages", help="Copy the weights to huge pages: faster, needs their RAM."),
 ]
+Check = Annotated[
+    bool, typer.Option("--check", help="First compare every file with its digest, as verify does.")
+]
 Guesses = Annotated[
     str,
     typer.Option("--drafts", help="Guessed tokens fed at once: auto (where it pays), off, N."),
@@ -417,6 +420,7 @@ def run(
     snapshot: Annotated[
         Path | None, typer.Option("--snapshot", help="Save the conversation at the end.")
     ] = None,
+    check: Check = False,
     no_cache: NoCache = False,
     huge_pages: HugePages = False,
     as_json: Json = False,
@@ -437,6 +441,8 @@ def run(
     if text is None and as_json:
         raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
     opened = open_artifact(artifact)
+    if check:
+        _check_digests(opened)
     base = _base(engine)
     if ram_limit:
         planned = _planned(opened, engine, base, huge=huge_pages)
@@ -647,12 +653,8 @@ def verify(
     from edge_kv.terminal import Bar
 
     opened = open_artifact(artifact)
+    total = _check_digests(opened)
     with Bar() as bar:
-        bar.stage("digests")
-        total, done = sum(f.size for f in opened.manifest.files.values()), 0
-        for name, count in opened.check_digests():
-            done += count
-            bar.advance(name, done, total)
         bar.stage("parity", "steps")
         with load(opened, engine, threads, cache=not no_cache) as session:
             parity = compare(session, lambda step, steps: bar.advance("steps", step, steps))
@@ -861,6 +863,7 @@ def serve(
     ] = 1024,
     engine: Engine = "onnx",
     threads: Threads = None,
+    check: Check = False,
     no_cache: NoCache = False,
     huge_pages: HugePages = False,
     drafts: Guesses = "auto",
@@ -875,7 +878,7 @@ def serve(
     from edge_kv.runtime import load
 
     try:
-        from edge_kv.serve.app import Settings
+        from edge_kv.serve.app import Settings, most_bytes
         from edge_kv.serve.command import run_server
         from edge_kv.serve.states import SERVER_BYTES, kept_bytes
     except ModuleNotFoundError as e:
@@ -884,6 +887,8 @@ def serve(
             "pip install '.[serve]'"
         ) from e
     opened = open_artifact(artifact)
+    if check:
+        _check_digests(opened)
     memory = _planned(opened, engine, _base(engine), huge=huge_pages)
     if ram_limit:
         _check_ram(opened, ram_limit, engine, memory, huge_pages)
@@ -896,6 +901,7 @@ def serve(
         origins=tuple(origin or ()),
         waiting=queue,
         timeout=timeout,
+        body=most_bytes(opened.plan.ctx),
         max_tokens=max_new_tokens,
         planned=memory.conversation + SERVER_BYTES + kept if memory else 0,
         limit=limit,
@@ -1027,6 +1033,19 @@ def _tools(path: Path) -> tuple[Tool, ...]:
     if not isinstance(listed, list):
         raise ConfigError(f"{path} must hold a JSON list of tools, not {type(listed).__name__}.")
     return tuple(Tool.of(tool, f"{path}[{i}]") for i, tool in enumerate(listed))
+
+
+def _check_digests(artifact: Artifact) -> int:
+    """Compare every file with its digest; returns their bytes."""
+    from edge_kv.terminal import Bar
+
+    total, done = sum(f.size for f in artifact.manifest.files.values()), 0
+    with Bar() as bar:
+        bar.stage("digests")
+        for name, count in artifact.check_digests():
+            done += count
+            bar.advance(name, done, total)
+    return total
 
 
 def _check_target(path: Path | None) -> None:

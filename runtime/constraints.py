@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_kv.errors import ConfigError, did_you_mean
+from edge_kv.errors import ConfigError, RuntimeFault, did_you_mean
 from edge_kv.runtime.messages import Tool
 from edge_kv.runtime.replies import CALL, CONTENT, THINKING, ReplyFormat
 from edge_kv.runtime.session import Logits
@@ -98,8 +98,17 @@ class Engine:
         self.closers = [i for i in self.closers if i < vocab_size]
 
     def bits(self, matcher: Any) -> npt.NDArray[np.bool_]:
-        """Which ids may come next, bool [vocab]."""
+        """Which ids may come next, bool [vocab].
+
+        Raises:
+            RuntimeFault: the grammar asks for more than is spent on one.
+        """
         raw = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():  # a text that breaks off is none of the grammar
+            raise RuntimeFault(
+                f"The reply cannot be held to its grammar ({_line(matcher.get_error())}); use a "
+                "smaller one."
+            )
         return np.unpackbits(raw, bitorder="little")[: self.vocab_size].view(np.bool_)
 
     def start(self, grammar: Grammar) -> Matcher:
@@ -155,7 +164,10 @@ class Matcher:
         for steps in range(1, most):
             if matcher.is_accepting() or matcher.is_stopped():
                 return steps
-            matcher.consume_token(way.next(matcher, self._engine.bits(matcher)))
+            try:
+                matcher.consume_token(way.next(matcher, self._engine.bits(matcher)))
+            except RuntimeFault:  # this way is too long: the text itself is still on
+                break
         return most
 
 
@@ -398,7 +410,7 @@ def _free(at: str, schema: Any, format: ReplyFormat, end: str) -> list[str]:
     if not isinstance(schema, Mapping) or schema.get("type") != "string":
         return [f"{at}_value {closing}", f"{at}_value: {_json(schema)}"]
     if "enum" in schema or "const" in schema:
-        words = schema.get("enum", [schema.get("const")])
+        words = _listed_in(schema, "enum") or [schema.get("const")]
         choices = " | ".join(json.dumps(str(w)) for w in words)
         return [f"({choices}) {closing}"]
     if closing.startswith("<["):
@@ -409,8 +421,7 @@ def _free(at: str, schema: Any, format: ReplyFormat, end: str) -> list[str]:
 def _listed(name: str, tool: Tool, pair: Any) -> Iterator[str]:
     """Rules `name_0` …: the arguments of a tool in their order, optional ones left out at will."""
     schema = _object(tool)
-    properties = list(schema["properties"].items())
-    required = schema.get("required", [])
+    properties, required = list(schema["properties"].items()), _listed_in(schema, "required")
     for n, (key, inner) in enumerate(properties):
         rest = f"{name}_{n + 1}"
         optional = "" if key in required else f" | {rest}"
@@ -438,7 +449,7 @@ def _brace_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
 def _braces(name: str, schema: Any, quote: str, depth: int) -> Iterator[str]:
     """Rules for a value in braces; beyond what is known, any value."""
     kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if depth < 16 and isinstance(schema, Mapping) and schema.get("enum"):
+    if depth < 16 and isinstance(schema, Mapping) and _listed_in(schema, "enum"):
         words = (
             f"{quote} {json.dumps(w)} {quote}" if isinstance(w, str) else json.dumps(json.dumps(w))
             for w in schema["enum"]
@@ -449,9 +460,9 @@ def _braces(name: str, schema: Any, quote: str, depth: int) -> Iterator[str]:
     elif kind == "array" and depth < 16:
         yield f'{name}: "[" ({name}i ("," {name}i)*)? "]"'
         yield from _braces(f"{name}i", schema.get("items", {}), quote, depth + 1)
-    elif kind == "object" and schema.get("properties") and depth < 16:
-        properties = sorted(schema["properties"].items())  # as templates write them
-        required = schema.get("required", [])
+    elif kind == "object" and _members(schema) and depth < 16:
+        properties = sorted(_members(schema).items())  # as templates write them
+        required = _listed_in(schema, "required")
         yield f'{name}: "{{" {name}_0f "}}"'
         for n, (key, inner) in enumerate(properties):
             for here, comma in (("f", ""), ("", '"," ')):
@@ -467,9 +478,25 @@ def _braces(name: str, schema: Any, quote: str, depth: int) -> Iterator[str]:
 
 def _object(tool: Tool) -> dict[str, Any]:
     """The schema of a tool's arguments, closed to others."""
-    properties = tool.parameters.get("properties")
-    kept = dict(properties) if isinstance(properties, Mapping) else {}
-    return {"additionalProperties": False, **tool.parameters, "type": "object", "properties": kept}
+    schema = dict(tool.parameters)
+    return {"additionalProperties": False, **schema, "type": "object",
+            "properties": _members(schema)}  # fmt: skip
+
+
+def _members(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The properties of an object's schema, by name."""
+    found = schema.get("properties")
+    if not (found is None or isinstance(found, Mapping)):
+        raise ConfigError(f"The schema of a tool has properties {str(found)[:40]!r}, no object.")
+    return dict(found or {})
+
+
+def _listed_in(schema: Mapping[str, Any], key: str) -> list[Any]:
+    """What a schema lists under `key`; nothing where it has no such key."""
+    found = schema.get(key)
+    if not (found is None or isinstance(found, list)):
+        raise ConfigError(f"The schema of a tool has {key} {str(found)[:40]!r}, no list.")
+    return found or []
 
 
 _ENDINGS = {"pairs": ("</arg_value>",), "parameters": ("\n</parameter>\n",)}

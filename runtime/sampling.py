@@ -19,6 +19,7 @@ from edge_kv.errors import ConfigError, RuntimeFault
 
 Floats = npt.NDArray[np.float64]
 _BLOCK = 64  # weights whose maximum is looked at first
+_IDS = 1 << 31  # no vocabulary has more
 _FIRST_CUT = 64  # candidates looked at first; top-p grows it until they hold enough probability
 
 
@@ -95,7 +96,7 @@ class Sampler:
             ),
             f"seed {seed} must not be negative": seed is None or seed >= 0,
             "logit_bias must give a number for each token id": all(
-                isinstance(i, int) and i >= 0 and not math.isnan(b) for i, b in bias.items()
+                isinstance(i, int) and 0 <= i < _IDS and not math.isnan(b) for i, b in bias.items()
             ),
         }
         faults = [text for text, good in checks.items() if not good]

@@ -475,6 +475,10 @@ CASES = [
     Case("artifact", "a file that is missing", RUN, artifact_file("ple.bin", gone)),
     Case("artifact", "a copy that was cut off", RUN, artifact_file("ple.bin", lambda b: b[:7])),
     Case("artifact", "a changed byte", "verify DIR/art", artifact_file("ple.bin", flip(0))),
+    Case(
+        "artifact", "a changed byte, asked for at a run", f"{RUN} --check",
+        artifact_file("ple.bin", flip(0)),
+    ),
     Case("artifact", "a program that is not ONNX", RUN, damaged_graph),
     Case("artifact", "no chat template", RUN, artifact(template=False)),
     Case("artifact", "no tokenizer", f"{RUN} --raw", manifest(tokenizer=None)),

@@ -10,9 +10,10 @@ from fake_artifact import NumpySession, write_artifact
 from test_replies import FAMILIES, TOOLS, make_tokenizer
 
 from edge_kv.artifact import read_artifact
-from edge_kv.errors import ConfigError
+from edge_kv.errors import ConfigError, RuntimeFault
 from edge_kv.runtime.chat import Generator, Message, Options
 from edge_kv.runtime.constraints import Engine, Grammar, ReplyConstraint
+from edge_kv.runtime.messages import Tool
 from edge_kv.runtime.replies import ReplyFormat, ReplyParser
 
 PERSON = {
@@ -147,3 +148,35 @@ def test_choices_that_are_none_are_refused(generator):
         generator.reply([Message("user", "x")], tools=TOOLS, tool_choice="find_flight")
     with pytest.raises(ConfigError, match="no tools"):
         generator.reply([Message("user", "x")], tool_choice="required")
+
+
+MISSHAPEN = [
+    {"properties": [["a", 1]]},
+    {"properties": {"a": 3}},
+    {"properties": {"a": {"type": "string"}}, "required": 5},
+    {"properties": {"a": {"type": "object", "properties": [1]}}},
+    {"properties": {"a": {"type": "object", "properties": {"b": {}}, "required": "b"}}},
+    {"properties": {"a": {"type": "string", "enum": 5}}},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_misshapen_schemas_of_tools_are_refused_or_mean_anything(tmp_path, family):
+    marks, source = FAMILIES[family]
+    tokenizer = make_tokenizer(tmp_path / "t.json", marks)
+    engine = Engine(tokenizer, tokenizer.vocab_size, [0])
+    for schema in MISSHAPEN:
+        tool = Tool("f", parameters={"type": "object", **schema})
+        format = ReplyFormat.of(tokenizer, source)
+        try:
+            ReplyConstraint(engine, format, tools=[tool], choice="required")
+        except ConfigError as e:
+            assert "schema of a tool" in str(e) and "\n" not in str(e)
+            continue
+        assert schema == MISSHAPEN[1]  # a schema that is none: any value
+
+
+def test_a_text_whose_grammar_cannot_be_gone_on_with_is_no_answer(generator):
+    endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    with pytest.raises(RuntimeFault, match="cannot be held to its grammar"):
+        say(generator, Grammar.json_schema(endless), tokens=300)

@@ -17,7 +17,7 @@ from edge_kv.memory import predict_artifact
 from edge_kv.runtime.chat import Generator, Message, Reply
 from edge_kv.runtime.generation import feed
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
-from edge_kv.serve.app import Server, Settings, make_app, serve
+from edge_kv.serve.app import Server, Settings, make_app, most_bytes, serve
 from edge_kv.serve.command import run_server
 from edge_kv.serve.schema import finish_reason
 from edge_kv.serve.states import WORTH_KEEPING, States, kept_bytes
@@ -573,3 +573,17 @@ def test_drafts_are_counted(tmp_path, monkeypatch):
     assert f"edge_kv_accepted_tokens_total {came:.1f}" in figures
     assert f"edge_kv_ties_total {server.last.ties:.1f}" in figures and server.last.ties > came
     assert f"edge_kv_decode_passes_total {session.stats.decode_passes:.1f}" in figures
+
+
+def test_odd_ids_and_texts_are_refused_in_a_sentence(client):
+    for change in ({"logit_bias": {"9" * 20: 1}}, {"prompt": [10**30]}, {"prompt": [-1]}):
+        path = "/v1/completions" if "prompt" in change else CHAT
+        response = client.post(path, json={**ASK, **change})
+        assert response.status_code == 400 and "token id" in response.json()["error"]["message"]
+    odd = b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"\\ud800": 1}}'
+    response = client.post(CHAT, content=odd, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "logit_bias" in response.json()["error"]["message"]
+
+
+def test_bodies_are_bounded_by_the_context():
+    assert most_bytes(512) < 100_000 < most_bytes(32_768) < most_bytes(10**9) == 4 << 20

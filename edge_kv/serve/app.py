@@ -81,6 +81,15 @@ class Settings:
     limit: int = 0  # RAM the user allows; 0: none
 
 
+def most_bytes(ctx: int) -> int:
+    """Of a request body, for a context of `ctx` tokens.
+
+    What cannot fit is refused before it is made tokens of: that takes a quarter of a kilobyte of
+    RAM for each byte, and the decoder's time.
+    """
+    return min(Settings.body, (64 << 10) + 16 * ctx)
+
+
 def is_loopback(host: str) -> bool:
     """Whether a server bound to `host` is reached from this machine alone."""
     try:
