@@ -76,8 +76,8 @@ def plot_bench(document: dict[str, Any], path: Path) -> None:
         try:
             with replacing(path) as file:
                 figure.savefig(file, format=path.suffix.lower().removeprefix("."), dpi=150)
-        except (ValueError, OSError) as e:
-            raise ConfigError(f"Cannot draw {path} ({e}); name a .png, .svg or .pdf.") from e
+        except OSError as e:
+            raise ConfigError(f"Cannot write {path} ({e.strerror}); choose another place.") from e
         finally:
             plt.close(figure)
 

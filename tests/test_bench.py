@@ -269,5 +269,5 @@ def test_plot_without_measured_memory(document, tmp_path):
             m["anon_peak"] = None
     plot_bench(blank, tmp_path / "p.svg")
     assert "planned" in (tmp_path / "p.svg").read_text()
-    with pytest.raises(ConfigError, match="Cannot draw"):
+    with pytest.raises(ConfigError, match="Cannot write"):
         plot_bench(document, tmp_path / "none" / "p.png")
