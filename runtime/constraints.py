@@ -8,6 +8,7 @@ taken, so that a reply is whole where its limit allows a whole one.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _SPARE = 32  # tokens that may be left over when the end is headed for
 _FEW = 16  # ids that may follow where a text has ended
 _TRIES = 64  # times an id is taken for one that closes something
 _CLOSERS = '"}]:,0n'  # what ends a JSON value soonest, best first
+_DEEPEST = 16  # nested values in braces whose schema is followed
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Grammar:
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Replies that match all of a regular expression (Rust's syntax, no look-around)."""
-        return cls(f"start: /{pattern.replace('/', chr(92) + '/')}/", "regular expression")
+        return cls(f"start: /{_escaped(pattern)}/", "regular expression")
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
@@ -251,7 +254,11 @@ class ReplyConstraint:
         if self._tools:
             endings = _ENDINGS.get(format.grammar.syntax, ())
             what = "schema of a tool"
-            self._grammar = Grammar(_calls(format, self._tools), what, endings)
+            try:
+                source = _calls(format, self._tools)
+            except (AttributeError, TypeError, ValueError) as e:
+                raise ConfigError(f"The {what} is no JSON schema ({e}).") from e
+            self._grammar = Grammar(source, what, endings)
             engine.start(self._grammar)  # a schema that is not valid is found here
             if self._required and self._opens is None:
                 opening = json.dumps(marks[0]) + " " if marks else ""
@@ -342,6 +349,11 @@ def _line(message: Any) -> str:
     return first.removeprefix("error: ").rstrip(".: ")[:200]
 
 
+def _escaped(pattern: str) -> str:
+    """A regular expression as it stands between slashes in Lark."""
+    return re.sub(r"\\.|/", lambda found: found[0].rjust(2, "\\"), pattern, flags=re.DOTALL)
+
+
 def _json(schema: Any) -> str:
     """A rule for JSON of a schema, without white space between its parts."""
     options = {"whitespace_flexible": False}
@@ -413,20 +425,40 @@ def _free(at: str, schema: Any, format: ReplyFormat, end: str) -> list[str]:
         words = _listed_in(schema, "enum") or [schema.get("const")]
         choices = " | ".join(json.dumps(str(w)) for w in words)
         return [f"({choices}) {closing}"]
+    text, *rules = _text(at, schema)
     if closing.startswith("<["):
-        return [f"/(.|\\n)*/ {closing}"]
-    return [f"{at}_value", f"{at}_value[suffix={json.dumps(end)}]: /(.|\\n)*/"]
+        return [f"{text} {closing}", *rules]
+    return [f"{at}_value", f"{at}_value[suffix={json.dumps(end)}]: {text}", *rules]
+
+
+def _text(at: str, schema: Mapping[str, Any]) -> list[str]:
+    """A terminal for the texts of a schema of type string, and the rule of it if it needs one."""
+    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+    parts = [f"/(.|\\n){{{low},{high}}}/"] if low or high != "" else []
+    if pattern := schema.get("pattern"):
+        begun = pattern.startswith("^")
+        ended = pattern.endswith("$") and not pattern.endswith("\\$")
+        inner = _escaped(pattern[begun : len(pattern) - ended])
+        rest = "(.|\\n)*"  # a pattern may be found anywhere in a text
+        parts.append(f"/{'' if begun else rest}({inner}){'' if ended else rest}/")
+    if not parts:
+        return ["/(.|\\n)*/"]
+    name = f"{at.upper()}_TEXT"
+    return [name, f"{name}: {' & '.join(parts)}"]
 
 
 def _listed(name: str, tool: Tool, pair: Any) -> Iterator[str]:
     """Rules `name_0` …: the arguments of a tool in their order, optional ones left out at will."""
     schema = _object(tool)
     properties, required = list(schema["properties"].items()), _listed_in(schema, "required")
+    shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}  # what $ref names
     for n, (key, inner) in enumerate(properties):
         rest = f"{name}_{n + 1}"
         optional = "" if key in required else f" | {rest}"
         yield f"{name}_{n}: {name}_{n}p {rest}{optional}"
-        yield from pair(f"{name}_{n}p", key, inner)
+        yield from pair(
+            f"{name}_{n}p", key, {**shared, **inner} if isinstance(inner, Mapping) else inner
+        )
     yield f'{name}_{len(properties)}: ""'
 
 
@@ -443,24 +475,75 @@ def _brace_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
     yield 'any: text | number | boolean | "null" | list | map'
     for i, tool in enumerate(tools):
         yield f"call{i}: {json.dumps('call:' + tool.name)} a{i} {_end(format)}"
-        yield from _braces(f"a{i}", _object(tool), quote, 0)
+        schema = _object(tool)
+        yield from _Braces(quote, schema).rules(f"a{i}", schema, 0)
 
 
-def _braces(name: str, schema: Any, quote: str, depth: int) -> Iterator[str]:
-    """Rules for a value in braces; beyond what is known, any value."""
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if depth < 16 and isinstance(schema, Mapping) and _listed_in(schema, "enum"):
-        words = (
-            f"{quote} {json.dumps(w)} {quote}" if isinstance(w, str) else json.dumps(json.dumps(w))
-            for w in schema["enum"]
-        )
-        yield f"{name}: " + " | ".join(words)
-    elif kind in ("string", "integer", "number", "boolean"):
-        yield f"{name}: {'text' if kind == 'string' else kind}"
-    elif kind == "array" and depth < 16:
-        yield f'{name}: "[" ({name}i ("," {name}i)*)? "]"'
-        yield from _braces(f"{name}i", schema.get("items", {}), quote, depth + 1)
-    elif kind == "object" and _members(schema) and depth < 16:
+class _Braces:
+    """Rules of values in braces; beyond what is known, any value."""
+
+    def __init__(self, quote: str, root: Mapping[str, Any]) -> None:
+        self._quote, self._root = quote, root
+        self._refs: dict[str, str] = {}  # what a $ref names -> the rule of it
+
+    def rules(self, name: str, schema: Any, depth: int) -> Iterator[str]:
+        """`name`: what `schema` allows, and the rules it needs."""
+        if not isinstance(schema, Mapping) or depth >= _DEEPEST:
+            yield f"{name}: any"
+            return
+        kind = schema.get("type")
+        choices = _listed_in(schema, "enum") or ([schema["const"]] if "const" in schema else [])
+        ways = schema.get("anyOf") or schema.get("oneOf")
+        if isinstance(kind, list):
+            ways = [{**schema, "type": k} for k in kind]
+        if isinstance(ref := schema.get("$ref"), str):
+            yield from self._named(name, ref, depth)
+        elif choices:
+            yield f"{name}: " + " | ".join(map(self._word, choices))
+        elif isinstance(ways, list):
+            yield f"{name}: " + " | ".join(f"{name}o{i}" for i in range(len(ways)))
+            for i, way in enumerate(ways):
+                yield from self.rules(f"{name}o{i}", way, depth + 1)
+        elif kind == "string":
+            text, *rules = _text(name, schema)
+            yield f"{name}: {self._quote} {text} {self._quote}"
+            yield from rules
+        elif kind in ("integer", "number"):
+            bounds = {k: schema[k] for k in _BOUNDS if k in schema}
+            yield f"{name}: " + (_json({"type": kind, **bounds}) if bounds else kind)
+        elif kind in ("boolean", "null"):
+            yield f"{name}: " + ("boolean" if kind == "boolean" else '"null"')
+        elif kind == "array":
+            yield from self._array(name, schema, depth)
+        elif kind == "object" and _members(schema):
+            yield from self._object(name, schema, depth)
+        else:
+            yield f"{name}: {'map' if kind == 'object' else 'any'}"
+
+    def _named(self, name: str, ref: str, depth: int) -> Iterator[str]:
+        known = self._refs.get(ref)
+        if known is None:
+            known = self._refs[ref] = f"{name}r"
+            target: Any = self._root
+            for step in filter(None, ref.removeprefix("#").split("/")):
+                target = target.get(step) if isinstance(target, Mapping) else None
+            yield from self.rules(known, target, depth + 1)
+        yield f"{name}: {known}"
+
+    def _word(self, value: Any) -> str:
+        if isinstance(value, str):
+            return f"{self._quote} {json.dumps(value)} {self._quote}"
+        return json.dumps(json.dumps(value))
+
+    def _array(self, name: str, schema: Mapping[str, Any], depth: int) -> Iterator[str]:
+        low, high = schema.get("minItems", 0), schema.get("maxItems")
+        most = "" if high is None else high - 1
+        items = f'{name}i ("," {name}i){{{max(low - 1, 0)},{most}}}'
+        yield f'{name}: "[" ' + ("" if high == 0 else items if low else f"({items})?") + ' "]"'
+        if high != 0:
+            yield from self.rules(f"{name}i", schema.get("items", {}), depth + 1)
+
+    def _object(self, name: str, schema: Mapping[str, Any], depth: int) -> Iterator[str]:
         properties = sorted(_members(schema).items())  # as templates write them
         required = _listed_in(schema, "required")
         yield f'{name}: "{{" {name}_0f "}}"'
@@ -469,11 +552,9 @@ def _braces(name: str, schema: Any, quote: str, depth: int) -> Iterator[str]:
                 optional = "" if key in required else f" | {name}_{n + 1}{here}"
                 value = f"{comma}{json.dumps(key + ':')} {name}_{n}v {name}_{n + 1}"
                 yield f"{name}_{n}{here}: {value}{optional}"
-            yield from _braces(f"{name}_{n}v", inner, quote, depth + 1)
+            yield from self.rules(f"{name}_{n}v", inner, depth + 1)
         for here in ("f", ""):
             yield f'{name}_{len(properties)}{here}: ""'
-    else:
-        yield f"{name}: {'map' if kind == 'object' else 'any'}"
 
 
 def _object(tool: Tool) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def test_other_grammars(generator):
     assert say(generator, Grammar.regex("(ab|c/d){2,3}")).text in {
         a + b + c for a in ("ab", "c/d") for b in ("ab", "c/d") for c in ("ab", "c/d", "")
     }
+    assert say(generator, Grammar.regex(r"a/b\/c\\\\/")).text == "a/b/c\\\\/"
     lark = 'start: greeting " " name\ngreeting: "hi" | "hello"\nname: /[A-Z][a-z]{1,5}/'
     greeting, name = say(generator, Grammar.lark(lark)).text.split(" ")
     assert greeting in ("hi", "hello") and name.isalpha() and name.istitle()
@@ -122,6 +123,76 @@ def test_tool_arguments_are_valid_whatever_the_model_would_say(tmp_path, family)
         assert calls, tokenizer.decode(ids, special=True)
         assert calls[0].name == TOOLS[0].name
         jsonschema.validate(calls[0].arguments, schema)
+
+
+STRICT = {
+    "type": "object",
+    "properties": {
+        "code": {"type": "string", "pattern": "^[A-Z]{2}/[0-9]{3}\\\\/$"},
+        "found": {"type": "string", "pattern": "[0-9]{2}", "maxLength": 6},
+        "word": {"type": "string", "minLength": 2, "maxLength": 5},
+        "age": {"type": "integer", "minimum": 3, "maximum": 17},
+        "share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "unit": {"const": "C"},
+        "seats": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3},
+        "none": {"type": "array", "maxItems": 0},
+        "at": {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}]},
+        "way": {"type": ["boolean", "null"]},
+    },
+    "required": ["code", "found", "word", "age", "share", "unit", "seats", "none", "at", "way"],
+    "$defs": {
+        "point": {
+            "type": "object",
+            "properties": {"x": {"enum": [1, 2.5]}, "next": {"$ref": "#/$defs/point"}},
+            "required": ["x"],
+            "additionalProperties": False,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_follow_all_of_their_schema(tmp_path, family):
+    marks, source = FAMILIES[family]
+    tokenizer = make_tokenizer(tmp_path / "t.json", marks)
+    format = ReplyFormat.of(tokenizer, source)
+    engine = Engine(tokenizer, tokenizer.vocab_size, [0])
+    tools = [Tool("fill", "", STRICT)]
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        constraint = ReplyConstraint(
+            engine, format, tools=tools, choice="required", may_think=False
+        )
+        ids = made(engine, constraint, engine.vocab_size, rng, 600)
+        parser = ReplyParser(format, tools=tools)
+        pieces = [p for i in ids if i not in engine.stop_ids for p in parser.feed(i)]
+        calls = [p.call for p in pieces + parser.end() if p.call]
+        assert calls, tokenizer.decode(ids, special=True)
+        for call in calls:  # random logits may ask for more of them
+            jsonschema.validate(call.arguments, STRICT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": 5}, {"type": "string", "pattern": "a("},
+        {"type": "string", "pattern": "(?=a)"}, {"type": "string", "minLength": "few"},
+        {"type": "string", "minLength": 10**9}, {"type": "array", "minItems": "x"},
+        {"type": "integer", "minimum": "x"}, {"type": []}, {"$ref": "#/$defs/nothing"},
+        {"type": "object", "properties": []}, {"anyOf": 3}, {"anyOf": [3]}, {"enum": 5},
+        {"type": "object", "properties": {"a": {}}, "required": 7},
+    ],
+)  # fmt: skip
+def test_schemas_of_tools_that_are_none_are_one_sentence_or_ignored(tmp_path, family, schema):
+    marks, source = FAMILIES[family]
+    tokenizer = make_tokenizer(tmp_path / "t.json", marks)
+    engine = Engine(tokenizer, tokenizer.vocab_size, [0])
+    tool = Tool("f", "", {"type": "object", "properties": {"a": schema}})
+    try:
+        ReplyConstraint(engine, ReplyFormat.of(tokenizer, source), tools=[tool])
+    except ConfigError as e:
+        assert str(e).startswith("The schema of a tool") and "\n" not in str(e)
 
 
 def test_thinking_is_free_and_the_answer_is_not(tmp_path):
