@@ -51,6 +51,8 @@ class Tokenizer:
 
         try:
             self._engine: Any = _within(Engine.from_file(str(path)), rows)
+            self._engine.no_truncation()  # lengths of a training, which are no prompt's
+            self._engine.no_padding()
         except Exception as e:  # tokenizers raises plain Exception for anything it cannot read
             raise ArtifactError(
                 f"{path} is not a tokenizer ({e}); copy or export the artifact again."

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from edge_kv.errors import ConfigError, WeightsError
 from edge_kv.runtime.template import Template
+from edge_kv.runtime.text import Tokenizer as RuntimeTokenizer
 from edge_kv.weights.gguf_text import GGUFText
 from edge_kv.weights.hf_text import HFText
 from edge_kv.weights.tokenizer import text_start, usable_tokenizer
@@ -44,6 +45,20 @@ def test_added_tokens_beyond_the_rows_are_taken_out():
     fitted = Tokenizer.from_str(usable_tokenizer(with_image(5), 5, "x"))
     assert fitted.encode("ab<image>").ids == [3, 0, 1, 0]  # the letters of the mark
     assert max(fitted.get_vocab().values()) == 4
+
+
+def test_lengths_of_a_training_neither_cut_nor_fill_a_text(tmp_path):
+    trained = Tokenizer.from_str(tokenizer())
+    trained.enable_truncation(2)
+    trained.enable_padding(length=9, pad_id=0, pad_token="<unk>")
+    assert len(trained.encode("ab a b a b").ids) == 9
+    path = tmp_path / "tokenizer.json"
+    trained.save(str(path))
+    for text in ("ab a b a b", "a"):
+        whole = Tokenizer.from_str(tokenizer()).encode(text).ids
+        used = usable_tokenizer(path.read_text(), 5, "x")
+        assert Tokenizer.from_str(used).encode(text).ids == whole
+        assert RuntimeTokenizer(path, bos_id=None).encode(text) == whole
 
 
 def test_pieces_beyond_the_rows_are_spelt_with_smaller_ones():

@@ -14,7 +14,9 @@ _TRIED = "The quick brown fox: 1 + 1 = 2.\n"
 
 
 def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
-    """`content`, without the tokens that a model of `vocab_size` rows does not have.
+    """`content`, without the tokens that a model of `vocab_size` rows does not have, and without
+    lengths that texts are cut or filled up to: those are left from a training, and transformers
+    ignores them.
 
     Gemma 3's text models have no row for the image token their tokenizer knows: its characters
     are then ordinary text.
@@ -22,7 +24,12 @@ def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
     Raises:
         WeightsError: it is no tokenizer, or none is left without those tokens.
     """
-    if _largest(content, where) < vocab_size:
+    engine = _engine(content, where)
+    if engine.truncation or engine.padding:
+        engine.no_truncation()
+        engine.no_padding()
+        content = engine.to_str()
+    if max(engine.get_vocab().values(), default=-1) < vocab_size:
         return content
     raw = json.loads(content)
     added, model = raw.get("added_tokens") or [], raw["model"]
@@ -35,7 +42,7 @@ def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
     else:  # Unigram: the id is the index
         model["vocab"] = model["vocab"][:vocab_size]
     fitted = json.dumps(raw, ensure_ascii=False)
-    if _largest(fitted, where) >= vocab_size:
+    if max(_engine(fitted, where).get_vocab().values(), default=-1) >= vocab_size:
         raise WeightsError(
             f"The tokenizer of {where} knows more tokens than the model has rows ({vocab_size}); "
             "use the tokenizer of this checkpoint."
@@ -123,11 +130,6 @@ def text_start(
 def _known(merge: str | list[str], vocab: dict[str, int]) -> bool:
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left in vocab and right in vocab and left + right in vocab
-
-
-def _largest(content: str, where: str) -> int:
-    """The largest id of a tokenizer that reads and encodes."""
-    return max(_engine(content, where).get_vocab().values(), default=-1)
 
 
 def _engine(content: str, where: str) -> Any:
