@@ -286,11 +286,13 @@ void attend(Call& call) {
   for (int64_t r = 0; r < reads; ++r) from.push_back(read_of(call, r ? 8 : 3, r, step));
   const View out = call.output_like(0, q);
 
-  // One task is a block of tokens; where that leaves threads idle (decoding), the rows are split too
-  // and the shares are merged at the end.
+  // One task is a block of tokens, all as long as can be; few more tokens than a block takes are one
+  // all the same, since each block reads the rows again. Where that leaves threads idle (decoding),
+  // the rows are split too and the shares are merged at the end.
   const int dim = step.dim, group = step.group();
-  const int64_t block = std::max(1, kBlockRows / group);
-  const int64_t blocks = (step.tokens + block - 1) / block;
+  const int64_t most = std::max(1, kBlockRows / group);
+  const int64_t blocks = step.tokens <= most * 3 / 2 ? 1 : (step.tokens + most - 1) / most;
+  const int64_t block = (step.tokens + blocks - 1) / blocks;
   double work = 0;
   for (const Read& read : from) {
     const int64_t last = step.position + step.tokens - 1;
