@@ -217,6 +217,26 @@ def test_deep_contexts(operators, isa, heads, group, dim):
         assert error.mean() < 0.005
 
 
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_a_query_is_alone_among_others(operators, isa, tokens):
+    """What a head gets is the same to the bit, whatever the others of a step look for."""
+    rng = np.random.default_rng(8)
+    keys, values = (
+        filled(operators, rng, "int8", 700, 1, 256, 700, isa) for _ in ("keys", "values")
+    )
+    reads = [(keys, values, None)]
+    q = normal(rng, tokens, 8, 256)
+    others = q.copy()
+    others[:, 1:] = keys.exact()[rng.integers(0, 690, 7), 0] * 1.2
+    first = []
+    for of in (q, others):
+        got = attend(operators, of, 700 - tokens, reads, 1 / 16, isa=isa, threads=2)
+        check_attention(got, of, 700 - tokens, reads, 1 / 16, None, isa)
+        first.append(got[:, 0])
+    np.testing.assert_array_equal(*first)
+
+
 @pytest.mark.parametrize("isa", ALL_ISAS)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("threads", [1, 3])

@@ -4,10 +4,10 @@
 // A tile of rows meets all queries before the next one does: a row is read once however many they are.
 // Many queries meet tiles that were put in order once, few meet the rows where they lie, which
 // costs more for each query and nothing besides. Queries and weights are two digits each, a coarse
-// and a fine byte. Most tiles of a long
-// context meet only the coarse ones, which halves the work: those in which no key takes more than
-// 1/64 of a query's softmax so far. What rounding does to their keys is below what storing the rows in
-// 8 bits did, and averages out over the many keys that share the rest.
+// and a fine byte. A query meets most tiles of a long context with the coarse ones only, which halves
+// the work: those in which no key takes more than 1/64 of its softmax so far. What rounding does to
+// their keys is below what storing the rows in 8 bits did, and averages out over the many keys that
+// share the rest.
 #pragma once
 
 constexpr int kStepValues = 128;     // values of a query that share a step
@@ -456,7 +456,8 @@ void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t e
         if (!second && together) memset(weights[1][r], 0, sizeof weights[1][r]);
       }
       float* const mix = partial.mix + int64_t(first) * dim;
-      rows.template mix<R>(weights[0], steps, soft, n, mix, after(one, tile, one.values, at, R, count));
+      rows.template mix<R>(weights[0], steps, soft, n, mix,
+                           after(one, tile, one.values, at, R, count));
       for (int r = 0; r < R; ++r) steps[r] *= 1.0f / 256, soft[r].keep = 1.0f;
       if (together) {
         rows.template mix<R>(weights[1], steps, soft, n, mix, Ahead{});
