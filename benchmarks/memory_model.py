@@ -4,6 +4,8 @@
     python benchmarks/memory_model.py --work artifacts --fit     # the costs that fit best
     python benchmarks/memory_model.py --work artifacts --python "chroot /trixie /venv/bin/python" \
         --result memory_model_python313                          # what another Python measures
+    python benchmarks/memory_model.py --work artifacts --python fresh/bin/python \
+        --result memory_fresh_install         # right after pip wrote fresh/, before a restart
 
 A process imports the engine, notes what it holds, opens the artifact, reads the tokenizer if there
 is one, feeds a prompt and decodes; each phase's peaks stand beside the plan. Costs of an engine
@@ -102,11 +104,11 @@ def alone(python: list[str], root: Path, engine: str, threads: int) -> dict[str,
     return row
 
 
-def under_limit(root: Path, engine: str) -> dict[str, int]:
+def under_limit(root: Path, engine: str, python: tuple[str, ...]) -> dict[str, int]:
     """The least `--ram-limit` that starts `edge-kv run`, and the peak of such a run."""
-    limit = least_limit(root, engine)
+    limit = least_limit(root, engine, python)
     long = ["In those days " * 60, "--raw", "--max-new-tokens", "64"]
-    return {"limit": limit, "peak": peak_under(root, engine, limit, *long)}
+    return {"limit": limit, "peak": peak_under(root, engine, limit, *long, python=python)}
 
 
 def judged(row: dict[str, Any]) -> list[tuple[str, str, int, int, bool]]:
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=[*FITTED, *CHECKED])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fit", action="store_true", help="print the costs that fit best")
-    parser.add_argument("--python", help="the command of another Python; not its --ram-limit")
+    parser.add_argument("--python", help="the command of another Python")
     parser.add_argument("--result", default="memory_model")
     args = parser.parse_args()
     python = shlex.split(args.python) if args.python else [sys.executable]
@@ -182,8 +184,8 @@ def main() -> None:
             row = alone(python, root, engine, args.threads)
             use = "fit" if model in FITTED else "check"
             rows.append({"model": model, "engine": engine, "use": use, **row})
-            if weights_of(model) != "random" and not args.python:
-                rows[-1]["ram_limit"] = under_limit(root, engine)
+            if weights_of(model) != "random":
+                rows[-1]["ram_limit"] = under_limit(root, engine, tuple(python))
             say(f"{model} on {engine}")
     if args.fit:
         for engine in args.engines.split(","):

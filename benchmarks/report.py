@@ -565,8 +565,14 @@ def arm64() -> str:
     columns = ["against the reference logits", "tokens as on x86-64"]
     head = ["engine", "weights / state", *(f"{b['cpu']}: {c}" for b in boards for c in columns)]
     limits = ["CPU", "engine", "memory.max", "memory.peak", "VmHWM"]
+    board = boards[0]
+    where = (
+        f"Measured {result['date']} with the runtime of then, in a virtual machine: "
+        f"{board['system']}, Python {board['versions']['python']}, onnxruntime "
+        f"{board['versions']['onnxruntime']}, {board['memory_kb'] / 2**20:.1f} GiB of RAM."
+    )
     return "\n\n".join(
-        [table(head, parity, left=2), table(limits, memory, left=2), *full_size_sentences()]
+        [table(head, parity, left=2), table(limits, memory, left=2), where, *full_size_sentences()]
     )
 
 
@@ -604,9 +610,9 @@ def full_size_sentences() -> list[str]:
             f"{r['state']['filled']} on x86-64, restored on a {r['board']['cpu']} with "
             f"{r['board']['memory']} of RAM, and {r['decoded']} tokens decoded up to a context of "
             f"{r['ctx']:,} inside {mib(group['limit'])}. Anonymous memory {mib(held['anon'])} "
-            f"(planned {mib(r['planned']['anon'])} with a tokenizer), `memory.peak` "
-            f"{mib(group['peak'])} with the page cache of the weights, no OOM kill; KL from "
-            f"x86-64 {apart['max_kl']:.1e} at most, top-1 {apart['top1']:.0%}."
+            f"without a tokenizer, `memory.peak` {mib(group['peak'])} with the page cache of the "
+            f"weights, no OOM kill; KL from x86-64 {apart['max_kl']:.1e} at most, "
+            f"top-1 {apart['top1']:.0%}."
         )
         for run in r.get("further", ()):
             said[-1] += (
@@ -735,15 +741,20 @@ def memory_model() -> str:
     """Planned and measured megabytes of every phase: rows of a model, an engine and a Python."""
     phases = ("load", "tokenizer", "prefill", "decode")
     runs = [load(p.stem) for p in sorted(RESULTS.glob("memory_model*.json"))]
+    fresh = load("memory_fresh_install")
     models = list(dict.fromkeys(x["model"] for r in runs for x in r["rows"]))
-    rows, held, limits = [], [], []
+    rows, held = [], []
+    limits = [
+        x["ram_limit"]["peak"] <= x["ram_limit"]["limit"]
+        for r in (*runs, fresh)
+        for x in r["rows"]
+        if "ram_limit" in x
+    ]
     for r in runs:
         promise = r["promise"]
         within, least = promise["within"], promise["or_bytes"]
         held.append(f"{promise['held']} of {promise['of']} with Python {r['python']}")
         for x in r["rows"]:
-            if "ram_limit" in x:
-                limits.append(x["ram_limit"]["peak"] <= x["ram_limit"]["limit"])
             cells = []
             for phase in phases:
                 values = []
@@ -757,8 +768,10 @@ def memory_model() -> str:
     rows.sort(key=lambda row: (models.index(row[0].rpartition(", ")[0]), row[1], row[2]))
     head = ["model, use", "engine", "Python", *phases]
     return (
-        f"Figures within 5 % or 5 MB: {', '.join(held)}; the others are marked *. Under the least "
-        f"`--ram-limit` that lets them start, {sum(limits)} of {len(limits)} runs stayed inside."
+        f"Figures within 5 % or 5 MB: {', '.join(held)}; the others are marked *. Right "
+        f"after pip had written the libraries: {fresh['promise']['held']} of "
+        f"{fresh['promise']['of']} with Python {fresh['python']}. Under the least `--ram-limit` "
+        f"that lets them start, {sum(limits)} of {len(limits)} runs stayed inside."
         f"\n\n{table(head, rows)}"
     )
 

@@ -429,6 +429,7 @@ def run(
     from edge_kv.guidance import open_artifact
     from edge_kv.repl import THINK, Terminal, converse, ended
     from edge_kv.runtime import load
+    from edge_kv.runtime.base import COMMAND
     from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Message, Options, Template
     from edge_kv.runtime.text import clean_text
 
@@ -443,7 +444,7 @@ def run(
     opened = open_artifact(artifact)
     if check:
         _check_digests(opened)
-    base = _base(engine)
+    base = _base(engine, COMMAND if text is not None else (*COMMAND, "prompt_toolkit"))
     if ram_limit:
         planned = _planned(opened, engine, base, huge=huge_pages)
         _check_ram(opened, ram_limit, engine, planned, huge_pages)
@@ -971,11 +972,12 @@ def _planned(
     return predict_artifact(artifact, depth, engine=engine, base=base, drafts=drafts, huge=huge)
 
 
-def _base(engine: str) -> Base | None:
-    """What this process holds before a session is opened; None for an engine without a plan."""
+def _base(engine: str, imports: tuple[str, ...] = ()) -> Base | None:
+    """What this process holds before a session is opened, with what it will import of `imports`;
+    None for an engine without a plan."""
     from edge_kv.runtime.base import planned_base
 
-    return planned_base(engine)
+    return planned_base(engine, imports)
 
 
 def _piped() -> bytes:

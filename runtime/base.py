@@ -25,7 +25,9 @@ from edge_kv.runtime.mapped import doublings
 from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.native_library import build_onnx_operators, lack_of_onnx_operators
 
-COMMAND = ("edge_kv.cli", "edge_kv.repl", "edge_kv.runtime.text")  # what `edge-kv run` imports
+COMMAND = (  # what `edge-kv run` imports
+    "edge_kv.cli", "edge_kv.repl", "edge_kv.runtime.text", "edge_kv.terminal", "numpy.random",
+)  # fmt: skip
 _MODULES = {
     "onnx": "edge_kv.runtime.onnx_session",
     "executorch": "edge_kv.runtime.executorch_session",
@@ -75,13 +77,15 @@ def _doublings(engine: str) -> dict[str, float]:
     return found
 
 
-def planned_base(engine: str) -> Base | None:
-    """`own_base` of an engine that has a memory plan here; None of one without.
+def planned_base(engine: str, imports: tuple[str, ...] = ()) -> Base | None:
+    """`own_base` of an engine that has a memory plan here, with `imports`; None of one without.
 
     The plan of ONNX is of its native operators: where they cannot be had there is none.
     """
     if engine not in COSTS:
         return None
+    for name in imports:
+        import_module(name)
     base = own_base(engine)
     if engine == "onnx":
         try:

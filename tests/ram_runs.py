@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMAND = (sys.executable, "-c", "from edge_kv.cli import main; main()", "run")
+COMMAND = ("-c", "from edge_kv.cli import main; main()", "run")
 SPARE = 1 << 19
 # The peak of a process that was started by a small one: a large parent's would count as its own.
 _PEAK = """
@@ -21,12 +21,12 @@ sys.exit(done.stderr) if done.returncode else print(peak)
 """
 
 
-def least_limit(root: Path, engine: str) -> int:
+def least_limit(root: Path, engine: str, python: tuple[str, ...] = (sys.executable,)) -> int:
     """Bytes that a refusal of `edge-kv run ROOT --ram-limit` says the run needs, rounded up.
 
     What a process holds before it opens a model differs a little from one to the next.
     """
-    command = [*COMMAND, str(root), "a", "--engine", engine, "--ram-limit", "1m"]
+    command = [*python, *COMMAND, str(root), "a", "--engine", engine, "--ram-limit", "1m"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     needed = re.search(r"need up to ([\d.]+) ([kMG])B of RAM", done.stderr)
     assert done.returncode == 1 and needed, done.stderr
@@ -35,9 +35,11 @@ def least_limit(root: Path, engine: str) -> int:
     return round((float(number) + step) * {"k": 1e3, "M": 1e6, "G": 1e9}[unit]) + SPARE
 
 
-def peak_under(root: Path, engine: str, limit: int, *options: str) -> int:
+def peak_under(
+    root: Path, engine: str, limit: int, *options: str, python: tuple[str, ...] = (sys.executable,)
+) -> int:
     """Peak RSS in bytes of a run of `options` that `limit` lets start."""
-    run = [*COMMAND, str(root), "--engine", engine, "--ram-limit", str(limit), *options]
+    run = [*python, *COMMAND, str(root), "--engine", engine, "--ram-limit", str(limit), *options]
     command = [sys.executable, "-c", _PEAK, *run]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
