@@ -13,7 +13,6 @@
 constexpr int kStepValues = 128;     // values of a query that share a step
 constexpr int kMostSteps = kMostDim / kStepValues;
 constexpr float kCoarseShare = 1.0f / 64;
-constexpr int kFewFine = 2;          // of eight query rows that take their second digits alone
 constexpr int kDigitQueries = 4;     // of a head; with fewer, memory is slower than digits of 16 bits
 constexpr int kFewQueries = 16;      // for which tiles are not worth their order
 constexpr int kWideRow = 256;        // values, so that the sums of a row are little beside its products
@@ -436,8 +435,8 @@ void attend_bytes(const Cache& cache, const Queries& q, int64_t begin, int64_t e
         peaks[r] = scaled(r, scores[r], nullptr);
         if (stands_out(peaks[r], partial.top[first + r], partial.sum[first + r])) fine[fines++] = r;
       }
-      // Each by itself, or all together where they are many: the numbers are the same.
-      const bool together = fines > kFewFine;
+      // Each by itself, or all together where they are most: the numbers are the same.
+      const bool together = 2 * fines > R;
       alignas(64) float more[R][kTile];
       if (together) rows.template scores<R>(row, 1, n, more, Ahead{});
       for (int i = 0; i < fines; ++i) {
