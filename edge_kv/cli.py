@@ -37,7 +37,7 @@ from edge_kv.errors import (
     one_line,
     unusable,
 )
-from edge_kv.signals import end_on_signals
+from edge_kv.signals import end_on_signals, say_of_cut_files
 from edge_kv.streams import open_streams
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def main() -> None:
     """Entry point of the `edge-kv` script."""
     open_streams()
     end_on_signals()
+    say_of_cut_files()
     app(prog_name="edge-kv")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -20,6 +22,30 @@ def end_on_signals() -> None:
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
+
+
+def say_of_cut_files() -> None:
+    """End with a line where a mapped file is cut off while it is in use, instead of without one.
+
+    The kernel tells the thread that reads behind the end by SIGBUS, which Python's own handlers
+    never get to see: they run behind the instruction, and that is tried for ever.
+    """
+    if not hasattr(signal, "SIGBUS"):
+        return
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    handler = kind(_cut_off)
+    _kept.append(handler)  # the system holds no reference
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGBUS), handler)
+
+
+_kept: list[object] = []
+
+
+def _cut_off(number: int) -> None:
+    with suppress(OSError):
+        os.write(2, b"Error: A file was cut off while it was in use; copy it again.\n")
+    os._exit(1)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

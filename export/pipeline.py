@@ -74,7 +74,7 @@ from edge_kv.progress import Progress, Silent
 from edge_kv.tensors import AUTO, KEPT, parse_changes, storage
 from edge_kv.weights.files import identity
 from edge_kv.weights.source import Generation
-from edge_kv.weights.tokenizer import text_start, usable_tokenizer
+from edge_kv.weights.tokenizer import text_end, text_start, usable_tokenizer
 
 log = logging.getLogger(__name__)
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
@@ -224,13 +224,17 @@ class _Job:
         content = text.tokenizer_json() if text else None
         self.tokenizer_json = content and usable_tokenizer(content, self.config.vocab, source.label)
         self.bos_id, self.adds_bos = self.config.bos_id, False
+        first: list[int] = []  # of the end tokens: the one that templates write
         if text and self.tokenizer_json:
+            said = text.named("bos_token")
             self.bos_id, self.adds_bos = text_start(
-                self.tokenizer_json, text.bos_token(), self.bos_id, self.config.vocab, source.label
+                self.tokenizer_json, said, self.bos_id, self.config.vocab, source.label
             )
+            first = text_end(self.tokenizer_json, text.named("eos_token"), source.label)
         self.template = text.chat_template() if text else None
         self.generation = text.generation() if text else Generation()
-        self.stop_ids = text.stop_ids() if text else []
+        stop_ids = text.stop_ids() if text else []
+        self.eos_ids = list(dict.fromkeys([*first, *self.config.eos_ids, *stop_ids]))
         wanted = scheme != KEPT and any(self._calibrated(layout) for layout in layouts.values())
         encode, longest = plain_encoder(self.tokenizer_json), self.config.max_ctx
         self.calibration = (
@@ -481,7 +485,7 @@ class _Job:
             tokens=TokensEntry(
                 vocab=config.vocab,
                 bos=self.bos_id,
-                eos=list(dict.fromkeys([*config.eos_ids, *self.stop_ids])),
+                eos=self.eos_ids,
                 pad=config.pad_id,
                 suppress=list(self.generation.suppress_tokens),
             ),

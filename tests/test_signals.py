@@ -59,3 +59,23 @@ def test_a_server_that_is_hung_up_on_ends_in_its_own_time(tmp_path):
     )
     assert (status, out, err) == (129, "heard\nkept\n", "Ended by SIGHUP.\n")
     assert (tmp_path / "file").read_bytes() == b"half of it"
+
+
+CUT = """
+import os, sys
+import numpy as np
+from edge_kv.signals import say_of_cut_files
+say_of_cut_files()
+held = np.memmap(sys.argv[1], np.uint8, mode="r")
+os.truncate(sys.argv[1], 0)
+print(held.sum())
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="a system that does not tell")
+def test_a_file_that_is_cut_off_while_it_is_mapped_is_one_line(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 20))
+    done = subprocess.run([sys.executable, "-c", CUT, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: A file was cut off while it was in use; copy it again.\n"

@@ -27,8 +27,8 @@ class GGUFText:
             self._tokenizer = hf_tokenizer_json(self._metadata, self._where)
         return self._tokenizer
 
-    def bos_token(self) -> None:
-        """The id in the metadata says it."""
+    def named(self, role: str) -> None:
+        """The ids in the metadata say it."""
 
     def chat_template(self) -> str | None:
         template = self._metadata.get("tokenizer.chat_template")

@@ -31,8 +31,15 @@ class HFText:
     def tokenizer_json(self) -> str | None:
         return self._tokenizer
 
-    def bos_token(self) -> str | None:
-        return (self._named("bos_token") or "") if "bos_token" in self._beside.values else None
+    def named(self, role: str) -> str | None:
+        if role not in self._beside.values:
+            return None
+        token = self._beside.get(role) or ""
+        if isinstance(token, dict):
+            token = token.get("content")
+        if not isinstance(token, str):
+            raise self._beside.fault(role, "a text")
+        return token
 
     def chat_template(self) -> str | None:
         if (text := self._text("chat_template.jinja")) is not None:
@@ -98,15 +105,6 @@ class HFText:
         if "added_tokens_decoder" not in raw:
             raw = {**raw, **(self._json(_SPECIAL) or {})}
         return Fields(raw, str(self._root / _CONFIG))
-
-    def _named(self, key: str) -> str | None:
-        """The text of a token with a role, such as `bos_token`."""
-        token = self._beside.get(key)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if not (token is None or isinstance(token, str)):
-            raise self._beside.fault(key, "a text")
-        return token
 
     @cached_property
     def _tokens(self) -> dict[str, int]:

@@ -36,8 +36,9 @@ class Text(Protocol):
     def tokenizer_json(self) -> str | None:
         """Content of a Hugging Face `tokenizer.json`, if the checkpoint has a tokenizer."""
 
-    def bos_token(self) -> str | None:
-        """The start token that templates are told; empty: there is none, None: it is not said.
+    def named(self, role: str) -> str | None:
+        """The token that templates are told as `role`, "bos_token" or "eos_token"; empty: there is
+        none, None: it is not said.
 
         Raises:
             ConfigError: it is no text.

@@ -105,7 +105,7 @@ def text_start(
     step puts another token than the named one, none is put.
 
     Args:
-        named: `Text.bos_token`.
+        named: `Text.named` of it.
         bos_id: the start token of the model's config, where none is named.
 
     Raises:
@@ -125,6 +125,16 @@ def text_start(
     if added is not None:
         return added, True
     return (None if named == "" else bos_id), False
+
+
+def text_end(content: str, named: str | None, where: str) -> list[int]:
+    """The end token that templates are told (`Text.named`), as far as there is one.
+
+    Raises:
+        WeightsError: it is no tokenizer.
+    """
+    found = _engine(content, where).token_to_id(named) if named else None
+    return [] if found is None else [found]
 
 
 def _known(merge: str | list[str], vocab: dict[str, int]) -> bool:
