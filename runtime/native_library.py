@@ -33,6 +33,10 @@ from edge_kv.runtime.cache import CACHE_VARIABLE, cache_folder, require_own
 log = logging.getLogger(__name__)
 EXECUTORCH = "1.5.1"  # its C++ interface is not stable between versions
 INSTALL = f"pip install --no-deps executorch=={EXECUTORCH}"
+NO_COMPILER = (
+    "There is no C++ compiler, and native code is compiled when it is first used; install one "
+    "(Debian and Ubuntu: apt install g++) or use --engine onnx-stock."
+)
 SOURCES = Path(__file__).parent / "native"
 SHIPPED = Path(__file__).parent / "shipped"  # compiled libraries of a wheel; none in a checkout
 SHIPPED_FOR = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}  # and what compiles for them
@@ -396,10 +400,7 @@ def _compiler(named: str = "") -> str:
             return found
     if named:
         raise RuntimeFault(f"There is no {named}; on Debian and Ubuntu: apt install {named}.")
-    raise RuntimeFault(
-        "There is no C++ compiler, and native code is compiled when it is first used; install one "
-        "(Debian and Ubuntu: apt install g++) or use --engine onnx-stock."
-    )
+    raise RuntimeFault(NO_COMPILER)
 
 
 def _digest(compiler: str, units: list[Unit], link: tuple[str, ...]) -> str:

@@ -3,6 +3,21 @@
 import pytest
 from filelock import FileLock
 
+from edge_kv.runtime.native_library import NO_COMPILER
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Tests of native code are skipped where there is no compiler, and say what to install."""
+    report = yield
+    fault = call.excinfo.value if call.excinfo else None
+    while fault is not None and NO_COMPILER not in str(fault):
+        fault = fault.__cause__ or fault.__context__
+    if fault is not None and report.failed:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] + 1, f"Skipped: {NO_COMPILER}")
+    return report
+
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_home(tmp_path_factory):
