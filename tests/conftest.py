@@ -3,7 +3,7 @@
 import pytest
 from filelock import FileLock
 
-from edge_kv.runtime.native_library import NO_COMPILER
+from edge_kv.runtime.native_library import NO_COMPILER, lack_of_onnx_operators
 
 
 @pytest.hookimpl(wrapper=True)
@@ -26,6 +26,13 @@ def cache_home(tmp_path_factory):
         home = tmp_path_factory.mktemp("cache")
         patch.setenv("EDGE_KV_CACHE", str(home))
         yield home
+
+
+@pytest.fixture
+def compiler():
+    """For tests of what is said and measured where the native operators run."""
+    if lack := lack_of_onnx_operators():
+        pytest.skip(lack)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ def test_latencies_are_ordered_and_rates_are_their_inverse(document):
         assert run["first_token"] > seconds["p50"]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_memory_of_every_phase_beside_the_plan(document):
     for run in document["runs"]:
         assert list(run["memory"]) == list(module.PHASES)
@@ -261,6 +262,7 @@ def test_bench_processes_do_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_plot_without_measured_memory(document, tmp_path):
     """As on systems that do not tell anonymous memory apart."""
     blank = json.loads(json.dumps(document))

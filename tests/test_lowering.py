@@ -137,6 +137,7 @@ def test_a_rewind_goes_as_far_as_the_shortest_table(made):
         assert decode(session, 12, made.expected) < BOUND
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_bank_of_experts_follows_the_programs_that_come_and_go(made, monkeypatch):
     """Of an unfinished artifact one program is held, so weights lie where others lay before."""
     artifact = read_artifact(made.root)

@@ -148,6 +148,7 @@ def test_without_a_compiler_the_functions_run(tiny_artifact, monkeypatch):
     assert done.exit_code == 1 and "none for onnx without its native operators" in done.stderr
 
 
+@pytest.mark.usefixtures("compiler")
 def test_without_a_compiler_plan_says_that_it_is_of_another_run(
     tiny_artifact, monkeypatch, tmp_path
 ):

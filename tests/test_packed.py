@@ -82,6 +82,7 @@ def test_every_packed_piece_is_aligned_and_prefill_shares_the_file(tiny, home):
     assert prefill and all((t["offset"], t["length"]) in places for t in prefill.values())
 
 
+@pytest.mark.usefixtures("compiler")
 def test_with_native_operators_nothing_is_packed(tiny, home):
     """They read weights as they were exported: a first start is like any other."""
     plain = run(tiny, "onnx", cache=False)
