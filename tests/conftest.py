@@ -3,7 +3,11 @@
 import pytest
 from filelock import FileLock
 
-from edge_kv.runtime.native_library import NO_COMPILER, lack_of_onnx_operators
+from edge_kv.runtime.native_library import (
+    NO_COMPILER,
+    build_onnx_operators,
+    lack_of_onnx_operators,
+)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,9 +34,10 @@ def cache_home(tmp_path_factory):
 
 @pytest.fixture
 def compiler():
-    """For tests of what is said and measured where the native operators run."""
+    """For tests of what is said and measured where the native operators run: they are built."""
     if lack := lack_of_onnx_operators():
         pytest.skip(lack)
+    build_onnx_operators()  # here, so that no test shows the progress of it
 
 
 @pytest.fixture(scope="session")
