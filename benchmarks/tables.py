@@ -34,6 +34,7 @@ def main() -> None:
         "limits": "\n\n".join(limits(r) for r in results("limits_")),
         "exports": exports([r for r in results("export_") if "limit" in r]),
         "resume": "\n\n".join(resume(r) for r in results("resume_")),
+        "clean systems": clean_systems(result("fresh_systems")),
         "startup": startup(result("startup")),
         "agreement": "\n\n".join(agreement(r) for r in results("engines_agree_")),
         "peers": "\n\n".join(peers(r) for r in results("peers_")),
@@ -321,6 +322,24 @@ def resume(r: dict[str, Any]) -> str:
         f"finished tensor is done twice, and the artifact, {len(r['equal_files'])} files of "
         f"{size / 1e9:.1f} GB, {end} the uninterrupted one byte by byte."
     )
+
+
+def clean_systems(r: dict[str, Any]) -> str:
+    """What the two commands did in clean systems: status, minutes, pytest's last line, commit."""
+    rows: list[tuple[Any, ...]] = []
+    for x in r["systems"]:
+        cells = []
+        for target in ("demo", "test"):
+            ran = x.get(target)
+            cell = "not run"
+            if ran:
+                cell = f"status {ran['status']}, {ran['seconds'] / 60:.0f} min"
+                if counts := re.search(r"\d+ passed[^=]*?(?= in )", ran["last"]):
+                    cell += f", {counts[0]}"
+                cell += f" ({ran['commit'][:7]})"
+            cells.append(cell)
+        rows.append((x["system"], x.get("python", "–"), "yes" if x["compiler"] else "no", *cells))
+    return markdown(("system", "Python", "g++", "`make demo`", "`make test`"), rows)
 
 
 def startup(r: dict[str, Any]) -> str:
