@@ -22,7 +22,6 @@ from typing import Any
 from common import gguf_path, say, smollm2_path, write_result
 from fresh_systems import COMPILER, PACKAGES, SYSTEMS, clean_root, disk_mb, inside, run
 
-ROOT = Path(__file__).parent.parent
 MORE = "openssh-server,openssh-client,rsync,bsdutils"
 PORT = 2222
 # Commands; one that is a conversation with the lines that are typed into it.

@@ -74,7 +74,7 @@ from edge_kv.progress import Progress, Silent
 from edge_kv.tensors import AUTO, KEPT, parse_changes, storage
 from edge_kv.weights.files import identity
 from edge_kv.weights.source import Generation
-from edge_kv.weights.tokenizer import text_end, text_start, usable_tokenizer
+from edge_kv.weights.tokenizer import opened, text_end, text_start, usable_tokenizer
 
 log = logging.getLogger(__name__)
 JOURNAL, REQUEST = "journal.jsonl", "request.json"
@@ -226,11 +226,11 @@ class _Job:
         self.bos_id, self.adds_bos = self.config.bos_id, False
         first: list[int] = []  # of the end tokens: the one that templates write
         if text and self.tokenizer_json:
-            said = text.named("bos_token")
+            engine, said = opened(self.tokenizer_json, source.label), text.named("bos_token")
             self.bos_id, self.adds_bos = text_start(
-                self.tokenizer_json, said, self.bos_id, self.config.vocab, source.label
+                engine, said, self.bos_id, self.config.vocab, source.label
             )
-            first = text_end(self.tokenizer_json, text.named("eos_token"), source.label)
+            first = text_end(engine, text.named("eos_token"))
         self.template = text.chat_template() if text else None
         self.generation = text.generation() if text else Generation()
         stop_ids = text.stop_ids() if text else []

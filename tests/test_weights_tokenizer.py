@@ -13,7 +13,7 @@ from edge_kv.runtime.template import Template
 from edge_kv.runtime.text import Tokenizer as RuntimeTokenizer
 from edge_kv.weights.gguf_text import GGUFText
 from edge_kv.weights.hf_text import HFText
-from edge_kv.weights.tokenizer import text_end, text_start, usable_tokenizer
+from edge_kv.weights.tokenizer import opened, text_end, text_start, usable_tokenizer
 
 VOCAB = {"<unk>": 0, "a": 1, "b": 2, "ab": 3, "abab": 4}
 
@@ -119,7 +119,7 @@ def test_a_text_begins_as_transformers_begins_it(tmp_path, ends, beside):
     expected = ids[0] if ids[: len(bare)] != bare else None
 
     text = HFText(tmp_path, 5, ())
-    bos, added = text_start(text.tokenizer_json(), text.named("bos_token"), 3, 5, "x")
+    bos, added = text_start(opened(text.tokenizer_json(), "x"), text.named("bos_token"), 3, 5, "x")
     assert (bos if added else None) == expected or made.bos_token_id not in (None, expected)
     if made.bos_token is not None:
         assert bos == made.bos_token_id
@@ -131,14 +131,14 @@ def test_the_end_token_of_templates_is_the_tokenizers(tmp_path):
     for named, ids in (("b", [2]), ({"content": "ab", "__type": "AddedToken"}, [3]), (None, [])):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
         text = HFText(tmp_path, 5, (1, 2, 3))
-        assert text_end(text.tokenizer_json(), text.named("eos_token"), "x") == ids
+        assert text_end(opened(text.tokenizer_json(), "x"), text.named("eos_token")) == ids
 
 
 def test_a_start_token_the_model_does_not_have_is_refused():
     odd = post_processor(1)
     odd["special_tokens"]["a"]["ids"] = [7]
     with pytest.raises(WeightsError, match="begins a text with token 7, and the model has 5"):
-        text_start(tokenizer(post_processor=odd), None, 1, 5, "x")
+        text_start(opened(tokenizer(post_processor=odd), "x"), None, 1, 5, "x")
 
 
 MARK = {"content": "<mark>", "lstrip": False, "rstrip": False, "normalized": False,

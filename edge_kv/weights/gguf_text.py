@@ -8,11 +8,11 @@ from edge_kv.weights.fields import Fields
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
 from edge_kv.weights.source import Generation, one_template, turn_end_ids
 
-# Tokens that end a text whatever the ids in the metadata are, as in llama.cpp. Not "</s>", which
-# llama.cpp has among them too: Gemma's vocabulary has it as a mark of HTML.
+# Tokens beside those of `turn_end_ids` that end a text whatever the ids in the metadata are, as in
+# llama.cpp. Not "</s>", which it has among them too: Gemma's vocabulary has it as a mark of HTML.
 _ENDS = (
     "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
-    "<end_of_turn>", "<EOT>",
+    "<EOT>",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
     Raises:
         WeightsError: it is no tokenizer, or none is left without those tokens.
     """
-    engine = _engine(content, where)
+    engine = opened(content, where)
     if engine.truncation or engine.padding:
         engine.no_truncation()
         engine.no_padding()
@@ -42,7 +42,7 @@ def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
     else:  # Unigram: the id is the index
         model["vocab"] = model["vocab"][:vocab_size]
     fitted = json.dumps(raw, ensure_ascii=False)
-    if max(_engine(fitted, where).get_vocab().values(), default=-1) >= vocab_size:
+    if max(opened(fitted, where).get_vocab().values(), default=-1) >= vocab_size:
         raise WeightsError(
             f"The tokenizer of {where} knows more tokens than the model has rows ({vocab_size}); "
             "use the tokenizer of this checkpoint."
@@ -64,7 +64,7 @@ def with_added(
     Raises:
         WeightsError: it is no tokenizer, or an entry is none.
     """
-    engine = _engine(content, where)
+    engine = opened(content, where)
     held = {token.content: _flags(token) for token in engine.get_added_tokens_decoder().values()}
     try:
         tokens = [_token(entry) for entry in listed]
@@ -96,7 +96,7 @@ def _flags(token: Any) -> tuple[bool, ...]:
 
 
 def text_start(
-    content: str, named: str | None, bos_id: int | None, vocab_size: int, where: str
+    engine: Any, named: str | None, bos_id: int | None, vocab_size: int, where: str
 ) -> tuple[int | None, bool]:
     """The start token that templates may name, and whether it goes before every text.
 
@@ -105,13 +105,13 @@ def text_start(
     step puts another token than the named one, none is put.
 
     Args:
+        engine: the tokenizer, as `opened`.
         named: `Text.named` of it.
         bos_id: the start token of the model's config, where none is named.
 
     Raises:
-        WeightsError: it is no tokenizer, or begins texts with a token the model does not have.
+        WeightsError: it begins texts with a token the model does not have.
     """
-    engine = _engine(content, where)
     encoded = engine.encode(_TRIED)
     added = encoded.ids[0] if encoded.special_tokens_mask[:1] == [1] else None
     if added is not None and added >= vocab_size:
@@ -127,13 +127,9 @@ def text_start(
     return (None if named == "" else bos_id), False
 
 
-def text_end(content: str, named: str | None, where: str) -> list[int]:
-    """The end token that templates are told (`Text.named`), as far as there is one.
-
-    Raises:
-        WeightsError: it is no tokenizer.
-    """
-    found = _engine(content, where).token_to_id(named) if named else None
+def text_end(engine: Any, named: str | None) -> list[int]:
+    """The end token that templates are told (`Text.named`), as far as the tokenizer has it."""
+    found = engine.token_to_id(named) if named else None
     return [] if found is None else [found]
 
 
@@ -142,8 +138,12 @@ def _known(merge: str | list[str], vocab: dict[str, int]) -> bool:
     return left in vocab and right in vocab and left + right in vocab
 
 
-def _engine(content: str, where: str) -> Any:
-    """The tokenizer, which has encoded a text."""
+def opened(content: str, where: str) -> Any:
+    """The tokenizer, which has encoded a text. Reading a large one takes a second.
+
+    Raises:
+        WeightsError: it is no tokenizer.
+    """
     from tokenizers import Tokenizer
 
     try:
