@@ -7,8 +7,8 @@ and feed the ids of earlier replies as they were generated, wherever the templat
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edge_kv.errors import ConfigError, PromptError, SnapshotError
 from edge_kv.runtime.generation import Constraint, Slide, Trace, generate
 from edge_kv.runtime.messages import Message, Tool, ToolCall
-from edge_kv.runtime.replies import CONTENT, THINKING, Holdback, Piece, ReplyFormat, ReplyParser
+from edge_kv.runtime.replies import CONTENT, Holdback, Piece, ReplyFormat, ReplyParser
 from edge_kv.runtime.sampling import Sampling, TokenLogprobs
 from edge_kv.runtime.session import Session
 from edge_kv.runtime.speculation import AUTO, OFF, Speculation
@@ -80,7 +80,7 @@ class Reply:
     calls: tuple[ToolCall, ...] = ()
     finish: str = STOP  # STOP | LENGTH | FULL (the context) | CALLS | CANCELLED
     stopped_by: str = ""  # the stop text, if one ended it
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one an id, where asked for
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one an id but for a stop text's, where asked for
     passes: int = 0  # runs of the model
     drafted: int = 0  # ids that were fed before it was known that they come
     accepted: int = 0  # of them, those that came
@@ -237,13 +237,11 @@ class Generator:
             drafts=self.drafts,
             trace=trace,
         )
-        said = _Said(
-            self.tokenizer, ReplyParser(self.format, thinking=prompt.thinking, tools=tools)
-        )
+        parser = ReplyParser(self.format, thinking=prompt.thinking, tools=tools)
+        said = _Said(self.tokenizer, parser, options.stop, trace.logprobs)
 
         def pieces() -> Iterator[Piece]:
-            stops = Holdback(options.stop)
-            first, ended = 0.0, ""
+            first = 0.0
             if self.on_prompt:
                 self.on_prompt(prompt.fed)
             finished = False
@@ -251,26 +249,17 @@ class Generator:
                 for token in tokens:
                     if not said.ids:
                         first = time.perf_counter() - begin
-                    said.ids.append(token)
-                    for piece in said.parser.feed(token):
-                        shown, ended = _until(piece, stops)
-                        yield from said.keep(shown)
-                        if ended:
-                            break
-                    if ended:
+                    yield from said.feed(token)
+                    if said.stopped_by:
                         break
-                if not ended:
-                    for piece in said.parser.end():
-                        shown, ended = _until(piece, stops)
-                        yield from said.keep(shown)
-                    if held := stops.flush():
-                        yield from said.keep([Piece(CONTENT, held)])
+                else:
+                    yield from said.end()
                 finished = trace.finish != CANCELLED
             finally:
                 tokens.close()  # the session then holds what was said and no drafts
                 if finished or said.ids:  # a question that failed before its reply was not asked
                     seconds = time.perf_counter() - begin
-                    turn.reply = said.reply(prompt, trace, first, seconds, finished, ended)
+                    turn.reply = said.reply(prompt, trace, first, seconds, finished)
                     self._remember(prompt, said, (gap[0], gap[1]))
 
         turn = Turn(pieces())
@@ -465,25 +454,71 @@ class Generator:
 
 
 class _Said:
-    """A reply as it grows."""
+    """A reply as it grows, and what of it is shown: what comes before a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, parser: ReplyParser) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        parser: ReplyParser,
+        stop: Sequence[str],
+        logprobs: Sequence[TokenLogprobs],
+    ) -> None:
+        """`logprobs` are those of the ids that were fed, which grow with them; none if unwanted."""
         self.parser = parser
         self.ids: list[int] = []
         self.content = ""
         self.thinking = ""
         self.calls: list[ToolCall] = []
+        self.stopped_by = ""  # the stop text that ended it
+        self.shown = 0  # how many ids have their text, or its beginning, in what is shown
         self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._stops = Holdback(stop)
+        self._looked = 0  # characters of the answer that were looked through for stop texts
+        # Of those not shown yet: where a text begins, and how many ids made it and all before.
+        self._begins: deque[tuple[int, int]] = deque()
 
-    def keep(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+    def feed(self, token: int) -> Iterator[Piece]:
+        """What `token` adds to what is shown."""
+        self.ids.append(token)
+        yield from self._shown(self.parser.feed(token))
+
+    def end(self) -> Iterator[Piece]:
+        """What was held back when the ids end."""
+        yield from self._shown(self.parser.end())
+        if not self.stopped_by:
+            yield from self._given(self._stops.flush())
+
+    def _shown(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
-            if piece.call:
-                self.calls.append(piece.call)
-            elif piece.kind == THINKING:
-                self.thinking += piece.text
+            if piece.kind == CONTENT:
+                self._begins.append((self._looked, len(self.ids)))
+                self._looked += len(piece.text)
+                text, self.stopped_by = self._stops.feed(piece.text)
+                yield from self._given(text)
             else:
-                self.content += piece.text
-            yield piece
+                yield from self._given(self._stops.flush())
+                if piece.call:
+                    self.calls.append(piece.call)
+                else:
+                    self.thinking += piece.text
+                yield self._listing(piece, len(self.ids))
+            if self.stopped_by:
+                return
+
+    def _given(self, text: str) -> Iterator[Piece]:
+        """More of the answer, if any."""
+        if text:
+            self.content += text
+            ids = self.shown
+            while self._begins and self._begins[0][0] < len(self.content):
+                ids = self._begins.popleft()[1]
+            yield self._listing(Piece(CONTENT, text), ids)
+
+    def _listing(self, piece: Piece, ids: int) -> Piece:
+        """`piece` with the log-probabilities of what it shows of the first `ids` ids."""
+        before, self.shown = self.shown, ids
+        return replace(piece, logprobs=tuple(self._logprobs[before:ids]))
 
     @property
     def whole(self) -> list[int]:
@@ -508,9 +543,9 @@ class _Said:
         return []
 
     def reply(
-        self, prompt: _Prompt, trace: Trace, first: float, seconds: float, finished: bool, stop: str
+        self, prompt: _Prompt, trace: Trace, first: float, seconds: float, finished: bool
     ) -> Reply:
-        finish = STOP if stop else trace.finish or (STOP if finished else CANCELLED)
+        finish = STOP if self.stopped_by else trace.finish or (STOP if finished else CANCELLED)
         if self.calls and finish == STOP:
             finish = CALLS
         return Reply(
@@ -523,8 +558,8 @@ class _Said:
             thinking=self.thinking,
             calls=tuple(self.calls),
             finish=finish,
-            stopped_by=stop,
-            logprobs=tuple(trace.logprobs),
+            stopped_by=self.stopped_by,
+            logprobs=tuple(trace.logprobs[: self.shown if self.stopped_by else None]),
             passes=trace.passes,
             drafted=trace.drafted,
             accepted=trace.accepted,
@@ -697,15 +732,6 @@ def _shared(a: str, b: str) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _until(piece: Piece, stops: Holdback) -> tuple[list[Piece], str]:
-    """A piece up to a stop text, and that text."""
-    if piece.kind != CONTENT:
-        held = stops.flush()
-        return [Piece(CONTENT, held), piece] if held else [piece], ""
-    text, hit = stops.feed(piece.text)
-    return [Piece(CONTENT, text)] if text else [], hit
 
 
 class _Ids:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_kv.runtime.messages import Tool, ToolCall
+from edge_kv.runtime.sampling import TokenLogprobs
 from edge_kv.runtime.text import TextStream, Tokenizer
 
 CONTENT, THINKING, CALL = "content", "thinking", "call"
@@ -58,6 +59,7 @@ class Piece:
     kind: str  # CONTENT | THINKING | CALL
     text: str
     call: ToolCall | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the ids whose text begins in it, if asked for
 
 
 class ReplyFormat:

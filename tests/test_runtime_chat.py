@@ -372,6 +372,21 @@ def test_stop_texts_end_a_reply_and_are_hidden(artifact):
     assert "".join(ask(chat, "y")) == "a ST b" and chat.last.stopped_by == ""
 
 
+def test_pieces_carry_the_logprobs_of_what_they_show(thinker):
+    session = Scripted(thinker, "<|channel>thought\nah, so \u00e9<channel|>T\u00fcr STO STOP x")
+    chat = Chat(session, options=Options(stop=("STOP",), logprobs=2, think=True))
+    session.say(chat.tokenizer)
+    pieces = list(chat.ask(Message("user", "x")))
+    assert [(p.kind, p.text) for p in pieces[-4:]] == [
+        ("content", "\u00fc"), ("content", "r"), ("content", " "), ("content", "STO ")
+    ]  # fmt: skip
+    told = [chat.tokenizer.decode([t.id for t in p.logprobs]) for p in pieces]
+    assert told == ["thought\na", *(p.text for p in pieces[1:])]  # a token of this toy is a byte
+    joined = [t for p in pieces for t in p.logprobs]
+    assert joined == list(chat.last.logprobs) and all(len(t.top) == 2 for t in joined)
+    assert [t.id for t in joined] == list(chat.last.ids[: -len("STOP")])
+
+
 def test_why_a_reply_ended(artifact):
     chat = Chat(Scripted(artifact, "abc", "abc"), options=Options(max_new_tokens=2))
     ask(chat, "x")

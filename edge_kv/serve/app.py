@@ -482,7 +482,7 @@ async def _answer(
                 else:
                     key = "reasoning_content" if event.kind == THINKING else "content"
                     delta = {key: event.text}
-                yield _event(answer.chunk(delta))
+                yield _event(answer.chunk(delta, event.logprobs))
                 event = await anext(events)
             yield _event(answer.last(event))
             if asked.include_usage:

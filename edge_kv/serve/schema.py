@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Annotated, Any
@@ -195,7 +196,7 @@ def parse(kind: type[_Request], body: bytes) -> Any:
         raise PromptError(f"The request is not JSON ({e}).") from e
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     """One reply on its way to a client: the documents that OpenAI's clients read."""
 
@@ -204,6 +205,8 @@ class Answer:
     created: int
     chat: bool
     tokenizer: Tokenizer
+    listed: int = 0  # log-probabilities that were sent
+    offset: int = 0  # where, in the text of their tokens, the next one's begins
 
     @classmethod
     def new(cls, number: int, model: str, tokenizer: Tokenizer, *, chat: bool) -> Answer:
@@ -221,28 +224,27 @@ class Answer:
                 message["reasoning_content"] = reply.thinking
             if reply.calls:
                 message["tool_calls"] = [call(c, i) for i, c in enumerate(reply.calls)]
-            choice |= {"message": message, "logprobs": self._logprobs(reply.logprobs)}
+            choice["message"] = message
         else:
-            choice |= {"text": reply.text, "logprobs": self._legacy_logprobs(reply.logprobs)}
+            choice["text"] = reply.text
+        choice["logprobs"] = self._logprobs(reply.logprobs)
         return {**self._head(""), "choices": [choice], "usage": usage(reply)}
 
-    def chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        """A part of a streamed reply."""
+    def chunk(
+        self,
+        delta: dict[str, Any],
+        logprobs: Sequence[TokenLogprobs] = (),
+        finish: str | None = None,
+    ) -> dict[str, Any]:
+        """A part of a streamed reply, with the log-probabilities of the tokens it is made of."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
         choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        choice["logprobs"] = self._logprobs(logprobs)
         return {**self._head(".chunk"), "choices": [choice]}
 
     def last(self, reply: Reply) -> dict[str, Any]:
-        """The end of a streamed reply, with the log-probabilities that were asked for."""
-        document = self.chunk({}, finish_reason(reply))
-        if reply.logprobs:
-            choice = document["choices"][0]
-            choice["logprobs"] = (
-                self._logprobs(reply.logprobs)
-                if self.chat
-                else self._legacy_logprobs(reply.logprobs)
-            )
-        return document
+        """The end of a streamed reply, with the log-probabilities of tokens that made no text."""
+        return self.chunk({}, reply.logprobs[self.listed :], finish_reason(reply))
 
     def counted(self, reply: Reply) -> dict[str, Any]:
         """What a streamed reply cost, behind its end."""
@@ -252,32 +254,33 @@ class Answer:
         kind = f"chat.completion{part}" if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _logprobs(self, given: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
-        def entry(token: int, value: float) -> dict[str, Any]:
-            text = self.tokenizer.decode([token], special=True)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
-
+    def _logprobs(self, given: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        """Those of the next tokens of the reply, as chats or as completions have them."""
         if not given:
             return None
-        listed = [
-            {**entry(t.id, t.logprob), "top_logprobs": [entry(i, p) for i, p in t.top]}
-            for t in given
-        ]
-        return {"content": listed}
-
-    def _legacy_logprobs(self, given: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
-        def text(token: int) -> str:
-            return self.tokenizer.decode([token], special=True)
-
-        if not given:
-            return None
-        texts = [text(t.id) for t in given]
+        self.listed += len(given)
+        if self.chat:
+            return {"content": [self._chosen(t) for t in given], "refusal": None}
+        texts = [self._text(t.id) for t in given]
+        offsets = list(accumulate(map(len, texts), initial=self.offset))
+        self.offset = offsets.pop()
         return {
             "tokens": texts,
-            "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)),
+            "text_offset": offsets,
             "token_logprobs": [t.logprob for t in given],
-            "top_logprobs": [{text(i): p for i, p in t.top} for t in given],
+            "top_logprobs": [{self._text(i): p for i, p in t.top} for t in given],
         }
+
+    def _chosen(self, token: TokenLogprobs) -> dict[str, Any]:
+        likeliest = [self._entry(i, p) for i, p in token.top]
+        return {**self._entry(token.id, token.logprob), "top_logprobs": likeliest}
+
+    def _entry(self, token: int, value: float) -> dict[str, Any]:
+        text, data = self._text(token), self.tokenizer.token_bytes(token)
+        return {"token": text, "logprob": value, "bytes": list(data or text.encode())}
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.decode([token], special=True)
 
 
 def call(called: ToolCall, index: int) -> dict[str, Any]:
