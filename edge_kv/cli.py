@@ -69,9 +69,9 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from e
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        from edge_kv.guidance import command_for
-
         if args and args[0] not in self.commands and not args[0].startswith("-"):
+            from edge_kv.guidance import command_for
+
             meant = command_for(args[0], self.list_commands(ctx))
             hint = f"Did you mean `edge-kv {meant}`?" if meant else "See `edge-kv --help`."
             _say_error(f"There is no command {args[0]!r}. {hint}")
@@ -169,8 +169,24 @@ def _root(
     notices.setLevel(logging.INFO)
 
 
+def _values(module: str, name: str, *more: str) -> Any:
+    """What a shell completes an option with: the keys of `name` in `module`, imported only then."""
+
+    def values() -> list[str]:
+        from importlib import import_module
+
+        return [*getattr(import_module(module), name), *more]
+
+    return values
+
+
 Model = Annotated[
-    str | None, typer.Option("--model", help="A preset: e2b, e4b, 12b, 26b-a4b, 31b, tiny, …")
+    str | None,
+    typer.Option(
+        "--model",
+        help="A preset: e2b, e4b, 12b, 26b-a4b, 31b, tiny, …",
+        autocompletion=_values("edge_kv.models", "ROWS"),
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -188,15 +204,30 @@ Chunk = Annotated[str, typer.Option("--chunk", help="Tokens a prefill step takes
 Drafts = Annotated[
     int, typer.Option("--drafts", help="Most drafted tokens that a pass of decode checks: 0 … 8.")
 ]
-Kv = Annotated[str, typer.Option("--kv", help="State storage: f32, f16 or int8 (rings stay f32).")]
+_STATES = _values("edge_kv.plan", "STORAGES")
+Kv = Annotated[
+    str,
+    typer.Option(
+        "--kv", help="State storage: f32, f16 or int8 (rings stay f32).", autocompletion=_STATES
+    ),
+]
 _STORAGE = "Weight storage: int4, int8, none, or auto: as a quantised checkpoint has it, else int4."
-Quant = Annotated[str, typer.Option("--quant", help=_STORAGE)]
+Quant = Annotated[
+    str,
+    typer.Option(
+        "--quant", help=_STORAGE, autocompletion=_values("edge_kv.tensors", "SCHEMES", "auto")
+    ),
+]
 Store = Annotated[
     list[str] | None,
     typer.Option("--store", help="Weight format of a kind of tensor, like embed=int8-f16; repeat."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Engine = Annotated[str, typer.Option("--engine", help="Which runtime runs the artifact.")]
+_ENGINES = _values("edge_kv.runtime", "ENGINES")
+Engine = Annotated[
+    str,
+    typer.Option("--engine", help="Which runtime runs the artifact.", autocompletion=_ENGINES),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; default: the physical cores.")
 ]
@@ -228,7 +259,12 @@ def plan(
     chunk: Chunk = "128",
     drafts: Drafts = 7,
     kv: Annotated[
-        str | None, typer.Option("--kv", help="State storage: f32, f16 or int8 (the default).")
+        str | None,
+        typer.Option(
+            "--kv",
+            help="State storage: f32, f16 or int8 (the default).",
+            autocompletion=_STATES,
+        ),
     ] = None,
     quant: Quant = "auto",
     store: Store = None,
@@ -301,7 +337,12 @@ def export(
     quant: Quant = "auto",
     store: Store = None,
     backend: Annotated[
-        str, typer.Option("--backend", help="Programs to export: onnx, executorch or both.")
+        str,
+        typer.Option(
+            "--backend",
+            help="Programs to export: onnx, executorch or both.",
+            autocompletion=_values("edge_kv.request", "BACKENDS"),
+        ),
     ] = "onnx",
     attention: Annotated[
         str,
@@ -384,11 +425,21 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
     on_full: Annotated[
-        str, typer.Option("--on-full", help="Context full: stop, or slide (forget the middle).")
+        str,
+        typer.Option(
+            "--on-full",
+            help="Context full: stop, or slide (forget the middle).",
+            autocompletion=_values("edge_kv.runtime.generation", "ON_FULL"),
+        ),
     ] = "stop",
     drafts: Guesses = "auto",
     think: Annotated[
-        str, typer.Option("--think", help="Thinking before an answer: on, off, or auto (template).")
+        str,
+        typer.Option(
+            "--think",
+            help="Thinking before an answer: on, off, or auto (template).",
+            autocompletion=_values("edge_kv.repl", "THINK"),
+        ),
     ] = "auto",
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="A text that ends a reply; may be repeated.")
@@ -503,7 +554,12 @@ def bench(
         str, typer.Option("--ctx", help="Contexts to measure: 2k,8k,32k. Default: the artifact's.")
     ] = "",
     engine: Annotated[
-        str, typer.Option("--engine", help="Runtimes to measure: onnx, onnx-stock, executorch.")
+        str,
+        typer.Option(
+            "--engine",
+            help="Runtimes to measure: onnx, onnx-stock, executorch.",
+            autocompletion=_ENGINES,
+        ),
     ] = "onnx",
     compare: Annotated[
         str | None, typer.Option("--compare", help="Also measure: torch (the eager decoder).")
