@@ -108,7 +108,8 @@ class _Prompt:
     ids: list[int]
     gap: tuple[int, int]
     keep_first: int
-    checkpoints: tuple[int, ...]
+    opening: int  # how many of `fed` conversations with the same system prompt and tools share
+    stays: int  # how many of `fed` stay when the conversation goes on
     thinking: bool
 
     @property
@@ -176,7 +177,8 @@ class Generator:
         self._ids = _Ids(session)
         self.stop_ids = self._ids.stop | self.format.ends
         self._engine: Engine | None = None
-        self.on_prompt: Callable[[Sequence[int]], None] | None = None  # hears ids before a read
+        # Hears ids before they are read, and how many of them stay when the conversation goes on.
+        self.on_prompt: Callable[[Sequence[int], int], None] | None = None
         self._conversations: list[_Known] = []  # the newest last
         self._answers: OrderedDict[str, list[int]] = OrderedDict()  # text -> ids as generated
 
@@ -232,7 +234,7 @@ class Generator:
             suppress=self._ids.suppress,
             constraint=constraint,
             logprobs=options.logprobs,
-            checkpoints=prompt.checkpoints,
+            checkpoints=(prompt.opening, prompt.stays),
             cancelled=cancelled,
             drafts=self.drafts,
             trace=trace,
@@ -243,7 +245,7 @@ class Generator:
         def pieces() -> Iterator[Piece]:
             first = 0.0
             if self.on_prompt:
-                self.on_prompt(prompt.fed)
+                self.on_prompt(prompt.fed, prompt.stays)
             finished = False
             try:
                 for token in tokens:
@@ -294,7 +296,8 @@ class Generator:
     ) -> _Prompt:
         text = self._render(messages, tools, options)
         ids = self._encode(messages, tools, options, text)
-        gap = self._gap(ids) if options.on_full == "slide" else (0, 0)
+        slides = options.on_full == "slide"
+        gap = self._gap(ids) if slides else (0, 0)
         stays = self._staying(messages, tools, options, text)
         turn, opening = self._cut(text, ids, stays)
         turn = min(turn, len(ids) - 1)  # the last id is decoded, not read
@@ -306,7 +309,8 @@ class Generator:
             ids=ids,
             gap=gap,
             keep_first=gap[0] or head,
-            checkpoints=(head if head > 1 else 0, turn - removed if turn > gap[1] else 0),
+            opening=head if slides else self._opening(messages, tools, options, text, ids),
+            stays=turn - removed if turn > gap[1] else 0,
             thinking=self.format.opened(opening),
         )
 
@@ -424,6 +428,33 @@ class Generator:
         head = self.tokenizer.encode(text[: at + len(system)])
         half: int = self.session.plan.ctx // 2
         return min(len(head), half)
+
+    def _opening(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        options: Options,
+        text: str,
+        ids: list[int],
+    ) -> int:
+        """How many ids stand before the first question: system prompt and tools; 0 without any.
+
+        The conversation is rendered with another question. The cut moves left to where a line or a
+        mark begins, so that no question changes the ids before it.
+        """
+        first = next((i for i, m in enumerate(messages) if m.role != "system"), None)
+        if first is None or not (first or tools):
+            return 0
+        asked = [*messages[:first], replace(messages[first], content=_HOLE.format(first))]
+        try:
+            at = _shared(text, self._render(asked, tools, options))
+        except PromptError:  # a template that looks into questions
+            return 0
+        for cut in (text.rfind("\n", 0, at) + 1, text.rfind("<", 0, at)):
+            head = self.tokenizer.encode(text[: max(cut, 0)])
+            if ids[: len(head)] == head:
+                return len(head)
+        return 0
 
     def _remember(self, prompt: _Prompt, said: _Said, gap: tuple[int, int]) -> None:
         ids = prompt.ids + said.whole

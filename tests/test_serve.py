@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from fake_artifact import NumpySession, write_artifact
+from fake_artifact import TEMPLATE, NumpySession, write_artifact
 from starlette.testclient import TestClient
 
 from edge_kv.artifact import read_artifact
@@ -16,6 +16,7 @@ from edge_kv.errors import ConfigError, RuntimeFault
 from edge_kv.memory import predict_artifact
 from edge_kv.runtime.chat import Generator, Message, Reply
 from edge_kv.runtime.generation import feed
+from edge_kv.runtime.messages import Tool
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.serve.app import Server, Settings, make_app, most_bytes, serve
 from edge_kv.serve.command import run_server
@@ -483,6 +484,54 @@ def test_coming_back_to_a_turn_that_history_shortens_reads_that_turn_alone(
     fresh.prefill(asked)
     session = server.generator.session
     np.testing.assert_array_equal(session.decode(9), fresh.decode(9))
+
+
+TOOL = {"type": "function", "function": {"name": "look_up", "description": "Looks. " * 50}}
+WITH_TOOLS = TEMPLATE.replace("{% for", "{{ tools | tojson if tools }}{% for", 1)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize("tools", [[], [TOOL]])
+def test_a_long_system_prompt_is_read_once_for_all_conversations(tmp_path, where, tools):
+    root = write_artifact(
+        tmp_path / "a", ctx=4096, chunk=16, programs=False, verify=False, template=WITH_TOOLS
+    )
+    server = serving(read_artifact(root), tmp_path if where == "files" else None)
+    shared = [{"role": "system", "content": "Be kind. " * 110}]
+
+    def length(turns, ends=""):
+        """Of the ids that `turns` are read as, with `ends` behind them."""
+        text = server.generator.template.render(
+            turns,
+            tools=[Tool.of(t).as_dict() for t in tools] or None,
+            bos_token="<bos>",
+            add_generation_prompt=False,
+        )
+        return len(server.generator.tokenizer.encode(text + ends))
+
+    begins = length(shared, "<start_of_turn>user\n")
+    assert begins > 1000 + 300 * len(tools)
+    with TestClient(make_app(server), base_url="http://localhost") as client:
+
+        def ask(*turns):
+            """How many tokens of the prompt were held already, and the turns with the reply."""
+            body = {**ASK, "messages": turns, "tools": tools, "tool_choice": "auto"}
+            document = client.post(CHAT, json=body).json()
+            held = document["usage"]["prompt_tokens_details"]["cached_tokens"]
+            answer = document["choices"][0]["message"]["content"] or ""
+            return held, [*turns, {"role": "assistant", "content": answer}]
+
+        long = {"role": "user", "content": "A question of some length. " * 9}
+        none, first = ask(*shared, long)
+        held, second = ask(*shared, {"role": "user", "content": "Another, as long as that. " * 9})
+        assert (none, held) == (0, begins)
+        ask({"role": "system", "content": "A stranger's. " * 9}, {"role": "user", "content": "Hi"})
+        assert (
+            ask(*shared, {"role": "user", "content": "A third"})[0] == begins
+        )  # of one kept aside
+        more = {"role": "user", "content": "And?"}
+        for turns in (first, second):  # which are whole, though others began with theirs
+            assert ask(*turns, more)[0] >= length(turns[:-1])
 
 
 def test_an_answer_made_again_keeps_no_copy_of_the_first(artifact):

@@ -41,6 +41,7 @@ class Kept:
     written: int
     size: int  # bytes
     checkpoints: Sequence[Checkpoint]  # of a file, without their rows
+    stays: int  # how many of the tokens stay when the conversation goes on
     rows: Copy | None = None
     path: Path | None = None
 
@@ -65,6 +66,7 @@ class States:
         self._most = most
         self._ram = ram
         self._kept: list[Kept] = []  # the most recently used one last
+        self._stays = 0  # of the conversation that the session holds
         self.restored = 0  # times a conversation was taken up from here
         if folder:
             for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
@@ -84,8 +86,12 @@ class States:
     def count(self) -> int:
         return len(self._kept)
 
-    def enter(self, ids: Sequence[int]) -> None:
-        """Make the session hold the longest known beginning of `ids`."""
+    def enter(self, ids: Sequence[int], stays: int = 0) -> None:
+        """Make the session hold the longest known beginning of `ids`.
+
+        `stays`: how many of them stay when the conversation goes on; 0: all. What is held of
+        another conversation is kept, also where `ids` begin like it: with one system prompt.
+        """
         held = self._session.tokens
         here = self._session.reusable(ids)
         best = max(self._kept, key=lambda k: self._usable(k, ids), default=None)
@@ -93,11 +99,11 @@ class States:
             best = None
         if best:
             self._kept.remove(best)
-        again = common_prefix(held, ids) == len(ids)  # the same question: its answer is replaced
-        if best or (len(held) - here >= WORTH_KEEPING and not again):
+        if best or (len(held) - here >= WORTH_KEEPING and not _goes_on(held, self._stays, ids)):
             self.keep()  # it is about to be overwritten
         if best:
-            self._put_back(best)
+            self._put_back(best, _goes_on(best.tokens, best.stays, ids))
+        self._stays = stays
 
     def keep(self) -> None:
         """Keep the conversation that the session holds."""
@@ -124,14 +130,16 @@ class States:
     def _copied(self) -> Kept:
         rows = self._session.copy()
         size = rows.size + TOKEN_BYTES * len(rows.tokens)
-        return Kept(rows.tokens, rows.written, size, rows.checkpoints, rows)
+        return Kept(rows.tokens, rows.written, size, rows.checkpoints, self._stays, rows)
 
     def _written_down(self, tokens: tuple[int, ...], older: list[Kept]) -> Kept | None:
         path = older[-1].path if older else None
         path = path or self._free_name()
         text, ids, gap = self._generator.newest
         known = tuple(ids[: len(tokens)]) == tokens
-        note: dict[str, Any] = {"text": text, "ids": ids, "gap": list(gap)} if known else {}
+        note: dict[str, Any] = {"stays": self._stays}
+        if known:
+            note |= {"text": text, "ids": ids, "gap": list(gap)}
         try:
             self._session.snapshot(path, note)
             size = path.stat().st_size
@@ -139,11 +147,11 @@ class States:
             log.warning("A conversation is not kept: %s", e)
             return None
         points = [replace(p, rows=()) for p in self._session.own_checkpoints()]
-        return Kept(tokens, self._session.written, size, points, path=path)
+        return Kept(tokens, self._session.written, size, points, self._stays, path=path)
 
-    def _put_back(self, kept: Kept) -> None:
+    def _put_back(self, kept: Kept, goes_on: bool) -> None:
         if kept.rows:
-            self._session.put_back(kept.rows)  # and the copy goes: the session has the rows now
+            self._session.put_back(kept.rows)
         elif kept.path:
             try:
                 self._session.restore(kept.path)
@@ -151,7 +159,8 @@ class States:
                 log.warning("A kept conversation is lost: %s", e)
                 kept.path.unlink(missing_ok=True)
                 return
-            self._kept.append(kept)  # the file stays: the process may end at any time
+        if kept.path or not goes_on:  # a file stays: the process may end at any time
+            self._kept.append(kept)
             self._trim()
         self.restored += 1
 
@@ -165,8 +174,11 @@ class States:
         try:
             with snapshot.verified(path, session.identity, session.plan) as held:
                 size, points = path.stat().st_size, held.checkpoints
-                kept = Kept(list(held.tokens), held.written, size, points, path=path)
-                note = held.note
+                note, stays = held.note, held.note.get("stays")
+                kept = Kept(
+                    list(held.tokens), held.written, size, points,
+                    stays if isinstance(stays, int) else 0, path=path,
+                )  # fmt: skip
         except (EdgeKVError, OSError) as e:
             log.warning("%s is left alone: %s", path, e)
             return
@@ -185,3 +197,8 @@ class States:
         self._kept.remove(kept)
         if kept.path:
             kept.path.unlink(missing_ok=True)
+
+
+def _goes_on(tokens: Sequence[int], stays: int, ids: Sequence[int]) -> bool:
+    """Whether `ids` continue or repeat a conversation: at most its last reply is another one."""
+    return common_prefix(tokens, ids) >= min(stays or len(tokens), len(ids))
