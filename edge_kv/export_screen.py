@@ -125,7 +125,7 @@ def _interrupted(part: Path) -> str:
 
 def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) -> None:
     """What was made: size, time, what quantisation lost, planned memory, and what to do next."""
-    from edge_kv.report import parity_line
+    from edge_kv.report import parity_line, unused_line, unused_settings
     from edge_kv.runtime.base import lacks_plan, machine_base
 
     name = made.root
@@ -136,6 +136,8 @@ def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) ->
         if line := parity_line(made.parity(backend)):
             say(line)
             break
+    if unused := unused_settings(made.manifest):
+        say(unused_line(unused))
     engine = next((name for name in COSTS if name in made.manifest.backends), None)
     if engine and (lack := lacks_plan(engine)):
         say(f"No planned memory: {lack}")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
+from edge_kv.manifest import Manifest
 from edge_kv.memory import COSTS, predict_artifact
 from edge_kv.plan import Plan
 from edge_kv.runtime.sampling import Sampling
@@ -242,6 +243,7 @@ def artifact_data(artifact: Artifact) -> dict[str, Any]:
         "ple": manifest.ple.model_dump() if manifest.ple else None,
         "drafter": manifest.drafter.model_dump() if manifest.drafter else None,
         "sampling": asdict(Sampling.of(artifact)),
+        "unused": unused_settings(manifest),
         "tokens": manifest.tokens.model_dump(),
         "tokenizer": manifest.tokenizer.model_dump() if manifest.tokenizer else None,
         "files": {n: f.size for n, f in manifest.files.items()},
@@ -266,6 +268,17 @@ def _drawn(sampling: dict[str, float], tokens: dict[str, Any]) -> str:
     some = ", ".join(map(str, tokens["suppress"][:8])) + (", …" if count > 8 else "")
     never = f"; never drawn: {count:,} ids ({some})" if count else ""
     return f"Sampling: {how}. Ids that end a reply: {ends}{never}."
+
+
+def unused_settings(manifest: Manifest) -> list[str]:
+    """What the checkpoint says of sampling that is not computed here, as "name value"."""
+    found = manifest.made.get("unused")
+    return [str(text) for text in found] if isinstance(found, list) else []
+
+
+def unused_line(settings: list[str]) -> str:
+    """`unused_settings` as a sentence."""
+    return f"The checkpoint's settings that edge-kv does not apply: {', '.join(settings)}."
 
 
 def _model_data(artifact: Artifact) -> dict[str, Any]:
@@ -327,6 +340,8 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     else:
         console.print(f"Weights: {quant['scheme']}.")
     console.print(_drawn(data["sampling"], data["tokens"]))
+    if data["unused"]:
+        console.print(unused_line(data["unused"]), markup=False)
     listing = Table("file", box=None, pad_edge=False)
     listing.add_column("bytes", justify="right")
     for name, count in data["files"].items():

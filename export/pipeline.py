@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from edge_kv import __version__, models
@@ -46,6 +47,7 @@ from edge_kv.manifest import (
     UNFINISHED,
     Backend,
     DrafterEntry,
+    Entry,
     FileEntry,
     IdentityEntry,
     Manifest,
@@ -226,15 +228,18 @@ class _Job:
         self.bos_id, self.adds_bos = self.config.bos_id, False
         first: list[int] = []  # of the end tokens: the one that templates write
         if text and self.tokenizer_json:
-            engine, said = opened(self.tokenizer_json, source.label), text.named("bos_token")
+            engine, named = opened(self.tokenizer_json, source.label), text.named("bos_token")
             self.bos_id, self.adds_bos = text_start(
-                engine, said, self.bos_id, self.config.vocab, source.label
+                engine, named, self.bos_id, self.config.vocab, source.label
             )
             first = text_end(engine, text.named("eos_token"))
         self.template = text.chat_template() if text else None
-        self.generation = text.generation() if text else Generation()
+        said = text.generation() if text else Generation()
         stop_ids = text.stop_ids() if text else []
-        self.eos_ids = list(dict.fromkeys([*first, *self.config.eos_ids, *stop_ids]))
+        eos_ids = list(dict.fromkeys([*first, *self.config.eos_ids, *stop_ids]))
+        self.tokens = _tokens(self.config, self.bos_id, eos_ids, said, source.label)
+        self.sampling = _sampling(self.config, said, source.label)
+        self.unused = list(said.unused)
         wanted = scheme != KEPT and any(self._calibrated(layout) for layout in layouts.values())
         encode, longest = plain_encoder(self.tokenizer_json), self.config.max_ctx
         self.calibration = (
@@ -482,20 +487,8 @@ class _Job:
             schema_version=2,
             edge_kv=__version__,
             name=self.out.name,
-            tokens=TokensEntry(
-                vocab=config.vocab,
-                bos=self.bos_id,
-                eos=self.eos_ids,
-                pad=config.pad_id,
-                suppress=list(self.generation.suppress_tokens),
-            ),
-            sampling=SamplingEntry(
-                temperature=self.generation.temperature,
-                top_k=self.generation.top_k,
-                top_p=self.generation.top_p,
-                min_p=self.generation.min_p,
-                repetition_penalty=self.generation.repetition_penalty,
-            ),
+            tokens=self.tokens,
+            sampling=self.sampling,
             identity=IdentityEntry(
                 model=model_digest(self.model, quant, files), plan=plan_digest(entry)
             ),
@@ -513,6 +506,7 @@ class _Job:
                 "torch": torch.__version__,
                 "model": self.model,
                 **({"drafter": _described(self.drafter)} if self.drafter else {}),
+                **({"unused": self.unused} if self.unused else {}),
                 **calibration,
             },
         )
@@ -578,6 +572,45 @@ class _Job:
         ulps = gate.ROUNDED_ULPS if self.layout.steps else 1
         read = gate.perturbed(stored.read, ulps) if moved else stored.read
         return PackedWeights(rows, stored.layout), read
+
+
+def _tokens(
+    config: Model, bos_id: int | None, eos_ids: list[int], said: Generation, label: str
+) -> TokensEntry:
+    """What the manifest says of tokens; raises as `_recorded`."""
+    return _recorded(
+        TokensEntry, label, vocab=config.vocab, bos=bos_id, eos=eos_ids, pad=config.pad_id,
+        suppress=sorted(set(said.suppress_tokens)),
+    )  # fmt: skip
+
+
+def _sampling(config: Model, said: Generation, label: str) -> SamplingEntry:
+    """What the manifest says of sampling; raises as `_recorded`."""
+    top_k = said.top_k and min(said.top_k, config.vocab)
+    return _recorded(
+        SamplingEntry, label, temperature=said.temperature, top_k=top_k, top_p=said.top_p,
+        min_p=said.min_p, repetition_penalty=said.repetition_penalty,
+    )  # fmt: skip
+
+
+_Part = TypeVar("_Part", bound=Entry)
+
+
+def _recorded(part: type[_Part], label: str, **values: Any) -> _Part:
+    """A part of the manifest of the checkpoint called `label`, made before any work is done.
+
+    Raises:
+        ConfigError: a value that no manifest can hold.
+    """
+    try:
+        return part(**values)
+    except ValidationError as e:
+        error = e.errors(include_url=False, include_context=False)[0]
+        field, value = ".".join(map(str, error["loc"])), repr(error["input"])
+        raise ConfigError(
+            f"{label}: {field} is {value if len(value) <= 40 else value[:39] + '…'}, which no "
+            f"artifact can hold ({error['msg']}); correct the checkpoint's files."
+        ) from e
 
 
 def _described(config: Model) -> dict[str, Any]:

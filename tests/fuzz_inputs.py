@@ -88,7 +88,13 @@ def make_checkpoints(root: Path) -> list[Path]:
         folder = root / name
         tiny_hf(name).save_pretrained(folder, **options)
         (folder / "tokenizer.json").write_text(tokenizer(), encoding="utf-8")
-        sampling = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "eos_token_id": [1, 50]}
+        sampling = {
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 64,
+            "top_p": 0.95,
+            "eos_token_id": [1, 50],
+        }
         (folder / "generation_config.json").write_text(json.dumps(sampling))
         bases.append(folder)
     for name in ("gemma3", "26b"):

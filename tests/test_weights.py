@@ -205,7 +205,7 @@ def test_the_per_layer_table_may_have_other_rows_than_the_token_table(tmp_path, 
 
 
 def test_recommended_sampling(e2b):
-    assert open_weights(str(e2b)).text.generation() == Generation()
+    assert open_weights(str(e2b)).text.generation() == Generation(temperature=0.0)
     path = e2b / "generation_config.json"
     stored = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "suppress_tokens": [7, 8]}
     path.write_text(json.dumps(stored | {"repetition_penalty": 1.1, "do_sample": True}))

@@ -6,7 +6,7 @@ from typing import Any
 
 from edge_kv.weights.fields import Fields
 from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
-from edge_kv.weights.source import Generation, one_template, turn_end_ids
+from edge_kv.weights.source import Generation, one_template, said_otherwise, turn_end_ids
 
 # Tokens beside those of `turn_end_ids` that end a text whatever the ids in the metadata are, as in
 # llama.cpp. Not "</s>", which it has among them too: Gemma's vocabulary has it as a mark of HTML.
@@ -14,6 +14,9 @@ _ENDS = (
     "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
     "<EOT>",
 )  # fmt: skip
+
+# What llama.cpp's samplers also do, with the value that does nothing.
+_OTHERS = {"sequence": None, "xtc_probability": 0, "mirostat": 0}
 
 
 class GGUFText:
@@ -53,11 +56,18 @@ class GGUFText:
         return sorted(ids - set(known))
 
     def generation(self) -> Generation:
+        """Sampled where the file says anything about it: its converter leaves out whether to."""
         fields = Fields(self._metadata, self._where, prefix="general.sampling.")
+        temperature = fields.positive("temp", or_zero=True)
+        top_k, top_p = fields.count("top_k"), fields.positive("top_p", at_most=1.0)
+        min_p = fields.positive("min_p", at_most=1.0, or_zero=True)
+        if temperature is None and any(f is not None for f in (top_k, top_p, min_p)):
+            temperature = 1.0
         return Generation(
-            temperature=fields.positive("temp", or_zero=True),
-            top_k=fields.count("top_k"),
-            top_p=fields.positive("top_p", at_most=1.0),
-            min_p=fields.positive("min_p", at_most=1.0, or_zero=True),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
             repetition_penalty=fields.positive("penalty_repeat"),
+            unused=said_otherwise({name: fields.get(name) for name in _OTHERS}, _OTHERS),
         )

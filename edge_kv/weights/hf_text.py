@@ -8,7 +8,13 @@ from typing import Any
 
 from edge_kv.weights.fields import Fields
 from edge_kv.weights.hf_files import parsed, read_json, read_text
-from edge_kv.weights.source import TOOL_USE, Generation, one_template, turn_end_ids
+from edge_kv.weights.source import (
+    TOOL_USE,
+    Generation,
+    one_template,
+    said_otherwise,
+    turn_end_ids,
+)
 from edge_kv.weights.tokenizer import with_added
 
 _CONFIG = "tokenizer_config.json"
@@ -17,6 +23,21 @@ _TEXTS = (
     "generation_config.json", "tokenizer.json", _CONFIG, _SPECIAL, "chat_template.jinja", TOOL_USE,
     "chat_template.json",
 )  # fmt: skip
+
+_TOP_K = 50  # transformers' own, where a checkpoint that is to be sampled says none
+# What transformers' `generate` also does to a text, with the value that does nothing (None: any
+# does something). Settings of length and speed are not among them: a request decides those.
+_ALWAYS = {
+    "begin_suppress_tokens": None, "constraints": None, "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1,
+    "exponential_decay_length_penalty": None, "force_words_ids": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": 1,
+    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "num_beams": 1,
+    "sequence_bias": None, "stop_strings": None, "token_healing": None,
+    "watermarking_config": None,
+}  # fmt: skip
+_SAMPLING = {"epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None, "typical_p": 1}
+_GREEDY = {"penalty_alpha": 0}
 
 
 class HFText:
@@ -60,21 +81,51 @@ class HFText:
         return sorted({i for i in (*ids, *turn_end_ids(self._tokens, known)) if i not in known})
 
     def generation(self) -> Generation:
+        """By transformers' rules: greedy unless `do_sample` says otherwise."""
         fields, n = self._generation, self.vocab
-        greedy = fields.get("do_sample") is False
+        sampled = fields.flag("do_sample")
+        temperature = fields.positive("temperature", or_zero=True)
+        top_k = fields.count("top_k")
+        if sampled:
+            temperature = 1.0 if temperature is None else temperature
+            top_k = _TOP_K if top_k is None else top_k
+        words, single = fields.get("bad_words_ids"), self._bad_words()
+        rest = {**fields.values, "bad_words_ids": None if single is not None else words}
+        own = _SAMPLING if sampled else _GREEDY
         return Generation(
-            temperature=0.0 if greedy else fields.positive("temperature", or_zero=True),
-            top_k=fields.count("top_k"),
+            temperature=temperature if sampled else 0.0,
+            top_k=top_k,
             top_p=fields.positive("top_p", at_most=1.0),
             min_p=fields.positive("min_p", at_most=1.0, or_zero=True),
             repetition_penalty=fields.positive("repetition_penalty"),
-            suppress_tokens=fields.token_ids("suppress_tokens", n),
+            suppress_tokens=(*fields.token_ids("suppress_tokens", n), *(single or ())),
+            unused=said_otherwise(rest, {"bad_words_ids": None, **_ALWAYS, **own}),
         )
+
+    def _bad_words(self) -> tuple[int, ...] | None:
+        """`bad_words_ids` as ids never to be chosen, where each word is of one token; without end
+        tokens, which transformers leaves out too."""
+        words = self._generation.get("bad_words_ids")
+        if not isinstance(words, list) or not all(
+            isinstance(w, list) and len(w) == 1 for w in words
+        ):
+            return None
+        ids = Fields({"bad_words_ids": [w[0] for w in words]}, self._generation.where)
+        ends = {*self.eos, *self._generation.token_ids("eos_token_id", self.vocab)}
+        return tuple(i for i in ids.token_ids("bad_words_ids", self.vocab) if i not in ends)
 
     @cached_property
     def _generation(self) -> Fields:
-        raw = self._json("generation_config.json") or {}
-        return Fields(raw, str(self._root / "generation_config.json"))
+        """generation_config.json; without one, transformers looks into config.json."""
+        name = "generation_config.json"
+        raw = self._json(name)
+        if raw is None:
+            name = "config.json"
+            whole = self._json(name) or {}
+            inner = whole.get("text_config")
+            said = {key: value for key, value in whole.items() if value is not None}
+            raw = {**(inner if isinstance(inner, dict) else {}), **said}
+        return Fields(raw, str(self._root / name))
 
     @cached_property
     def _tokenizer(self) -> str | None:

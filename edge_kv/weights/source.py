@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from edge_kv.formats import Quantised
 
 Array = NDArray[np.float32]
+_SHOWN = 40  # characters of a setting that a message shows
 COMPARED = 4 << 20  # values of two tensors compared together
 
 # Names under which Gemma tokenizers know what ends a turn: the last is where a tool answers.
@@ -20,7 +22,11 @@ TURN_ENDS = ("<end_of_turn>", "<turn|>", "<|tool_response>")
 
 @dataclass(frozen=True)
 class Generation:
-    """How the makers of a checkpoint recommend to sample from it; None where they say nothing."""
+    """How the makers of a checkpoint recommend to sample from it; None where they say nothing.
+
+    `unused` are settings that would change the text and that no sampler here computes, as
+    "name value".
+    """
 
     temperature: float | None = None  # 0: greedy
     top_k: int | None = None
@@ -28,6 +34,7 @@ class Generation:
     min_p: float | None = None
     repetition_penalty: float | None = None
     suppress_tokens: tuple[int, ...] = ()  # ids that are never to be chosen
+    unused: tuple[str, ...] = ()
 
 
 class Text(Protocol):
@@ -95,6 +102,22 @@ class Stored:
     exact: bool = True
     steps: tuple[float, float] = (0.0, 0.0)
     raw: Callable[[int, int], Any] | None = None
+
+
+def said_otherwise(values: Mapping[str, Any], nothing: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings named in `nothing` that `values` gives a meaning, as "name value".
+
+    Args:
+        nothing: by name, the value that does nothing, beside null, false and what is empty.
+    """
+    found = []
+    for name, idle in nothing.items():
+        value = values.get(name)
+        if value is None or value is False or value in ([], {}) or value == idle:
+            continue
+        text = json.dumps(value)
+        found.append(f"{name} {text if len(text) <= _SHOWN else text[: _SHOWN - 1] + '…'}")
+    return tuple(found)
 
 
 def filled_up(table: Stored, rows: int, spare: int) -> Stored:
