@@ -423,6 +423,13 @@ def run(
     repetition_penalty: Annotated[
         float | None, typer.Option("--repetition-penalty", help="Above 1 avoids what was said.")
     ] = None,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option("--frequency-penalty", help="Taken from a logit each time its id was said."),
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option("--presence-penalty", help="Taken from the logit of an id once said.")
+    ] = 0.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
     on_full: Annotated[
         str,
@@ -507,6 +514,8 @@ def run(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
         seed=seed,
         on_full=on_full,
         stop=tuple(stop or ()),

@@ -52,6 +52,8 @@ class Options:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     on_full: str = "stop"
     stop: tuple[str, ...] = ()
@@ -225,6 +227,8 @@ class Generator:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=options.frequency_penalty,
+            presence_penalty=options.presence_penalty,
             seed=options.seed,
             stop=self.stop_ids,
             on_full=options.on_full,

@@ -1,13 +1,14 @@
 """Sampling: one row of logits -> one id.
 
-In this order: bias, repetition penalty, temperature, top-k, top-p, min-p. The filters are those of
-Hugging Face's logits processors (ties broken by the lower id), computed over the few candidates
-they leave instead of a sorted vocabulary.
+In this order: bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
+min-p. The filters are those of Hugging Face's logits processors (ties broken by the lower id),
+computed over the few candidates they leave instead of a sorted vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -72,13 +73,17 @@ class Sampler:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
         seed: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
         suppress: Collection[int] = (),
     ) -> None:
         """top_k 0, top_p 1, min_p 0 and repetition_penalty 1 switch their filter off.
 
-        `logit_bias` is added to the logits of its ids; ids in `suppress` are never drawn.
+        From the logit of an id that this sampler has drawn n times, n * `frequency_penalty` +
+        `presence_penalty` is taken (OpenAI's definition). `logit_bias` is added to the logits of
+        its ids; ids in `suppress` are never drawn.
 
         Raises:
             ConfigError: parameters out of range, all of them named.
@@ -94,6 +99,9 @@ class Sampler:
             f"repetition_penalty {repetition_penalty} must be a positive number": (
                 math.isfinite(repetition_penalty) and repetition_penalty > 0
             ),
+            f"frequency_penalty {frequency_penalty} must lie in -2 … 2": abs(frequency_penalty)
+            <= 2,
+            f"presence_penalty {presence_penalty} must lie in -2 … 2": abs(presence_penalty) <= 2,
             f"seed {seed} must not be negative": seed is None or seed >= 0,
             "logit_bias must give a number for each token id": all(
                 isinstance(i, int) and 0 <= i < _IDS and not math.isnan(b) for i, b in bias.items()
@@ -107,6 +115,8 @@ class Sampler:
         self.top_p = top_p
         self.min_p = min_p
         self.repetition_penalty = repetition_penalty
+        self._penalties = (frequency_penalty, presence_penalty)
+        self._drawn: Counter[int] = Counter()
         self._random = np.random.default_rng(seed)
         self._biased = np.array(sorted(bias), np.int64)
         self._bias = np.array([bias[i] for i in sorted(bias)], np.float32)
@@ -123,7 +133,8 @@ class Sampler:
     def shaped(
         self, logits: npt.NDArray[np.float32], history: Iterable[int] = ()
     ) -> npt.NDArray[np.float32]:
-        """Logits with bias and penalty, float32 [vocab]; the latter is for ids in `history`.
+        """Logits with bias and penalties, float32 [vocab]; that of repetition is for ids in
+        `history`, the others for ids that `draw` gave.
 
         Raises:
             RuntimeFault: a logit is NaN or +inf, or all are -inf.
@@ -138,12 +149,17 @@ class Sampler:
             )
         if self.repetition_penalty != 1.0:
             logits = self._penalised(logits, history)
+        if any(self._penalties) and self._drawn:
+            logits = self._lowered(logits)
         return logits
 
     def draw(self, logits: npt.NDArray[np.float32]) -> int:
         """Choose an id from `shaped` logits."""
-        if self.temperature == 0.0:
-            return int(logits.argmax())
+        token = int(logits.argmax()) if self.temperature == 0.0 else self._sampled(logits)
+        self._drawn[token] += 1
+        return token
+
+    def _sampled(self, logits: npt.NDArray[np.float32]) -> int:
         ids, weights = self.candidates(logits)
         cumulative = weights.cumsum()
         # the last candidate takes what rounding leaves; side="right" never lands on a weight of 0
@@ -213,6 +229,13 @@ class Sampler:
         rows = out[seen]
         penalty = np.float32(self.repetition_penalty)
         out[seen] = np.where(rows > 0, rows / penalty, rows * penalty)
+        return out
+
+    def _lowered(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        frequency, presence = self._penalties
+        counts = np.fromiter(self._drawn.values(), np.float32)
+        out: npt.NDArray[np.float32] = logits.copy()
+        out[np.fromiter(self._drawn, np.int64)] -= counts * frequency + presence
         return out
 
 

@@ -354,6 +354,8 @@ def schedule(rng):
                 "top_k": int(rng.choice([0, 3])),
                 "top_p": float(rng.choice([1.0, 0.8])),
                 "repetition_penalty": float(rng.choice([1.0, 1.0, 1.3])),
+                "frequency_penalty": float(rng.choice([0.0, 0.0, 0.6])),
+                "presence_penalty": float(rng.choice([0.0, 0.0, 0.9])),
                 "seed": int(rng.integers(100)),
                 "stop": set(rng.integers(5, VOCAB, int(rng.integers(0, 12))).tolist()),
                 "on_full": str(rng.choice(["stop", "slide", "error"])),

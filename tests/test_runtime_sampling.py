@@ -107,6 +107,24 @@ def test_repetition_penalty_is_that_of_hugging_face(penalty):
     assert logits[0] == 3.0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_penalties_are_those_of_openai(temperature):
+    rng = np.random.default_rng(4)
+    penalties = {"frequency_penalty": 0.75, "presence_penalty": -0.5}
+    sampler = Sampler(temperature=temperature, seed=6, repetition_penalty=1.2, **penalties)
+    plain = Sampler(repetition_penalty=1.2)
+    drawn = []
+    for _ in range(60):
+        logits = rng.standard_normal(12).astype(np.float32)
+        want = plain.shaped(logits, [1, 2]).copy()
+        for i in range(12):
+            want[i] -= drawn.count(i) * 0.75 + (i in drawn) * -0.5
+        shaped = sampler.shaped(logits, [1, 2])
+        np.testing.assert_allclose(shaped, want, rtol=1e-5, atol=1e-5)
+        drawn.append(sampler.draw(shaped))
+    assert len(set(drawn)) > 6 and max(map(drawn.count, drawn)) < 12
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -118,6 +136,8 @@ def test_repetition_penalty_is_that_of_hugging_face(penalty):
         ({"top_p": 1.1}, "top_p 1.1"),
         ({"min_p": 1.5}, "min_p 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty 2.1"),
+        ({"presence_penalty": float("nan")}, "presence_penalty nan"),
         ({"seed": -3}, "seed -3"),
     ],
 )

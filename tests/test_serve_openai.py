@@ -89,3 +89,17 @@ def test_logprobs_of_a_call_come_with_it(client):
     body = re.search(r"{.*}", merged(called.logprobs.content))[0]
     assert json.loads(body) == {"name": "count", "arguments": {"n": 7}}
     assert [e for p in parts if p.logprobs for e in p.logprobs.content] == whole.logprobs.content
+
+
+def test_penalties_keep_tokens_from_coming_again(client):
+    ask = {
+        "model": "toy", "messages": HELLO, "max_tokens": 9, "temperature": 0, "logprobs": True,
+        "logit_bias": {"70": 100, "71": 99, "72": 98},
+    }  # fmt: skip
+
+    def ids(**penalties):
+        (choice,) = client.chat.completions.create(**ask, **penalties).choices
+        return [bytes(e.bytes) for e in choice.logprobs.content]
+
+    assert len(set(ids())) == 1 and len(set(ids(presence_penalty=2.0))) > 1
+    assert len(set(ids(frequency_penalty=2.0))) == 3

@@ -1,7 +1,7 @@
 """Requests and answers in the shape of OpenAI's API: what a client sends is checked here.
 
 Fields that are unknown are ignored, as OpenAI's own servers do; fields that are known and cannot be
-served (`n` above 1, penalties by frequency, images) are refused by name.
+served (`n` above 1, images) are refused by name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from edge_kv.runtime.text import Tokenizer
 MAX_TEXTS = 16  # stop texts of one request
 MAX_TOP_LOGPROBS = 20
 NOT_SERVED: dict[str, Any] = {
-    "n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "echo": False,
-    "suffix": "", "functions": [],
+    "n": 1, "best_of": 1, "echo": False, "suffix": "", "functions": [],
 }  # fmt: skip
 """Fields of OpenAI's API that change a reply in ways not built here, and the values that do not."""
 
@@ -43,6 +42,8 @@ class _Request(BaseModel):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_TEXTS)] | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -61,6 +62,8 @@ class _Request(BaseModel):
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
             seed=None if self.seed is None else self.seed & 0xFFFF_FFFF_FFFF_FFFF,
             stop=tuple(text for text in stop if text),
             logit_bias=self.logit_bias or {},
