@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_kv.amounts import size
+from edge_kv.memory import UNPLANNED
 
 PROMPT = "And it came to pass in those days, that"
 PASSAGE = Path(__file__).parent.parent / "edge_kv" / "data" / "passage.txt"
@@ -39,6 +40,8 @@ def main() -> None:
         rows.append((engine, json.loads(said)))
     print()
     Console().print(table(rows))
+    if not all(cost["planned_peak_bytes"] for _, cost in rows):
+        print(UNPLANNED)
 
 
 def run(*args: str, capture: bool = True) -> str:
@@ -68,7 +71,7 @@ def table(rows: list[tuple[str, dict[str, Any]]]) -> Table:
             "peak RAM": size(cost["peak_bytes"]) if cost["peak_bytes"] else "unknown",
             "peak RAM as planned": size(cost["planned_peak_bytes"])
             if cost["planned_peak_bytes"]
-            else "no plan",
+            else "–",
         }.items():
             lines.setdefault(name, [name]).append(value)
     for line in lines.values():

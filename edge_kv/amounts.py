@@ -26,7 +26,7 @@ def parse_bytes(text: str) -> int:
     """`1500m`, `2g`, `2GiB` or plain bytes as a number of bytes (k, m, g are powers of 1024).
 
     Raises:
-        ConfigError: not a positive number with an optional unit.
+        ConfigError: not a number with an optional unit, or less than a page.
     """
     unit = text.strip().lower().removesuffix("b").removesuffix("i")
     factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(unit[-1:], 1)
@@ -34,9 +34,12 @@ def parse_bytes(text: str) -> int:
         size = float(unit[:-1] if factor > 1 else unit) * factor
     except ValueError:
         size = 0.0
-    if not 1 <= size < float("inf"):
+    if not _LEAST <= size < float("inf"):
         raise ConfigError(f"{text!r} is not an amount of memory; write for example 1500m or 2g.")
     return int(size)
+
+
+_LEAST = 4096  # bytes: less is a number whose unit was forgotten
 
 
 def size(count: float) -> str:

@@ -82,7 +82,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except _USAGE as e:
-            _say_error(_usage(e))
+            _say_error(_usage(e, ctx.invoked_subcommand))
             raise typer.Exit(2) from e
         except Cancelled as e:
             typer.echo(str(e), err=True)
@@ -104,12 +104,12 @@ def _say_error(text: str) -> None:
     typer.echo(f"Error: {one_line(text)}", err=True)
 
 
-def _usage(error: Any) -> str:
-    """What to say of a command line that the parser does not understand."""
+def _usage(error: Any, command: str | None = None) -> str:
+    """What to say of a command line, of `command`, that the parser does not understand."""
     from edge_kv.guidance import usage_advice
 
     found = error.ctx
-    command = found.command.name if found and found.parent else ""
+    command = found.command.name if found and found.parent else command or ""
     options = (
         [o for p in found.command.params for o in p.opts if o.startswith("-")] if found else []
     )
@@ -124,6 +124,7 @@ def _usage(error: Any) -> str:
         lacks=parameter.name if parameter and kind == "MissingParameter" else "",
         extra=words[1].split() if words else (),
         given=str(found.params.get("artifact") or "ARTIFACT") if found else "ARTIFACT",
+        named=bool(found and (found.params.get("model") or found.params.get("weights"))),
     )
 
 
@@ -158,10 +159,16 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _flag(name: str, help: str, **more: Any) -> Any:
+    """An option without a value: the help says no type, which would look like one."""
+    return typer.Option(name, help=help, metavar="", **more)
+
+
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        _flag("--version", "Print the version.", callback=_version, is_eager=True),
     ] = False,
 ) -> None:
     notices = logging.getLogger("edge_kv")
@@ -222,7 +229,7 @@ Store = Annotated[
     list[str] | None,
     typer.Option("--store", help="Weight format of a kind of tensor, like embed=int8-f16; repeat."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Json = Annotated[bool, _flag("--json", "Print one JSON document instead of tables.")]
 _ENGINES = _values("edge_kv.runtime", "ENGINES")
 Engine = Annotated[
     str,
@@ -233,14 +240,14 @@ Threads = Annotated[
 ]
 NoCache = Annotated[
     bool,
-    typer.Option("--no-cache", help="Keep no packed weights for this device; use the heap."),
+    _flag("--no-cache", "Keep no packed weights for this device; use the heap."),
 ]
 HugePages = Annotated[
     bool,
-    typer.Option("--huge-pages", help="Copy the weights to huge pages: faster, needs their RAM."),
+    _flag("--huge-pages", "Copy the weights to huge pages: faster, needs their RAM."),
 ]
 Check = Annotated[
-    bool, typer.Option("--check", help="First compare every file with its digest, as verify does.")
+    bool, _flag("--check", "First compare every file with its digest, as verify does.")
 ]
 Guesses = Annotated[
     str,
@@ -271,9 +278,7 @@ def plan(
     fits: Annotated[
         str | None, typer.Option("--fits", help="Find what fits this much RAM: 2g.")
     ] = None,
-    buffers: Annotated[
-        bool, typer.Option("--buffers", help="Also list every table of the state.")
-    ] = False,
+    buffers: Annotated[bool, _flag("--buffers", "Also list every table of the state.")] = False,
     as_json: Json = False,
 ) -> None:
     """Will it fit, and where are the bytes? Before anything is downloaded or built."""
@@ -404,9 +409,7 @@ def run(
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", help="Read the prompt from here.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="No chat template: continue the text.")
-    ] = False,
+    raw: Annotated[bool, _flag("--raw", "No chat template: continue the text.")] = False,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Longest reply.", min=1)
     ] = 512,
@@ -496,11 +499,12 @@ def run(
     offered = _tools(tools) if tools else ()
     if think not in THINK:
         raise ConfigError(f"Unknown --think {think!r}.{did_you_mean(think, THINK)}")
+    opened = open_artifact(artifact, prompt or "")
+    _check_target(snapshot)
     text = _prompt(prompt, file)
     system = clean_text(system, "system prompt") if system else None
     if text is None and as_json:
         raise PromptError("--json needs a prompt: give one, --file FILE, or pipe it in.")
-    opened = open_artifact(artifact)
     if check:
         _check_digests(opened)
     base = _base(engine, COMMAND if text is not None else (*COMMAND, "prompt_toolkit"))
@@ -678,7 +682,7 @@ def list_artifacts(
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove all of it.")] = False,
+    clear: Annotated[bool, _flag("--clear", "Remove all of it.")] = False,
     as_json: Json = False,
 ) -> None:
     """What is kept for this machine (compiled libraries, packed weights), and how large it is."""
@@ -785,8 +789,8 @@ def evaluate(
     from edge_kv.runtime.evaluate import readable
     from edge_kv.terminal import Bar, output
 
-    content = _prompt(None, text)
     opened = open_artifact(artifact)
+    content = _prompt(None, text)
     tokenizer = Tokenizer.of(opened)
     reference = None
     if against:
@@ -832,9 +836,7 @@ def deploy(
             help="user@host[:dir]; with --adb the phone's serial, if there are several."
         ),
     ] = None,
-    adb: Annotated[
-        bool, typer.Option("--adb", help="To a phone, with a runner that needs no Python.")
-    ] = False,
+    adb: Annotated[bool, _flag("--adb", "To a phone, with a runner that needs no Python.")] = False,
     engine: Annotated[
         str, typer.Option("--engine", help="Runtimes to install and measure: onnx, executorch.")
     ] = "onnx",
@@ -843,7 +845,7 @@ def deploy(
     ] = "",
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a timed decode.", min=1)] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds of each.", min=1)] = 3,
-    bench: Annotated[bool, typer.Option(help="Measure there, after verifying.")] = True,
+    bench: Annotated[bool, _flag("--bench/--no-bench", "Measure there, after verifying.")] = True,
     ssh: Annotated[
         str, typer.Option("--ssh", help="The ssh command with options: 'ssh -p 2222 -i KEY'.")
     ] = "ssh",
@@ -908,9 +910,7 @@ def serve(
     api_key: Annotated[
         str, typer.Option("--api-key", envvar="EDGE_KV_API_KEY", help="Key that clients must send.")
     ] = "",
-    no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let other machines in without a key.")
-    ] = False,
+    no_auth: Annotated[bool, _flag("--no-auth", "Let other machines in without a key.")] = False,
     origin: Annotated[
         list[str] | None,
         typer.Option("--origin", help="Web site whose pages may ask, or *; repeat for more."),
@@ -1020,7 +1020,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
         else:
             text = clean_text(sys.stdin.buffer.read())
     except OSError as e:
-        raise PromptError(f"Cannot read the prompt from {file}: {e.strerror}.") from e
+        raise PromptError(f"Cannot read {file}: {e.strerror}.") from e
     if not text.strip():
         raise PromptError("The prompt is empty; give some text.")
     return text
@@ -1276,15 +1276,13 @@ def _summary(chat: Chat, base: Base | None) -> dict[str, Any]:
 
 def _summary_line(summary: dict[str, Any]) -> str:
     from edge_kv.amounts import size
+    from edge_kv.repl import guesses
 
     peak, planned = summary["peak_bytes"], summary["planned_peak_bytes"]
     drafted, drafts = summary["drafted_tokens"], ""
     if drafted:
-        drafts = (
-            f"{summary['tokens_per_pass']:.2f} tokens a pass "
-            f"({summary['accepted_tokens']:,} of {drafted:,} drafts came, "
-            f"{summary['ties']:,} ties) · "
-        )
+        right = guesses(summary["accepted_tokens"], drafted, summary["ties"])
+        drafts = f"{summary['tokens_per_pass']:.2f} tokens a pass ({right}) · "
     return (
         f"first token {summary['first_token_seconds']:.2f} s · "
         f"prefill {summary['prefill_rate']:.1f} tokens/s · "

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 
 
@@ -86,10 +87,16 @@ class MemoryLimitError(RuntimeFault):
     """The plan does not fit the memory there is."""
 
 
+_BITS = re.compile(r"[a-z]*?(4|8|16|32)(?!\d)")  # in q4_k_m, int8, fp16, bf16, float32
+_STORAGES = {"4": ["int4"], "8": ["int8"], "16": ["f16", "none"], "32": ["f32", "none"]}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest known name, else the list of known names."""
     choices = sorted(known)
-    close = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.6)
+    bits = _BITS.match(name.lower())
+    usual = [c for c in _STORAGES[bits[1]] if c in choices] if bits else []
+    close = usual[:1] or difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(choices)}."
 
 

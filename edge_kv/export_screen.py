@@ -145,7 +145,7 @@ def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) ->
         memory = predict_artifact(made, engine=engine, base=machine_base(engine))
         say(
             f"Planned memory with all {made.plan.ctx:,} tokens in use: "
-            f"{size(memory.conversation)}, of it {size(memory.anonymous)} that stays."
+            f"{size(memory.conversation)}, of it {size(memory.stays)} that stays."
         )
     option = "" if engine in (None, "onnx") else f" --engine {engine}"
     text = made.manifest.tokenizer

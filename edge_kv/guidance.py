@@ -61,14 +61,23 @@ OTHER_OPTIONS = {
     "--dtype": "--quant", "--precision": "--quant", "--cache-type-k": "--kv",
     "--kv-cache-dtype": "--kv", "-m": "--model", "--model-id": "--weights",
     "--checkpoint": "--weights", "--gguf": "--weights", "--memory": "--ram-limit",
-    "--repeat-penalty": "--repetition-penalty",
-    "-p": "--prompt", "--backends": "--backend", "--runtime": "--engine",
+    "--repeat-penalty": "--repetition-penalty", "--batch-size": "--chunk",
+    "--ubatch-size": "--chunk",
+    "-p": "--prompt", "--backends": "--backend", "--runtime": "--engine", "--ctx": "--ctx",
+    "--model": "--model", "--weights": "--model", "--hf-repo": "--weights", "-hf": "--weights",
+    "--model-path": "--weights", "--model-name-or-path": "--weights",
+    "--system-message": "--system",
+    "--ngram": "--drafts", "--draft-max": "--drafts", "--max-memory": "--ram-limit",
+    "--schema": "--json-schema", "--format": "--json-schema", "--rp": "--repetition-penalty",
 }  # fmt: skip
 """Options of other tools, and the one here that does it."""
 _PARSER_SAYS = {  # what the parser says -> in words
     "Input should be a valid integer, unable to parse string as an integer":
     "it takes a whole number",
     "Input should be a valid number, unable to parse string as a number": "it takes a number",
+    "Input should be greater than or equal to": "it must be at least",
+    "Input should be less than or equal to": "it must be at most",
+    "requires an argument": "needs a value",
 }  # fmt: skip
 _ASKS = {  # what a command lacks -> what to say
     "artifact": "Name an artifact, the directory that `edge-kv export` made; `edge-kv list` shows "
@@ -76,20 +85,19 @@ _ASKS = {  # what a command lacks -> what to say
     "ctx": "Say how much context to prepare for: --ctx 32768 (or 4k, 32k).",
     "text": "Name a text to predict: --text FILE.",
 }
-_NEITHER = {  # options that no command here has -> why
-    "--n-gpu-layers": "everything runs on the CPU",
-    "--gpu-layers": "everything runs on the CPU",
-    "-i": "without a prompt, `run` converses",
-    "--interactive": "without a prompt, `run` converses",
-    "-y": "nothing here asks",
-    "-v": "`bench` and `run --json` tell more",
-    "--verbose": "`bench` and `run --json` tell more",
-}
+_CPU, _CONVERSES = "everything runs on the CPU", "without a prompt, `run` converses"
+_TELLS, _STREAMS = "`bench` and `run --json` tell more", "text always streams"
+_NEITHER = {  # options that the command does not have -> why
+    "--n-gpu-layers": _CPU, "--gpu-layers": _CPU, "-ngl": _CPU, "--gpu": _CPU, "--device": _CPU,
+    "--cuda": _CPU, "-i": _CONVERSES, "--interactive": _CONVERSES, "-cnv": _CONVERSES,
+    "--chat": _CONVERSES, "--conversation": _CONVERSES, "-y": "nothing here asks",
+    "-v": _TELLS, "--verbose": _TELLS, "--stream": _STREAMS, "--no-stream": _STREAMS,
+}  # fmt: skip
 
 
 def usage_advice(
     command: str, options: Sequence[str], message: str, *, unknown: str = "", lacks: str = "",
-    extra: Sequence[str] = (), given: str = "",
+    extra: Sequence[str] = (), given: str = "", named: bool = False,
 ) -> str:  # fmt: skip
     """One sentence for a command line that cannot be understood.
 
@@ -101,20 +109,28 @@ def usage_advice(
         lacks: the name of an argument or option that is missing.
         extra: words beyond the arguments the command takes.
         given: the artifact that was named.
+        named: whether a model was named.
     """
     if unknown:
         return _instead_of(command, options, unknown)
     if lacks in _ASKS:
         return _ASKS[lacks]
+    if extra and command == "run" and extra[0].endswith(".json"):
+        return (
+            f"--json of `edge-kv run` takes no file: it prints the document, so write > {extra[0]} "
+            "behind the command."
+        )
     if extra and command == "run":
         words = " ".join(extra)
         return (
             f"The prompt is more than one word ({words!r} is left over); put it in quotes: "
             f"edge-kv run {given} 'a prompt of several words'"
         )
-    if extra and command in ("plan", "export"):
+    if extra and command in ("plan", "export") and not named:
         option = "--weights" if _is_checkpoint(extra[0]) else "--model"
         return f"A model is named with {option}: edge-kv {command} {option} {extra[0]} --ctx 4096"
+    if command == "cache" and extra and extra[0] in ("clear", "clean", "rm", "prune"):
+        return "What is kept is removed with `edge-kv cache --clear`."
     if extra:
         return f"{' '.join(extra)!r} is too much; `edge-kv {command} --help` shows what it takes."
     for technical, plain in _PARSER_SAYS.items():
@@ -175,13 +191,19 @@ def _is_checkpoint(word: str) -> bool:
     return "/" in word or path.suffix.lower() == ".gguf" or path.exists()
 
 
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: Path, prompt: str = "") -> Artifact:
     """`read_artifact`, saying what to do where `path` is something else that edge-kv knows.
+
+    `prompt` is what follows it on the command line, which may be the artifact that was meant.
 
     Raises:
         ArtifactError: as `read_artifact`, or naming the export that makes an artifact of it.
     """
     if not (path / MANIFEST).is_file():
+        if prompt and "\0" not in prompt and (Path(prompt) / MANIFEST).is_file():
+            raise ArtifactError(
+                f"The artifact comes first, then the prompt: edge-kv run {prompt} {str(path)!r}"
+            )
         instead = _instead(path)
         if instead:
             raise ArtifactError(instead)
@@ -227,6 +249,29 @@ def _instead(path: Path) -> str:
         return ""
     if str(path) in models.ROWS:
         return f"{path} is a model, not an artifact; export it first: {_export('--model', path)}"
+    return "" if path.exists() else _nothing(path)
+
+
+def _nothing(path: Path) -> str:
+    """What to say of a name behind which there is nothing: what may have been meant."""
+    from edge_kv import models
+    from edge_kv.weights.hub import is_hub_id
+
+    here = sorted(p.parent.name for p in path.parent.glob(f"*/{MANIFEST}"))
+    close = difflib.get_close_matches(path.name, here, n=1, cutoff=0.6)
+    if close:
+        return f"There is no artifact {path}. Did you mean {path.parent / close[0]}?"
+    if is_hub_id(str(path)):
+        return (
+            f"There is no directory {path}; if it is a model of the Hugging Face hub, export it "
+            f"first: {_export('--weights', path)}"
+        )
+    row = model_meant(path.name, {name: row.hub_id for name, row in models.ROWS.items()})
+    if row:
+        return (
+            f"There is no artifact {path}; export the model {row} first: "
+            f"{_export('--model', Path(row))}"
+        )
     return ""
 
 

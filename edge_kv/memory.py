@@ -122,6 +122,11 @@ class MemoryPlan:
         return max(p.anon for p in self.phases.values())
 
     @property
+    def stays(self) -> int:
+        """Anonymous memory of a conversation while tokens are decoded."""
+        return self.phases["decode"].anon + self.checkpoints
+
+    @property
     def peak(self) -> int:
         """Highest total of all phases."""
         return max(p.total for p in self.phases.values())
@@ -147,6 +152,7 @@ class MemoryPlan:
             "checkpoints": self.checkpoints,
             "aside": self.aside,
             "anonymous": self.anonymous,
+            "stays": self.stays,
             "peak": self.peak,
             "conversation": self.conversation,
             "parts": self.parts,
@@ -294,6 +300,12 @@ def needs_of(artifact: Any) -> Needs:
 def read_weights(artifact: Any) -> int:
     """Bytes of weights that decoding one token reads."""
     return needs_of(artifact).read_weights
+
+
+UNPLANNED = (
+    "What stock operators take is not planned: as it loads a program, their engine decides how to "
+    "rewrite it and how much memory to work in."
+)
 
 
 def with_margin(planned: int) -> int:

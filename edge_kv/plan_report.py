@@ -137,16 +137,20 @@ def _where(need: Footprint, rooms: dict[str, int]) -> dict[str, str]:
 def print_plan(data: dict[str, Any], console: Console, buffers: bool = False) -> None:
     """`plan_data` for people: the answer, a bar, totals; every table of state with `buffers`."""
     memory = data["memory"]
-    anonymous = memory["phases"]["decode"]["anon"] + memory["checkpoints"]
     console.print(
         f"[bold]{data['model']}[/]: {data['ctx']:,} tokens of context, state {data['kv']}, "
         f"weights {data['quant']}"
     )
     console.print(
-        f"Needs [bold]{size(memory['resident'])}[/] of RAM: {size(anonymous)} that stays, and "
-        f"{size(memory['resident'] - anonymous)} of mapped files,\nwhich the system can drop and "
-        f"read again. On disk: {size(memory['weight_file'] + memory['ple_file'])}."
+        f"Needs [bold]{size(memory['resident'])}[/] of RAM: {size(memory['stays'])} that stays, "
+        f"and {size(memory['resident'] - memory['stays'])} of mapped files,\nwhich the system can "
+        f"drop and read again. On disk: {size(memory['weight_file'] + memory['ple_file'])}."
     )
+    if memory["anonymous"] > memory["stays"]:
+        console.print(
+            f"Reading the tokenizer at the start takes {size(memory['anonymous'])} that cannot be "
+            "dropped."
+        )
     for line in _verdicts(data):
         console.print(line)
     console.print()
@@ -336,6 +340,8 @@ def print_fits(data: dict[str, Any], choices: list[Choice], console: Console, co
         MemoryLimitError: nothing fits.
     """
     limit = data["limit"]
+    binary = limit / (1 << 30)  # as it was typed: 2g are 2 GiB
+    told = f"{binary:g} GiB ({size(limit)})" if binary * 4 == int(binary * 4) else size(limit)
     fitting = [c for c in choices if c.ctx]
     if not fitting:
         least = min(choices, key=lambda c: c.need.resident)
@@ -345,12 +351,12 @@ def print_fits(data: dict[str, Any], choices: list[Choice], console: Console, co
             cost = f"; with experts read from storage it runs, {size(found.storage)} a token"
         raise MemoryLimitError(
             f"{data['model']} needs {size(least.need.resident)} at {least.need.depth:,} tokens "
-            f"with weights {least.quant} and state {least.kv}, more than {size(limit)}{cost}."
+            f"with weights {least.quant} and state {least.kv}, more than {told}{cost}."
         )
     # The longest context; of equally long ones the storage that is closest to the checkpoint.
     best = max(fitting, key=lambda c: (c.ctx, list(SCHEMES).index(c.quant), -STORAGES.index(c.kv)))
     console.print(
-        f"[bold]{data['model']}[/] in {size(limit)}: up to [bold]{best.ctx:,}[/] tokens of context."
+        f"[bold]{data['model']}[/] in {told} of RAM: up to [bold]{best.ctx:,}[/] tokens of context."
     )
     table = Table("weights", "state", box=None, pad_edge=False)
     for title in ("context", "RAM", "of it state", "weight file"):

@@ -102,12 +102,18 @@ def figures(chat: Chat) -> str:
     speed = f", {(len(reply.ids) - 1) / spent:.1f} tokens/s" if len(reply.ids) > 1 and spent else ""
     drafted = ""
     if reply.drafted:
-        drafted = f"; {reply.accepted} of {reply.drafted} drafts came, {reply.ties} ties"
+        drafted = f"; {guesses(reply.accepted, reply.drafted, reply.ties)}"
     return (
         f"({len(reply.ids)} tokens{speed}, first after {reply.first_token_seconds:.2f} s; "
-        f"{reply.reused_tokens:,} of {reply.prompt_tokens:,} prompt tokens were held"
+        f"{reply.reused_tokens:,} of {reply.prompt_tokens:,} prompt tokens were in memory"
         f"{drafted})"
     )
+
+
+def guesses(accepted: int, drafted: int, ties: int) -> str:
+    """How many drafted tokens were what the model chose, and how many choices were near a tie."""
+    close = f", {ties:,} near ties" if ties else ""
+    return f"{accepted:,} of {drafted:,} guesses right{close}"
 
 
 def _answer(chat: Chat, terminal: Terminal, pieces: Iterator[Piece]) -> None:

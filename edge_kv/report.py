@@ -13,7 +13,7 @@ from rich.table import Table
 from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
 from edge_kv.manifest import Manifest
-from edge_kv.memory import COSTS, predict_artifact
+from edge_kv.memory import COSTS, UNPLANNED, predict_artifact
 from edge_kv.plan import Plan
 from edge_kv.runtime.sampling import Sampling
 from edge_kv.shelf import Listed
@@ -23,8 +23,8 @@ from edge_kv.terminal import layers
 def print_evaluation(data: dict[str, Any], console: Console) -> None:
     """An evaluation (`runtime.evaluate.readable`) as a sentence and, with a reference, a table."""
     console.print(
-        f"Perplexity {data['perplexity']:.4g} over {data['tokens']:,} tokens in "
-        f"{data['windows']:,} windows of {data['window']}."
+        f"Perplexity {data['perplexity']:.4g} over {data['tokens']:,} tokens, read "
+        f"{data['window']} at a time."
     )
     against = data.get("against")
     if not against:
@@ -51,13 +51,11 @@ def parity_line(parity: dict[str, Any]) -> str:
     found = parity.get("quantisation")
     if not found:
         return ""
-    line = (
-        f"Against the float checkpoint: KL mean {found['mean_kl']:.3g}, max {found['max_kl']:.3g} "
-        f"nats, same likeliest token {found['top1']:.1%}"
+    return (
+        f"Beside the float checkpoint, over {parity['steps']} tokens: KL mean "
+        f"{found['mean_kl']:.3g}, max {found['max_kl']:.3g} nats, same likeliest token "
+        f"{found['top1']:.1%}."
     )
-    if perplexity := parity.get("perplexity"):
-        line += f", perplexity {perplexity['stored']:.4g} (float {perplexity['float']:.4g})"
-    return f"{line}, over {parity['steps']} tokens of the gate's text."
 
 
 def listed_data(found: list[Listed]) -> list[dict[str, Any]]:
@@ -105,19 +103,26 @@ def print_listed(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def buffer_table(buffers: list[dict[str, Any]]) -> Table:
-    """One row a state buffer."""
+    """One row for state buffers that are alike: the layers that write them and, beside these, the
+    layers that read them too."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for b in buffers:
+        others = tuple(r for r in b["readers"] if r != b["writer"])
+        key = (b["name"].partition(".")[2], b["kind"], tuple(b["shape"]), b["dtype"], others)
+        alike.setdefault(key, []).append(b)
     table = Table(box=None, pad_edge=False)
     for name in ("buffer", "kind", "shape", "dtype"):
         table.add_column(name)
-    for name in ("bytes", "writer"):
+    for name in ("each", "all"):
         table.add_column(name, justify="right")
-    table.add_column("readers")
-    for b in buffers:
-        shape = " × ".join(str(n) for n in b["shape"])
-        readers = layers(b["readers"])
+    table.add_column("layers", overflow="fold")
+    table.add_column("also read by", overflow="fold")
+    for (suffix, kind, shape, dtype, others), same in alike.items():
+        each, writers = same[0]["bytes"], layers([b["writer"] for b in same])
         table.add_row(
-            b["name"], b["kind"], shape, b["dtype"], size(b["bytes"]), str(b["writer"]), readers
-        )
+            suffix, kind, "×".join(f"{n:,}" for n in shape), dtype, size(each),
+            size(each * len(same)), writers, layers(others) if others else "–",
+        )  # fmt: skip
     return table
 
 
@@ -165,12 +170,11 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
     for r in document["runs"]:
         several = r["decode"].get("several", {})
         if len(several) > 1:
-            times = ", ".join(
-                f"{n}: {t / several['1']:.2f}" for n, t in several.items() if n != "1"
-            )
+            counts = [n for n in several if n != "1"]
+            times = (f"{several[n] / several['1']:.2f}" for n in counts)
             console.print(
-                f"[dim]{r['engine']}, {r['ctx']:,}: time of a pass by its tokens, one being 1: "
-                f"{times}[/]"
+                f"[dim]{r['engine']}, {r['ctx']:,}: a pass of {', '.join(counts)} tokens takes "
+                f"{', '.join(times)} times as long as a pass of one[/]"
             )
     console.print()
     memory = Table("engine", box=None, pad_edge=False)
@@ -185,6 +189,9 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
                 cells.append("–" if error is None else f"{error:+.1%}")
             memory.add_row(*cells)
     console.print(memory)
+    unplanned = {r["engine"] for r in document["runs"]} - {p["engine"] for p in document["plan"]}
+    if unplanned - {"torch"}:
+        console.print(UNPLANNED)
     for failure in document.get("failures", ()):
         at = f" at {failure['ctx']:,} tokens" if failure["ctx"] else ""
         console.print(f"[red]{failure['engine']}{at}:[/] {escape(failure['error'])}")
@@ -314,7 +321,8 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     model, quant = data["model"], data["quant"]
     console.print(
         f"[bold]{data['name']}[/]  {model['family']}, {model['layers']} layers "
-        f"({model['kv_owners']} own keys and values), window {model['window']}, "
+        f"({model['kv_owners']} own keys and values)"
+        f"{', window {:,}'.format(model['window']) if model['window'] else ''}, "
         f"ctx {data['ctx']:,}, chunk {data['chunk']}, drafts {data['drafts']}"
     )
     if model["pattern"]:
@@ -349,6 +357,10 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     listing.add_row("total", size(sum(data["files"].values())))
     console.print(listing)
     if data["parity"]:
+        console.print(
+            "How far the programs are from the model, in logits and nats: lowering on the same "
+            "weights in PyTorch, kernels with 8-bit activations, quantisation from the checkpoint."
+        )
         console.print(_parity_table(data["parity"], data["engines"]))
     for engine, memory in data["memory"].items():
         console.print(phase_table(engine, memory["phases"]))

@@ -149,7 +149,8 @@ def check_backend(backend: str) -> tuple[str, ...]:
         ConfigError: none of the known ones.
     """
     if backend not in BACKENDS:
-        raise ConfigError(f"Unknown backend {backend!r}.{did_you_mean(backend, BACKENDS)}")
+        hint = " Did you mean 'both'?" if "," in backend else did_you_mean(backend, BACKENDS)
+        raise ConfigError(f"Unknown backend {backend!r}.{hint}")
     return BACKENDS[backend]
 
 

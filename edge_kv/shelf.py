@@ -51,6 +51,7 @@ KINDS = {
     "native": "native libraries, compiled once",
     "onnx": "weights packed for onnxruntime",
     "wheels": "libraries for phones",
+    "memory": "what Python and libraries take here, measured once",
     "bench": "states that bench goes on from",
 }
 """Folders of the cache directory and what they hold."""

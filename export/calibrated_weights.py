@@ -104,7 +104,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise WeightsError(f"The calibration text {path} cannot be read as text ({e}).") from e
+        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
+        raise WeightsError(f"The calibration text {path} cannot be read ({why}).") from e
 
 
 def calibrated(layout: WeightLayout) -> frozenset[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from edge_kv.errors import RuntimeFault
 from edge_kv.files import write_text
-from edge_kv.memory import COSTS, Base
+from edge_kv.memory import COSTS, UNPLANNED, Base
 from edge_kv.runtime.cache import cache_folder
 from edge_kv.runtime.mapped import doublings
 from edge_kv.runtime.meter import read_memory
@@ -104,8 +104,8 @@ def lacks_plan(engine: str) -> str:
     if not lack:
         return ""
     return (
-        f"{lack} The memory plan of ONNX is of its native operators; ONNX Runtime's own, which "
-        "would run here, are slower and take more."
+        f"{lack} The memory plan of ONNX is of its native operators; ONNX Runtime's own run here, "
+        f"slower. {UNPLANNED}"
     )
 
 

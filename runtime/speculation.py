@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from edge_kv.errors import ConfigError, did_you_mean
+from edge_kv.errors import ConfigError
 from edge_kv.runtime.session import Session
 from edge_kv.runtime.snapshot import common_prefix
 
@@ -382,8 +382,7 @@ class Speculation:
         try:
             count = int(drafts)
         except ValueError:
-            hint = did_you_mean(str(drafts), (AUTO, OFF))
-            raise ConfigError(f"Unknown drafts {drafts!r}: auto, off or a number.{hint}") from None
+            raise ConfigError(f"Drafts {drafts!r} must be auto, off or a number.") from None
         if not 0 <= count <= session.drafts:
             raise ConfigError(
                 f"{count} drafts are outside 0 … {session.drafts}, what a pass of this artifact "

@@ -112,7 +112,7 @@ def test_what_can_be_asked_for():
 
 def test_files_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(WeightsError, match="cannot be read as text"):
+    with pytest.raises(WeightsError, match="is not UTF-8"):
         Calibration.of(str(tmp_path / "binary"), list, [2], 512)
     (tmp_path / "empty").touch()
     with pytest.raises(ExportError, match="empty"):

@@ -463,7 +463,7 @@ def test_conversation_on_a_terminal(root, tmp_path):
     terminal.wait_for("/help for commands", 300)  # native code may be compiled first
     terminal.wait_for(READY)
     terminal.type("hello\r")
-    reply = terminal.wait_for("prompt tokens were held")
+    reply = terminal.wait_for("prompt tokens were in memory")
     assert "tokens/s" in reply and "/256 tokens" in reply  # the status line
     assert "cut off at --max-new-tokens 12" in reply
     terminal.wait_for(READY)
@@ -473,7 +473,7 @@ def test_conversation_on_a_terminal(root, tmp_path):
         ("/context", "of 256 tokens"),
         ("/think on", "Thinking is on."),
         ("/think maybe", "takes on, off or auto"),
-        ("/regen", "prompt tokens were held"),
+        ("/regen", "prompt tokens were in memory"),
         ("/stats", "peak RSS"),
         ("/reset", "New conversation."),
         (f"/load {tmp_path}/c.kv", "2 messages."),
@@ -486,7 +486,7 @@ def test_conversation_on_a_terminal(root, tmp_path):
         terminal.wait_for(answer)
         terminal.wait_for(READY)
     terminal.type("\x1b[200~two\nlines\x1b[201~\r")  # a paste is one message
-    terminal.wait_for("prompt tokens were held")
+    terminal.wait_for("prompt tokens were in memory")
     terminal.wait_for(READY)
     terminal.type("/context\r")
     assert "3 messages" in terminal.wait_for("messages.") + "messages."

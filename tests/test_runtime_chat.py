@@ -508,7 +508,9 @@ def test_choices_near_a_tie_are_shown_with_the_drafts(repeating, monkeypatch):
     "".join(ask(chat, "to be?"))
     reply = chat.last
     assert reply.accepted < reply.ties <= len(reply.ids) + 1  # all choices of passes with drafts
-    assert f"{reply.accepted} of {reply.drafted} drafts came, {reply.ties} ties" in figures(chat)
+    assert f"{reply.accepted} of {reply.drafted} guesses right, {reply.ties} near ties" in figures(
+        chat
+    )
     monkeypatch.setattr(Scripted, "rounding", 0.0)
     "".join(ask(chat, "again"))
     assert chat.last.accepted > 0 and chat.last.ties == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -86,6 +87,9 @@ def is_random(spec: str) -> bool:
 
 def not_there(spec: str) -> WeightsError:
     """What to say of weights that are neither a path, nor on the hub, nor random."""
+    page = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", spec)
+    if page:
+        return WeightsError(f"{spec!r} is a page of the hub; give its id: --weights {page[1]}")
     return WeightsError(
         f"{spec!r} does not exist; give a directory with config.json and safetensors, "
         "a .gguf file, a hub id like google/gemma-4-E2B-it, or `random`."
