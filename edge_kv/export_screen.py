@@ -116,7 +116,10 @@ def be_quiet() -> None:
 
 def _interrupted(part: Path) -> str:
     if not part.is_dir():
-        return "Interrupted; what was downloaded is kept, and the same command goes on from there."
+        return (
+            "Interrupted before anything was written; the same command starts again, and a "
+            "download goes on where it stopped."
+        )
     return (
         f"Interrupted; the same command goes on where this one stopped. {part} holds "
         f"{size(size_of(part))}; remove it if you do not want to go on."

@@ -190,6 +190,8 @@ def bench(
             progress.advance(f"{depth:,} tokens", i + 1, len(depths))
         if measured.interrupted:
             break
+    if measured.interrupted and not document["runs"]:
+        raise KeyboardInterrupt
     if not document["runs"]:
         raise RuntimeFault(document["failures"][0]["error"])
     return document

@@ -225,6 +225,17 @@ def test_interrupted_runs_are_kept_too(tiny, monkeypatch):
     assert [f["ctx"] for f in found["failures"]] == [24]
 
 
+def test_an_interrupt_before_any_run_is_no_failed_measurement(tiny, monkeypatch):
+    def interrupts(name, request):
+        if request["task"] == "fill":
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(module, "_ask", interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        module.bench(read_artifact(tiny), [16], threads=1, prompt=16, tokens=2, repeats=1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
