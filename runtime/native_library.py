@@ -189,7 +189,7 @@ def _over_wheel(wheel: Path) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...
         *(f"-l{name}" for name in LIBRARIES),
         f"-Wl,-rpath,{wheel / 'lib'}",
     )
-    return dict.fromkeys((*KERNELS, *ENGINE), flags), libraries
+    return dict.fromkeys(KERNELS, ()) | dict.fromkeys(ENGINE, flags), libraries
 
 
 def build_kernels(*extra: str) -> Path:
@@ -286,8 +286,9 @@ def build(
 ) -> Path:
     """Compile `sources` and kernels.cpp for every instruction set, and link them.
 
-    The file name carries a digest of everything it is made of, so a change builds anew. `compiler`
-    is $CXX or the first that is found, unless it is named.
+    The file name carries a digest of everything it is made of, so a change builds anew; object
+    files are kept likewise, since libraries share most of them. `compiler` is $CXX or the first
+    that is found, unless it is named.
 
     Raises:
         RuntimeFault: no compiler, an unknown CPU, or a compiler that refuses.
@@ -299,7 +300,7 @@ def build(
     target = folder / f"{name}-{_digest(compiler, units, link)}{suffix}"
     if not _whole(target):
         try:
-            with locked(folder / f"{name}.lock"):
+            with locked(folder / "build.lock"):
                 if not _whole(target):
                     _compile(compiler, units, link, target)
         except OSError as e:
@@ -351,14 +352,15 @@ def _compile(compiler: str, units: list[Unit], link: tuple[str, ...], target: Pa
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        log.info("Compiling native code for this machine, once; this takes up to a minute …")
-        commands = [
-            [compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(work / f"{unit}.o")]
-            for source, unit, flags in units
+        objects = [
+            target.with_name(f"{unit[1]}-{_digest(compiler, [unit], ())}.o") for unit in units
         ]
+        missing = [(u, o) for u, o in zip(units, objects, strict=True) if not _whole(o)]
+        if missing:
+            log.info("Compiling native code for this machine, once; this takes up to a minute …")
         said = time.monotonic()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            running = [pool.submit(_run, command) for command in commands]
+            running = [pool.submit(_compile_unit, compiler, u, work, o) for u, o in missing]
             try:
                 for done, task in enumerate(as_completed(running), 1):
                     task.result()
@@ -368,14 +370,25 @@ def _compile(compiler: str, units: list[Unit], link: tuple[str, ...], target: Pa
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        objects = [str(work / f"{unit}.o") for _, unit, _ in units]
         made = work / target.name
-        _run([compiler, "-o", str(made), *objects, *link])
+        _run([compiler, "-o", str(made), *map(str, objects), *link])
         made.chmod(0o755)
-        write_text(_record(target), sha256_file(made))
-        made.replace(target)
+        _keep(made, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _compile_unit(compiler: str, unit: Unit, work: Path, target: Path) -> None:
+    source, _, flags = unit
+    made = work / target.name
+    _run([compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(made)])
+    _keep(made, target)
+
+
+def _keep(made: Path, target: Path) -> None:
+    """Move what was built to `target`, with the record by which `_whole` knows it."""
+    write_text(_record(target), sha256_file(made))
+    made.replace(target)
 
 
 def _run(command: list[str]) -> None:

@@ -25,9 +25,9 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_home(tmp_path_factory):
-    """A cache directory of this test run, for this process and the ones it starts."""
+    """A cache directory of this test run, for its workers and the processes they start."""
     with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("cache")
+        home = _shared(tmp_path_factory) / "cache"
         patch.setenv("EDGE_KV_CACHE", str(home))
         yield home
 
@@ -65,9 +65,14 @@ def host(tmp_path_factory):
     server.close()
 
 
-def _exported(tmp_path_factory, name, **options):
+def _shared(tmp_path_factory):
+    """The temporary directory of this test run, which pytest-xdist's workers share."""
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # a pytest-xdist worker
+    return base.parent if base.name.startswith("popen-") else base
+
+
+def _exported(tmp_path_factory, name, **options):
+    shared = _shared(tmp_path_factory)
     root = shared / name
     with FileLock(shared / f"{name}.lock"):
         if not root.exists():

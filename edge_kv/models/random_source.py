@@ -155,8 +155,8 @@ def _scale(groups: Array, fmt: Format, rows: int, cols: int, std: float) -> None
         lines[:, 0] = by_row.view(np.uint8)
     if fmt.block_scale is not None:
         _, at = value_lines(fmt, cols)
-        factors = _STEPS if fmt.has_row_scales else around_unit.astype(np.float16)
+        steps = _STEPS if fmt.has_row_scales else around_unit.astype(np.float16)
         drawn = lines[:, at].reshape(len(groups), -1, GROUP, fmt.block_scale.itemsize)[..., 0]
-        by_block = factors[drawn] * used
+        by_block = steps[drawn] * used
         by_block[:, fmt.blocks(cols) :] = 0
         lines[:, at] = by_block.view(np.uint8).reshape(len(groups), -1, LINE)

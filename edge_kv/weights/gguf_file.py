@@ -143,7 +143,7 @@ class GGUFFile:
             self._data = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
         except OSError as e:
             raise WeightsError(f"{path} cannot be read ({e.strerror}).") from e
-        self._bytes = memoryview(self._data)  # type: ignore[arg-type]
+        self._bytes = self._data.data
         self._at = 0
         self.metadata, infos = self._header()
         alignment = self.metadata.get("general.alignment", 32)
