@@ -14,7 +14,7 @@ import re
 import select
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from shutil import get_terminal_size
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 
 _USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of whichever click typer carries
+_WORDS = "edge_kv.words"  # where a context keeps what was typed
 _INTERRUPTED = 130  # what a shell makes of SIGINT
 
 
@@ -60,12 +61,13 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         alone = not args
+        ctx.meta[_WORDS] = list(args)
         try:
             return super().parse_args(ctx, args)
         except _USAGE as e:
             if alone:  # its message is the help
                 raise
-            _say_error(_usage(e))
+            _say_error(_usage(e, None, ctx.meta[_WORDS]))
             raise typer.Exit(2) from e
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -82,7 +84,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except _USAGE as e:
-            _say_error(_usage(e, ctx.invoked_subcommand))
+            _say_error(_usage(e, ctx.invoked_subcommand, ctx.meta.get(_WORDS, ())))
             raise typer.Exit(2) from e
         except Cancelled as e:
             typer.echo(str(e), err=True)
@@ -104,23 +106,30 @@ def _say_error(text: str) -> None:
     typer.echo(f"Error: {one_line(text)}", err=True)
 
 
-def _usage(error: Any, command: str | None = None) -> str:
-    """What to say of a command line, of `command`, that the parser does not understand."""
-    from edge_kv.guidance import usage_advice
+def _usage(error: Any, command: str | None, given: Sequence[str]) -> str:
+    """What to say of the words `given`, of `command`, that the parser does not understand."""
+    from edge_kv.guidance import usage_advice, whole_option
 
     found = error.ctx
     command = found.command.name if found and found.parent else command or ""
     options = (
         [o for p in found.command.params for o in p.opts if o.startswith("-")] if found else []
     )
+    commands = found.command.commands if found and not found.parent else {}
     words = re.search(r"extra arguments?(?:\(s\))? \((.*)\)", error.format_message())
     parameter = getattr(error, "param", None)
     kind = type(error).__name__
+    unknown = error.option_name if kind == "NoSuchOption" else ""
+    if len(unknown) == 2 and unknown not in given:
+        unknown = whole_option(unknown, given)
     return usage_advice(
         command,
         options,
         error.format_message(),
-        unknown=error.option_name if kind == "NoSuchOption" else "",
+        unknown=unknown,
+        elsewhere=next(
+            (name for name, c in commands.items() if any(unknown in p.opts for p in c.params)), ""
+        ),
         lacks=parameter.name if parameter and kind == "MissingParameter" else "",
         extra=words[1].split() if words else (),
         given=str(found.params.get("artifact") or "ARTIFACT") if found else "ARTIFACT",
@@ -499,7 +508,7 @@ def run(
     offered = _tools(tools) if tools else ()
     if think not in THINK:
         raise ConfigError(f"Unknown --think {think!r}.{did_you_mean(think, THINK)}")
-    opened = open_artifact(artifact, prompt or "")
+    opened = open_artifact(artifact, "run", prompt or "")
     _check_target(snapshot)
     text = _prompt(prompt, file)
     system = clean_text(system, "system prompt") if system else None
@@ -865,7 +874,7 @@ def deploy(
     from edge_kv.report import print_deploy
     from edge_kv.terminal import Bar, output
 
-    opened = open_artifact(artifact)
+    opened = open_artifact(artifact, "deploy", target or "")
     _check_target(json_file)
     with Bar() as bar:
         if adb:

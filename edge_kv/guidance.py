@@ -7,6 +7,7 @@ for: each is answered with the command that does what was meant.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,7 +65,7 @@ OTHER_OPTIONS = {
     "--repeat-penalty": "--repetition-penalty", "--batch-size": "--chunk",
     "--ubatch-size": "--chunk",
     "-p": "--prompt", "--backends": "--backend", "--runtime": "--engine", "--ctx": "--ctx",
-    "--model": "--model", "--weights": "--model", "--hf-repo": "--weights", "-hf": "--weights",
+    "--model": "--model", "--weights": "--weights", "--hf-repo": "--weights", "-hf": "--weights",
     "--model-path": "--weights", "--model-name-or-path": "--weights",
     "--system-message": "--system",
     "--ngram": "--drafts", "--draft-max": "--drafts", "--max-memory": "--ram-limit",
@@ -87,17 +88,19 @@ _ASKS = {  # what a command lacks -> what to say
 }
 _CPU, _CONVERSES = "everything runs on the CPU", "without a prompt, `run` converses"
 _TELLS, _STREAMS = "`bench` and `run --json` tell more", "text always streams"
+_ONE_WAY = "there is one way of attention"
 _NEITHER = {  # options that the command does not have -> why
     "--n-gpu-layers": _CPU, "--gpu-layers": _CPU, "-ngl": _CPU, "--gpu": _CPU, "--device": _CPU,
-    "--cuda": _CPU, "-i": _CONVERSES, "--interactive": _CONVERSES, "-cnv": _CONVERSES,
-    "--chat": _CONVERSES, "--conversation": _CONVERSES, "-y": "nothing here asks",
-    "-v": _TELLS, "--verbose": _TELLS, "--stream": _STREAMS, "--no-stream": _STREAMS,
+    "--cuda": _CPU, "-fa": _ONE_WAY, "--flash-attn": _ONE_WAY, "-i": _CONVERSES, "-cnv": _CONVERSES,
+    "--interactive": _CONVERSES, "--chat": _CONVERSES, "--conversation": _CONVERSES,
+    "-y": "nothing here asks", "-v": _TELLS, "--verbose": _TELLS, "--stream": _STREAMS,
+    "--no-stream": _STREAMS,
 }  # fmt: skip
 
 
 def usage_advice(
     command: str, options: Sequence[str], message: str, *, unknown: str = "", lacks: str = "",
-    extra: Sequence[str] = (), given: str = "", named: bool = False,
+    extra: Sequence[str] = (), given: str = "", named: bool = False, elsewhere: str = "",
 ) -> str:  # fmt: skip
     """One sentence for a command line that cannot be understood.
 
@@ -110,7 +113,10 @@ def usage_advice(
         extra: words beyond the arguments the command takes.
         given: the artifact that was named.
         named: whether a model was named.
+        elsewhere: a command that has the unknown option, where none was named before it.
     """
+    if elsewhere:
+        return f"{unknown} follows the command it is of: edge-kv {elsewhere} … {unknown} …"
     if unknown:
         return _instead_of(command, options, unknown)
     if lacks in _ASKS:
@@ -139,6 +145,12 @@ def usage_advice(
     return f"{message.rstrip('.')}; `{help_line}` shows how."
 
 
+def whole_option(letter: str, words: Sequence[str]) -> str:
+    """The option of several letters, such as -ngl, of which a parser took one: `letter`."""
+    known = (w for w in words if w in OTHER_OPTIONS or w in _NEITHER)
+    return next((w for w in known if w[1] != "-" and letter[1] in w), letter)
+
+
 def _instead_of(command: str, options: Sequence[str], unknown: str) -> str:
     where = f"`edge-kv {command}`" if command else "`edge-kv` itself"
     meant = OTHER_OPTIONS.get(unknown, "")
@@ -146,7 +158,7 @@ def _instead_of(command: str, options: Sequence[str], unknown: str) -> str:
         return f"There is no option {unknown}: {_NEITHER[unknown]}."
     if command == "run" and unknown in ("-p", "--prompt"):
         return f"There is no option {unknown}: the prompt follows the artifact, in quotes."
-    if meant == "--model" and "--model" not in options and command:
+    if meant in ("--model", "--weights") and meant not in options and command:
         return (
             f"There is no option {unknown}: {where} takes the directory that `edge-kv export` made "
             "as its first argument."
@@ -191,18 +203,18 @@ def _is_checkpoint(word: str) -> bool:
     return "/" in word or path.suffix.lower() == ".gguf" or path.exists()
 
 
-def open_artifact(path: Path, prompt: str = "") -> Artifact:
+def open_artifact(path: Path, command: str = "", behind: str = "") -> Artifact:
     """`read_artifact`, saying what to do where `path` is something else that edge-kv knows.
 
-    `prompt` is what follows it on the command line, which may be the artifact that was meant.
+    `behind` is what follows it on the line of `command`, which may be the artifact that was meant.
 
     Raises:
         ArtifactError: as `read_artifact`, or naming the export that makes an artifact of it.
     """
     if not (path / MANIFEST).is_file():
-        if prompt and "\0" not in prompt and (Path(prompt) / MANIFEST).is_file():
+        if behind and "\0" not in behind and (Path(behind) / MANIFEST).is_file():
             raise ArtifactError(
-                f"The artifact comes first, then the prompt: edge-kv run {prompt} {str(path)!r}"
+                f"The artifact comes first: edge-kv {command} {behind} {shlex.quote(str(path))}"
             )
         instead = _instead(path)
         if instead:
@@ -225,6 +237,8 @@ def check_model(model: str | None, weights: str | None) -> None:
             f"--model takes the name of a preset, and {model!r} is a checkpoint: give it as "
             f"--weights {model}"
         )
+    if weights in models.ROWS and not Path(weights).exists():
+        raise ConfigError(f"{weights} is a preset: name it with --model {weights}")
     if weights and (Path(weights) / MANIFEST).is_file():
         raise ConfigError(
             f"{weights} is an artifact, exported already: run it with `edge-kv run {weights}`, or "
