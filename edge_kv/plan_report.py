@@ -146,7 +146,7 @@ def print_plan(data: dict[str, Any], console: Console, buffers: bool = False) ->
         f"and {size(memory['resident'] - memory['stays'])} of mapped files,\nwhich the system can "
         f"drop and read again. On disk: {size(memory['weight_file'] + memory['ple_file'])}."
     )
-    if memory["anonymous"] > memory["stays"]:
+    if memory["anonymous"] > 1.1 * memory["stays"]:
         console.print(
             f"Reading the tokenizer at the start takes {size(memory['anonymous'])} that cannot be "
             "dropped."
