@@ -7,6 +7,7 @@ for: each is answered with the command that does what was meant.
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,8 @@ def usage_advice(
         return "What is kept is removed with `edge-kv cache --clear`."
     if extra:
         return f"{' '.join(extra)!r} is too much; `edge-kv {command} --help` shows what it takes."
+    if closed := re.search(r"path '(.*)' is not readable", message):
+        return f"{closed[1]} cannot be read (permission denied); look at its permissions."
     for technical, plain in _PARSER_SAYS.items():
         message = message.replace(technical, plain)
     help_line = " ".join(["edge-kv", *([command] if command else []), "--help"])

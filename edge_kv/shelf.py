@@ -6,8 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_kv.amounts import size
 from edge_kv.artifact import MANIFEST, Artifact, read_artifact
-from edge_kv.errors import EdgeKVError
+from edge_kv.errors import ConfigError, EdgeKVError
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,20 @@ def cached(directory: Path) -> list[Cached]:
 
 
 def clear(directory: Path) -> int:
-    """Remove everything in the cache directory; returns the bytes that were freed."""
-    freed = 0
-    for entry in cached(directory):
-        freed += entry.bytes
+    """Remove everything in the cache directory; returns the bytes that were freed.
+
+    Raises:
+        ConfigError: some of it cannot be removed.
+    """
+    held = cached(directory)
+    for entry in held:
         shutil.rmtree(entry.path, ignore_errors=True)
-    return freed
+    left = sum(c.bytes for c in cached(directory))
+    if left:
+        raise ConfigError(
+            f"{size(left)} in {directory} cannot be removed; look at its permissions."
+        )
+    return sum(c.bytes for c in held)
 
 
 def size_of(folder: Path) -> int:

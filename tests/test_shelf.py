@@ -45,6 +45,15 @@ def test_the_cache_is_shown_and_cleared(tmp_path, monkeypatch):
     assert "0 B" in invoke("cache")[1]
 
 
+def test_a_cache_that_cannot_be_cleared_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_KV_CACHE", str(tmp_path))
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "weights.bin").write_bytes(bytes(5000))
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as where permission lacks
+    status, said = invoke("cache", "--clear")
+    assert status == 1 and f"5 kB in {tmp_path} cannot be removed" in said
+
+
 @pytest.mark.parametrize(("word", "meant"), [*OTHER_WORDS.items(), ("exprot", "export")])
 def test_words_of_other_tools_name_the_command(word, meant):
     status, said = invoke(word, "e2b")
