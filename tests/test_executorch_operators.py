@@ -16,12 +16,12 @@ def operators():
     """The driver over the operators of the engine: a process may register them only once."""
     native_library.load_library()
     sources, libraries = native_library._over_wheel(native_library._wheel())
-    flags = next(iter(sources.values()))
+    flags = sources[native_library.ENGINE[0]]
     driver = Path(__file__).parent / "executorch_call.cpp"
     digest = hashlib.sha256(driver.read_bytes()).hexdigest()
     link = ("-shared", "-fPIC", "-std=c++17", *flags, f"-I{native_library.SOURCES}",
             f"-DDRIVER={digest}", str(driver), *libraries)  # fmt: skip
-    kept = dict.fromkeys(native_library.KERNELS, flags)
+    kept = dict.fromkeys(native_library.KERNELS, ())
     return Operators(
         ctypes.CDLL(str(native_library.build("executorch_call", kept, link, suffix=".so")))
     )
