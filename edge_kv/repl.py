@@ -181,14 +181,19 @@ def _command(chat: Chat, terminal: Terminal, line: str) -> None:
         say(f"Saved {chat.session.pos} tokens to {rest}.")
     elif name == "/load":
         chat.load(rest)
-        say(f"Loaded {chat.session.pos} tokens, {len(chat.messages)} messages.")
+        say(f"Loaded {chat.session.pos} tokens, {_messages(chat)}.")
     elif name == "/context":
         used, ctx = chat.session.pos, chat.session.plan.ctx
-        say(f"{used:,} of {ctx:,} tokens ({used / ctx:.0%}), {len(chat.messages)} messages.")
+        say(f"{used:,} of {ctx:,} tokens ({used / ctx:.0%}), {_messages(chat)}.")
     elif name == "/stats":
         say(terminal.stats())
     else:
         say(f"Unknown command {name}.{did_you_mean(name, _HELP)}")
+
+
+def _messages(chat: Chat) -> str:
+    count = len(chat.messages)
+    return "1 message" if count == 1 else f"{count} messages"
 
 
 def _reader() -> Callable[[], str]:

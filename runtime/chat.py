@@ -79,6 +79,7 @@ class Reply:
     first_token_seconds: float  # from the question to its first token
     seconds: float
     thinking: str = ""
+    thinking_tokens: int = 0
     calls: tuple[ToolCall, ...] = ()
     finish: str = STOP  # STOP | LENGTH | FULL (the context) | CALLS | CANCELLED
     stopped_by: str = ""  # the stop text, if one ended it
@@ -503,6 +504,7 @@ class _Said:
         self.ids: list[int] = []
         self.content = ""
         self.thinking = ""
+        self.thinking_tokens = 0
         self.calls: list[ToolCall] = []
         self.stopped_by = ""  # the stop text that ended it
         self.shown = 0  # how many ids have their text, or its beginning, in what is shown
@@ -537,6 +539,7 @@ class _Said:
                     self.calls.append(piece.call)
                 else:
                     self.thinking += piece.text
+                    self.thinking_tokens += len(self.ids) - self.shown
                 yield self._listing(piece, len(self.ids))
             if self.stopped_by:
                 return
@@ -591,6 +594,7 @@ class _Said:
             first_token_seconds=first,
             seconds=seconds,
             thinking=self.thinking,
+            thinking_tokens=self.thinking_tokens,
             calls=tuple(self.calls),
             finish=finish,
             stopped_by=self.stopped_by,

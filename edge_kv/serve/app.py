@@ -1,6 +1,7 @@
 """`edge-kv serve`: one artifact behind OpenAI's HTTP API, with a page and figures for monitoring.
 
     POST /v1/chat/completions, /v1/completions    replies, whole or streamed
+    POST /v1/responses                            the same as items and named events
     GET  /v1/models, /v1/models/NAME              the one model
     GET  /                                        a page to chat in, with a live meter of memory
     GET  /status                                  what that page shows, as JSON
@@ -38,8 +39,8 @@ from edge_kv.errors import ContextFullError, EdgeKVError, MemoryLimitError, Runt
 from edge_kv.runtime.chat import CANCELLED, Generator, Piece, Reply, Turn
 from edge_kv.runtime.messages import Message
 from edge_kv.runtime.meter import read_memory
-from edge_kv.runtime.replies import THINKING
 from edge_kv.serve import schema
+from edge_kv.serve.responses import ResponsesAnswer, ResponsesRequest
 from edge_kv.serve.states import States
 from edge_kv.serve.worker import Begin, Job, QueueFull, TimeIsUp, Worker
 from edge_kv.signals import hang_up
@@ -220,25 +221,19 @@ def make_app(server: Server) -> Starlette:
 
     async def chat(request: Request) -> Response:
         asked = schema.parse(schema.ChatRequest, await _body(request, server.settings))
-        messages, tools = asked.conversation(), asked.offered()
-        options = asked.options(server.settings.max_tokens)
-        grammar = asked.grammar()
-        choice = "required" if asked.must_call else "auto"
-
-        def begin(cancelled: Callable[[], bool]) -> Turn:
-            return server.generator.reply(
-                messages,
-                tools=tools,
-                options=options,
-                grammar=grammar,
-                tool_choice=choice,
-                cancelled=cancelled,
-            )
-
+        begin = _replying(server, asked)
         answer = schema.Answer.new(
-            server.number(), server.model, server.generator.tokenizer, chat=True
-        )
-        return await _answer(request, server, answer, begin, asked)
+            server.number(), server.model, server.generator.tokenizer, chat=True,
+            counts=asked.include_usage,
+        )  # fmt: skip
+        return await _answer(request, server, answer, begin, asked.stream)
+
+    async def respond(request: Request) -> Response:
+        asked = schema.parse(ResponsesRequest, await _body(request, server.settings))
+        begin = _replying(server, asked)
+        name = f"resp_{int(time.time())}_{server.number()}"
+        answer = ResponsesAnswer(name, server.model, asked)
+        return await _answer(request, server, answer, begin, asked.stream)
 
     async def complete(request: Request) -> Response:
         asked = schema.parse(schema.CompletionRequest, await _body(request, server.settings))
@@ -248,8 +243,11 @@ def make_app(server: Server) -> Starlette:
         def begin(cancelled: Callable[[], bool]) -> Turn:
             return server.raw.reply([Message("user", text)], options=options, cancelled=cancelled)
 
-        answer = schema.Answer.new(server.number(), server.model, server.raw.tokenizer, chat=False)
-        return await _answer(request, server, answer, begin, asked)
+        answer = schema.Answer.new(
+            server.number(), server.model, server.raw.tokenizer, chat=False,
+            counts=asked.include_usage,
+        )  # fmt: skip
+        return await _answer(request, server, answer, begin, asked.stream)
 
     one = {"id": server.model, "object": "model", "created": 0, "owned_by": "edge-kv"}
 
@@ -298,6 +296,7 @@ def make_app(server: Server) -> Starlette:
 
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/responses", respond, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
@@ -455,14 +454,41 @@ class _Waiting:
                     raise ClientDisconnect from None
 
 
+def _replying(server: Server, asked: schema.ChatRequest | ResponsesRequest) -> Begin:
+    """What begins the reply to a conversation.
+
+    Raises:
+        PromptError: the request holds something that cannot be served.
+    """
+    messages, tools, grammar = asked.conversation(), asked.offered(), asked.grammar()
+    options = asked.options(server.settings.max_tokens)
+    choice = "required" if asked.must_call else "auto"
+
+    def begin(cancelled: Callable[[], bool]) -> Turn:
+        return server.generator.reply(
+            messages,
+            tools=tools,
+            options=options,
+            grammar=grammar,
+            tool_choice=choice,
+            cancelled=cancelled,
+        )
+
+    return begin
+
+
 async def _answer(
-    request: Request, server: Server, answer: schema.Answer, begin: Begin, asked: Any
+    request: Request,
+    server: Server,
+    answer: schema.Answer | ResponsesAnswer,
+    begin: Begin,
+    streams: bool,
 ) -> Response:
     waiting = _Waiting(request, server, begin)
     events = waiting.events()
     try:
         first = await anext(events)  # what is wrong with a request is told before a stream begins
-        while not asked.stream:
+        while not streams:
             if isinstance(first, Reply):
                 return JSONResponse(answer.whole(first))
             first = await anext(events)
@@ -470,40 +496,34 @@ async def _answer(
         return Response(status_code=499)
 
     async def lines() -> AsyncIterator[bytes]:
-        if answer.chat:
-            yield _event(answer.chunk({"role": "assistant", "content": ""}))
-        calls = 0
         event: Piece | Reply = first
+        yield _lines(answer.opening())
         try:
             while not isinstance(event, Reply):
-                if event.call:
-                    delta: dict[str, Any] = {"tool_calls": [schema.call(event.call, calls)]}
-                    calls += 1
-                else:
-                    key = "reasoning_content" if event.kind == THINKING else "content"
-                    delta = {key: event.text}
-                yield _event(answer.chunk(delta, event.logprobs))
+                yield _lines(answer.part(event))
                 event = await anext(events)
-            yield _event(answer.last(event))
-            if asked.include_usage:
-                yield _event(answer.counted(event))
+            yield _lines(answer.closing(event))
         except EdgeKVError as e:
             server.metrics.requests.labels("failed").inc()
-            yield _event(_document(e))
-        yield b"data: [DONE]\n\n"
+            yield _lines(answer.broken(_document(e)))
+        yield answer.ends.encode()
 
     async def closing() -> AsyncIterator[bytes]:
         try:
             async for line in lines():
-                yield line
+                if line:
+                    yield line
         finally:
             await events.aclose()
 
     return StreamingResponse(closing(), media_type="text/event-stream")
 
 
-def _event(document: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
+def _lines(documents: list[dict[str, Any]]) -> bytes:
+    """Documents as events of a stream, which bear a name where their documents have a type."""
+    names = (f"event: {d['type']}\n" if "type" in d else "" for d in documents)
+    texts = (f"data: {json.dumps(d, ensure_ascii=False)}\n\n" for d in documents)
+    return "".join(map(str.__add__, names, texts)).encode()
 
 
 def _document(e: Exception) -> dict[str, Any]:

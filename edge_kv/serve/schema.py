@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,19 +19,21 @@ from edge_kv.errors import PromptError
 from edge_kv.runtime.chat import CALLS, CANCELLED, FULL, LENGTH, Options, Reply
 from edge_kv.runtime.constraints import Grammar
 from edge_kv.runtime.messages import Message, Tool, ToolCall
+from edge_kv.runtime.replies import THINKING, Piece
 from edge_kv.runtime.sampling import TokenLogprobs
 from edge_kv.runtime.text import Tokenizer
 
 MAX_TEXTS = 16  # stop texts of one request
 MAX_TOP_LOGPROBS = 20
-NOT_SERVED: dict[str, Any] = {
-    "n": 1, "best_of": 1, "echo": False, "suffix": "", "functions": [],
-}  # fmt: skip
-"""Fields of OpenAI's API that change a reply in ways not built here, and the values that do not."""
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
+    # Fields of OpenAI's API that change a reply in ways not built here, and the values that do not.
+    not_served: ClassVar[dict[str, Any]] = {
+        "n": 1, "best_of": 1, "echo": False, "suffix": "", "functions": [],
+    }  # fmt: skip
+    advice: ClassVar[dict[str, str]] = {}  # what to do instead
 
     model: str = ""
     stream: bool = False
@@ -91,30 +93,12 @@ class ChatRequest(_Request):
         return [Message.of(m, f"messages[{i}]") for i, m in enumerate(self.messages)]
 
     def offered(self) -> list[Tool]:
-        """The tools a reply may call, after `tool_choice`.
-
-        Raises:
-            PromptError: a tool of another shape, or a choice that names none of them.
-        """
-        tools = [Tool.of(t, f"tools[{i}]") for i, t in enumerate(self.tools or [])]
-        choice = self.tool_choice
-        if choice is None or choice in ("auto", "required"):
-            return tools
-        if choice == "none":
-            return []
-        function = choice.get("function") if isinstance(choice, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        chosen = [tool for tool in tools if tool.name == name]
-        if not chosen:
-            raise PromptError(
-                f"tool_choice {choice!r} names no tool of this request; it can be 'auto', 'none', "
-                "'required' or {'type': 'function', 'function': {'name': …}}."
-            )
-        return chosen
+        """The tools a reply may call; see `offered`."""
+        return offered(self.tools, self.tool_choice)
 
     @property
     def must_call(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, dict)
+        return must_call(self.tool_choice)
 
     def grammar(self) -> Grammar | None:
         """What the answer has to be; None for free text.
@@ -178,7 +162,34 @@ class CompletionRequest(_Request):
         return str(prompt[0])
 
 
-def parse(kind: type[_Request], body: bytes) -> Any:
+def offered(given: Sequence[Any] | None, choice: str | dict[str, Any] | None) -> list[Tool]:
+    """The tools a reply may call, after `tool_choice`.
+
+    Raises:
+        PromptError: a tool of another shape, or a choice that names none of them.
+    """
+    tools = [Tool.of(t, f"tools[{i}]") for i, t in enumerate(given or [])]
+    if choice is None or choice in ("auto", "required"):
+        return tools
+    if choice == "none":
+        return []
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    chosen = [tool for tool in tools if tool.name == name]
+    if not chosen:
+        raise PromptError(
+            f"tool_choice {choice!r} names no tool of this request; it can be 'auto', 'none', "
+            "'required' or an object with the name of a function."
+        )
+    return chosen
+
+
+def must_call(choice: str | dict[str, Any] | None) -> bool:
+    """Whether a `tool_choice` asks for a call."""
+    return choice == "required" or isinstance(choice, dict)
+
+
+def parse(kind: Any, body: bytes) -> Any:
     """A request from the body of an HTTP request.
 
     Raises:
@@ -187,35 +198,47 @@ def parse(kind: type[_Request], body: bytes) -> Any:
     """
     try:
         data = json.loads(body)
-        for name, neutral in NOT_SERVED.items() if isinstance(data, dict) else ():
-            if data.get(name) not in (None, neutral):
-                raise PromptError(f"{name}: only {json.dumps(neutral)} is served; leave it out.")
+        for name, neutral in kind.not_served.items() if isinstance(data, dict) else ():
+            if data.pop(name, None) not in (None, neutral):
+                only = f"only {json.dumps(neutral)} is served; leave it out."
+                raise PromptError(f"{name}: {kind.advice.get(name, only)}")
         return kind.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(x) for x in first["loc"]) or "the request"
-        raise PromptError(f"{where}: {first['msg']}.") from e
+        unknown = first["type"] == "extra_forbidden"
+        why = "this is not served; leave it out" if unknown else first["msg"]
+        raise PromptError(f"{where}: {why}.") from e
     except (ValueError, RecursionError) as e:
         raise PromptError(f"The request is not JSON ({e}).") from e
 
 
 @dataclass
 class Answer:
-    """One reply on its way to a client: the documents that OpenAI's clients read."""
+    """One reply on its way to a client: the documents that OpenAI's clients read.
+
+    `whole` is the reply in one; a stream has the `opening`, a `part` for each piece, and the
+    `closing`, or else what `broken` says.
+    """
 
     id: str
     model: str
     created: int
     chat: bool
     tokenizer: Tokenizer
+    counts: bool = False  # whether what a streamed reply cost is told at its end
+    ends: ClassVar[str] = "data: [DONE]\n\n"  # what closes a stream, behind its last document
+    calls: int = 0  # that were sent
     listed: int = 0  # log-probabilities that were sent
     offset: int = 0  # where, in the text of their tokens, the next one's begins
 
     @classmethod
-    def new(cls, number: int, model: str, tokenizer: Tokenizer, *, chat: bool) -> Answer:
+    def new(
+        cls, number: int, model: str, tokenizer: Tokenizer, *, chat: bool, counts: bool
+    ) -> Answer:
         kind = "chatcmpl" if chat else "cmpl"
         now = int(time.time())
-        return cls(f"{kind}-{now}-{number}", model, now, chat, tokenizer)
+        return cls(f"{kind}-{now}-{number}", model, now, chat, tokenizer, counts)
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The reply as one document."""
@@ -233,25 +256,37 @@ class Answer:
         choice["logprobs"] = self._logprobs(reply.logprobs)
         return {**self._head(""), "choices": [choice], "usage": usage(reply)}
 
-    def chunk(
+    def opening(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""})] if self.chat else []
+
+    def part(self, piece: Piece) -> list[dict[str, Any]]:
+        """More of the reply, with the log-probabilities of the tokens it is made of."""
+        if piece.call:
+            delta: dict[str, Any] = {"tool_calls": [call(piece.call, self.calls)]}
+            self.calls += 1
+        else:
+            delta = {"reasoning_content" if piece.kind == THINKING else "content": piece.text}
+        return [self._chunk(delta, piece.logprobs)]
+
+    def closing(self, reply: Reply) -> list[dict[str, Any]]:
+        """The end, with the log-probabilities of tokens that made no text."""
+        last = self._chunk({}, reply.logprobs[self.listed :], finish_reason(reply))
+        cost = {**self._head(".chunk"), "choices": [], "usage": usage(reply)}
+        return [last, cost] if self.counts else [last]
+
+    def broken(self, error: dict[str, Any]) -> list[dict[str, Any]]:
+        return [error]
+
+    def _chunk(
         self,
         delta: dict[str, Any],
         logprobs: Sequence[TokenLogprobs] = (),
         finish: str | None = None,
     ) -> dict[str, Any]:
-        """A part of a streamed reply, with the log-probabilities of the tokens it is made of."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
         choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         choice["logprobs"] = self._logprobs(logprobs)
         return {**self._head(".chunk"), "choices": [choice]}
-
-    def last(self, reply: Reply) -> dict[str, Any]:
-        """The end of a streamed reply, with the log-probabilities of tokens that made no text."""
-        return self.chunk({}, reply.logprobs[self.listed :], finish_reason(reply))
-
-    def counted(self, reply: Reply) -> dict[str, Any]:
-        """What a streamed reply cost, behind its end."""
-        return {**self._head(".chunk"), "choices": [], "usage": usage(reply)}
 
     def _head(self, part: str) -> dict[str, Any]:
         kind = f"chat.completion{part}" if self.chat else "text_completion"
@@ -313,6 +348,7 @@ def usage(reply: Reply) -> dict[str, Any]:
         "total_tokens": reply.prompt_tokens + len(reply.ids),
         "prompt_tokens_details": {"cached_tokens": reply.reused_tokens},
         "completion_tokens_details": {
+            "reasoning_tokens": reply.thinking_tokens,
             "accepted_prediction_tokens": reply.accepted,
             "rejected_prediction_tokens": reply.drafted - reply.accepted,
         },
