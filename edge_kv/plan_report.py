@@ -201,12 +201,12 @@ def print_plan(data: dict[str, Any], console: Console, buffers: bool = False) ->
 def _verdicts(data: dict[str, Any]) -> Iterator[str]:
     found = data["fits"]
     if here := found.get("this machine"):
-        told = {
-            "yes": "[green]It fits this machine[/]",
-            "no": "[red]It does not fit this machine[/]",
-            "experts from storage": "[yellow]On this machine experts come from storage[/]",
-        }
-        yield f"{told[here]}, which has {size(data['available'])} left."
+        left = f", which has {size(data['available'])} left"
+        yield {
+            "yes": f"[green]It fits this machine[/]{left}.",
+            "no": f"[red]It does not fit this machine[/]{left}.",
+            "experts from storage": f"[yellow]On this machine[/]{left}, experts come from storage.",
+        }[here]
     for verdict, words in (("yes", "Fits"), ("no", "Too large for")):
         names = [n for n, v in found.items() if v == verdict and n != "this machine"]
         if names:
