@@ -41,7 +41,7 @@ def main() -> None:
     print()
     Console().print(table(rows))
     if not all(cost["planned_peak_bytes"] for _, cost in rows):
-        print(UNPLANNED)
+        Console().print(UNPLANNED)
 
 
 def run(*args: str, capture: bool = True) -> str:
