@@ -349,6 +349,19 @@ def test_gguf_recommended_sampling(tmp_path):
     assert open_weights(str(path)).text.generation() == Generation(temperature=0.75, top_k=64)
 
 
+@pytest.mark.parametrize(("name", "unsaid"), [("31b", 30.0), ("gemma3", 0.0)])
+def test_a_softcap_that_no_file_says_is_llama_cpps(name, unsaid, tmp_path):
+    arch = "gemma3" if name == "gemma3" else "gemma4"
+    for said, want in ((None, unsaid), (0.0, 0.0), (12.0, 12.0)):
+        metadata = {f"{arch}.final_logit_softcapping": said}
+        path = write_gguf(tmp_path / f"{said}.gguf", tiny_hf(name), metadata=metadata)
+        assert open_weights(str(path)).config.softcap == want
+    path = write_gguf(tmp_path / "bad.gguf", tiny_hf(name), metadata={
+        f"{arch}.final_logit_softcapping": -30.0})  # fmt: skip
+    with pytest.raises(ConfigError, match="final_logit_softcapping is -30.0, expected a number"):
+        open_weights(str(path))
+
+
 def test_gguf_dead_sharers_are_expected(tmp_path):
     """A converter run on a hub checkpoint keeps the sharing layers' keys and values."""
     source = open_weights(str(write_gguf(tmp_path / "m.gguf", tiny_hf("e2b"))))
@@ -897,9 +910,19 @@ BAD_TOKENIZER = [
     ({"tokenizer.ggml.merges": ["q zzz"]}, "the merge 'q zzz' does not join"),
     ({"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries for"),
     ({"tokenizer.ggml.tokens": ["a", "a"]}, "repeats a token"),
-    ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]}, "a score for each of"),
+    ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]}, "a finite score for"),
     ({"tokenizer.ggml.unknown_token_id": 10**6}, "the unknown token 1000000"),
 ]
+
+
+def test_scores_that_are_no_numbers_are_refused(bpe):
+    kinds = [str(kind) for kind in bpe[1]["tokenizer.ggml.token_type"]]
+    with pytest.raises(WeightsError, match="token_type must hold whole numbers"):
+        hf_tokenizer_json(bpe[1] | {"tokenizer.ggml.token_type": kinds}, "x.gguf")
+    scores = [float("nan")] * len(kinds)
+    change = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores}
+    with pytest.raises(WeightsError, match="must hold a finite score"):
+        hf_tokenizer_json(bpe[1] | change, "x.gguf")
 
 
 @pytest.mark.parametrize("change, message", BAD_TOKENIZER)

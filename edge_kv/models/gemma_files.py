@@ -78,6 +78,7 @@ _THETA = {"sliding_attention": 1e4, "full_attention": 1e6}
 _ROPE_FREQS = "rope_freqs.weight"
 _UNROTATED = 1e29  # llama.cpp divides the angles of unrotated pairs by 1e30
 _LAYERS_OF_27B = 62
+_GEMMA4_SOFTCAP = 30.0  # llama.cpp's, where a file says none
 
 
 # --- Hugging Face -------------------------------------------------------------------------------
@@ -307,6 +308,10 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
     fields = Fields(file.metadata, where, defaults, f"{arch}.")
     fields.refuse_unless("attention.causal", True)
     softcap = fields.get("final_logit_softcapping")
+    if softcap is not None:
+        softcap = fields.positive("final_logit_softcapping", or_zero=True)
+    elif arch == "gemma4":
+        softcap = _GEMMA4_SOFTCAP
     build = _gguf_gemma3 if arch == "gemma3" else _gguf_gemma4
     return build(
         fields,
@@ -316,7 +321,7 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
         layers=fields.n_layers("block_count"),
         window=fields.integer("attention.sliding_window"),
         max_ctx=fields.integer("context_length"),
-        softcap=0.0 if softcap is None else fields.number("final_logit_softcapping"),
+        softcap=softcap or 0.0,
         # The file holds the nearest f32 of a decimal number.
         norm_eps=float(f"{fields.number('attention.layer_norm_rms_epsilon'):.7g}"),
         pad_id=tokens.integer("padding_token_id"),

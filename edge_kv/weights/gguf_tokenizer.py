@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from edge_kv.errors import WeightsError
@@ -133,10 +134,10 @@ def _merges_of_scores(
     if (
         not isinstance(scores, list)
         or len(scores) != len(tokens)
-        or not all(isinstance(s, (int, float)) for s in scores)
+        or not all(isinstance(s, (int, float)) and isfinite(s) for s in scores)
     ):
         raise WeightsError(
-            f"{where}: tokenizer.ggml.scores must hold a score for each of {len(tokens)} tokens; "
+            f"{where}: tokenizer.ggml.scores must hold a finite score for each of {len(tokens)} tokens; "
             "convert it again."
         )
     runs: list[tuple[str, str]] = []
@@ -176,6 +177,10 @@ def _kinds(stored: Any, tokens: list[str], where: str) -> list[int]:
         raise WeightsError(
             f"{where}: tokenizer.ggml.token_type has {n} entries for {len(tokens)} "
             "tokens; convert it again."
+        )
+    if not all(isinstance(kind, int) for kind in kinds):
+        raise WeightsError(
+            f"{where}: tokenizer.ggml.token_type must hold whole numbers; convert it again."
         )
     return [
         _CONTROL if kind != _UNKNOWN and _MARKS.fullmatch(token) else kind
