@@ -358,7 +358,7 @@ def test_a_softcap_that_no_file_says_is_llama_cpps(name, unsaid, tmp_path):
         assert open_weights(str(path)).config.softcap == want
     path = write_gguf(tmp_path / "bad.gguf", tiny_hf(name), metadata={
         f"{arch}.final_logit_softcapping": -30.0})  # fmt: skip
-    with pytest.raises(ConfigError, match="final_logit_softcapping is -30.0, expected a number"):
+    with pytest.raises(ConfigError, match=r"final_logit_softcapping is -30\.0, expected a number"):
         open_weights(str(path))
 
 
@@ -815,6 +815,8 @@ BAD_DIRECTORY = [
     ("a named weight file missing", explicit("other.safetensors"), "has no other.safetensors"),
     ("the same key twice", doubled_key, "describes 'model.norm.weight' twice"),
     ("tensors overlap", overlap, "overlap"),
+    ("bytes of no tensor", header(lambda e: e.pop("model.norm.weight")), "are of no tensor"),
+    ("a shard on two lines", only(index({"a": "x\ny"})), "names 'x\\ny', no name of a file"),
 ]
 
 

@@ -61,9 +61,19 @@ def test_lengths_of_a_training_neither_cut_nor_fill_a_text(tmp_path):
         assert RuntimeTokenizer(path, bos_id=None).encode(text) == whole
 
 
-def test_pieces_beyond_the_rows_are_spelt_with_smaller_ones():
-    fitted = Tokenizer.from_str(usable_tokenizer(tokenizer(), 4, "x"))
-    assert fitted.encode("abab").ids == [3, 3]
+def test_merges_that_are_left_out_at_random_are_not():
+    raw = json.loads(tokenizer())
+    raw["model"]["dropout"] = 0.5
+    fitted = Tokenizer.from_str(usable_tokenizer(json.dumps(raw), 5, "x"))
+    assert all(fitted.encode("abab").ids == [4] for _ in range(40))
+
+
+def test_pieces_beyond_the_rows_are_another_models():
+    with pytest.raises(WeightsError, match=r"knows more tokens than the model has rows \(4\)"):
+        usable_tokenizer(tokenizer(), 4, "x")
+    raw = json.loads(with_image(5))  # Gemma 3's is a piece as well as an added token
+    raw["model"]["vocab"] = {**VOCAB, "<image>": 5}
+    assert Tokenizer.from_str(usable_tokenizer(json.dumps(raw), 5, "x")).get_vocab_size() == 5
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,8 @@ def _merges_of_scores(
         or not all(isinstance(s, (int, float)) and isfinite(s) for s in scores)
     ):
         raise WeightsError(
-            f"{where}: tokenizer.ggml.scores must hold a finite score for each of {len(tokens)} tokens; "
-            "convert it again."
+            f"{where}: tokenizer.ggml.scores must hold a finite score for each of "
+            f"{len(tokens)} tokens; convert it again."
         )
     runs: list[tuple[str, str]] = []
     merges: list[tuple[str, str]] = []

@@ -12,6 +12,7 @@ from edge_kv.weights.source import Stored
 
 # Where transformers looks for weights, in its order.
 _SHARD_LIST = ".safetensors.index.json"
+_LONGEST = 255  # characters of a file's name
 _WHOLE, _INDEX = "model.safetensors", f"model{_SHARD_LIST}"
 
 
@@ -97,6 +98,8 @@ def _shards(root: Path, index: Path) -> list[Path]:
     for shard in shards:
         if Path(shard).name != shard:
             raise WeightsError(f"{index} names {shard!r}, a path outside the directory; refused.")
+        if not shard.isprintable() or len(shard) > _LONGEST:
+            raise WeightsError(f"{index} names {shard[:80]!a}, no name of a file; refused.")
     missing = [shard for shard in shards if not (root / shard).is_file()]
     if missing:
         raise WeightsError(

@@ -44,11 +44,20 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     data = np.memmap(path, np.uint8, mode="r")
     stored = {n: _stored(path, data, n, entry, begin, size) for n, entry in header.items()}
     spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-    for (_, end, name), (start, _, other) in pairwise(spans):
+    for (_, end, name), (start, _, other) in pairwise([(0, 0, "the header"), *spans]):
         if start < end:
             raise WeightsError(
                 f"{path} is damaged: {name!r} and {other!r} overlap; download it again."
             )
+        if start > end:
+            raise WeightsError(
+                f"{path} is damaged: {start - end} bytes between {name!r} and {other!r} are of no "
+                "tensor; download it again."
+            )
+    if (rest := size - begin - max((end for _, end, _ in spans), default=0)) > 0:
+        raise WeightsError(
+            f"{path} is damaged: {rest} bytes at its end are of no tensor; download it again."
+        )
     return stored
 
 
@@ -67,7 +76,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as e:
         raise WeightsError(f"{path} cannot be read ({e.strerror}).") from e
     try:
-        header = json.loads(text, object_pairs_hook=partial(_distinct, path))
+        header = json.loads(str(text, "utf-8"), object_pairs_hook=partial(_distinct, path))
     except (ValueError, RecursionError) as e:
         raise WeightsError(
             f"{path} has a header that is not JSON ({e}); it is damaged, download it again."
@@ -138,6 +147,8 @@ def _e4m3() -> Array:
 
 
 _E4M3 = _e4m3()
+# Powers of two from 2^-127 to 2^127, then NaN.
+_E8M0 = np.append(np.ldexp(1.0, np.arange(-127, 128)), np.nan).astype(np.float32)
 
 
 def _widen(raw: NDArray[Any], dtype: str) -> Array:
@@ -145,7 +156,7 @@ def _widen(raw: NDArray[Any], dtype: str) -> Array:
     if dtype == "F8_E4M3":
         out: Array = _E4M3[raw]
     elif dtype == "F8_E8M0":
-        out = np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
+        out = _E8M0[raw]
     elif dtype == "BF16":
         wide = raw.astype(np.uint32)
         wide <<= 16

@@ -14,17 +14,20 @@ _TRIED = "The quick brown fox: 1 + 1 = 2.\n"
 
 
 def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
-    """`content`, without the tokens that a model of `vocab_size` rows does not have, and without
-    lengths that texts are cut or filled up to: those are left from a training, and transformers
-    ignores them.
+    """`content`, without the added tokens that a model of `vocab_size` rows does not have, and
+    without what is left from a training: lengths that texts are cut or filled up to, which
+    transformers ignores, and merges that are left out at random.
 
     Gemma 3's text models have no row for the image token their tokenizer knows: its characters
     are then ordinary text.
 
     Raises:
-        WeightsError: it is no tokenizer, or none is left without those tokens.
+        WeightsError: it is no tokenizer, or has other pieces that the model has no row for.
     """
     engine = opened(content, where)
+    if getattr(engine.model, "dropout", None):
+        engine.model.dropout = None
+        content = engine.to_str()
     if engine.truncation or engine.padding:
         engine.no_truncation()
         engine.no_padding()
@@ -34,6 +37,9 @@ def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
     raw = json.loads(content)
     added, model = raw.get("added_tokens") or [], raw["model"]
     raw["added_tokens"] = [token for token in added if token["id"] < vocab_size]
+    own = {token["content"] for token in added}
+    if any(i >= vocab_size and t not in own for t, i in engine.get_vocab(False).items()):
+        raise _too_many(where, vocab_size)
     if isinstance(model.get("vocab"), dict):
         vocab = {t: i for t, i in model["vocab"].items() if i < vocab_size}
         model["vocab"] = vocab
@@ -43,11 +49,15 @@ def usable_tokenizer(content: str, vocab_size: int, where: str) -> str:
         model["vocab"] = model["vocab"][:vocab_size]
     fitted = json.dumps(raw, ensure_ascii=False)
     if max(opened(fitted, where).get_vocab().values(), default=-1) >= vocab_size:
-        raise WeightsError(
-            f"The tokenizer of {where} knows more tokens than the model has rows ({vocab_size}); "
-            "use the tokenizer of this checkpoint."
-        )
+        raise _too_many(where, vocab_size)
     return fitted
+
+
+def _too_many(where: str, vocab_size: int) -> WeightsError:
+    return WeightsError(
+        f"The tokenizer of {where} knows more tokens than the model has rows ({vocab_size}); "
+        "use the tokenizer of this checkpoint."
+    )
 
 
 def with_added(
