@@ -50,10 +50,12 @@ class Entry(BaseModel):
 
 
 class FileEntry(Entry):
-    """Size in bytes and SHA-256 of one file of the artifact."""
+    """Size in bytes and SHA-256 of one file of the artifact; `sample` is the SHA-256 of pieces
+    spread over it (`artifact.sample_of`), of files that are too large to be read at every load."""
 
     size: Size
     sha256: Digest
+    sample: Digest | None = None
 
 
 class TokensEntry(Entry):

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from edge_kv import __version__, models
-from edge_kv.artifact import MANIFEST, sha256_file, write_manifest
+from edge_kv.artifact import CHECKED_BYTES, MANIFEST, sample_of, sha256_file, write_manifest
 from edge_kv.errors import ConfigError, ExportError, ParityError, WeightsError, did_you_mean
 from edge_kv.export import gate
 from edge_kv.export.backends import ATTENTIONS, BACKENDS, WEIGHTS, Lowered, Request
@@ -622,12 +622,21 @@ def _described(config: Model) -> dict[str, Any]:
 
 
 def _files(root: Path, *, digests: bool) -> dict[str, FileEntry]:
-    """Every file of the artifact, with its digest (zeros while the gate runs)."""
+    """Every file of the artifact, with its digests (zeros while the gate runs).
+
+    Programs that are not large are read whole at every load, reference logits by `verify` alone.
+    """
     skip = {MANIFEST, JOURNAL, REQUEST}
-    return {
-        path.relative_to(root).as_posix(): FileEntry(
-            size=path.stat().st_size, sha256=sha256_file(path) if digests else UNFINISHED
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if not path.is_file() or path.name in skip:
+            continue
+        size = path.stat().st_size
+        program = path.suffix in (".onnx", ".pte") and size <= CHECKED_BYTES
+        sampled = digests and not program and path.suffix != ".npz"
+        found[path.relative_to(root).as_posix()] = FileEntry(
+            size=size,
+            sha256=sha256_file(path) if digests else UNFINISHED,
+            sample=sample_of(path) if sampled else None,
         )
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in skip
-    }
+    return found

@@ -140,7 +140,12 @@ class Session(ABC):
     engine: ClassVar[str]
 
     def __init__(self, artifact: Artifact) -> None:
-        """Allocate the state of `artifact`; memory is touched only as rows are written."""
+        """Allocate the state of `artifact`; memory is touched only as rows are written.
+
+        Raises:
+            ArtifactError: a file is another artifact's.
+        """
+        artifact.check_samples()
         self.artifact = artifact
         self.plan = artifact.plan
         self.stats = Stats(kv_bytes=self.plan.bytes)

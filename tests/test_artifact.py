@@ -1,14 +1,18 @@
 """The manifest: round trip, and every kind of damage refused with one sentence."""
 
+import hashlib
 import json
 import os
+import shutil
 
+import numpy as np
 import pytest
 from fake_artifact import write_artifact
 
-from edge_kv.artifact import MANIFEST, read_artifact, write_manifest
+from edge_kv.artifact import CHECKED_BYTES, MANIFEST, read_artifact, sample_of, write_manifest
 from edge_kv.errors import ArtifactError
 from edge_kv.manifest import PleEntry
+from edge_kv.runtime import load
 
 
 @pytest.fixture
@@ -152,3 +156,34 @@ def test_links_into_the_hub_cache_are_followed(root, tmp_path):
     (snapshot / "ple.bin").symlink_to(other)
     with pytest.raises(ArtifactError, match="a link that leaves the artifact"):
         read_artifact(snapshot)
+
+
+@pytest.mark.parametrize("length", [0, 1, 262_144, 266_239, 266_240, 266_241, 1_000_003])
+def test_a_sample_is_of_pieces_from_the_beginning_to_the_end(length, tmp_path):
+    content = np.random.default_rng(length).bytes(length)
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    pieces = [content]
+    if length - 4096 >= 64 * 4096:
+        starts = [(length - 4096) * i // 63 for i in range(64)]
+        pieces = [content[at : at + 4096] for at in starts]
+        assert starts[0] == 0 and starts[-1] + 4096 == length
+    assert sample_of(path) == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def test_a_file_of_another_artifact_is_refused_at_load(tiny_artifact, tmp_path):
+    files = read_artifact(tiny_artifact).manifest.files
+    for name, entry in files.items():  # whatever runs is looked at in one way or the other
+        program = name.endswith((".onnx", ".pte")) and entry.size <= CHECKED_BYTES
+        assert (entry.sample is None) == (program or name.startswith("verify")), name
+    sampled = [name for name, entry in files.items() if entry.sample]
+    assert len(sampled) >= 3
+    root = tmp_path / "other"
+    shutil.copytree(tiny_artifact, root)
+    for name in sampled:
+        own = (root / name).read_bytes()
+        (root / name).write_bytes(own[::-1])
+        with pytest.raises(ArtifactError, match=rf"{name} is not the file that was exported"):
+            load(root, "onnx-stock", threads=1)
+        (root / name).write_bytes(own)
+    load(root, "onnx-stock", threads=1).close()

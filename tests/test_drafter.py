@@ -15,7 +15,7 @@ from test_assistant import Pair
 from test_cli import good, invoke
 
 from edge_kv import models, runtime
-from edge_kv.artifact import read_artifact, sha256_file
+from edge_kv.artifact import read_artifact, sample_of, sha256_file
 from edge_kv.errors import ArtifactError, ConfigError, ParityError, RuntimeFault
 from edge_kv.export import export_model, gate, lower_onnx, pipeline
 from edge_kv.export.packed_weights import PackedWeights
@@ -155,7 +155,8 @@ def damaged(made, tmp_path):
     path = root / "onnx" / "weights.bin"
     roll_rows(path, layout_of(made)[1], "draft.layers.1.mlp.down")
     manifest = json.loads((root / "manifest.json").read_text())
-    manifest["files"]["onnx/weights.bin"]["sha256"] = sha256_file(path)
+    digests = {"sha256": sha256_file(path), "sample": sample_of(path)}
+    manifest["files"]["onnx/weights.bin"].update(digests)
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 

@@ -71,6 +71,21 @@ def test_it_says_what_the_session_says(root):
     assert "tokens/s" in done.stderr and "VmHWM" in done.stderr
 
 
+def test_files_of_another_artifact_are_refused(root, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    files = json.loads((other / "manifest.json").read_text())["files"]
+    names = [name for name in files if name.endswith((".pte", "weights.bin", "ple.bin"))]
+    assert len(names) == 3
+    for name in names:
+        own = (other / name).read_bytes()
+        (other / name).write_bytes(own[::-1])
+        done = run(other, "--ids", "1,2", "--max-new-tokens", 1)
+        refused(done, f"{name} is not the file that was exported (its digest differs)")
+        (other / name).write_bytes(own)
+    assert run(other, "--ids", "1,2", "--max-new-tokens", 1).returncode == 0
+
+
 def test_restored_it_goes_on_bit_for_bit(root, taken, tmp_path):
     snapshot, ids, want = taken
     done = run(root, "--restore", snapshot, "--ids", words(ids), "--max-new-tokens", COUNT,
@@ -295,6 +310,7 @@ def test_programs_and_weights_that_are_not_the_artifacts_are_refused(root, tmp_p
     weights.write_bytes(weights.read_bytes()[:-4096])
     refused(run(copy, "--ids", "1"), "weights.bin has ")
     manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["executorch/weights.bin"]["sample"] = None
     manifest["files"]["executorch/weights.bin"]["size"] -= 4096
     (copy / "manifest.json").write_text(json.dumps(manifest))
     refused(run(copy, "--ids", "1"), "it is for weights of ")

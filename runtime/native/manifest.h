@@ -65,8 +65,8 @@ struct FileError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The manifest of the artifact at `root`, whose files for this runner are there, of the sizes and,
-// up to 64 MB of a program, of the digests that it says.
+// The manifest of the artifact at `root`, whose files for this runner are there, of the sizes, of the
+// digests of their pieces and, up to 64 MB of a program, of all of it that it says.
 // Throws JsonError: it is no manifest, or a field is not what it should be; FileError.
 Manifest read_manifest(const std::string& root);
 

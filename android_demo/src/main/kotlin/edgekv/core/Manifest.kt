@@ -95,7 +95,7 @@ class Manifest private constructor(
             f.tree("made") // for people
             if (f.has("drafter")) drafter(f.fields("drafter"))
             val files = f.fields("files").entries(FILE_NAME) {
-                it.only("size", "sha256")
+                it.only("size", "sha256", "sample")
                 FileEntry(it.long("size", SIZE), it.text("sha256", DIGEST))
             }
             return Manifest(
