@@ -220,7 +220,8 @@ def test_a_response_follows_its_schema_or_is_incomplete(client):
         ({"include": ["message.output_text.logprobs"]}, "include: only []"),
         ({"max_tool_calls": 3}, "max_tool_calls"),
         ({"extra_body": {"seed": 3}}, "seed: this is not served"),
-        ({"tools": [{"type": "web_search"}]}, "tools: web_search is not served"),
+        ({"tools": [{"type": "web_search"}]}, "tools: 'web_search' is not served"),
+        ({"tools": [{"type": {}}]}, "tools: {} is not served"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format must be"),
         (

@@ -94,9 +94,9 @@ class ResponsesRequest(_Strict):
 
     def offered(self) -> list[Tool]:
         """The tools a reply may call; see `schema.offered`."""
-        kinds = {tool.get("type", "function") for tool in self.tools or []} - {"function"}
-        if kinds:
-            raise PromptError(f"tools: {min(map(str, kinds))} is not served; only functions are.")
+        for kind in (tool.get("type", "function") for tool in self.tools or []):
+            if kind != "function":
+                raise PromptError(f"tools: {kind!r} is not served; only functions are.")
         choice = self.tool_choice
         if isinstance(choice, dict) and "name" in choice:
             choice = {"function": choice}
