@@ -3,11 +3,11 @@
     python benchmarks/soak.py artifacts/tiny --engines onnx executorch --minutes 30
 
 Seeded moves on one session of each engine: prompts of any length across chunks and ring wraps,
-single steps, rewinds, checkpoints, conversations resumed, copied aside and put back, snapshots and
-resets. Every CHECK moves a second session is reset and fed the same ids; its logits have to agree
-within the noise that chunks of other lengths make. Anonymous memory is sampled all along; its peak
-in the last quarter may not exceed that of the second by more than GROWTH. Writes
-results/soak.json.
+single steps, passes over drafts of which some are taken back, rewinds, checkpoints, conversations
+resumed, copied aside and put back, snapshots and resets. Every CHECK moves a second session is
+reset and fed the same ids; its logits have to agree within the noise that chunks of other lengths
+make. Anonymous memory is sampled all along; its peak in the last quarter may not exceed that of
+the second by more than GROWTH. Writes results/soak.json.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Soak:
     def move(self) -> None:
         """One random use of the session."""
         room = self.used.plan.ctx - self.used.pos
-        names = ["prefill", "steps", "rewind", "checkpoint", "resume", "copy", "put_back",
+        names = ["prefill", "steps", "drafts", "rewind", "checkpoint", "resume", "copy", "put_back",
                  "snapshot", "restore", "reset"]  # fmt: skip
-        odds = np.array([10, 10, 4, 3, 3, 2, 2, 1, 1, 0.5])
+        odds = np.array([10, 10, 10, 4, 3, 3, 2, 2, 1, 1, 0.5])
         name = str(self.rng.choice(names, p=odds / odds.sum()))
-        if name in ("prefill", "steps") and room < 2:
+        if name in ("prefill", "steps", "drafts") and room < 2:
             name = "reset"
         getattr(self, name)(room)
         self.moves[name] = self.moves.get(name, 0) + 1
@@ -65,6 +65,16 @@ class Soak:
     def steps(self, room: int) -> None:
         for token in self.ids(min(room, int(self.rng.integers(1, 12)))):
             self.used.decode(token)
+
+    def drafts(self, room: int) -> None:
+        """A few passes as a reply makes them: one token and drafts behind it, the last refused."""
+        for _ in range(int(self.rng.integers(1, 6))):
+            left = self.used.plan.ctx - self.used.pos
+            fed = int(self.rng.integers(1, self.used.drafts + 2))
+            if fed > left:
+                return
+            self.used.decode_many(self.ids(fed))
+            self.used.rewind(int(self.rng.integers(0, fed)))
 
     def rewind(self, room: int) -> None:
         self.used.rewind(int(self.rng.integers(0, self.used.max_rewind + 1)))
