@@ -306,7 +306,11 @@ class Generator:
         stays = self._staying(messages, tools, options, text)
         turn, opening = self._cut(text, ids, stays)
         turn = min(turn, len(ids) - 1)  # the last id is decoded, not read
-        head = self._head(messages, text)
+        head = (
+            self._head(messages, text)
+            if slides
+            else self._opening(messages, tools, options, text, ids)
+        )
         removed = gap[1] - gap[0]
         return _Prompt(
             messages=tuple(messages),
@@ -314,7 +318,7 @@ class Generator:
             ids=ids,
             gap=gap,
             keep_first=gap[0] or head,
-            opening=head if slides else self._opening(messages, tools, options, text, ids),
+            opening=head if head > 1 else 0,
             stays=turn - removed if turn > gap[1] else 0,
             thinking=self.format.opened(opening),
         )
