@@ -7,6 +7,7 @@ for: each is answered with the command that does what was meant.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -215,7 +216,7 @@ def open_artifact(path: Path, command: str = "", behind: str = "") -> Artifact:
         ArtifactError: as `read_artifact`, or naming the export that makes an artifact of it.
     """
     if not (path / MANIFEST).is_file():
-        if behind and "\0" not in behind and (Path(behind) / MANIFEST).is_file():
+        if behind and os.path.isfile(os.path.join(behind, MANIFEST)):  # False for any text
             raise ArtifactError(
                 f"The artifact comes first: edge-kv {command} {behind} {shlex.quote(str(path))}"
             )

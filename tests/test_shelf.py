@@ -63,3 +63,8 @@ def test_words_of_other_tools_name_the_command(word, meant):
 def test_a_word_that_means_nothing_here():
     status, said = invoke("xyzzy")
     assert status == 2 and "`edge-kv --help`" in said
+
+
+def test_a_prompt_is_no_file_name(tmp_path):
+    status, said = invoke("run", tmp_path / "none", "x" * 5000)
+    assert status == 1 and "is not a directory" in said
