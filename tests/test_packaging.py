@@ -115,17 +115,18 @@ def test_no_command_but_export_imports_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_plan_takes_well_under_a_second():
-    """Processor time of a fresh process: the machine may be busy, the command is not."""
+def test_a_plan_imports_no_package_that_takes_long_to_load():
     code = (
         "import sys; sys.argv = 'edge-kv plan --model 31b --ctx 128k'.split()\n"
         "from edge_kv.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "import os; print(sum(os.times()[:2]), file=sys.stderr)"
+        "print(*{m.partition('.')[0] for m in sys.modules}, file=sys.stderr)"
     )
     done = run_python(code)
-    assert done.returncode == 0 and float(done.stderr.splitlines()[-1]) < 1.0
+    long = {"torch", "onnx", "onnxruntime", "executorch", "transformers", "tokenizers", "jinja2",
+            "gguf", "safetensors", "huggingface_hub", "prompt_toolkit", "starlette"}  # fmt: skip
+    assert done.returncode == 0 and not long & set(done.stderr.splitlines()[-1].split())
 
 
 @pytest.fixture(scope="module")
