@@ -155,7 +155,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the `edge-kv` script."""
+    """The command, from its arguments to its exit."""
     open_streams()
     end_on_signals()
     say_of_cut_files()

@@ -48,7 +48,16 @@ def _cut_off(number: int) -> None:
     os._exit(1)
 
 
+_heard: list[int] = []
+
+
+def ended_by() -> int:
+    """The status of a command that a signal ends; 0: none was heard."""
+    return _BY_SIGNAL + _heard[0] if _heard else 0
+
+
 def _end(number: int, frame: FrameType | None) -> None:
+    _heard.append(number)
     with suppress(OSError, ValueError):
         print(f"Ended by {signal.Signals(number).name}.", file=sys.stderr, flush=True)
     raise SystemExit(_BY_SIGNAL + number)

@@ -160,7 +160,7 @@ def test_wheel_holds_every_module_and_data_file(wheel):
     data = tiny | {"edge_kv/py.typed"}
     assert not data - set(wheel.namelist())
     with wheel.open(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))) as f:
-        assert b"edge-kv = edge_kv.cli:main" in f.read()
+        assert b"edge-kv = edge_kv.__main__:main" in f.read()
 
 
 def test_package_list_is_complete():

@@ -64,6 +64,29 @@ def test_a_server_that_is_hung_up_on_ends_in_its_own_time(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"half of it"
 
 
+LOADING = """
+import os, signal, sys, types
+class Loading(types.ModuleType):  # stands for a module that is being loaded when the signal comes
+    def __getattr__(self, name):
+        try:
+            os.kill(os.getpid(), {number})
+        except SystemExit:
+            raise ImportError("initialization failed")
+sys.modules["edge_kv.cli"] = Loading("edge_kv.cli")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from edge_kv.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_still_loading_ends_in_a_line(number):
+    script = LOADING.format(number=int(number))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    said = "Interrupted." if number == signal.SIGINT else f"Ended by {number.name}."
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", f"{said}\n")
+
+
 CUT = """
 import os, sys
 import numpy as np
