@@ -474,7 +474,7 @@ def test_an_iterator_that_was_left_does_not_touch_what_came_after(drafting):
 @pytest.mark.parametrize(
     ("drafts", "message"),
     [
-        ("aut", "Did you mean 'auto'"),
+        ("aut", "must be auto, off or a number"),
         (8, "8 drafts are outside 0 … 7"),
         ("-1", "-1 drafts are outside 0 … 7"),
     ],

@@ -73,7 +73,8 @@ class Loading(types.ModuleType):  # stands for a module that is being loaded whe
         except SystemExit:
             raise ImportError("initialization failed")
 sys.modules["edge_kv.cli"] = Loading("edge_kv.cli")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may ignore these
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from edge_kv.__main__ import main
 main()
 """
