@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import gguf_path, say, smollm2_path, write_result
-from fresh_systems import COMPILER, PACKAGES, SYSTEMS, clean_root, disk_mb, inside, run
+from fresh_systems import COMPILER, MOUNTED, PACKAGES, SYSTEMS, clean_root, disk_mb, inside, run
 
 MORE = "openssh-server,openssh-client,rsync,bsdutils"
 PORT = 2222
@@ -81,7 +81,7 @@ def main() -> None:
 
 def remove(home: Path) -> None:
     """Delete a system, but never through a mount: its /dev is this machine's own."""
-    for folder in ("dev", "proc"):
+    for folder in ("dev", *MOUNTED.values()):
         run("umount", "--recursive", str(home / "root" / folder))
     if f"{home}/" in Path("/proc/self/mounts").read_text(encoding="utf-8"):
         raise SystemExit(f"Error: something is still mounted below {home}; unmount it first.")

@@ -28,6 +28,7 @@ PACKAGES = "python3,python3-venv,python3-pip,make,git,ca-certificates"
 COMPILER = "g++"
 # What a chroot needs of this machine to reach package indexes the way it does.
 SHARED = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
+MOUNTED = {"proc": "proc", "devpts": "dev/pts"}  # kind -> where; tests open terminals
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, An
             if done.returncode:
                 say("\n".join([*done.stdout.splitlines()[-60:], *done.stderr.splitlines()[-20:]]))
     finally:
-        run("umount", str(home / "root/proc"))
+        for place in MOUNTED.values():
+            run("umount", str(home / "root" / place))
         shutil.rmtree(home, ignore_errors=True)
     return row
 
@@ -126,7 +128,8 @@ def clean_root(root: Path, name: str, packages: str) -> str:
         if path.exists():
             (root / path.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / path.relative_to("/"))
-    run("mount", "-t", "proc", "proc", str(root / "proc"))
+    for kind, place in MOUNTED.items():
+        run("mount", "-t", kind, kind, str(root / place))
     cloned = run("git", "clone", "-q", str(ROOT), str(root / "root/edge-kv"))
     return last_line(cloned.stderr)
 
