@@ -2,9 +2,7 @@
 
 import sys
 
-from edge_kv.signals import end_on_signals, ended_by
-
-_INTERRUPTED = 130
+from edge_kv.signals import INTERRUPTED, end_on_signals, ended_by
 
 
 def main() -> None:
@@ -16,7 +14,7 @@ def main() -> None:
         command()
     except KeyboardInterrupt:  # while modules were loaded: commands answer it themselves
         print("Interrupted.", file=sys.stderr)
-        raise SystemExit(_INTERRUPTED) from None
+        raise SystemExit(INTERRUPTED) from None
     except Exception:
         if status := ended_by():  # a module was being loaded, which made an error of its own of it
             raise SystemExit(status) from None

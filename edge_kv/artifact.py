@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,13 +89,7 @@ class Artifact:
             ArtifactError: a piece is another, or a file cannot be read.
         """
         for name, entry in self.manifest.files.items():
-            if entry.sample is None:
-                continue
-            try:
-                found = sample_of(self.path(name))
-            except OSError as e:
-                raise ArtifactError(unusable(e)) from e
-            if found != entry.sample:
+            if entry.sample is not None and self._digest(name, sample_of) != entry.sample:
                 raise ArtifactError(
                     f"{self.path(name)} is not the file that was exported (its content differs); "
                     "copy or export the artifact again."
@@ -116,15 +110,18 @@ class Artifact:
         return self.path(name)
 
     def _check_digest(self, name: str, entry: FileEntry) -> None:
-        try:
-            digest = sha256_file(self.path(name))
-        except OSError as e:
-            raise ArtifactError(unusable(e)) from e
+        digest = self._digest(name, sha256_file)
         if digest != entry.sha256:
             raise ArtifactError(
                 f"{name} has SHA-256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: "
                 "the file was changed; copy or export the artifact again."
             )
+
+    def _digest(self, name: str, digest: Callable[[Path], str]) -> str:
+        try:
+            return digest(self.path(name))
+        except OSError as e:
+            raise ArtifactError(unusable(e)) from e
 
 
 def read_artifact(root: str | Path) -> Artifact:

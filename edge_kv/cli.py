@@ -37,7 +37,7 @@ from edge_kv.errors import (
     one_line,
     unusable,
 )
-from edge_kv.signals import end_on_signals, say_of_cut_files
+from edge_kv.signals import INTERRUPTED, end_on_signals, say_of_cut_files
 from edge_kv.streams import open_streams
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 _USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of whichever click typer carries
 _WORDS = "edge_kv.words"  # where a context keeps what was typed
-_INTERRUPTED = 130  # what a shell makes of SIGINT
 
 
 class _Commands(TyperGroup):
@@ -88,7 +87,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from e
         except Cancelled as e:
             typer.echo(str(e), err=True)
-            raise typer.Exit(_INTERRUPTED) from e
+            raise typer.Exit(INTERRUPTED) from e
         except EdgeKVError as e:
             _say_error(str(e))
             raise typer.Exit(1) from e
@@ -99,7 +98,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from e
         except KeyboardInterrupt as e:
             typer.echo("Interrupted.", err=True)
-            raise typer.Exit(_INTERRUPTED) from e
+            raise typer.Exit(INTERRUPTED) from e
 
 
 def _say_error(text: str) -> None:

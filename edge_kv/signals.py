@@ -15,6 +15,7 @@ ENDING = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # SIGINT is Python's own, KeyboardInterrupt
 _BY_SIGNAL = 128  # a shell's status of a command that a signal ended is this plus its number
+INTERRUPTED = _BY_SIGNAL + signal.SIGINT
 
 
 def end_on_signals() -> None:
