@@ -12,7 +12,7 @@ from android_artifacts import VOCAB, export
 from android_host import DEMO, HostError, floats
 from fake_artifact import edit_manifest, write_artifact
 
-from edge_kv.artifact import read_artifact
+from edge_kv.artifact import read_artifact, sample_of, sha256_file
 from edge_kv.errors import EdgeKVError
 from edge_kv.parity import divergence
 from edge_kv.plan import Table
@@ -439,6 +439,35 @@ def test_a_changed_byte_is_found_by_digest(host, stored, tmp_path):
     (root / "onnx/weights.bin").write_bytes(data)
     with pytest.raises(HostError, match=r"weights.bin has SHA-256 .* the file was changed"):
         host.ask("artifact", root=str(root), digests=True)
+
+
+def test_a_file_of_another_model_is_refused_at_every_load(host, stored, tmp_path):
+    root = shutil.copytree(stored, tmp_path / "toy")
+    weights = root / "onnx/weights.bin"
+    content = np.frombuffer(weights.read_bytes(), np.uint8)
+    for name, changed in (("onnx/weights.bin", content[::-1]), ("tokenizer.json", None)):
+        path = root / name
+        kept = path.read_bytes()
+        path.write_bytes(bytes(len(kept)) if changed is None else changed.tobytes())
+        with pytest.raises(HostError) as error:
+            host.ask("open", root=str(root), threads=1)
+        assert error.value.kind == "ArtifactException"
+        assert str(error.value) == (
+            f"{name} is not the file that belongs to this model (its size is right, its content "
+            "is not); delete the model here and add it again."
+        )
+        path.write_bytes(kept)
+    assert host.ask("open", root=str(root), threads=1)["pos"] == 0
+
+
+@pytest.mark.parametrize("size", [1, 4096, 65 * 4096 - 1, 65 * 4096, 1_000_003])
+def test_pieces_of_a_file_are_those_that_python_compares(host, tmp_path, size):
+    root = write_artifact(tmp_path / "toy")
+    (root / "x").write_bytes(np.random.default_rng(size).bytes(size))
+    digests = {"sha256": sha256_file(root / "x"), "sample": sample_of(root / "x")}
+    files = json.loads((root / "manifest.json").read_text())["files"]
+    edit_manifest(root, files={**files, "x": {"size": size, **digests}})
+    assert host.ask("open", root=str(root), threads=1)["pos"] == 0
 
 
 def test_bad_requests_leave_the_session_as_it_was(host, stored):

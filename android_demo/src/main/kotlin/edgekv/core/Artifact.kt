@@ -2,6 +2,7 @@ package edgekv.core
 
 import java.io.File
 import java.io.IOException
+import java.io.RandomAccessFile
 import java.security.MessageDigest
 
 /** An opened artifact directory: manifest read, plan and sizes checked; digests on request. */
@@ -21,6 +22,28 @@ class Artifact private constructor(val root: File, val manifest: Manifest) {
         for (name in manifest.files.keys) {
             onFile(name)
             checkDigest(name)
+        }
+    }
+
+    /**
+     * Compares pieces of each file that runs with those that were exported, as Python does at every
+     * load: files of another artifact are found so, a few changed bytes by [checkDigests] alone.
+     *
+     * @throws ArtifactException a piece is another, or a file cannot be read
+     */
+    fun checkSamples() {
+        for ((name, entry) in manifest.files) {
+            if (entry.sample == null) continue
+            val found = try {
+                sampleHex(file(name))
+            } catch (e: IOException) {
+                throw ArtifactException("Cannot read $name: ${e.message}; add the model again.", e)
+            }
+            if (found == entry.sample) continue
+            throw ArtifactException(
+                "$name is not the file that belongs to this model (its size is right, its content is not); " +
+                    "delete the model here and add it again.",
+            )
         }
     }
 
@@ -71,6 +94,8 @@ class Artifact private constructor(val root: File, val manifest: Manifest) {
         }
 
         private const val CHECKED_BYTES = 64L shl 20
+        private const val SAMPLES = 64
+        private const val SAMPLE = 4096
 
         private fun check(root: File, name: String, entry: FileEntry) {
             val parts = name.split('/')
@@ -90,6 +115,20 @@ class Artifact private constructor(val root: File, val manifest: Manifest) {
             }
         }
 
+        /** SHA-256 of pieces spread over a file, or of all of a short one: `sample_of` in Python. */
+        private fun sampleHex(file: File): String {
+            val last = file.length() - SAMPLE
+            if (last < SAMPLES * SAMPLE) return sha256Hex(file)
+            val pieces = ByteArray(SAMPLES * SAMPLE)
+            RandomAccessFile(file, "r").use {
+                for (i in 0 until SAMPLES) {
+                    it.seek(last * i / (SAMPLES - 1))
+                    it.readFully(pieces, i * SAMPLE, SAMPLE)
+                }
+            }
+            return hex(MessageDigest.getInstance("SHA-256").digest(pieces))
+        }
+
         private fun sha256Hex(file: File): String {
             val digest = MessageDigest.getInstance("SHA-256")
             val block = ByteArray(1 shl 20)
@@ -100,7 +139,9 @@ class Artifact private constructor(val root: File, val manifest: Manifest) {
                     digest.update(block, 0, n)
                 }
             }
-            return digest.digest().joinToString("") { (it.toInt() and 255).toString(16).padStart(2, '0') }
+            return hex(digest.digest())
         }
+
+        private fun hex(digest: ByteArray) = digest.joinToString("") { (it.toInt() and 255).toString(16).padStart(2, '0') }
     }
 }

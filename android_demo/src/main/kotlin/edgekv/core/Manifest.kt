@@ -1,6 +1,6 @@
 package edgekv.core
 
-class FileEntry(val size: Long, val sha256: String)
+class FileEntry(val size: Long, val sha256: String, val sample: String?)
 
 /** The vocabulary's size and the ids with a meaning of their own. */
 class Tokens(val vocab: Int, val bos: Int?, val eos: List<Int>, val suppress: List<Int>)
@@ -96,7 +96,8 @@ class Manifest private constructor(
             if (f.has("drafter")) drafter(f.fields("drafter"))
             val files = f.fields("files").entries(FILE_NAME) {
                 it.only("size", "sha256", "sample")
-                FileEntry(it.long("size", SIZE), it.text("sha256", DIGEST))
+                val sample = if (it.has("sample")) it.text("sample", DIGEST) else null
+                FileEntry(it.long("size", SIZE), it.text("sha256", DIGEST), sample)
             }
             return Manifest(
                 name = f.text("name", LABEL),

@@ -32,6 +32,10 @@ abstract class Session(val artifact: Artifact) : Closeable {
     private var closed = false
     @Volatile private var cancelled = false
 
+    init {
+        artifact.checkSamples()
+    }
+
     /** Position of the next token: how many were fed. */
     val pos get() = fed.size
 
