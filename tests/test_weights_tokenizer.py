@@ -12,6 +12,7 @@ from edge_kv.errors import ConfigError, WeightsError
 from edge_kv.runtime.template import Template
 from edge_kv.runtime.text import Tokenizer as RuntimeTokenizer
 from edge_kv.weights.gguf_text import GGUFText
+from edge_kv.weights.gguf_tokenizer import hf_tokenizer_json
 from edge_kv.weights.hf_text import HFText
 from edge_kv.weights.tokenizer import opened, text_end, text_start, usable_tokenizer
 
@@ -213,3 +214,26 @@ def test_a_template_for_tools_is_taken_where_tools_are_offered(tmp_path):
     assert HFText(tmp_path, 9, ()).chat_template() == one
     keys = {"tokenizer.chat_template": default, "tokenizer.chat_template.tool_use": tool_use}
     assert GGUFText(keys, "x.gguf", 9, ()).chat_template() == one
+
+
+def test_a_gguf_that_changes_texts_before_they_are_split_is_refused():
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 4]
+    plain = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(pieces))],
+    }
+    # What SentencePiece would make of two spaces, had it been told to remove one.
+    assert Tokenizer.from_str(hf_tokenizer_json(plain, "x.gguf") or "").encode("a  a").tokens == [
+        "<s>", "▁a", "▁", "▁a",
+    ]  # fmt: skip
+    nothing = {"remove_extra_whitespaces": False, "precompiled_charsmap": []}
+    said = {f"tokenizer.ggml.{key}": value for key, value in nothing.items()}
+    assert hf_tokenizer_json(plain | said, "x.gguf") == hf_tokenizer_json(plain, "x.gguf")
+    for key, value in (("remove_extra_whitespaces", True), ("precompiled_charsmap", [1, 0, 0])):
+        with pytest.raises(WeightsError, match=rf"x.gguf: tokenizer.ggml.{key} asks for texts"):
+            hf_tokenizer_json({**plain, f"tokenizer.ggml.{key}": value}, "x.gguf")
+    with pytest.raises(ConfigError, match="remove_extra_whitespaces is 1, expected true or false"):
+        hf_tokenizer_json({**plain, "tokenizer.ggml.remove_extra_whitespaces": 1}, "x.gguf")

@@ -51,7 +51,8 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
         where: what messages call the file.
 
     Raises:
-        WeightsError: another tokenizer model, or lists that do not fit each other.
+        WeightsError: another tokenizer model, texts that it would change beforehand, or lists that
+            do not fit each other.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
@@ -61,6 +62,7 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
             f"{where}: tokenizer.ggml.model {model!r} is not supported; "
             "edge-kv reads 'llama' (SentencePiece), 'gemma4' and 'gpt2' (byte-level BPE)."
         )
+    _check_text_is_kept(metadata, where)
     if model == "gpt2":
         return _byte_level(metadata, where)
     tokens = _strings(metadata, "tokens", where)
@@ -105,6 +107,22 @@ def hf_tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
         },
         ensure_ascii=False,
     )
+
+
+def _check_text_is_kept(metadata: Mapping[str, Any], where: str) -> None:
+    """Refuse what SentencePiece may do to a text before it looks for pieces. No model that is read
+    here asks for it, and other readers pass over it and make other ids than the file means.
+    """
+    fields = Fields(metadata, where, prefix="tokenizer.ggml.")
+    asked = {
+        "remove_extra_whitespaces": fields.flag("remove_extra_whitespaces"),
+        "precompiled_charsmap": fields.get("precompiled_charsmap") not in (None, [], ""),
+    }
+    for key in (key for key, said in asked.items() if said):
+        raise WeightsError(
+            f"{where}: tokenizer.ggml.{key} asks for texts to be changed before they are split, "
+            "which edge-kv does not do; use the checkpoint with its tokenizer.json."
+        )
 
 
 def _byte_level(metadata: Mapping[str, Any], where: str) -> str:
