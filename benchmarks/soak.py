@@ -3,11 +3,12 @@
     python benchmarks/soak.py artifacts/tiny --engines onnx executorch --minutes 30
 
 Seeded moves on one session of each engine: prompts of any length across chunks and ring wraps,
-single steps, passes over drafts of which some are taken back, rewinds, checkpoints, conversations
-resumed, copied aside and put back, snapshots and resets. Every CHECK moves a second session is
-reset and fed the same ids; its logits have to agree within the noise that chunks of other lengths
-make. Anonymous memory is sampled all along; its peak in the last quarter may not exceed that of
-the second by more than GROWTH. Writes results/soak.json.
+single steps, passes over drafts of which some are taken back, replies with prompt-lookup drafts
+(adaptive and as many as a pass takes), rewinds, checkpoints, conversations resumed, copied aside
+and put back, snapshots and resets. Every CHECK moves a second session is reset and fed the same
+ids; its logits have to agree within the noise that chunks of other lengths make. Anonymous memory
+is sampled all along; its peak in the last quarter may not exceed that of the second by more than
+GROWTH. Writes results/soak.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common import run_main, say, write_result
 
 from edge_kv.errors import RuntimeFault
 from edge_kv.runtime import Session, load
+from edge_kv.runtime.generation import Trace, generate
 from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.session import Copy
 
@@ -41,16 +43,18 @@ class Soak:
         self.path = folder / "soak.kv"
         self.kept: list[Copy] = []
         self.moves: dict[str, int] = {}
+        self.drafted = 0  # ids that replies fed as drafts
+        self.accepted = 0
         self.worst = 0.0
 
     def move(self) -> None:
         """One random use of the session."""
         room = self.used.plan.ctx - self.used.pos
-        names = ["prefill", "steps", "drafts", "rewind", "checkpoint", "resume", "copy", "put_back",
-                 "snapshot", "restore", "reset"]  # fmt: skip
-        odds = np.array([10, 10, 10, 4, 3, 3, 2, 2, 1, 1, 0.5])
+        names = ["prefill", "steps", "drafts", "reply", "rewind", "checkpoint", "resume", "copy",
+                 "put_back", "snapshot", "restore", "reset"]  # fmt: skip
+        odds = np.array([10, 10, 10, 10, 4, 3, 3, 2, 2, 1, 1, 0.5])
         name = str(self.rng.choice(names, p=odds / odds.sum()))
-        if name in ("prefill", "steps", "drafts") and room < 2:
+        if name in ("prefill", "steps", "drafts", "reply") and room < 2:
             name = "reset"
         getattr(self, name)(room)
         self.moves[name] = self.moves.get(name, 0) + 1
@@ -75,6 +79,21 @@ class Soak:
                 return
             self.used.decode_many(self.ids(fed))
             self.used.rewind(int(self.rng.integers(0, fed)))
+
+    def reply(self, room: int) -> None:
+        """A text that repeats itself, and a reply to it with drafts: greedy or sampled."""
+        trace, phrase = Trace(), self.ids(int(self.rng.integers(3, 9)))
+        prompt = [*self.used.tokens, *(phrase * 3)][: self.used.plan.ctx - 1]
+        drafts = int(self.rng.integers(1, self.used.drafts + 1))
+        ids = generate(
+            self.used, prompt, max_new_tokens=int(self.rng.integers(1, 30)),
+            temperature=float(self.rng.choice([0.0, 0.3])), seed=int(self.rng.integers(1 << 30)),
+            drafts=str(self.rng.choice(["auto", str(drafts)])), trace=trace,
+        )  # fmt: skip
+        for _ in ids:
+            pass
+        self.drafted += trace.drafted
+        self.accepted += trace.accepted
 
     def rewind(self, room: int) -> None:
         self.used.rewind(int(self.rng.integers(0, self.used.max_rewind + 1)))
@@ -147,6 +166,7 @@ def soak(artifact: Path, engine: str, threads: int, minutes: float, seed: int) -
         "threads": threads,
         "minutes": minutes,
         "moves": run.moves,
+        "drafts_of_replies": {"fed": run.drafted, "accepted": run.accepted},
         "comparisons": compared,
         "worst_difference": run.worst,
         "anon_peak_of_second_quarter": second,
