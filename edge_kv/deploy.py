@@ -17,7 +17,8 @@ import re
 import shlex
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from edge_kv.amounts import size
 from edge_kv.artifact import MANIFEST, Artifact, sha256_file
 from edge_kv.bundle import LOADER, RUNNER, write_runner, write_wheel
 from edge_kv.devices import Adb, Device, Ssh, checked, failure
-from edge_kv.errors import ArtifactError, DeployError, ParityError
+from edge_kv.errors import ArtifactError, Cancelled, DeployError, ParityError
 from edge_kv.progress import Progress, Silent
 
 SCHEMA_VERSION = 1
@@ -50,6 +51,19 @@ class Item:
     sha256: str
 
 
+@contextmanager
+def _taken_up() -> Iterator[None]:
+    """Say of Ctrl-C what becomes of what is on the device."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        raise Cancelled(
+            "Interrupted. The same command goes on where it stopped; until then, files that are "
+            "not whole end in .part there."
+        ) from e
+
+
+@_taken_up()
 def deploy_to_board(
     artifact: Artifact,
     login: str,
@@ -107,6 +121,7 @@ def deploy_to_board(
         device.close()
 
 
+@_taken_up()
 def deploy_to_phone(
     artifact: Artifact,
     serial: str | None = None,

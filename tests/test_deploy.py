@@ -220,6 +220,35 @@ def test_a_copy_that_was_cut_off_goes_on(copy, way, tmp_path, monkeypatch):
         assert sent[0][1] == 3 << 20  # the first block sent was the last of three
 
 
+def test_a_copy_that_is_interrupted_leaves_parts_and_goes_on(board, tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a file: nothing half-written has its name, and a line says so."""
+    root, folder = write_artifact(tmp_path / "toy"), tmp_path / "device"
+    there = folder / "artifacts" / "toy"
+    monkeypatch.setattr("edge_kv.deploy._install", lambda *_: False)
+    monkeypatch.setattr("edge_kv.deploy._verify", lambda *_: {})
+    original = Ssh.send
+
+    def send(self, source, target, held, told):
+        if source.name == "ple.bin":
+            (half := tmp_path / "half").write_bytes(source.read_bytes()[:100])
+            original(self, half, target, held, told)
+            raise KeyboardInterrupt
+        original(self, source, target, held, told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ssh, "send", send)
+        result = deploy(root, board, folder, "--no-bench")
+    assert result.exit_code == 130 and result.stderr.count("\n") == 1, result.output
+    assert "The same command goes on where it stopped" in result.stderr
+    files = {p.relative_to(there).as_posix() for p in there.rglob("*") if p.is_file()}
+    (part,) = {f for f in files if f.endswith(".part")}
+    assert part.startswith("ple.bin") and "manifest.json" not in files and len(files) > 1
+    for whole in files - {part}:
+        assert (there / whole).read_bytes() == (root / whole).read_bytes()
+    assert deploy(root, board, folder, "--no-bench", "--json", "-").exit_code == 0
+    assert read_artifact(there) and not list(there.rglob("*.part"))
+
+
 def test_a_beginning_that_is_wrong_is_sent_anew(copy, way, tmp_path):
     root, folder = write_artifact(tmp_path / "toy"), tmp_path / "device"
     there = folder / "artifacts" / "toy"
