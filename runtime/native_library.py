@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -371,7 +372,7 @@ def _compile(compiler: str, units: list[Unit], link: tuple[str, ...], target: Pa
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         made = work / target.name
-        _run([compiler, "-o", str(made), *map(str, objects), *link])
+        _run([compiler, "-o", str(made), *map(str, objects), *link], work)
         made.chmod(0o755)
         _keep(made, target)
     finally:
@@ -381,7 +382,7 @@ def _compile(compiler: str, units: list[Unit], link: tuple[str, ...], target: Pa
 def _compile_unit(compiler: str, unit: Unit, work: Path, target: Path) -> None:
     source, _, flags = unit
     made = work / target.name
-    _run([compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(made)])
+    _run([compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(made)], work)
     _keep(made, target)
 
 
@@ -391,12 +392,21 @@ def _keep(made: Path, target: Path) -> None:
     made.replace(target)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], work: Path) -> None:
+    """Run a compiler, whose own temporary files lie in `work` too and go with it.
+
+    Raises:
+        OSError: the disk of `work` is full.
+        RuntimeFault: the compiler refuses.
+    """
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        check=False,
+        check=False, env={**os.environ, "TMPDIR": str(work), "LC_ALL": "C"},
     )  # fmt: skip
     if done.returncode:
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            if (reason := os.strerror(code)) in done.stdout:
+                raise OSError(code, reason)
         lines = done.stdout.splitlines()
         told = [x for x in lines if any(w in x for w in ("error:", "undefined", "cannot find"))]
         why = (told or lines or ["killed"])[0]

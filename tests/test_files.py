@@ -1,5 +1,6 @@
 """Files of several processes: whole or not at all; caches that nobody else can have written."""
 
+import errno
 import os
 import signal
 import stat
@@ -11,6 +12,7 @@ import pytest
 
 from edge_kv.errors import RuntimeFault
 from edge_kv.files import locked, replacing, write_text
+from edge_kv.runtime import native_library
 from edge_kv.runtime.cache import CACHE_VARIABLE, cache_directory, cache_folder, require_own
 
 OTHER_USER = 12345
@@ -153,3 +155,23 @@ def test_a_cache_that_may_not_be_looked_into_is_a_sentence(tmp_path):
         check=True,
     ).stdout
     assert said.startswith("RuntimeFault('Cannot make the cache directory")
+
+
+COMPILER = """#!/bin/sh
+echo "/tmp/ccx.s: Fatal error: can't write 12 bytes to section .text of x.o: '{said}'"
+exit 1
+"""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_while_compiling_is_said_with_its_place(tmp_path, monkeypatch, code):
+    compiler = tmp_path / "cxx"
+    compiler.write_text(COMPILER.format(said=os.strerror(code)))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    with pytest.raises(RuntimeFault) as e:
+        native_library.build("toy", {"weights.cpp": ()}, (), suffix=".so")
+    assert f"cannot be compiled into {tmp_path / 'cache'}" in str(e.value)
+    assert f"({os.strerror(code)}); free some space" in str(e.value)
+    assert sorted(p.name for p in (tmp_path / "cache" / "native").iterdir()) == ["build.lock"]
