@@ -11,7 +11,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +39,7 @@ _Result = TypeVar("_Result")
 
 # Storage of a plan dtype. int8 rows may be unsigned to an engine; the bytes are its own affair.
 STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+BLOCK = 64  # tokens whose rows copies of texts that begin alike share
 _LATENCIES = 16_384  # newest decode latencies kept for the percentiles
 
 
@@ -99,18 +100,34 @@ class Stats:
 
 @dataclass(frozen=True)
 class Copy:
-    """All live rows of a session as they were after `tokens`, and the checkpoints before."""
+    """All live rows of a session as they were after `tokens`, and the checkpoints before.
+
+    The rows of tables without a window come in blocks, one for each `BLOCK` tokens, which never
+    change: they follow from the tokens up to their end. Copies of texts that begin alike hold the
+    same blocks. What changes from token to token, rings and blocks that are not full, is a copy's
+    own.
+    """
 
     tokens: tuple[int, ...]
     written: int
-    rows: tuple[bytes, ...]
+    blocks: tuple[bytes, ...]
+    rest: bytes  # the rows behind the last block, then those of the rings
     checkpoints: tuple[Checkpoint, ...]
 
-    @property
-    def size(self) -> int:
-        """Bytes of all rows."""
-        rings = sum(len(row) for point in self.checkpoints for row in point.rows)
-        return sum(map(len, self.rows)) + rings
+    def begins_like(self, tokens: Sequence[int]) -> tuple[bytes, ...]:
+        """The blocks that a copy of `tokens` would have too."""
+        return self.blocks[: common_prefix(self.tokens, tokens) // BLOCK]
+
+    def pieces(self) -> Iterator[bytes]:
+        """All rows, as they lie in memory."""
+        yield from (*self.blocks, self.rest)
+        for point in self.checkpoints:
+            yield from point.rows
+
+
+def bytes_of(copies: Iterable[Copy]) -> int:
+    """Bytes of all rows of `copies`; what several of them hold counts once."""
+    return sum({id(piece): len(piece) for copy in copies for piece in copy.pieces()}.values())
 
 
 @dataclass(frozen=True)
@@ -391,22 +408,53 @@ class Session(ABC):
         """The longest beginning of `ids` that is held, and the checkpoint that has it, if one."""
         return held_of(self.plan, self._tokens, self._written, self._checkpoints, ids)
 
-    def copy(self) -> Copy:
-        """All live rows, for `put_back`."""
+    def copy(self, beside: Iterable[Copy] = ()) -> Copy:
+        """All live rows, for `put_back`; the blocks that a copy `beside` has are that one's.
+
+        Those may differ from the rows here as the same tokens do when they are read in chunks that
+        begin elsewhere: by rounding.
+        """
         self._check_open()
-        rows = snapshots.live_rows(self.plan, self.state, self.pos, self._written)
-        return Copy(self.tokens, self._written, tuple(map(bytes, rows)), self.own_checkpoints())
+        blocks = list(self._shared(beside))
+        for start in range(BLOCK * len(blocks), self.pos - BLOCK + 1, BLOCK):
+            blocks.append(b"".join(self._rows_of(start, start + BLOCK)))
+        rest = b"".join(self._rest(len(blocks), self.pos, self._written))
+        return Copy(self.tokens, self._written, tuple(blocks), rest, self.own_checkpoints())
+
+    def copy_bytes(self, beside: Sequence[Copy] = ()) -> int:
+        """Bytes that `copy` would add to those of the copies `beside`."""
+        rows = self._rest(len(self._shared(beside)), self.pos, self._written)
+        known = {id(piece) for copy in beside for piece in copy.pieces()}
+        kept = (piece for point in self.own_checkpoints() for piece in point.rows)
+        return sum(r.nbytes for r in rows) + sum(len(p) for p in kept if id(p) not in known)
+
+    def _shared(self, beside: Iterable[Copy]) -> tuple[bytes, ...]:
+        """The most blocks of what is held that one of `beside` has."""
+        return max((c.begins_like(self._tokens) for c in beside), key=len, default=())
+
+    def _rows_of(self, start: int, stop: int) -> Iterator[memoryview]:
+        return snapshots.append_rows(self.plan, self.state, start, stop)
+
+    def _rest(self, blocks: int, pos: int, written: int) -> Iterator[memoryview]:
+        """The live rows below `pos` but those of so many blocks."""
+        yield from self._rows_of(BLOCK * blocks, pos)
+        yield from snapshots.ring_rows(self.plan, self.state, pos, written)
 
     def own_checkpoints(self) -> tuple[Checkpoint, ...]:
         """The checkpoints of what is held now; others are of texts that were reset."""
         return tuple(p for p in self._checkpoints if p.begins(self._tokens))
 
     def put_back(self, kept: Copy) -> None:
-        """Continue from a `copy` of this session, as if nothing had been fed since."""
+        """Continue from a `copy` of this session, as if nothing had been fed since.
+
+        Blocks of tokens that it holds now stay where they are.
+        """
+        there = len(kept.begins_like(self._tokens))
         self.reset()  # so that an interrupt leaves nothing half put back
-        rows = snapshots.live_rows(self.plan, self.state, len(kept.tokens), kept.written)
-        for piece, data in zip(rows, kept.rows, strict=True):
-            piece[:] = data
+        self._checkpoints.clear()
+        for start, block in enumerate(kept.blocks[there:], there):
+            _fill(self._rows_of(BLOCK * start, BLOCK * (start + 1)), block)
+        _fill(self._rest(len(kept.blocks), len(kept.tokens), kept.written), kept.rest)
         self._checkpoints = list(kept.checkpoints)
         self._tokens, self._written = list(kept.tokens), kept.written
 
@@ -588,6 +636,14 @@ def held_of(
         if len(point.tokens) > common and point.begins(ids):
             common, best = len(point.tokens), point
     return common, best
+
+
+def _fill(rows: Iterable[memoryview], data: bytes) -> None:
+    """Write `data` over `rows`, one after the other."""
+    source, at = memoryview(data), 0
+    for piece in rows:
+        piece[:] = source[at : at + piece.nbytes]
+        at += piece.nbytes
 
 
 def _allocate(table: Table) -> npt.NDArray[Any]:

@@ -279,6 +279,14 @@ def ring_rows(plan: Plan, state: State, pos: int, written: int) -> Iterator[memo
     return live_rows(plan, state, pos, written, only_rings=True)
 
 
+def append_rows(plan: Plan, state: State, start: int, stop: int) -> Iterator[memoryview]:
+    """The rows of tables without a window that are whole at `stop` and were not at `start`."""
+    for t in plan.tables:
+        rows: Any = state[t.name][start // t.stride : stop // t.stride]
+        if not t.keep and rows.size:
+            yield memoryview(rows).cast("B")
+
+
 def live_rows(
     plan: Plan, state: State, pos: int, written: int, only_rings: bool = False
 ) -> Iterator[memoryview]:

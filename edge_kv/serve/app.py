@@ -128,6 +128,7 @@ class Metrics:
         self.context = gauge("context_tokens", "Tokens of context held.")
         self.queue = gauge("queued_requests", "Requests that wait.")
         self.kept = gauge("kept_conversations", "Conversations kept aside.")
+        self.kept_bytes = gauge("kept_bytes", "Bytes of them; what they share counts once.")
         self.restored = gauge("restored_conversations", "Times one was taken up.")
 
 
@@ -202,6 +203,7 @@ class Server:
         m.context.set(session.pos)
         m.queue.set(self.worker.queued)
         m.kept.set(self.states.count)
+        m.kept_bytes.set(self.states.bytes)
         m.restored.set(self.states.restored)
         return bytes(generate_latest(m.registry))
 

@@ -2,9 +2,10 @@
 
 A session holds the state of one text. When a prompt arrives that another conversation was about,
 the session's live rows are copied aside and those of the other one put back: a copy at the speed of
-memory instead of a prefill. The least recently used conversations go when there are too many, or
-when their rows no longer fit the RAM allowed for them. With a folder of the user's they lie there
-instead, cost no RAM and outlive the process.
+memory instead of a prefill. What conversations begin with alike, a system prompt say, is in memory
+once for all of them. The least recently used conversations go when there are too many, or when
+their rows no longer fit the RAM allowed for them. With a folder of the user's they lie there
+instead, each in a file of its own, cost no RAM and outlive the process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edge_kv.errors import EdgeKVError, SnapshotError
 from edge_kv.memory import TOKEN_BYTES, MemoryPlan
 from edge_kv.runtime import snapshot
 from edge_kv.runtime.chat import Generator
-from edge_kv.runtime.session import Copy, held_of
+from edge_kv.runtime.session import Copy, bytes_of, held_of
 from edge_kv.runtime.snapshot import Checkpoint, common_prefix
 
 WORTH_KEEPING = 64  # tokens below which reading again is cheaper than keeping
@@ -29,21 +30,24 @@ log = logging.getLogger(__name__)
 
 
 def kept_bytes(memory: MemoryPlan, conversations: int) -> int:
-    """The most bytes of RAM that so many kept conversations take, each of the planned depth."""
+    """The most bytes of RAM that so many kept conversations take, each of the planned depth.
+
+    They take as much if no two of them begin alike.
+    """
     return conversations * memory.aside
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
     """One conversation: its rows in memory, or the file they are in."""
 
     tokens: Sequence[int]
     written: int
-    size: int  # bytes
     checkpoints: Sequence[Checkpoint]  # of a file, without their rows
     stays: int  # how many of the tokens stay when the conversation goes on
     rows: Copy | None = None
     path: Path | None = None
+    size: int = 0  # bytes of the file
 
 
 class States:
@@ -74,13 +78,13 @@ class States:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all kept conversations, in memory or on disk."""
-        return sum(k.size for k in self._kept)
+        """Bytes of all kept conversations, in memory or on disk; what they share counts once."""
+        return self.ram + sum(k.size for k in self._kept)
 
     @property
     def ram(self) -> int:
-        """Bytes of RAM they take now."""
-        return 0 if self._folder else self.bytes
+        """Bytes of them that are in RAM."""
+        return _ram_of(self._copies())
 
     @property
     def count(self) -> int:
@@ -100,37 +104,49 @@ class States:
         if best:
             self._kept.remove(best)
         if best or (len(held) - here >= WORTH_KEEPING and not _goes_on(held, self._stays, ids)):
-            self.keep()  # it is about to be overwritten
+            self.keep(best)  # it is about to be overwritten
         if best:
             self._put_back(best, _goes_on(best.tokens, best.stays, ids))
         self._stays = stays
 
-    def keep(self) -> None:
-        """Keep the conversation that the session holds."""
+    def keep(self, returning: Kept | None = None) -> None:
+        """Keep the conversation that the session holds; `returning` will be put in its place."""
         tokens = self._session.tokens
         if len(tokens) < WORTH_KEEPING or self._most == 0:
             return
         older = [k for k in self._kept if tokens[: len(k.tokens)] == tuple(k.tokens)]
         if any(len(k.tokens) == len(tokens) for k in older):
             return
-        made = self._written_down(tokens, older) if self._folder else self._copied()
+        made = self._written_down(tokens, older) if self._folder else self._copied(returning)
         if made is None:
             return
         for k in older:
-            self._kept.remove(k)
             if k.path and k.path != made.path:
                 k.path.unlink(missing_ok=True)
-        self._kept.append(made)
+        self._kept = [k for k in self._kept if k not in older] + [made]
         self._trim()
 
     def _trim(self) -> None:
-        while len(self._kept) > self._most or (self._ram is not None and self.ram > self._ram):
+        while len(self._kept) > self._most:
             self._drop(self._kept[0])
 
-    def _copied(self) -> Kept:
-        rows = self._session.copy()
-        size = rows.size + TOKEN_BYTES * len(rows.tokens)
-        return Kept(rows.tokens, rows.written, size, rows.checkpoints, self._stays, rows)
+    def _copied(self, returning: Kept | None) -> Kept | None:
+        """The rows of the session, for which others go; None where they never fit."""
+
+        def fits(copies: list[Copy]) -> bool:
+            more = self._session.copy_bytes(copies) + TOKEN_BYTES * self._session.pos
+            return self._ram is None or _ram_of(copies) + more <= self._ram
+
+        stays = [returning.rows] if returning and returning.rows else []
+        if not fits(stays):
+            return None
+        while not fits(self._copies() + stays):
+            self._drop(self._kept[0])
+        rows = self._session.copy(self._copies() + stays)
+        return Kept(rows.tokens, rows.written, rows.checkpoints, self._stays, rows)
+
+    def _copies(self) -> list[Copy]:
+        return [k.rows for k in self._kept if k.rows]
 
     def _written_down(self, tokens: tuple[int, ...], older: list[Kept]) -> Kept | None:
         path = older[-1].path if older else None
@@ -147,7 +163,7 @@ class States:
             log.warning("A conversation is not kept: %s", e)
             return None
         points = [replace(p, rows=()) for p in self._session.own_checkpoints()]
-        return Kept(tokens, self._session.written, size, points, self._stays, path=path)
+        return Kept(tokens, self._session.written, points, self._stays, path=path, size=size)
 
     def _put_back(self, kept: Kept, goes_on: bool) -> None:
         if kept.rows:
@@ -176,8 +192,8 @@ class States:
                 size, points = path.stat().st_size, held.checkpoints
                 note, stays = held.note, held.note.get("stays")
                 kept = Kept(
-                    list(held.tokens), held.written, size, points,
-                    stays if isinstance(stays, int) else 0, path=path,
+                    list(held.tokens), held.written, points,
+                    stays if isinstance(stays, int) else 0, path=path, size=size,
                 )  # fmt: skip
         except (EdgeKVError, OSError) as e:
             log.warning("%s is left alone: %s", path, e)
@@ -197,6 +213,11 @@ class States:
         self._kept.remove(kept)
         if kept.path:
             kept.path.unlink(missing_ok=True)
+
+
+def _ram_of(copies: Sequence[Copy]) -> int:
+    """Bytes of RAM that kept conversations take, their ids included."""
+    return bytes_of(copies) + sum(TOKEN_BYTES * len(c.tokens) for c in copies)
 
 
 def _goes_on(tokens: Sequence[int], stays: int, ids: Sequence[int]) -> bool:
