@@ -3,8 +3,8 @@
     python benchmarks/serve_clients.py artifacts/tiny --seconds 600
 
 Starts the server on a free port of this machine, asks everything a client library asks (streams,
-tools, JSON schemas, log-probabilities, cancelling), lets eight clients talk at once, sends
-malformed requests, and writes `results/serve_clients.json`. Needs the pip packages openai and
+tools, JSON schemas, log-probabilities, responses, cancelling), lets eight clients talk at once,
+sends malformed requests, and writes `results/serve_clients.json`. Needs the pip packages openai and
 litellm, and curl.
 """
 
@@ -120,6 +120,46 @@ def checks(base: str, model: str) -> dict[str, str]:
         listed = reply.choices[0].logprobs.content
         return len(listed) == 24 and all(t.logprob == t.top_logprobs[0].logprob for t in listed)
 
+    def streamed_logprobs() -> bool:
+        asked = {**plain, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+        choices = [p.choices[0] for p in ask(**asked, stream=True)]
+        (whole,) = ask(**asked).choices
+        listed = [token for c in choices if c.logprobs for token in c.logprobs.content]
+        early = sum(1 for c in choices if c.delta.content and c.logprobs)
+        pairs = list(zip(listed, whole.logprobs.content, strict=True))  # equal but for rounding
+        alike = all(a.token == b.token and abs(a.logprob - b.logprob) < 0.05 for a, b in pairs)
+        return early > 1 and alike and all(len(t.top_logprobs) == 3 for t in listed)
+
+    def responses() -> bool:
+        asked = {"model": model, "input": QUESTION["content"], "max_output_tokens": 24}
+        reply = client.responses.create(**asked, temperature=0)
+        said = [QUESTION, *reply.output, QUESTION]
+        more = client.responses.create(**{**asked, "input": said}, temperature=0)
+        held = more.usage.input_tokens_details.cached_tokens
+        return bool(reply.output_text and more.output_text and held > reply.usage.input_tokens)
+
+    def streamed_responses() -> bool:
+        asked = {"model": model, "input": QUESTION["content"], "max_output_tokens": 24}
+        events = list(client.responses.create(**asked, temperature=0, stream=True))
+        text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+        whole = client.responses.create(**asked, temperature=0)
+        return bool(text and text == events[-1].response.output_text == whole.output_text)
+
+    def tools_of_responses() -> bool:
+        flat = {"type": "function", **WEATHER["function"]}
+        asked = {"model": model, "input": [QUESTION], "tools": [flat], "tool_choice": "required"}
+        whole = client.responses.create(**asked, temperature=0)
+        with client.responses.stream(**asked, temperature=0) as stream:
+            told = stream.get_final_response()
+        (called,), (again,) = (
+            [i for i in reply.output if i.type == "function_call"] for reply in (whole, told)
+        )
+        given = {"type": "function_call_output", "call_id": called.call_id, "output": "Rain."}
+        said = [QUESTION, *whole.output, given]
+        after = client.responses.create(model=model, input=said, tools=[flat], max_output_tokens=8)
+        city = json.loads(called.arguments)["city"]
+        return isinstance(city, str) and called.arguments == again.arguments and bool(after.output)
+
     def cancelled() -> bool:
         stream = ask(**{**plain, "max_tokens": 1000}, stream=True)
         next(iter(stream))
@@ -156,8 +196,8 @@ def checks(base: str, model: str) -> dict[str, str]:
         return False
 
     asked: tuple[Callable[[], bool], ...] = (
-        whole, streamed, schema, tools, logprobs, cancelled, completion, with_litellm, with_curl,
-        refused,
+        whole, streamed, schema, tools, logprobs, streamed_logprobs, responses, streamed_responses,
+        tools_of_responses, cancelled, completion, with_litellm, with_curl, refused,
     )  # fmt: skip
     found = {}
     for check in asked:
