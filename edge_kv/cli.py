@@ -15,7 +15,7 @@ import select
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import TextWrapper
@@ -1019,16 +1019,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
     try:
         if file is not None:
-            text = clean_text(file.read_bytes())
+            text = clean_text(_content(file))
         elif prompt is not None and prompt != "-":
             piped = clean_text(_piped())
             text = "\n\n".join(t for t in (clean_text(prompt), piped) if t.strip())
         elif prompt is None and sys.stdin.isatty():
             return None
         else:
-            text = clean_text(sys.stdin.buffer.read())
+            text = clean_text(_content())
     except OSError as e:
-        raise PromptError(f"Cannot read {file}: {e.strerror}.") from e
+        raise PromptError(f"Cannot read {file or 'standard input'}: {e.strerror}.") from e
     if not text.strip():
         raise PromptError("The prompt is empty; give some text.")
     return text
@@ -1062,14 +1062,22 @@ def _piped() -> bytes:
         buffer = getattr(sys.stdin, "buffer", None)
         return buffer.read() if buffer and not sys.stdin.isatty() else b""
     if stat.S_ISREG(mode):
-        return sys.stdin.buffer.read()
+        return _content()
     if not stat.S_ISFIFO(mode):
         return b""
     waits = os.name == "posix"  # elsewhere a pipe cannot be waited for
     if waits and not select.select([sys.stdin], [], [], _PIPE_SECONDS)[0]:
         _say("Nothing came through the pipe on stdin; answering the prompt alone.")
         return b""
-    return sys.stdin.buffer.read()
+    return _content()
+
+
+def _content(path: Path | None = None) -> bytes:
+    """What a file of the user's holds, or stdin, up to the length of any text."""
+    from edge_kv.files import read_bounded
+
+    with path.open("rb") if path else nullcontext(sys.stdin.buffer) as f:
+        return read_bounded(f)
 
 
 def _grammar(schema: Path | None, regex: str | None, lark: Path | None) -> Grammar | None:
@@ -1080,11 +1088,12 @@ def _grammar(schema: Path | None, regex: str | None, lark: Path | None) -> Gramm
         raise ConfigError("Give one of --json-schema, --regex and --grammar.")
     try:
         if schema:
-            return Grammar.json_schema(schema.read_text(encoding="utf-8"))
+            return Grammar.json_schema(_content(schema).decode())
         if lark:
-            return Grammar.lark(lark.read_text(encoding="utf-8"))
+            return Grammar.lark(_content(lark).decode())
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"Cannot read {schema or lark} ({e}).") from e
+        why = e.strerror if isinstance(e, OSError) else e
+        raise ConfigError(f"Cannot read {schema or lark} ({why}).") from e
     return Grammar.regex(regex) if regex is not None else None
 
 
@@ -1102,7 +1111,7 @@ def _tools(path: Path) -> tuple[Tool, ...]:
     from edge_kv.runtime.messages import Tool
 
     try:
-        listed = json.loads(path.read_bytes())
+        listed = json.loads(_content(path))
     except (OSError, ValueError, RecursionError) as e:
         why = e.strerror if isinstance(e, OSError) else f"it is not JSON: {e}"
         raise ConfigError(f"Cannot read the tools in {path} ({why}).") from e

@@ -9,6 +9,7 @@ terminal, a pipe, /dev/null) is written to as it is: a rename would replace the 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -24,9 +25,24 @@ else:
     import fcntl
 
 
+_LONGEST_TEXT = 64 << 20  # bytes: more than a million tokens
+
+
 def unfinished(out: Path) -> Path:
     """Where an export to `out` is kept until it is finished."""
     return out.parent / f".{out.name}.part"
+
+
+def read_bounded(file: BinaryIO) -> bytes:
+    """All of a text from outside, which may be a device or a pipe that never ends.
+
+    Raises:
+        OSError: it is longer than any context.
+    """
+    content = file.read(_LONGEST_TEXT + 1)
+    if len(content) > _LONGEST_TEXT:
+        raise OSError(errno.EFBIG, f"it holds more than {_LONGEST_TEXT >> 20} MiB")
+    return content
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ def clean_text(text: str | bytes, what: str = "prompt") -> str:
     return decoded.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
+class _Panic(Exception):
+    """The Rust side of tokenizers gave up."""
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Turn a panic, which is a BaseException of a class that cannot be imported, into `_Panic`."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__module__ != "pyo3_runtime":
+            raise
+        raise _Panic(" ".join(str(e).split())[:160]) from e
+
+
 class Tokenizer:
     """A `tokenizers` file with the special ids of its model."""
 
@@ -50,7 +66,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as Engine
 
         try:
-            self._engine: Any = _within(Engine.from_file(str(path)), rows)
+            with _no_panic():
+                self._engine: Any = _within(Engine.from_file(str(path)), rows)
             self._engine.no_truncation()  # lengths of a training, which are no prompt's
             self._engine.no_padding()
         except Exception as e:  # tokenizers raises plain Exception for anything it cannot read
@@ -109,10 +126,17 @@ class Tokenizer:
         brings it or the model was trained without one.
 
         Raises:
-            PromptError: `text` holds half of a surrogate pair.
+            PromptError: `text` holds half of a surrogate pair, or the tokenizer's rules for
+                splitting text give up on it.
         """
         try:
-            ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
+            with _no_panic():
+                ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
+        except _Panic as e:
+            raise PromptError(
+                f"The tokenizer of this model gives up on the prompt ({e}); shorten it, or use the "
+                "tokenizer of another checkpoint."
+            ) from e
         except (UnicodeError, TypeError) as e:  # what tokenizers says of a lone surrogate
             raise PromptError(
                 "The prompt is not UTF-8 text (a lone surrogate); convert it first."

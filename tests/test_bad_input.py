@@ -524,6 +524,7 @@ CASES = [
     Case("prompt", "nothing", "run DIR/art", artifact()),
     Case("prompt", "a prompt and a file", f"{RUN} --file DIR/art/ple.bin", artifact()),
     Case("prompt", "a file that does not exist", "run DIR/art --file DIR/prompt.txt", artifact()),
+    Case("prompt", "a file that never ends", "run DIR/art --file /dev/zero", artifact()),
     Case("prompt", "bytes that are no text", "run DIR/art", artifact(), b"caf\xe9"),
     Case(
         "prompt", "more than the context",

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 from fake_artifact import write_artifact
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
-from edge_kv.errors import PromptError
+from edge_kv.errors import ArtifactError, PromptError
 from edge_kv.runtime.text import TextStream, Tokenizer, clean_text
 
 SPECIALS = ["<eos>", "<bos>", "<mark>"]
@@ -135,3 +135,19 @@ def test_added_tokens_without_a_row_are_ordinary_text(fallback, tmp_path):
     assert limited.encode("a<image>b") == fallback.encode("a<image>b")
     assert max(limited.encode("a<image>b")) < rows
     assert limited.special == fallback.special
+
+
+def test_rules_that_give_up_on_a_text_are_one_sentence(tmp_path):
+    """The Rust side panics with a class of its own that is no Exception."""
+    engine = Engine(models.BPE({"a": 0, "b": 1}, []))
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", bos_id=None)
+    assert tokenizer.encode("aab") == [0, 0, 1]
+    with pytest.raises(PromptError, match=r"gives up on the prompt \(Onig: .*\); shorten it"):
+        tokenizer.encode("a" * 5000 + "b")
+    text = json.loads((tmp_path / "tokenizer.json").read_text())
+    text["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(ArtifactError, match=r"is not a tokenizer .*Precompiled"):
+        Tokenizer(tmp_path / "tokenizer.json", bos_id=None)
