@@ -72,6 +72,9 @@ class Device(Protocol):
         """End the connection."""
 
 
+_FULL = ("No space left", "Disk quota exceeded")
+
+
 def checked(device: Device, script: str, doing: str) -> str:
     """What a script that has to succeed prints.
 
@@ -87,7 +90,7 @@ def checked(device: Device, script: str, doing: str) -> str:
 def failure(device: Device, done: Finished, doing: str) -> DeployError:
     """The error for a script that failed while `doing` something on `device`."""
     words = done.last_words
-    if "No space left" in done.err or "No space left" in done.out:
+    if any(full in said for full in _FULL for said in (done.err, done.out)):
         return DeployError(
             f"The disk of {device.name} is full ({doing}); free some space there, or name a "
             "directory on another disk."

@@ -282,6 +282,7 @@ BAD_GGUF = [
     ("gemma3", {"gemma3.rope.scaling.factor": -2.0}, "expected a number from 0"),
     ("gemma3", {"gemma3.rope.scaling.factor": float("nan")}, "expected a finite number"),
     ("gemma3", {"gemma3.attention.layer_norm_rms_epsilon": 0.0}, "norm_eps 0 must be"),
+    ("gemma3", {"gemma3.attention.key_length": 0}, "key_length is 0, expected a whole"),
     ("gemma3", {"gemma3.attention.head_count": 0}, "must be a positive multiple"),
     ("gemma3", {"tokenizer.ggml.eos_token_id": 128}, "eos_ids[0] 128 is not a token id below"),
     ("26b", {"gemma4.expert_used_count": 9}, "top_k 9 must be from 1 to the 8 experts"),

@@ -120,6 +120,8 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
     kv_heads = _or(fields, "attention.head_count_kv", heads)
     hidden = fields.integer("embedding_length")
     head_dim = _or(fields, "attention.key_length", hidden // max(heads, 1))
+    if head_dim < 1:
+        raise fields.fault("attention.key_length", "a whole number from 1")
     fields.refuse_unless("attention.value_length", head_dim)
     fields.refuse_unless("rope.dimension_count", head_dim)
     factor = reading.gguf_rope_factor(fields)
