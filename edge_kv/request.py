@@ -183,7 +183,7 @@ def check_output(out: Path, needed: int, unfinished: int = 0) -> None:
     Raises:
         ExportError: it exists, its parent cannot be written, or the disk is too small.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():  # a link to nothing too: a rename does not replace it
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

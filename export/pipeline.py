@@ -140,7 +140,7 @@ def export_model(
         )
     changes = parse_changes(store)
     scheme, formats = storage(quant, (), {}, changes)
-    if out.exists():
+    if out.exists() or out.is_symlink():  # a link to nothing too: a rename does not replace it
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
     source = open_model(models.get_row(model) if model else None, weights, formats)
     config = source.config
@@ -296,7 +296,10 @@ class _Job:
                 path.unlink()
             write_record(held, request)
         except OSError as e:
-            raise ExportError(f"Cannot write beside {self.out} ({e.strerror}).") from e
+            raise ExportError(
+                f"The unfinished export {self.root} cannot be used ({e.strerror or e}); remove it, "
+                "or choose another --out."
+            ) from e
 
     def _write(self) -> _Written:
         """Weights of every backend, per-layer rows, tokenizer."""

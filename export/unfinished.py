@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -43,7 +44,13 @@ def sole_exporter(out: Path) -> Iterator[None]:
         return
     path = out.parent / f".{out.name}.lock"
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as e:
+            raise _no_lock(path, e.strerror) from e
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            os.close(lock)
+            raise _no_lock(path, "it is no file")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The one before may have removed the file between our two calls.
@@ -65,6 +72,13 @@ def sole_exporter(out: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(lock)
+
+
+def _no_lock(path: Path, why: str) -> ExportError:
+    return ExportError(
+        f"{path}, which says who exports, cannot be used ({why}); remove it, or choose another "
+        "--out."
+    )
 
 
 def _is(path: Path, descriptor: int) -> bool:

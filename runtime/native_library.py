@@ -276,6 +276,9 @@ def _shipped(machine: str) -> Path | None:
     return library
 
 
+_failed: dict[Path, str] = {}  # what could not be built: a process tries once
+
+
 def build(
     name: str,
     sources: dict[str, tuple[str, ...]],
@@ -300,15 +303,20 @@ def build(
     folder = cache_folder("native")
     target = folder / f"{name}-{_digest(compiler, units, link)}{suffix}"
     if not _whole(target):
+        if target in _failed:
+            raise RuntimeFault(_failed[target])
         try:
             with locked(folder / "build.lock"):
                 if not _whole(target):
                     _compile(compiler, units, link, target)
-        except OSError as e:
-            raise RuntimeFault(
-                f"Native code cannot be compiled into {folder} ({e.strerror}); free some space, "
-                f"or set {CACHE_VARIABLE} to a directory that can be written."
-            ) from e
+        except (OSError, RuntimeFault) as e:
+            _failed[target] = str(e)
+            if isinstance(e, OSError):
+                _failed[target] = (
+                    f"Native code cannot be compiled into {folder} ({e.strerror}); free some "
+                    f"space, or set {CACHE_VARIABLE} to a directory that can be written."
+                )
+            raise RuntimeFault(_failed[target]) from e
     require_own(target)
     return target
 

@@ -262,6 +262,9 @@ def test_export_looks_at_the_target_before_it_downloads(monkeypatch, tmp_path):
     args = ["export", "--model", "e2b", "--ctx", "4k", "--out"]
     result = invoke(*args, tmp_path / "there")
     assert result.exit_code == 1 and "already exists" in result.stderr
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")  # a directory cannot be renamed to it
+    result = invoke(*args, tmp_path / "link")
+    assert result.exit_code == 1 and "already exists" in result.stderr
     (tmp_path / "file").write_text("")
     result = invoke(*args, tmp_path / "file" / "art")
     assert result.exit_code == 1 and "Cannot write in" in result.stderr

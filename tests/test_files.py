@@ -158,6 +158,7 @@ def test_a_cache_that_may_not_be_looked_into_is_a_sentence(tmp_path):
 
 
 COMPILER = """#!/bin/sh
+echo called >> {calls}
 echo "/tmp/ccx.s: Fatal error: can't write 12 bytes to section .text of x.o: '{said}'"
 exit 1
 """
@@ -166,7 +167,7 @@ exit 1
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_is_full_while_compiling_is_said_with_its_place(tmp_path, monkeypatch, code):
     compiler = tmp_path / "cxx"
-    compiler.write_text(COMPILER.format(said=os.strerror(code)))
+    compiler.write_text(COMPILER.format(said=os.strerror(code), calls=tmp_path / "calls"))
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
@@ -175,3 +176,7 @@ def test_a_disk_that_is_full_while_compiling_is_said_with_its_place(tmp_path, mo
     assert f"cannot be compiled into {tmp_path / 'cache'}" in str(e.value)
     assert f"({os.strerror(code)}); free some space" in str(e.value)
     assert sorted(p.name for p in (tmp_path / "cache" / "native").iterdir()) == ["build.lock"]
+    calls = (tmp_path / "calls").read_text()
+    with pytest.raises(RuntimeFault, match="free some space"):  # and not a minute later once more
+        native_library.build("toy", {"weights.cpp": ()}, (), suffix=".so")
+    assert (tmp_path / "calls").read_text() == calls

@@ -162,6 +162,15 @@ def test_one_exporter_for_a_target(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("none", path)])
+def test_what_stands_where_the_lock_belongs_is_refused_by_name(tmp_path, make):
+    make(tmp_path / ".out.lock")
+    with pytest.raises(ExportError) as error, sole_exporter(tmp_path / "out"):
+        pass
+    assert f"{tmp_path / '.out.lock'}, which says who exports, cannot be used" in str(error.value)
+    assert os.listdir(tmp_path) == [".out.lock"]
+
+
 def test_a_killed_exporter_holds_nothing(tmp_path):
     out = tmp_path / "out"
     code = (
