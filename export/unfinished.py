@@ -47,7 +47,7 @@ def sole_exporter(out: Path) -> Iterator[None]:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as e:
-            raise _no_lock(path, e.strerror) from e
+            raise _no_lock(path, str(e.strerror)) from e
         if not stat.S_ISREG(os.fstat(lock).st_mode):
             os.close(lock)
             raise _no_lock(path, "it is no file")
