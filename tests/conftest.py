@@ -1,5 +1,8 @@
 """What tests share: a cache directory of their own, and one export of tiny."""
 
+import os
+import shutil
+
 import pytest
 from filelock import FileLock
 
@@ -38,6 +41,21 @@ def compiler():
     if lack := lack_of_onnx_operators():
         pytest.skip(lack)
     build_onnx_operators()  # here, so that no test shows the progress of it
+
+
+@pytest.fixture(scope="session")
+def compiled(cache_home):
+    """Gives a cache of a test's own what this run has compiled, which takes a minute otherwise."""
+    with pytest.MonkeyPatch.context() as patch:  # also where the test has named its cache already
+        patch.setenv("EDGE_KV_CACHE", str(cache_home))
+        if not lack_of_onnx_operators():
+            build_onnx_operators()
+
+    def fill(cache):
+        if (cache_home / "native").exists():
+            shutil.copytree(cache_home / "native", cache / "native", copy_function=os.link)
+
+    return fill
 
 
 @pytest.fixture(scope="session")

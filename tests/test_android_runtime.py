@@ -11,6 +11,7 @@ import pytest
 from android_artifacts import VOCAB, export
 from android_host import DEMO, HostError, floats
 from fake_artifact import edit_manifest, write_artifact
+from tiny_models import FEWEST
 
 from edge_kv.artifact import read_artifact, sample_of, sha256_file
 from edge_kv.errors import EdgeKVError
@@ -24,8 +25,9 @@ from edge_kv.runtime.sampling import Sampler
 
 FAMILIES = {  # rings of 15 slots, strides of 4 and 16, two programs each
     "laguna": {"ctx": 300, "kv": "f16"},
-    "zaya-sliding": {"ctx": 300},
-    "deepseek_v4": {"ctx": 1100},  # rows of four positions are bound in prefixes of 256
+    "zaya-sliding": {"ctx": 300, **FEWEST["zaya-sliding"]},
+    # Rows of four positions are bound in prefixes of 256.
+    "deepseek_v4": {"ctx": 1100, **FEWEST["deepseek_v4"]},
 }
 
 

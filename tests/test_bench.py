@@ -26,6 +26,16 @@ def tiny(tiny_artifact):
     return tiny_artifact
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory, compiled):
+    """Of this worker alone: what one has filled, another would find."""
+    folder = tmp_path_factory.mktemp("cache")
+    compiled(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_KV_CACHE", str(folder))
+        yield
+
+
 @pytest.fixture(scope="module")
 def document(tiny):
     return module.bench(read_artifact(tiny), DEPTHS, threads=1, prompt=64, tokens=6, repeats=2)
@@ -121,7 +131,8 @@ def test_a_second_run_takes_up_the_snapshots(tiny, document):
     assert again["runs"][0]["filled"] == "kept from an earlier run"
 
 
-def test_random_rows_fill_a_depth(tiny, tmp_path, monkeypatch):
+def test_random_rows_fill_a_depth(tiny, tmp_path, monkeypatch, compiled):
+    compiled(tmp_path)
     monkeypatch.setenv("EDGE_KV_CACHE", str(tmp_path))
     found = module.bench(
         read_artifact(tiny), [512], threads=1, prompt=8, tokens=2, repeats=1, cache=False,

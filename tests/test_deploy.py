@@ -125,7 +125,8 @@ def deploy(root, board, folder, *args):
 BENCH = ("--ctx", "16", "--tokens", "4", "--repeats", "1")
 
 
-def test_a_board_gets_runtime_and_artifact_and_sends_its_measurements(board, tmp_path):
+def test_a_board_gets_runtime_and_artifact_and_sends_its_measurements(board, tmp_path, compiled):
+    compiled(board.path.parent / "cache")
     root, folder = write_artifact(tmp_path / "toy"), tmp_path / "device"
     result = deploy(root, board, folder, *BENCH, "--json", str(tmp_path / "out.json"))
     assert result.exit_code == 0, result.output

@@ -23,16 +23,6 @@ CTX, CHUNK = 200, 16  # windows of 64: rings of 79 slots wrap twice
 ENGINES = ("onnx", "executorch")
 SHIPPED = {"model": "tiny", "quant": "int4", "kv": "int8"}
 FLOATS = {"quant": "none", "kv": "f32"}
-# Windows of 8 beside blocks of 4 and of 16 positions, and beside convolutions over 2: the fewest
-# layers that have them.
-OTHERS = {
-    "deepseek_v4": {
-        "num_hidden_layers": 3,
-        "layer_types": [tiny_models.SLIDING, tiny_models.SPARSE, tiny_models.DENSE],
-        "mlp_layer_types": ["hash_moe", "moe", "moe"],
-    },
-    "zaya-sliding": {"num_hidden_layers": 2, "layer_types": ["hybrid", "hybrid_sliding"]},
-}
 
 
 def exported(folder, **how):
@@ -47,14 +37,14 @@ def shipped(tmp_path_factory):
     return exported(tmp_path_factory.mktemp("drafts"), **SHIPPED)
 
 
-@pytest.fixture(scope="module", params=["tiny", *OTHERS])
+@pytest.fixture(scope="module", params=["tiny", *tiny_models.FEWEST])
 def made(request, tmp_path_factory):
     if request.param == "tiny":
         return request.getfixturevalue("shipped")
     folder = tmp_path_factory.mktemp(request.param)
     config, model, fields = tiny_models.ROWS[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        cut = (config, model, fields | OTHERS[request.param])
+        cut = (config, model, fields | tiny_models.FEWEST[request.param])
         patch.setitem(tiny_models.ROWS, "cut", cut)
         tiny_models.tiny("cut").save_pretrained(folder / "hf")
     return exported(folder, weights=str(folder / "hf"), **FLOATS)

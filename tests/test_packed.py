@@ -83,8 +83,9 @@ def test_every_packed_piece_is_aligned_and_prefill_shares_the_file(tiny, home):
 
 
 @pytest.mark.usefixtures("compiler")
-def test_with_native_operators_nothing_is_packed(tiny, home):
+def test_with_native_operators_nothing_is_packed(tiny, home, compiled):
     """They read weights as they were exported: a first start is like any other."""
+    compiled(home.parent)
     plain = run(tiny, "onnx", cache=False)
     np.testing.assert_array_equal(run(tiny, "onnx"), plain)
     assert [p.name for p in home.parent.iterdir()] == ["native"]

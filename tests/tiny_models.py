@@ -140,6 +140,16 @@ ROWS = {
     "deepseek_v4": (hf.DeepseekV4Config, hf.DeepseekV4ForCausalLM, _V4),
 }
 NAMES = (*GEMMA, *ROWS)
+# Windows of 8 beside blocks of 4 and of 16 positions, and beside convolutions over 2: the fewest
+# layers that have them.
+FEWEST = {
+    "deepseek_v4": {
+        "num_hidden_layers": 3,
+        "layer_types": [SLIDING, SPARSE, DENSE],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    },
+    "zaya-sliding": {"num_hidden_layers": 2, "layer_types": ["hybrid", "hybrid_sliding"]},
+}
 
 
 def tiny(name: str, seed: int = 0) -> hf.PreTrainedModel:
