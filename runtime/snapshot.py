@@ -168,6 +168,8 @@ def verified(path: Path, identity: Identity, plan: Plan) -> Iterator[Held]:
         SnapshotError: missing, cut off, changed, or of another version, model or plan.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise _no_snapshot(path)
         file = path.open("rb")
     except OSError as e:
         raise SnapshotError(f"Cannot open the snapshot {path}: {e.strerror}.") from e
@@ -181,12 +183,16 @@ def verified(path: Path, identity: Identity, plan: Plan) -> Iterator[Held]:
         yield Held(file, plan, tokens, written, note if isinstance(note, dict) else {}, kept)
 
 
+def _no_snapshot(path: Path) -> SnapshotError:
+    return SnapshotError(f"{path} is not an edge-kv snapshot; give a file `--snapshot` wrote.")
+
+
 def _verify(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """Check framing and digest: the header and the bytes of all sections, `file` at the first."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
-        raise SnapshotError(f"{path} is not an edge-kv snapshot; give a file `--snapshot` wrote.")
+        raise _no_snapshot(path)
     _, version, length = _PREFIX.unpack(prefix)
     if version != VERSION:
         raise SnapshotError(

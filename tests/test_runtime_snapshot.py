@@ -1,9 +1,11 @@
 """Snapshot files: bit-equal in another process, refused when anything is not as it was."""
 
+import os
 import struct
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +182,10 @@ def test_paths_that_cannot_be_used(artifacts, tmp_path):
     with pytest.raises(SnapshotError, match="Cannot write"):
         session.snapshot(tmp_path / "taken")
     assert not list(tmp_path.glob("*.part"))
+    os.mkfifo(tmp_path / "pipe")  # that nobody writes to
+    for path in (tmp_path / "pipe", tmp_path / "taken", Path("/dev/zero")):
+        with pytest.raises(SnapshotError, match=f"{path} is not an edge-kv snapshot"):
+            session.restore(path)
 
 
 def test_a_failed_write_keeps_the_old_snapshot(artifacts, taken, monkeypatch):
