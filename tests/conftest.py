@@ -1,6 +1,5 @@
 """What tests share: a cache directory of their own, and one export of tiny."""
 
-import os
 import shutil
 
 import pytest
@@ -35,27 +34,31 @@ def cache_home(tmp_path_factory):
         yield home
 
 
+@pytest.fixture(scope="session")
+def compiled(cache_home):
+    """Builds the native operators, where that can be; gives them to a cache of a test's own, which
+    takes a minute otherwise.
+    """
+    files = []
+    if not lack_of_onnx_operators():
+        with pytest.MonkeyPatch.context() as patch:  # a test may have named its cache already
+            patch.setenv("EDGE_KV_CACHE", str(cache_home))
+            library = build_onnx_operators()
+        files = list(library.parent.glob(f"{library.name}*"))  # and its record
+
+    def fill(cache):
+        (cache / "native").mkdir(parents=True)
+        for path in files:
+            shutil.copy(path, cache / "native")
+
+    return fill
+
+
 @pytest.fixture
-def compiler():
+def compiler(compiled):
     """For tests of what is said and measured where the native operators run: they are built."""
     if lack := lack_of_onnx_operators():
         pytest.skip(lack)
-    build_onnx_operators()  # here, so that no test shows the progress of it
-
-
-@pytest.fixture(scope="session")
-def compiled(cache_home):
-    """Gives a cache of a test's own what this run has compiled, which takes a minute otherwise."""
-    with pytest.MonkeyPatch.context() as patch:  # also where the test has named its cache already
-        patch.setenv("EDGE_KV_CACHE", str(cache_home))
-        if not lack_of_onnx_operators():
-            build_onnx_operators()
-
-    def fill(cache):
-        if (cache_home / "native").exists():
-            shutil.copytree(cache_home / "native", cache / "native", copy_function=os.link)
-
-    return fill
 
 
 @pytest.fixture(scope="session")
