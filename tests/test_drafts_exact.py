@@ -42,11 +42,8 @@ def made(request, tmp_path_factory):
     if request.param == "tiny":
         return request.getfixturevalue("shipped")
     folder = tmp_path_factory.mktemp(request.param)
-    config, model, fields = tiny_models.ROWS[request.param]
-    with pytest.MonkeyPatch.context() as patch:
-        cut = (config, model, fields | tiny_models.FEWEST[request.param])
-        patch.setitem(tiny_models.ROWS, "cut", cut)
-        tiny_models.tiny("cut").save_pretrained(folder / "hf")
+    cut = tiny_models.tiny(request.param, **tiny_models.FEWEST[request.param])
+    cut.save_pretrained(folder / "hf")
     return exported(folder, weights=str(folder / "hf"), **FLOATS)
 
 

@@ -152,11 +152,15 @@ FEWEST = {
 }
 
 
-def tiny(name: str, seed: int = 0) -> hf.PreTrainedModel:
-    """The tiny model `name` in f32, eval mode, eager attention."""
+def tiny(name: str, seed: int = 0, **changes: object) -> hf.PreTrainedModel:
+    """The tiny model `name` in f32, eval mode, eager attention.
+
+    `changes` are fields of its config, for rows of ROWS.
+    """
     if name in GEMMA:
         return tiny_hf(name, seed, eos_token_id=[1, 2])
     config, model, fields = ROWS[name]
+    fields = fields | changes
     made = model(config(**fields, attn_implementation="eager")).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
