@@ -174,6 +174,16 @@ def check_packages(backends: Iterable[str], weights: str) -> None:
             )
 
 
+def check_new(out: Path) -> None:
+    """Refuse a target that exists; a link to nothing does too, since a rename does not replace it.
+
+    Raises:
+        ExportError: it exists.
+    """
+    if os.path.lexists(out):
+        raise ExportError(f"{out} already exists; remove it or choose another --out.")
+
+
 def check_output(out: Path, needed: int, unfinished: int = 0) -> None:
     """Refuse a target that cannot be written or has no room for `needed` bytes.
 
@@ -183,8 +193,7 @@ def check_output(out: Path, needed: int, unfinished: int = 0) -> None:
     Raises:
         ExportError: it exists, its parent cannot be written, or the disk is too small.
     """
-    if out.exists() or out.is_symlink():  # a link to nothing too: a rename does not replace it
-        raise ExportError(f"{out} already exists; remove it or choose another --out.")
+    check_new(out)
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ExportError(f"Cannot write in {parent}; choose another --out.")

@@ -73,6 +73,7 @@ from edge_kv.parity import Scores
 from edge_kv.plan import Plan
 from edge_kv.ple import PleTable
 from edge_kv.progress import Progress, Silent
+from edge_kv.request import check_new
 from edge_kv.tensors import AUTO, KEPT, parse_changes, storage
 from edge_kv.weights.files import identity
 from edge_kv.weights.source import Generation
@@ -140,8 +141,7 @@ def export_model(
         )
     changes = parse_changes(store)
     scheme, formats = storage(quant, (), {}, changes)
-    if out.exists() or out.is_symlink():  # a link to nothing too: a rename does not replace it
-        raise ExportError(f"{out} already exists; remove it or choose another --out.")
+    check_new(out)
     source = open_model(models.get_row(model) if model else None, weights, formats)
     config = source.config
     plan = models.plan(config, ctx=ctx, chunk=chunk, kv=kv, drafts=drafts)

@@ -309,13 +309,14 @@ def build(
             with locked(folder / "build.lock"):
                 if not _whole(target):
                     _compile(compiler, units, link, target)
-        except (OSError, RuntimeFault) as e:
+        except RuntimeFault as e:
             _failed[target] = str(e)
-            if isinstance(e, OSError):
-                _failed[target] = (
-                    f"Native code cannot be compiled into {folder} ({e.strerror}); free some "
-                    f"space, or set {CACHE_VARIABLE} to a directory that can be written."
-                )
+            raise
+        except OSError as e:
+            _failed[target] = (
+                f"Native code cannot be compiled into {folder} ({e.strerror}); free some space, "
+                f"or set {CACHE_VARIABLE} to a directory that can be written."
+            )
             raise RuntimeFault(_failed[target]) from e
     require_own(target)
     return target

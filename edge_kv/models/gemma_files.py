@@ -425,9 +425,7 @@ def _uniform(fields: Fields, key: str, layers: range | list[int], n_layers: int)
 
 
 def _head_dim(fields: Fields, suffix: str) -> int:
-    dim = fields.integer(f"attention.key_length{suffix}")
-    if dim < 1:
-        raise fields.fault(f"attention.key_length{suffix}", "a whole number from 1")
+    dim = fields.integer(f"attention.key_length{suffix}", least=1)
     fields.refuse_unless(f"attention.value_length{suffix}", dim)
     return dim
 

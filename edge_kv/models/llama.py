@@ -101,8 +101,8 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
     )
 
 
-def _or(fields: Fields, key: str, otherwise: int) -> int:
-    return otherwise if fields.get(key) is None else fields.integer(key)
+def _or(fields: Fields, key: str, otherwise: int, least: int | None = None) -> int:
+    return otherwise if fields.get(key) is None else fields.integer(key, least)
 
 
 def read_gguf(file: GGUFFile, where: str) -> Config:
@@ -119,9 +119,7 @@ def read_gguf(file: GGUFFile, where: str) -> Config:
     heads = fields.integer("attention.head_count")
     kv_heads = _or(fields, "attention.head_count_kv", heads)
     hidden = fields.integer("embedding_length")
-    head_dim = _or(fields, "attention.key_length", hidden // max(heads, 1))
-    if head_dim < 1:
-        raise fields.fault("attention.key_length", "a whole number from 1")
+    head_dim = _or(fields, "attention.key_length", hidden // max(heads, 1), least=1)
     fields.refuse_unless("attention.value_length", head_dim)
     fields.refuse_unless("rope.dimension_count", head_dim)
     factor = reading.gguf_rope_factor(fields)

@@ -134,8 +134,10 @@ class States:
         """The rows of the session, for which others go; None where they never fit."""
 
         def fits(copies: list[Copy]) -> bool:
+            if self._ram is None:
+                return True
             more = self._session.copy_bytes(copies) + TOKEN_BYTES * self._session.pos
-            return self._ram is None or _ram_of(copies) + more <= self._ram
+            return _ram_of(copies) + more <= self._ram
 
         stays = [returning.rows] if returning and returning.rows else []
         if not fits(stays):

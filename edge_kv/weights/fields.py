@@ -36,10 +36,12 @@ class Fields:
         value = self.values.get(self.prefix + key)
         return self._defaults.get(key) if value is None else value
 
-    def integer(self, key: str) -> int:
+    def integer(self, key: str, least: int | None = None) -> int:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.fault(key, "a whole number")
+        if least is not None and value < least:
+            raise self.fault(key, f"a whole number from {least}")
         return value
 
     def number(self, key: str) -> float:
@@ -60,12 +62,7 @@ class Fields:
 
     def count(self, key: str) -> int | None:
         """A whole number from 0, None when absent."""
-        if self.get(key) is None:
-            return None
-        value = self.integer(key)
-        if value < 0:
-            raise self.fault(key, "a whole number from 0")
-        return value
+        return None if self.get(key) is None else self.integer(key, least=0)
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
