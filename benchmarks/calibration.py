@@ -19,13 +19,13 @@ from common import MODELS, gguf_path, read_result, read_text, run_main, say, sho
 
 from edge_kv import models
 from edge_kv.artifact import Artifact, read_artifact
+from edge_kv.cli.terminal import Bar
 from edge_kv.export import export_model
 from edge_kv.export.weight_file import WeightLayout
 from edge_kv.models.checkpoint import recorded_config
 from edge_kv.reference import float_reference
 from edge_kv.runtime import Tokenizer, load
 from edge_kv.runtime.evaluate import evaluate, readable
-from edge_kv.terminal import Bar
 
 WINDOW, WINDOWS = 512, 4
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_kv.artifact import read_artifact
+from edge_kv.cli.terminal import Bar
 from edge_kv.errors import EdgeKVError
 from edge_kv.export import export_model
 from edge_kv.runtime import Session, Tokenizer, load
 from edge_kv.runtime.bench import Job, fill_depths, snapshot_path
-from edge_kv.terminal import Bar
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("edge-kv", "numpy", "onnxruntime", "torch", "transformers")

@@ -19,11 +19,11 @@ import numpy as np
 from common import each_alone, run_main, say, show, write_result
 
 from edge_kv import models
+from edge_kv.cli.terminal import Bar
 from edge_kv.export import export_model
 from edge_kv.models.gemma import Config
 from edge_kv.models.model import Row
 from edge_kv.runtime import Session, load, read_memory
-from edge_kv.terminal import Bar
 
 CONTEXTS = (4096, 32_768, 131_072)
 RUNS = {"executorch": "native", "executorch-python": "portable"}  # engine -> attention

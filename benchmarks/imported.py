@@ -24,13 +24,13 @@ from gguf.quants import dequantize, quantize
 
 from edge_kv import models
 from edge_kv.artifact import read_artifact
+from edge_kv.cli.terminal import Bar
 from edge_kv.export import export_model
 from edge_kv.export.weight_file import StoredWeights, WeightLayout
 from edge_kv.formats import dequantise, unpack
 from edge_kv.models.checkpoint import open_checkpoint
 from edge_kv.runtime import Tokenizer, load
 from edge_kv.runtime.evaluate import evaluate, readable
-from edge_kv.terminal import Bar
 
 KIND = GGMLQuantizationType.Q4_0
 WINDOW, WINDOWS, CTX = 512, 2, 1024

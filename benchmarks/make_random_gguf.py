@@ -26,7 +26,7 @@ from gguf import (
 from gguf.quants import quantize
 from make_random_checkpoint import MODELS, Tensor, make_config, tensors, values
 
-from edge_kv.terminal import Bar
+from edge_kv.cli.terminal import Bar
 
 # Hugging Face's part of a name, and llama.cpp's.
 NAMES = {

@@ -45,8 +45,8 @@ BOARDS = {"Pi 4, 4 GB": 4 << 30, "Pi 5, 8 GB": 8 << 30}
 SYSTEM_BYTES = 600 << 20  # what Raspberry Pi OS without a desktop and an ssh login leave less
 BOARD_MODELS = ("gemma3-270m", "gemma3-1b", "e2b", "e4b")
 CONTEXTS = {"32k": 32_768, "128k": 131_072}
-ROOMS = ("edge_kv", "edge_kv/weights", "export", "runtime", "runtime/native",
-         "benchmarks", "tests")  # fmt: skip
+ROOMS = ("edge_kv", *(f"edge_kv/{room}" for room in ("cli", "models", "nets", "serve", "weights")),
+         "export", "runtime", "runtime/native", "benchmarks", "tests")  # fmt: skip
 _PART = re.compile(r"(<!-- generated: ([\w, -]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 

@@ -36,11 +36,11 @@ from full_size import PEER, ours, peer, summarise
 from imported import Peer, stored
 
 from edge_kv.artifact import Artifact, read_artifact
+from edge_kv.cli.terminal import Bar
 from edge_kv.export import export_model
 from edge_kv.reference import float_reference
 from edge_kv.runtime import Tokenizer, load
 from edge_kv.runtime.evaluate import windows
-from edge_kv.terminal import Bar
 
 CTX, WINDOW, WINDOWS = 8192, 512, 4
 ENGINES = ("onnx", "executorch")

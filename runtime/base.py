@@ -26,7 +26,8 @@ from edge_kv.runtime.meter import read_memory
 from edge_kv.runtime.native_library import build_onnx_operators, lack_of_onnx_operators
 
 COMMAND = (  # what `edge-kv run` imports
-    "edge_kv.cli", "edge_kv.repl", "edge_kv.runtime.text", "edge_kv.terminal", "numpy.random",
+    "edge_kv.cli", "edge_kv.cli.repl", "edge_kv.cli.terminal", "edge_kv.runtime.text",
+    "numpy.random",
 )  # fmt: skip
 _MODULES = {
     "onnx": "edge_kv.runtime.onnx_session",

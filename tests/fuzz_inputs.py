@@ -47,9 +47,9 @@ import edge_kv.export
 import edge_kv.runtime.onnx_session  # noqa: F401
 from edge_kv.artifact import read_artifact
 from edge_kv.cli import main
+from edge_kv.cli.terminal import Bar
 from edge_kv.errors import ExportError
 from edge_kv.runtime import packed
-from edge_kv.terminal import Bar
 
 LIMIT = 30  # seconds of processor time that one case may take
 WALL = 180  # seconds that it may take on a busy machine

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from edge_kv import models, runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.cli import app
+from edge_kv.cli.plots import plot_bench
 from edge_kv.errors import ArtifactError, ConfigError, RuntimeFault
 from edge_kv.needs import count_needs
-from edge_kv.plots import plot_bench
 from edge_kv.runtime import bench as module
 from edge_kv.tensors import stored_format, weight_formats
 
@@ -268,7 +268,7 @@ def test_what_would_lose_a_measurement_is_found_first(
 
 
 def test_a_missing_matplotlib_is_found_first(tiny, tmp_path, monkeypatch):
-    from edge_kv import plots
+    from edge_kv.cli import plots
 
     monkeypatch.setattr(module, "_ask", None)
     monkeypatch.setattr(plots, "find_spec", lambda _: None)

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from edge_kv import models, request
 from edge_kv.amounts import size
 from edge_kv.cli import app
+from edge_kv.cli.terminal import layers
 from edge_kv.tensors import weight_formats
-from edge_kv.terminal import layers
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_interrupt_is_exit_130(root, monkeypatch):
 
     monkeypatch.setattr("edge_kv.runtime.load", interrupted)
     result = invoke("run", root, "hi")
-    assert result.exit_code == 130 and result.stderr == "Interrupted.\n"
+    assert result.exit_code == 130 and result.stderr.splitlines()[-1] == "Interrupted."
 
 
 def interruptible():
@@ -418,7 +418,7 @@ def screen(output):
 
 STREAMED = """
 import sys, time
-from edge_kv.terminal import Stream
+from edge_kv.cli.terminal import Stream
 with Stream(lambda: "status here") as stream:
     for piece in sys.argv[1].split("|"):
         stream.write(piece)

@@ -389,7 +389,7 @@ def test_the_wheel_is_ours_and_the_same_every_time(tmp_path):
     assert one.read_bytes() == two.read_bytes()
     with zipfile.ZipFile(one) as wheel:
         names = set(wheel.namelist())
-        assert {"edge_kv/cli.py", "edge_kv/runtime/native/engine.h"} <= names
+        assert {"edge_kv/cli/run.py", "edge_kv/runtime/native/engine.h"} <= names
         assert "edge_kv/data/tiny/config.json" in names and not [n for n in names if ".pyc" in n]
         info = f"edge_kv-{edge_kv.__version__}.dist-info"
         text = wheel.read(f"{info}/METADATA").decode()

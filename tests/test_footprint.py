@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from edge_kv import models
 from edge_kv.cli import app
+from edge_kv.cli.plan_report import print_plan
 from edge_kv.errors import ConfigError
 from edge_kv.footprint import (
     DEVICES,
@@ -25,7 +26,6 @@ from edge_kv.footprint import (
 )
 from edge_kv.models.model import EXPERT8, Weight
 from edge_kv.needs import stored_bytes
-from edge_kv.plan_report import print_plan
 
 
 @pytest.mark.parametrize("name", ["e2b", "e4b", "26b-a4b", "gemma3-270m"])

@@ -15,11 +15,11 @@ from tiny_models import tiny
 
 from edge_kv import runtime
 from edge_kv.artifact import read_artifact
+from edge_kv.cli.report import artifact_data, print_artifact
 from edge_kv.errors import RewindError, SnapshotError
 from edge_kv.export import export_model
 from edge_kv.manifest import UNFINISHED
 from edge_kv.memory import predict_artifact, read_weights
-from edge_kv.report import artifact_data, print_artifact
 from edge_kv.runtime import experts
 from edge_kv.runtime.verify import verify
 

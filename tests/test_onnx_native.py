@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from edge_kv import runtime
 from edge_kv.artifact import read_artifact
 from edge_kv.cli import app
+from edge_kv.cli.export_screen import print_summary
 from edge_kv.errors import RuntimeFault
 from edge_kv.export import export_model
-from edge_kv.export_screen import print_summary
 from edge_kv.runtime import base, native_library
 from edge_kv.runtime.onnx_session import OnnxSession, _Bound, create_engine
 from edge_kv.runtime.ort import onnxruntime as ort

@@ -50,7 +50,7 @@ import importlib, pkgutil, edge_kv.runtime
 for module in pkgutil.iter_modules(edge_kv.runtime.__path__):
     if "executorch" not in module.name:
         importlib.import_module(f"edge_kv.runtime.{module.name}")
-import edge_kv.cli, edge_kv.report, edge_kv.shelf
+import edge_kv.cli, edge_kv.cli.report, edge_kv.shelf
 from edge_kv.runtime.base import own_base
 from edge_kv.memory import COSTS
 from edge_kv.runtime.bench import machine

@@ -5,8 +5,8 @@ import re
 import pytest
 from fake_artifact import NumpySession, write_artifact
 
-from edge_kv import repl
 from edge_kv.artifact import read_artifact
+from edge_kv.cli import repl
 from edge_kv.runtime.chat import Chat, Message, Options, ToolCall
 from edge_kv.runtime.constraints import Grammar
 

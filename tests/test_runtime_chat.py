@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_kv.artifact import read_artifact
+from edge_kv.cli.repl import figures
 from edge_kv.errors import (
     ArtifactError,
     ConfigError,
@@ -16,7 +17,6 @@ from edge_kv.errors import (
     PromptError,
     SnapshotError,
 )
-from edge_kv.repl import figures
 from edge_kv.runtime.chat import RAW_TEMPLATE, Chat, Generator, Message, Options, Template
 from edge_kv.runtime.sampling import Sampling
 from edge_kv.runtime.text import TextStream, Tokenizer

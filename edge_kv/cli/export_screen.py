@@ -12,6 +12,7 @@ from pathlib import Path
 from edge_kv import models
 from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
+from edge_kv.cli.terminal import Bar
 from edge_kv.errors import Cancelled
 from edge_kv.files import unfinished
 from edge_kv.memory import COSTS, predict_artifact
@@ -26,7 +27,6 @@ from edge_kv.request import (
 )
 from edge_kv.shelf import size_of
 from edge_kv.tensors import AUTO, storage
-from edge_kv.terminal import Bar
 
 _SPACE = 1.1  # bytes an export takes of the disk for each byte of weights
 
@@ -128,7 +128,7 @@ def _interrupted(part: Path) -> str:
 
 def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) -> None:
     """What was made: size, time, what quantisation lost, planned memory, and what to do next."""
-    from edge_kv.report import parity_line, unused_line, unused_settings
+    from edge_kv.cli.report import parity_line, unused_line, unused_settings
     from edge_kv.runtime.base import lacks_plan, machine_base
 
     name = made.root

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
+from edge_kv.cli.terminal import layers
 from edge_kv.manifest import Manifest
 from edge_kv.memory import COSTS, UNPLANNED, predict_artifact
 from edge_kv.plan import Plan
 from edge_kv.runtime.sampling import Sampling
 from edge_kv.shelf import Listed
-from edge_kv.terminal import layers
 
 
 def print_evaluation(data: dict[str, Any], console: Console) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from edge_kv import models
 from edge_kv.amounts import size
+from edge_kv.cli.terminal import layers
 from edge_kv.errors import MemoryLimitError
 from edge_kv.footprint import DEVICES, Footprint, footprint, streaming
 from edge_kv.memory import COSTS, Base, predict
@@ -19,7 +20,6 @@ from edge_kv.models.model import Model
 from edge_kv.needs import count_needs, read_by_draft
 from edge_kv.plan import STORAGES
 from edge_kv.tensors import SCHEMES, weight_formats
-from edge_kv.terminal import layers
 
 BASELINES = {  # name -> (label, sharing, rings)
     "every_layer_full": ("every layer keeps every position", False, False),
