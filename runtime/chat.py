@@ -44,6 +44,7 @@ class Options:
 
     Sampling left at None is the checkpoint's own. `stop`: texts that end a reply and are not part
     of it. `think`: the template variable `enable_thinking`; None leaves it to the template.
+    `one_call`: a reply ends with its first call of a tool.
     """
 
     max_new_tokens: int = 512
@@ -58,6 +59,7 @@ class Options:
     on_full: str = "stop"
     stop: tuple[str, ...] = ()
     think: bool | None = None
+    one_call: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
 
@@ -257,7 +259,7 @@ class Generator:
                     if not said.ids:
                         first = time.perf_counter() - begin
                     yield from said.feed(token)
-                    if said.stopped_by:
+                    if said.stopped_by or (options.one_call and said.calls):
                         break
                 else:
                     yield from said.end()

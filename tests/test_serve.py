@@ -20,7 +20,7 @@ from edge_kv.runtime.messages import Tool
 from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.serve.app import Server, Settings, make_app, most_bytes, serve
 from edge_kv.serve.command import run_server
-from edge_kv.serve.schema import finish_reason
+from edge_kv.serve.schema import ChatRequest, finish_reason, parse
 from edge_kv.serve.states import WORTH_KEEPING, States, kept_bytes
 from edge_kv.serve.worker import Job, QueueFull, TimeIsUp, Worker
 
@@ -79,6 +79,7 @@ def test_a_streamed_reply_is_the_same_text(client):
     assert parts[0]["choices"][0]["delta"]["role"] == "assistant"
     assert parts[-1]["choices"][0]["finish_reason"] == "length"
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 12
+    assert all(p["usage"] is None for p in parts)  # as OpenAI's own streams have it
 
 
 def test_a_completion_continues_text_as_it_stands(client, server):
@@ -168,8 +169,22 @@ def test_fields_that_change_nothing_are_served(client):
 
 def test_token_ids_are_a_prompt_special_ones_too(client, server):
     ids = server.generator.tokenizer.encode("<start_of_turn>Hello")
-    document = client.post("/v1/completions", json={"prompt": ids, "max_tokens": 1}).json()
-    assert document["usage"]["prompt_tokens"] == len(ids)
+    for prompt in (ids, [ids]):
+        document = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1}).json()
+        assert document["usage"]["prompt_tokens"] == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("said", "think"),
+    [
+        ({}, None), ({"reasoning_effort": "low"}, True), ({"reasoning_effort": "none"}, False),
+        ({"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "high"}, False),
+        ({"chat_template_kwargs": {"other": 3}}, None),
+    ],
+)  # fmt: skip
+def test_an_effort_of_reasoning_asks_for_thinking(said, think):
+    asked = parse(ChatRequest, json.dumps({**ASK, **said}).encode())
+    assert asked.options(8).think is think
 
 
 def test_offsets_of_logprobs_lie_in_the_text(client):
@@ -254,7 +269,8 @@ def test_other_content_types_paths_methods_and_sizes(artifact, tmp_path):
     with TestClient(make_app(server), base_url="http://localhost") as client:
         assert client.post(CHAT, content=json.dumps(ASK)).status_code == 400
         assert client.get("/v1/nothing").status_code == 404
-        assert client.get(CHAT).status_code == 405
+        refused = client.get(CHAT)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
         assert "error" in client.get("/v1/nothing").json()
         large = {**ASK, "user": "x" * 2000}
         assert client.post(CHAT, json=large).status_code == 413
@@ -314,9 +330,12 @@ def test_a_site_that_was_named_may_ask(artifact, tmp_path):
     site = "https://app.example"
     server = serving(artifact, tmp_path, Settings(origins=(site,)))
     with TestClient(make_app(server), base_url="http://localhost") as client:
-        asked = client.options(CHAT, headers={"Origin": site})
-        assert asked.status_code == 204
-        assert asked.headers["access-control-allow-origin"] == site
+        own = {"Access-Control-Request-Headers": "authorization,x-stainless-os"}
+        for more, heard in ({}, "Authorization"), (own, "x-stainless-os"):
+            asked = client.options(CHAT, headers={"Origin": site, **more})
+            assert asked.status_code == 204
+            assert asked.headers["access-control-allow-origin"] == site
+            assert heard in asked.headers["access-control-allow-headers"]
         response = client.post(CHAT, json=ASK, headers={"Origin": site})
         assert response.headers["access-control-allow-origin"] == site
 

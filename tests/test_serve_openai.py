@@ -143,6 +143,26 @@ def test_penalties_keep_tokens_from_coming_again(client):
     assert len(set(ids(frequency_penalty=2.0))) == 3
 
 
+def test_calls_have_ids_of_their_own_and_come_one_by_one_if_asked_so(thinker):
+    client, says = thinker
+    seen = []
+    for only, count in (None, 2), (True, 2), (False, 1):
+        says(CALL + CALL)
+        choice = client.chat.completions.create(
+            model="toy", messages=HELLO, tools=[COUNT],
+            **({} if only is None else {"parallel_tool_calls": only}),
+        ).choices[0]  # fmt: skip
+        assert choice.finish_reason == "tool_calls" and len(choice.message.tool_calls) == count
+        seen += [call.id for call in choice.message.tool_calls]
+    says(CALL + CALL)
+    response = client.responses.create(
+        model="toy", input="Hello", tools=[FLAT], parallel_tool_calls=False
+    )
+    assert response.parallel_tool_calls is False
+    seen += [item.call_id for item in response.output]
+    assert len(seen) == len(set(seen)) == 6
+
+
 # --- responses -----------------------------------------------------------------------------------
 
 FLAT = {"type": "function", "name": "count", "parameters": PERSON}

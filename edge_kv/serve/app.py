@@ -146,9 +146,10 @@ class Server:
         self._count = 0
         self.model = generator.session.artifact.manifest.name
 
-    def number(self) -> int:
+    def number(self) -> str:
+        """One that no other reply has, those of an earlier server included."""
         self._count += 1
-        return self._count
+        return f"{int(time.time())}_{self._count}"
 
     def finished(self, reply: Reply) -> None:
         """Count what a reply cost, whether or not somebody still waits for it."""
@@ -224,7 +225,7 @@ def make_app(server: Server) -> Starlette:
     async def chat(request: Request) -> Response:
         asked = schema.parse(schema.ChatRequest, await _body(request, server.settings))
         begin = _replying(server, asked)
-        answer = schema.Answer.new(
+        answer = schema.Answer(
             server.number(), server.model, server.generator.tokenizer, chat=True,
             counts=asked.include_usage,
         )  # fmt: skip
@@ -233,8 +234,7 @@ def make_app(server: Server) -> Starlette:
     async def respond(request: Request) -> Response:
         asked = schema.parse(ResponsesRequest, await _body(request, server.settings))
         begin = _replying(server, asked)
-        name = f"resp_{int(time.time())}_{server.number()}"
-        answer = ResponsesAnswer(name, server.model, asked)
+        answer = ResponsesAnswer(server.number(), server.model, asked)
         return await _answer(request, server, answer, begin, asked.stream)
 
     async def complete(request: Request) -> Response:
@@ -245,7 +245,7 @@ def make_app(server: Server) -> Starlette:
         def begin(cancelled: Callable[[], bool]) -> Turn:
             return server.raw.reply([Message("user", text)], options=options, cancelled=cancelled)
 
-        answer = schema.Answer.new(
+        answer = schema.Answer(
             server.number(), server.model, server.raw.tokenizer, chat=False,
             counts=asked.include_usage,
         )  # fmt: skip
@@ -294,7 +294,8 @@ def make_app(server: Server) -> Starlette:
         what = "does not take" if status == 405 else "has nothing at"
         path = request.scope["path"][:100]
         message = f"This server {what} {request.method} {path!r}; it speaks OpenAI's API at /v1."
-        return JSONResponse(schema.error(message, code="not_found"), status)
+        code = "method_not_allowed" if status == 405 else "not_found"
+        return JSONResponse(schema.error(message, code=code), status, getattr(e, "headers", None))
 
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -346,9 +347,11 @@ class _Guard:
     def _refusal(self, request: Request, allowed: str) -> Response | None:
         settings = self._settings
         if request.method == "OPTIONS" and allowed:
-            heard = {
+            wanted = request.headers.get("access-control-request-headers", "")
+            heard = {  # OpenAI's client for browsers sends headers of its own
                 "Access-Control-Allow-Methods": "GET, POST",
-                "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                "Access-Control-Allow-Headers": wanted or "Authorization, Content-Type",
+                "Access-Control-Max-Age": "600",
             }
             return Response(status_code=204, headers=heard)
         # A site whose name was made to point here must not reach a server that trusts its machine.
@@ -518,7 +521,8 @@ async def _answer(
         finally:
             await events.aclose()
 
-    return StreamingResponse(closing(), media_type="text/event-stream")
+    unbuffered = {"X-Accel-Buffering": "no"}  # by a proxy before it
+    return StreamingResponse(closing(), headers=unbuffered, media_type="text/event-stream")
 
 
 def _lines(documents: list[dict[str, Any]]) -> bytes:

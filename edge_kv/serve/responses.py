@@ -36,7 +36,7 @@ class _Text(_Strict):
 
 
 class _Reasoning(_Strict):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: schema.Effort | None = None
     summary: Literal["auto"] | None = None
 
 
@@ -45,7 +45,7 @@ class ResponsesRequest(_Strict):
 
     not_served: ClassVar[dict[str, Any]] = {
         "previous_response_id": None, "conversation": None, "store": False, "background": False,
-        "parallel_tool_calls": True, "truncation": "disabled", "include": [], "top_logprobs": 0,
+        "truncation": "disabled", "include": [], "top_logprobs": 0,
         "stream_options": {"include_obfuscation": False}, "service_tier": "auto",
     }  # fmt: skip
     advice: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -58,6 +58,7 @@ class ResponsesRequest(_Strict):
     instructions: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     text: _Text | None = None
     reasoning: _Reasoning | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -136,7 +137,8 @@ class ResponsesRequest(_Strict):
             max_new_tokens=self.max_output_tokens or default_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            think=effort != "none" if effort else None,
+            think=schema.thinks(effort),
+            one_call=self.parallel_tool_calls is False,
         )
 
 
@@ -179,7 +181,7 @@ def _texts(content: Any) -> Any:
 class ResponsesAnswer:
     """One reply on its way to a client, as items; see `schema.Answer` for the methods."""
 
-    id: str
+    number: str
     model: str
     asked: ResponsesRequest
     created: int = field(default_factory=lambda: int(time.time()))
@@ -241,7 +243,7 @@ class ResponsesAnswer:
         self._kind = self._text = ""
 
     def _call(self, called: ToolCall) -> Iterator[dict[str, Any]]:
-        written = schema.call(called, len(self._items))
+        written = schema.call(called, self.number, len(self._items))
         arguments = written["function"]["arguments"]
         item = {
             "id": self._name("fc"), "type": "function_call", "call_id": written["id"],
@@ -262,7 +264,7 @@ class ResponsesAnswer:
         self._items.append(item)
 
     def _name(self, kind: str) -> str:
-        return f"{kind}_{self.id.removeprefix('resp_')}_{len(self._items)}"
+        return f"{kind}_{self.number}_{len(self._items)}"
 
     def _item(self, status: str, *, parts: bool = True) -> dict[str, Any]:
         kind = _ITEMS[self._kind]
@@ -289,19 +291,20 @@ class ResponsesAnswer:
         asked = self.asked
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
-            "id": self.id, "object": "response", "created_at": self.created, "status": status,
-            "error": None, "incomplete_details": cut, "model": self.model,
+            "id": f"resp_{self.number}", "object": "response", "created_at": self.created,
+            "status": status, "error": None, "incomplete_details": cut, "model": self.model,
             "output": list(self._items), "usage": _usage(reply) if reply else None,
             "instructions": asked.instructions, "max_output_tokens": asked.max_output_tokens,
             "temperature": asked.temperature, "top_p": asked.top_p, "tools": asked.tools or [],
             "tool_choice": asked.tool_choice or "auto", "metadata": asked.metadata or {},
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "text": {"format": asked.form},
             "reasoning": asked.reasoning.model_dump() if asked.reasoning else None,
             **{name: asked.not_served[name] for name in _ECHOED},
         }  # fmt: skip
 
 
-_ECHOED = ("previous_response_id", "store", "background", "parallel_tool_calls", "truncation")
+_ECHOED = ("previous_response_id", "store", "background", "truncation")
 
 
 def _usage(reply: Reply) -> dict[str, Any]:

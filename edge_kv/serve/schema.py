@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,6 +25,7 @@ from edge_kv.runtime.text import Tokenizer
 
 MAX_TEXTS = 16  # stop texts of one request
 MAX_TOP_LOGPROBS = 20
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of reasoning
 
 
 class _Request(BaseModel):
@@ -72,6 +73,12 @@ class _Request(BaseModel):
         )
 
 
+class _TemplateValues(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
@@ -79,10 +86,12 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: _TemplateValues | None = None
 
     def conversation(self) -> list[Message]:
         """The turns so far.
@@ -126,10 +135,11 @@ class ChatRequest(_Request):
 
     def options(self, default_tokens: int) -> Options:
         options = super().options(self.max_completion_tokens or default_tokens)
-        think = (self.chat_template_kwargs or {}).get("enable_thinking")
+        said = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
         return replace(
             options,
-            think=think if isinstance(think, bool) else None,
+            think=thinks(self.reasoning_effort) if said is None else said,
+            one_call=self.parallel_tool_calls is False,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
@@ -137,7 +147,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`POST /v1/completions`: text that is continued as it stands."""
 
-    prompt: str | list[str] | list[int]
+    prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     def options(self, default_tokens: int) -> Options:
@@ -150,16 +160,16 @@ class CompletionRequest(_Request):
             PromptError: several prompts.
         """
         prompt = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise PromptError(f"prompt has {len(prompt)} texts; send one request for each.")
+            prompt = prompt[0]
         if isinstance(prompt, str):
             return prompt
-        if all(isinstance(p, int) for p in prompt):
-            ids = [int(p) for p in prompt]
-            if odd := next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None):
-                raise PromptError(f"prompt holds {odd}, which is no token id of this model.")
-            return tokenizer.decode(ids, special=True)  # marks of turns are part of a prompt
-        if len(prompt) != 1:
-            raise PromptError(f"prompt has {len(prompt)} texts; send one request for each.")
-        return str(prompt[0])
+        ids = [int(i) for i in prompt]
+        if odd := next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None):
+            raise PromptError(f"prompt holds {odd}, which is no token id of this model.")
+        return tokenizer.decode(ids, special=True)  # marks of turns are part of a prompt
 
 
 def offered(given: Sequence[Any] | None, choice: str | dict[str, Any] | None) -> list[Tool]:
@@ -189,6 +199,11 @@ def must_call(choice: str | dict[str, Any] | None) -> bool:
     return choice == "required" or isinstance(choice, dict)
 
 
+def thinks(effort: str | None) -> bool | None:
+    """Whether an effort of reasoning asks for thinking; None leaves it to the template."""
+    return None if effort is None else effort != "none"
+
+
 def parse(kind: Any, body: bytes) -> Any:
     """A request from the body of an HTTP request.
 
@@ -205,7 +220,8 @@ def parse(kind: Any, body: bytes) -> Any:
         return kind.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
-        where = ".".join(str(x) for x in first["loc"]) or "the request"
+        # Of a field that takes several types, the first one's name stands behind the field's.
+        where = ".".join(str(x) for x in first["loc"] if x != "str") or "the request"
         unknown = first["type"] == "extra_forbidden"
         why = "this is not served; leave it out" if unknown else first["msg"]
         raise PromptError(f"{where}: {why}.") from e
@@ -221,24 +237,16 @@ class Answer:
     `closing`, or else what `broken` says.
     """
 
-    id: str
+    number: str  # of the reply; its name and those of its calls are made of it
     model: str
-    created: int
-    chat: bool
     tokenizer: Tokenizer
-    counts: bool = False  # whether what a streamed reply cost is told at its end
+    chat: bool
+    counts: bool  # whether what a streamed reply cost is told at its end
+    created: int = field(default_factory=lambda: int(time.time()))
     ends: ClassVar[str] = "data: [DONE]\n\n"  # what closes a stream, behind its last document
     calls: int = 0  # that were sent
     listed: int = 0  # log-probabilities that were sent
     offset: int = 0  # where, in the text of their tokens, the next one's begins
-
-    @classmethod
-    def new(
-        cls, number: int, model: str, tokenizer: Tokenizer, *, chat: bool, counts: bool
-    ) -> Answer:
-        kind = "chatcmpl" if chat else "cmpl"
-        now = int(time.time())
-        return cls(f"{kind}-{now}-{number}", model, now, chat, tokenizer, counts)
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The reply as one document."""
@@ -249,7 +257,7 @@ class Answer:
             if reply.thinking:
                 message["reasoning_content"] = reply.thinking
             if reply.calls:
-                message["tool_calls"] = [call(c, i) for i, c in enumerate(reply.calls)]
+                message["tool_calls"] = [call(c, self.number, i) for i, c in enumerate(reply.calls)]
             choice["message"] = message
         else:
             choice["text"] = reply.text
@@ -262,7 +270,8 @@ class Answer:
     def part(self, piece: Piece) -> list[dict[str, Any]]:
         """More of the reply, with the log-probabilities of the tokens it is made of."""
         if piece.call:
-            delta: dict[str, Any] = {"tool_calls": [call(piece.call, self.calls)]}
+            named = {"index": self.calls, **call(piece.call, self.number, self.calls)}
+            delta: dict[str, Any] = {"tool_calls": [named]}
             self.calls += 1
         else:
             delta = {"reasoning_content" if piece.kind == THINKING else "content": piece.text}
@@ -286,11 +295,14 @@ class Answer:
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
         choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         choice["logprobs"] = self._logprobs(logprobs)
-        return {**self._head(".chunk"), "choices": [choice]}
+        uncounted = {"usage": None} if self.counts else {}
+        return {**self._head(".chunk"), "choices": [choice], **uncounted}
 
     def _head(self, part: str) -> dict[str, Any]:
-        kind = f"chat.completion{part}" if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        short, kind = ("chatcmpl", f"chat.completion{part}") if self.chat else (
+            "cmpl", "text_completion")  # fmt: skip
+        name = f"{short}-{self.number}"
+        return {"id": name, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(self, given: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         """Those of the next tokens of the reply, as chats or as completions have them."""
@@ -321,11 +333,13 @@ class Answer:
         return self.tokenizer.decode([token], special=True)
 
 
-def call(called: ToolCall, index: int) -> dict[str, Any]:
-    """A tool call as clients read it: arguments are JSON in a string."""
+def call(called: ToolCall, number: str, index: int) -> dict[str, Any]:
+    """A call of the reply `number` as clients read it: arguments are JSON in a string.
+
+    Its id is another one in every reply: clients tell the calls of a conversation apart by it.
+    """
     return {
-        "index": index,
-        "id": called.id or f"call_{index}",
+        "id": f"call_{number}_{index}",
         "type": "function",
         "function": {
             "name": called.name,
