@@ -159,17 +159,16 @@ class CompletionRequest(_Request):
         Raises:
             PromptError: several prompts.
         """
-        prompt = self.prompt
+        prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
                 raise PromptError(f"prompt has {len(prompt)} texts; send one request for each.")
             prompt = prompt[0]
         if isinstance(prompt, str):
             return prompt
-        ids = [int(i) for i in prompt]
-        if odd := next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None):
+        if odd := next((i for i in prompt if not 0 <= i < tokenizer.vocab_size), None):
             raise PromptError(f"prompt holds {odd}, which is no token id of this model.")
-        return tokenizer.decode(ids, special=True)  # marks of turns are part of a prompt
+        return tokenizer.decode(prompt, special=True)  # marks of turns are part of a prompt
 
 
 def offered(given: Sequence[Any] | None, choice: str | dict[str, Any] | None) -> list[Tool]:
