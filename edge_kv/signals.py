@@ -66,23 +66,14 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def hang_up(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handler` hear SIGHUP, as when a terminal is closed, and go on with it afterwards."""
+    """Have `handler` hear SIGHUP, as when a terminal is closed, unless it is ignored."""
     number = getattr(signal, "SIGHUP", None)
     alone = threading.current_thread() is threading.main_thread()  # others set no handlers
     if number is None or not alone or signal.getsignal(number) is signal.SIG_IGN:
         yield
         return
-    heard = False
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        heard = True
-        handler(number, frame)
-
-    before = signal.signal(number, hear)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
         signal.signal(number, before)
-    if heard:
-        signal.raise_signal(number)

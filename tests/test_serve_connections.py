@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import socket
 import threading
 import time
@@ -9,10 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 import uvicorn
-from test_serve import CHAT, artifact, serving  # noqa: F401
+from fake_artifact import NumpySession
+from test_serve import ASK, CHAT, artifact, serving  # noqa: F401
 
 from edge_kv.serve.app import make_app
-from edge_kv.serve.connection import Connection
+from edge_kv.serve.connection import Connection, Listener
 
 PART, PARTS = bytes(1 << 16), 1000
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -129,3 +132,34 @@ def test_chunks_of_wrong_lengths_are_refused(port, size):
         client.shutdown(socket.SHUT_WR)
         assert b" 200 " not in said(client)[:20]
     assert answered(port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_replies_and_the_server_and_is_no_failure(artifact, monkeypatch, number):  # noqa: F811
+    def slow(session, ids, pos):
+        time.sleep(0.02)
+        return decode(session, ids, pos)
+
+    decode = NumpySession._run_decode
+    monkeypatch.setattr(NumpySession, "_run_decode", slow)
+    server = serving(artifact, None)
+    config = uvicorn.Config(make_app(server), log_level="error", http=Connection, ws="none")
+    running = Listener(config, server.worker.end)
+    body = json.dumps({**ASK, "max_tokens": 500, "stream": True, "temperature": 0})
+    heard = []
+
+    def ask():
+        with connected(bound.getsockname()[1]) as client:
+            client.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            heard.append(client.recv(1))
+            signal.raise_signal(number)  # Python lets its main thread, the server's, hear it
+            heard.append(said(client))
+
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        began = time.monotonic()
+        running.run([bound])  # which would raise the signal again
+        asking.join()
+    assert heard[1].count(b"data: ") < 400 and time.monotonic() - began < 8
+    assert b'"finish_reason": "length"' in heard[1] and b"data: [DONE]" in heard[1]

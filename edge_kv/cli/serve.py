@@ -107,6 +107,7 @@ def serve(
             drafts=drafts,
             ready=lambda url: _listening(url, settings.planned, kept),
         )
+    say("Stopped.")
 
 
 def _listening(url: str, planned: int, kept: int) -> None:

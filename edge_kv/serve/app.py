@@ -552,14 +552,14 @@ def _failure(e: Exception) -> Response:
 
 
 def serve(server: Server, host: str, port: int, *, ready: Callable[[str], None]) -> None:
-    """Answer requests until a signal ends it; `ready` hears the address once it is bound.
+    """Answer requests until SIGINT, SIGTERM or SIGHUP; `ready` hears the address once it is bound.
 
     Raises:
         RuntimeFault: the address cannot be bound.
     """
     import uvicorn
 
-    from edge_kv.serve.connection import Connection
+    from edge_kv.serve.connection import Connection, Listener
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -577,6 +577,6 @@ def serve(server: Server, host: str, port: int, *, ready: Callable[[str], None])
             timeout_graceful_shutdown=int(_STOP_SECONDS), h11_max_incomplete_event_size=64 << 10,
             http=Connection, ws="none",
         )  # fmt: skip
-        running = uvicorn.Server(config)
+        running = Listener(config, server.worker.end)
         with hang_up(running.handle_exit):
             running.run(sockets=[bound])

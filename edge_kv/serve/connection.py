@@ -1,14 +1,20 @@
-"""Connections that are not held open by who says nothing, or takes nothing.
+"""Connections that are not held open by who says nothing, or takes nothing, and their end.
 
 uvicorn waits for ever for the rest of a request and for a client to read what it was sent. Here a
-client has a time for each: to send a request whole, and to make room in its buffers.
+client has a time for each: to send a request whole, and to make room in its buffers. When a signal
+ends the server, uvicorn lets replies go on and raises the signal once more; here they end at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -65,3 +71,23 @@ class Connection(H11Protocol):
 
     def _drop(self) -> None:
         self.transport.abort()
+
+
+class Listener(uvicorn.Server):
+    """A server until a signal comes: asked to stop, it stops, which is no failure of the command.
+
+    A second SIGINT waits for nobody.
+    """
+
+    def __init__(self, config: uvicorn.Config, ending: Callable[[], None]) -> None:
+        """`ending` has to make replies under way end soon."""
+        super().__init__(config)
+        self._ending = ending
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._ending()
+        await super().shutdown(sockets)

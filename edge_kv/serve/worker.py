@@ -16,6 +16,7 @@ from edge_kv.errors import EdgeKVError, RuntimeFault
 from edge_kv.runtime.chat import Piece, Reply, Turn
 
 Begin = Callable[[Callable[[], bool]], Turn]
+_STOPPING = "The server is stopping."
 
 
 class TimeIsUp(RuntimeFault):
@@ -82,20 +83,24 @@ class Worker:
             count = sum(map(len, self._queues.values()))
             if self._stopping or count >= self._waiting:
                 raise QueueFull(
-                    "The server is stopping."
+                    _STOPPING
                     if self._stopping
                     else f"{count} requests wait already; try again in a moment."
                 )
             self._queues.setdefault(job.client, deque()).append(job)
             self._changed.notify()
 
-    def stop(self, seconds: float) -> None:
-        """Take no more requests, end the one that runs, and wait for that."""
+    def end(self) -> None:
+        """Take no more requests, and end the one that runs and those that wait."""
         with self._changed:
             self._stopping = True
             if self._running:
                 self._running.cancelled.set()
             self._changed.notify()
+
+    def stop(self, seconds: float) -> None:
+        """`end`, and wait for that."""
+        self.end()
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -120,7 +125,7 @@ class Worker:
                     left = [job for queue in self._queues.values() for job in queue]
                     self._queues.clear()
                     for job in left:
-                        job.told(QueueFull("The server is stopping."))
+                        job.told(QueueFull(_STOPPING))
                     return
                 client, queue = self._queues.popitem(last=False)
                 if not queue:
@@ -142,6 +147,8 @@ class Worker:
                     break
         finally:
             turn.close()
+        if turn.reply is None and self._stopping:
+            raise QueueFull(_STOPPING)
         if turn.reply is None:
             raise TimeIsUp(
                 "The time limit of the request ran out while its prompt was read; what was read is "
