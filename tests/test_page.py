@@ -114,12 +114,15 @@ def test_a_conversation_with_its_figures(page, served):
 def test_stop_ends_the_reply_here_and_on_the_device(page, served, how):
     ask(page, "Tell me all", 1500)
     page.wait(f"{LAST} .text').textContent.length > 20")
+    edits = "[...document.querySelectorAll('#log button')].filter(b => b.textContent == 'Edit')"
+    assert page.run(f"{edits}.length") == 0  # while the question is being answered
     if how == "button":
         page.click("#stop")
     else:
         page.key("Escape")
     page.wait(DONE)
     assert "stopped" in page.run(f"{LAST} .figures').textContent")
+    assert page.run(f"{edits}.length") == 1
     assert page.run("document.activeElement.id") == "input"  # and not nowhere
     until = time.monotonic() + browsers.SECONDS
     while served[1].worker.busy:
@@ -185,6 +188,19 @@ def test_settings_reach_the_model(page, asked):
     assert [(m.role, m.content) for m in messages] == [("system", "Be brief."), ("user", "Hello")]
     given = {n: getattr(options, n) for n in (*values, "think") if n != "system"}
     assert given == {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 3, "think": True}
+
+
+def test_hebrew_begins_on_the_right_and_tabs_meet_what_is_seen(page):
+    ask(page, "שלום (abc).", 4)
+    page.wait(DONE)
+    direction = "getComputedStyle(document.querySelector('#log .user .text')).direction"
+    assert page.run(direction) == "rtl"
+    focus = "(e => e.id || e.textContent)(document.activeElement)"
+    page.run("document.querySelector('#input').focus()")
+    met = []
+    while page.key("Tab") or page.run("document.activeElement !== document.body"):
+        met.append(page.run(focus))
+    assert met == ["attach", "send"]
 
 
 def test_a_text_file_is_added_and_another_file_is_refused(page, tmp_path):

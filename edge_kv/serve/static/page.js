@@ -50,8 +50,10 @@ function show(message, index) {
   set(article.querySelector("h3"), message.role === "user" ? "You" : "Model");
   fill(message);
   const buttons = [];
-  if (message.role === "user") buttons.push(button("Edit", () => edit(index)));
-  else if (index === messages.length - 1 && !running) buttons.push(button("Regenerate", () => regenerate(index)));
+  const idle = !running; // the reply under way answers what these would take away
+  if (idle && message.role === "user") buttons.push(button("Edit", () => edit(index)));
+  if (idle && message.role !== "user" && index === messages.length - 1)
+    buttons.push(button("Regenerate", () => regenerate(index)));
   if (message.content && navigator.clipboard) buttons.push(button("Copy", () => navigator.clipboard.writeText(message.content)));
   article.querySelector(".actions").replaceChildren(...buttons);
 }
@@ -76,7 +78,6 @@ function button(label, action) {
 }
 
 function edit(index) {
-  if (running) return;
   $("input").value = messages[index].content;
   messages.length = index;
   render();
