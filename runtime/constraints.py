@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from edge_kv.runtime.text import Tokenizer
 
 CHOICES = ("auto", "none", "required")
 _WATCHED = 256  # tokens before the limit from which the way to an end is looked up at every step
-_SPARE = 32  # tokens that may be left over when the end is headed for
+_SPARE = (
+    32  # tokens that may be left over when the end is headed for; shorter ways are short enough
+)
 _FEW = 16  # ids that may follow where a text has ended
+_LOOKED_AT = 512  # ids of those that may come next
 _TRIES = 64  # times an id is taken for one that closes something
 _CLOSERS = '"}]:,0n'  # what ends a JSON value soonest, best first
 _DEEPEST = 16  # nested values in braces whose schema is followed
@@ -99,6 +103,14 @@ class Engine:
         self.closers = sorted(tokenizer.special - set(self.stop_ids))
         self.closers += [i for c in _CLOSERS if (i := tokenizer.id_of(c)) is not None]
         self.closers = [i for i in self.closers if i < vocab_size]
+        self._kind: dict[int, str] = {}
+
+    def kind(self, token: int) -> str:
+        """What kind of character a token begins with: the letter of its Unicode category."""
+        if token not in self._kind:
+            text = self.tokenizer.decode([token])
+            self._kind[token] = unicodedata.category(text[0])[0] if text else ""
+        return self._kind[token]
 
     def bits(self, matcher: Any) -> npt.NDArray[np.bool_]:
         """Which ids may come next, bool [vocab].
@@ -140,8 +152,10 @@ class Matcher:
     def allowed(self, left: int) -> npt.NDArray[np.bool_]:
         """Which ids may come next, bool [vocab]; `left` may still come, this one included."""
         bits = self._engine.bits(self._matcher)
-        if self._way is None and left <= _WATCHED and left <= self.distance(left) + _SPARE:
-            self._way = _Way(self._engine, self._endings)
+        if self._way is None and left <= _WATCHED:
+            steps, closing = self._shortest(left)
+            if left <= steps + _SPARE:
+                self._way = _Way(self._engine, self._endings, closing)
         if self._way:
             only = np.zeros_like(bits)
             only[self._way.next(self._matcher, bits)] = True
@@ -163,7 +177,18 @@ class Matcher:
 
     def distance(self, most: int) -> int:
         """Tokens of a short way to the end, the stop included; `most` if it is not found sooner."""
-        matcher, way = self._matcher.deep_copy(), _Way(self._engine, self._endings)
+        return self._shortest(most)[0]
+
+    def _shortest(self, most: int) -> tuple[int, bool]:
+        """How long the shorter way is, and whether it is that of closers."""
+        closed = self._length(most, closing=True)
+        if closed < min(most, _SPARE):
+            return closed, True
+        varied = self._length(closed, closing=False)
+        return (varied, False) if varied < closed else (closed, True)
+
+    def _length(self, most: int, *, closing: bool) -> int:
+        matcher, way = self._matcher.deep_copy(), _Way(self._engine, self._endings, closing)
         for steps in range(1, most):
             if matcher.is_accepting() or matcher.is_stopped():
                 return steps
@@ -175,18 +200,25 @@ class Matcher:
 
 
 class _Way:
-    """A short way to the end of a text: what closes something comes first."""
+    """A short way to the end of a text.
 
-    def __init__(self, engine: Engine, endings: Sequence[Sequence[int]]) -> None:
+    With `closing`, what closes something in JSON comes first, else the kind of character (letters,
+    digits, spaces, …) that came least: the rest of a regular expression is rarely more of the same.
+    """
+
+    def __init__(self, engine: Engine, endings: Sequence[Sequence[int]], closing: bool) -> None:
         self._engine = engine
         self._endings = endings
+        self._closing = closing
         self._used = Counter[int]()
+        self._kinds = Counter[str]()
         self._ahead: list[int] = []
 
     def next(self, matcher: Any, bits: npt.NDArray[np.bool_]) -> int:
         """The allowed id to go on with."""
         token = self._next(matcher, bits)
         self._used[token] += 1
+        self._kinds[self._engine.kind(token)] += 1
         return token
 
     def _next(self, matcher: Any, bits: npt.NDArray[np.bool_]) -> int:
@@ -202,11 +234,17 @@ class _Way:
                 if whole and self._engine.bits(tried).sum() <= _FEW:
                     self._ahead = list(ending[1:])
                     return ending[0]
-        for token in self._engine.closers:
+        for token in self._engine.closers if self._closing else ():
             if bits[token] and self._used[token] < _TRIES:
                 return token
-        open_ = np.flatnonzero(bits)[:512]
-        return int(min(open_, key=lambda i: (self._used[int(i)], i)))
+        return min(
+            map(int, np.flatnonzero(bits)[:_LOOKED_AT]),
+            key=lambda i: (
+                not self._closing and self._kinds[self._engine.kind(i)],
+                self._used[i],
+                i,
+            ),
+        )
 
 
 class ReplyConstraint:
@@ -364,8 +402,8 @@ def _json(schema: Any) -> str:
 
 def _calls(format: ReplyFormat, tools: Sequence[Tool]) -> str:
     """The grammar of a call behind its opening mark, the closing one included."""
-    rules = _SYNTAXES[format.grammar.syntax](format, tools)
-    return "\n".join(rules)
+    start = f"start: ({' | '.join(f'call{i}' for i in range(len(tools)))})"
+    return "\n".join([start, *_SYNTAXES[format.grammar.syntax](format, tools)])
 
 
 def _mark(format: ReplyFormat, mark: str) -> str:
@@ -380,7 +418,6 @@ def _end(format: ReplyFormat) -> str:
 
 def _json_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
     key = "arguments" if format.grammar.call else "parameters"
-    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
     for i, tool in enumerate(tools):
         gap = '"\\n"? ' if format.grammar.call else ""
         name = json.dumps('{"name": ' + json.dumps(tool.name) + f', "{key}": ')
@@ -390,7 +427,6 @@ def _json_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
 
 def _pair_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
     key, key_end, value = (_mark(format, m) for m in ("<arg_key>", "</arg_key>", "<arg_value>"))
-    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
     for i, tool in enumerate(tools):
         yield f'call{i}: {json.dumps(tool.name)} "\\n" pairs{i}_0 {_end(format)}'
 
@@ -403,7 +439,6 @@ def _pair_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
 
 
 def _parameter_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
-    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
     for i, tool in enumerate(tools):
         head = json.dumps(f"\n<function={tool.name}>\n")
         yield f'call{i}: {head} pairs{i}_0 "</function>\\n" {_end(format)}'
@@ -421,10 +456,8 @@ def _free(at: str, schema: Any, format: ReplyFormat, end: str) -> list[str]:
     closing = _mark(format, end)
     if not isinstance(schema, Mapping) or schema.get("type") != "string":
         return [f"{at}_value {closing}", f"{at}_value: {_json(schema)}"]
-    if "enum" in schema or "const" in schema:
-        words = _listed_in(schema, "enum") or [schema.get("const")]
-        choices = " | ".join(json.dumps(str(w)) for w in words)
-        return [f"({choices}) {closing}"]
+    if choices := _choices(schema):
+        return [f"({' | '.join(json.dumps(str(c)) for c in choices)}) {closing}"]
     text, *rules = _text(at, schema)
     if closing.startswith("<["):
         return [f"{text} {closing}", *rules]
@@ -463,7 +496,6 @@ def _listed(name: str, tool: Tool, pair: Any) -> Iterator[str]:
 
 
 def _brace_calls(format: ReplyFormat, tools: Sequence[Tool]) -> Iterator[str]:
-    yield "start: " + " | ".join(f"call{i}" for i in range(len(tools)))
     quote = _mark(format, format.grammar.quote)
     yield f"text: {quote} /(.|\\n)*/ {quote}"
     yield "integer: /-?(0|[1-9][0-9]{0,17})/"
@@ -492,7 +524,7 @@ class _Braces:
             yield f"{name}: any"
             return
         kind = schema.get("type")
-        choices = _listed_in(schema, "enum") or ([schema["const"]] if "const" in schema else [])
+        choices = _choices(schema)
         ways = schema.get("anyOf") or schema.get("oneOf")
         if isinstance(kind, list):
             ways = [{**schema, "type": k} for k in kind]
@@ -578,6 +610,11 @@ def _listed_in(schema: Mapping[str, Any], key: str) -> list[Any]:
     if not (found is None or isinstance(found, list)):
         raise ConfigError(f"The schema of a tool has {key} {str(found)[:40]!r}, no list.")
     return found or []
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Any]:
+    """What values of a schema are chosen from; nothing where it names none."""
+    return _listed_in(schema, "enum") or ([schema["const"]] if "const" in schema else [])
 
 
 _ENDINGS = {"pairs": ("</arg_value>",), "parameters": ("\n</parameter>\n",)}

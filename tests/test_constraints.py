@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import jsonschema
 import numpy as np
@@ -66,6 +67,9 @@ def test_other_grammars(generator):
         a + b + c for a in ("ab", "c/d") for b in ("ab", "c/d") for c in ("ab", "c/d", "")
     }
     assert say(generator, Grammar.regex(r"a/b\/c\\\\/")).text == "a/b/c\\\\/"
+    for pattern in ("[0-9]+ (km|m)", "[0-9]{5,} (km|m)", "[a-z ]+: [0-9]+ of [0-9]+\\."):
+        text = say(generator, Grammar.regex(pattern), tokens=24).text
+        assert re.fullmatch(pattern, text), text
     lark = 'start: greeting " " name\ngreeting: "hi" | "hello"\nname: /[A-Z][a-z]{1,5}/'
     greeting, name = say(generator, Grammar.lark(lark)).text.split(" ")
     assert greeting in ("hi", "hello") and name.isalpha() and name.istitle()
@@ -123,6 +127,19 @@ def test_tool_arguments_are_valid_whatever_the_model_would_say(tmp_path, family)
         assert calls, tokenizer.decode(ids, special=True)
         assert calls[0].name == TOOLS[0].name
         jsonschema.validate(calls[0].arguments, schema)
+
+
+def test_a_call_that_is_asked_for_begins_with_its_mark_whichever_tool_it_is_of(tmp_path):
+    marks, source = FAMILIES["json"]
+    tokenizer = make_tokenizer(tmp_path / "t.json", marks[:4])  # the marks of calls are text
+    format = ReplyFormat.of(tokenizer, source)
+    engine = Engine(tokenizer, tokenizer.vocab_size, [0])
+    tools = [Tool(name, "", {"type": "object"}) for name in ("first", "second")]
+    constraint = ReplyConstraint(engine, format, tools=tools, choice="required")
+    for name in ("first", "second"):
+        call = f'{{"name": "{name}", "arguments": '
+        bare, marked = (tokenizer.encode(t, start=False) for t in (call, f"<tool_call>\n{call}"))
+        assert constraint.possible(bare) == 0 and constraint.possible(marked) == len(marked)
 
 
 STRICT = {
