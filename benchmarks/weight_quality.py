@@ -135,19 +135,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    looks = {"edge-kv": ("#0b6e4f", "o", (8, -5), "left"), PEER: ("#c8553d", "s", (0, 8), "center")}
+    looks = {"edge-kv": ("#0b6e4f", "o", -17), PEER: ("#c8553d", "s", 8)}  # its name below, above
     with plt.rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(figsize=(7.5, 6), constrained_layout=True)
-        for by, (colour, marker, offset, align) in looks.items():
+        for by, (colour, marker, offset) in looks.items():
             shown = [r for r in rows if r["by"] == by and r["run"] != FLOAT]
             x, y = [r["bytes"] / 1e6 for r in shown], [r["mean_kl"] for r in shown]
             axes.scatter(x, y, s=60, color=colour, marker=marker, label=by, zorder=3)
             for r, at in zip(shown, zip(x, y, strict=True), strict=True):
-                axes.annotate(r["run"], at, xytext=offset, textcoords="offset points",
-                              fontsize=10, color=colour, ha=align)  # fmt: skip
+                axes.annotate(r["run"], at, xytext=(0, offset), textcoords="offset points",
+                              fontsize=10, color=colour, ha="center")  # fmt: skip
         axes.set_yscale("log")
         axes.grid(color="#e8e8e8", zorder=0)
-        axes.margins(x=0.18)
+        axes.margins(0.18, 0.1)
         axes.set_xlabel("weights, MB")
         axes.set_title("Gemma 3 270M: what the weights lose, KL in nats a token", loc="left",
                        fontweight="bold", fontsize=13)  # fmt: skip
