@@ -201,6 +201,27 @@ def test_inspect_shows_quantisation_errors_and_memory(tmp_path):
     assert "Stored as: linear int4-s8, kv int8-s8." in out
 
 
+def test_inspect_shows_parity_as_a_table(tmp_path):
+    root = write_artifact(tmp_path / "a", programs=False)
+    parity = json.loads((root / "manifest.json").read_text())["parity"]
+    parity["onnx"] |= {
+        "lowering": {"mean_kl": 1e-9, "max_kl": 2e-9, "top1": 1.0, "max_abs": 3e-4},
+        "quantisation": {"mean_kl": 0.0125},  # another version may have said less
+        "perplexity": {"float": 14.9, "stored": 16.01},
+        "verify": {"max_kl": 0.004, "min_top1": 0.7},
+    }
+    edit_manifest(root, parity=parity)
+    lines = [" ".join(line.split()) for line in good("inspect", root).stdout.splitlines()]
+    at = lines.index("parity of KL mean KL max top-1 max |Δlogit|")
+    assert lines[at + 1 : at + 5] == [
+        "onnx lowering 1e-09 2e-09 100.0% 0.0003",
+        "kernels – 0 – 0",
+        "quantisation 0.013 – – –",
+        "limits – 0.004 70.0% –",
+    ]
+    assert "Perplexity of the gate's text: 14.9 as floats, 16.01 as stored." in lines
+
+
 def test_verify(root):
     assert "6 files unchanged; max |Δlogit|" in good("verify", root).stdout
     data = json.loads(good("verify", root, "--json").stdout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -48,8 +47,8 @@ def print_evaluation(data: dict[str, Any], console: Console) -> None:
 
 def parity_line(parity: dict[str, Any]) -> str:
     """What an export cost in quality, from a manifest's `parity`; empty where it does not say."""
-    found = parity.get("quantisation")
-    if not found:
+    found = parity["quantisation"]
+    if not {"mean_kl", "max_kl", "top1"} <= found.keys():
         return ""
     return (
         f"Beside the float checkpoint, over {parity['steps']} tokens: KL mean "
@@ -327,6 +326,7 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     )
     if model["pattern"]:
         console.print(f"Layers: {model['pattern']} (S sliding, F full)")
+    console.print()
     console.print(buffer_table(data["buffers"]))
     console.print(f"State: {size(data['state_bytes'])} ({data['kv']}).")
     for name, engine in data["engines"].items():
@@ -350,6 +350,7 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     console.print(_drawn(data["sampling"], data["tokens"]))
     if data["unused"]:
         console.print(unused_line(data["unused"]), markup=False)
+    console.print()
     listing = Table("file", box=None, pad_edge=False)
     listing.add_column("bytes", justify="right")
     for name, count in data["files"].items():
@@ -357,34 +358,44 @@ def print_artifact(data: dict[str, Any], console: Console) -> None:
     listing.add_row("total", size(sum(data["files"].values())))
     console.print(listing)
     if data["parity"]:
+        console.print()
+        console.print(_parity_table(data["parity"]))
         console.print(
-            "How far the programs are from the model, in logits and nats: lowering on the same "
-            "weights in PyTorch, kernels with 8-bit activations, quantisation from the checkpoint."
+            "How far programs are from the model, KL in nats: lowering from the same weights in "
+            "PyTorch, kernels from those with activations in 8 bits, quantisation from the "
+            "checkpoint. Up to the limits `edge-kv verify` accepts a device."
         )
-        console.print(_parity_table(data["parity"], data["engines"]))
+        perplexity = next(iter(data["parity"].values()))["perplexity"] or {}
+        if {"float", "stored"} <= perplexity.keys():
+            console.print(
+                f"Perplexity of the gate's text: {perplexity['float']:.4g} as floats, "
+                f"{perplexity['stored']:.4g} as stored."
+            )
     for engine, memory in data["memory"].items():
+        console.print()
         console.print(phase_table(engine, memory["phases"]))
 
 
-def _parity_table(parity: dict[str, Any], engines: dict[str, Any]) -> Table:
-    """How far programs are from the model, one column a backend, one row a figure."""
-    own = {b: entry for b, entry in parity.items() if b in engines and isinstance(entry, dict)}
-    by_backend = own or {next(iter(engines), "programs"): parity}
-    rows: dict[str, dict[str, str]] = {}
-    for backend, entry in by_backend.items():
-        for name, value in _flat(entry):
-            rows.setdefault(name, {})[backend] = value
-    table = Table("parity", *by_backend, box=None, pad_edge=False)
-    for name, values in rows.items():
-        table.add_row(name, *(values.get(backend, "–") for backend in by_backend))
+def _parity_table(parity: dict[str, Any]) -> Table:
+    """How far the programs of each backend are from the model, and its drafts from the drafter."""
+    table = Table("parity", "of", box=None, pad_edge=False)
+    for name in ("KL mean", "KL max", "top-1", "max |Δlogit|"):
+        table.add_column(name, justify="right")
+    for backend, entry in parity.items():
+        name = backend
+        for what, judged in (("", entry), ("drafts, ", entry["draft"])):
+            if judged is None:
+                continue
+            for kind in ("lowering", "kernels", "quantisation"):
+                table.add_row(name, what + kind, *_distances(judged[kind]))
+                name = ""
+            limits = judged["verify"]
+            accepted = {"max_kl": limits["max_kl"], "top1": limits["min_top1"]}
+            table.add_row("", what + "limits", *_distances(accepted))
     return table
 
 
-def _flat(value: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Nested figures as (`lowering, max abs`, `1e-05`)."""
-    for key, inner in value.items():
-        name = (f"{above}, " if above else "") + key.replace("_", " ")
-        if isinstance(inner, dict):
-            yield from _flat(inner, name)
-        elif inner is not None:
-            yield name, f"{inner:.3g}" if isinstance(inner, float) else str(inner)
+def _distances(found: dict[str, float]) -> list[str]:
+    """KL mean and max, top-1, max |Δlogit|; a dash for what a manifest does not say."""
+    forms = {"mean_kl": ".2g", "max_kl": ".2g", "top1": ".1%", "max_abs": ".2g"}
+    return [format(found[k], form) if k in found else "–" for k, form in forms.items()]
