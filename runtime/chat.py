@@ -33,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 STOP, LENGTH, FULL, CALLS, CANCELLED = "stop", "length", "full", "calls", "cancelled"
+_THINK = "enable_thinking"  # the variable of templates
 _CONVERSATIONS = 8  # conversations whose ids are remembered
 _CONTENTS = 512  # answers whose ids are remembered
 _HOLE = "\ue000{}\ue001"  # stands for an answer while its place in a rendered text is looked for
@@ -356,7 +357,7 @@ class Generator:
         self, messages: Sequence[Message], tools: Sequence[Tool], options: Options, **more: Any
     ) -> str:
         if options.think is not None:
-            more["enable_thinking"] = options.think
+            more[_THINK] = options.think
         eos = self._ids.eos
         return self.template.render(
             [m.as_dict() for m in messages],
@@ -482,6 +483,11 @@ class Generator:
         """Take `ids` for the encoding of `text` wherever a conversation begins with it."""
         kept = [c for c in self._conversations if not text.startswith(c.text)]
         self._conversations = [*kept[1 - _CONVERSATIONS :], _Known(text, list(ids), gap)]
+
+    @property
+    def heeds_think(self) -> bool:
+        """Whether the template looks at `Options.think`."""
+        return _THINK in self.template.source
 
     def forget(self) -> None:
         """Recognise nothing that was said so far."""
@@ -666,6 +672,11 @@ class Chat:
     def messages(self) -> list[dict[str, Any]]:
         """The history as JSON, in the shape chat templates read."""
         return [m.as_dict() for m in self.history]
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context that the conversation takes, as far as it was read."""
+        return self.session.pos if self.generator.newest[1] else 0
 
     def reset(self) -> None:
         """Start a new conversation; the session keeps what it can reuse, and saves none of it."""

@@ -77,17 +77,30 @@ def test_commands_that_say_something(chat, talk):
     assert "cut off at --max-new-tokens 4" in text
     assert f"{chat.session.pos:,} of 256 tokens" in text and "2 messages" in text
     assert "figures" in text and "Thinking is on." in text
+    assert text.count("does not ask whether to think") == 2  # the toy's template
     assert "Did you mean" in text and "/save needs a file name." in text
 
 
 def test_a_saved_conversation_is_taken_up_and_a_new_one_forgets_it(chat, talk, tmp_path):
     kept = tmp_path / "talk.kv"
-    talk(["hello", f"/save {kept}", "/reset"], chat)
-    assert chat.history == []
+    said = talk(["hello", f"/save {kept}", "/reset", "/context"], chat)
+    assert chat.history == [] and said[-1].startswith("0 of 256 tokens")
     talk([f"/load {kept}"], chat)
     assert [m.role for m in chat.history] == ["user", "assistant"]
     talk(["/system be brief"], chat)
     assert [m.role for m in chat.history] == ["system"]
+
+
+def test_help_fits_a_terminal(chat, talk):
+    assert max(map(len, talk(["/help"], chat)[-1].split("\n"))) < 80
+
+
+def test_a_full_context_says_what_to_do_where_it_can_be_done(chat):
+    chat.options = Options(max_new_tokens=1000, temperature=0)
+    list(chat.ask(Message("user", "x")))
+    assert "/reset" in repl.ended(chat, goes_on=True)
+    alone = repl.ended(chat, goes_on=False)
+    assert "/reset" not in alone and "is full; --on-full slide" in alone
 
 
 def test_an_interrupt_ends_the_reply_and_not_the_conversation(chat, talk, monkeypatch):

@@ -20,7 +20,7 @@ THINK = {"on": True, "off": False, "auto": None}
 _HELP = {
     "/help": "this list",
     "/reset": "start a new conversation",
-    "/system": "[TEXT]: another system prompt (none without TEXT), and a new conversation",
+    "/system": "[TEXT]: a new conversation with this system prompt, or with none",
     "/regen": "answer the last question again",
     "/think": "on, off or auto: whether the model thinks before it answers",
     "/result": "TEXT: what the tool that a reply called gave back",
@@ -75,8 +75,8 @@ def converse(chat: Chat, terminal: Terminal) -> None:
             terminal.say("(stopped)")
 
 
-def ended(chat: Chat) -> str:
-    """Why the last reply ended, where that is worth a sentence."""
+def ended(chat: Chat, *, goes_on: bool) -> str:
+    """Why the last reply ended, where that is worth a sentence; a conversation may go on."""
     reply = chat.last
     if reply is None or reply.finish == CANCELLED:
         return ""
@@ -86,11 +86,19 @@ def ended(chat: Chat) -> str:
             "give a larger one to let replies grow longer)"
         )
     if reply.finish == FULL:
+        anew = "/reset starts anew, " if goes_on else ""
         return (
-            f"(the context of {chat.session.plan.ctx:,} tokens is full; /reset starts anew, "
+            f"(the context of {chat.session.plan.ctx:,} tokens is full; {anew}"
             "--on-full slide forgets the middle, a larger --ctx at export holds more)"
         )
     return f"(ended at the stop text {reply.stopped_by!r})" if reply.stopped_by else ""
+
+
+def unheard(chat: Chat) -> str:
+    """That thinking was asked for or against in vain, if it was."""
+    if chat.options.think is None or chat.generator.heeds_think:
+        return ""
+    return "(the chat template of this model does not ask whether to think)"
 
 
 def figures(chat: Chat) -> str:
@@ -112,13 +120,13 @@ def figures(chat: Chat) -> str:
 
 def guesses(accepted: int, drafted: int, ties: int) -> str:
     """How many drafted tokens were what the model chose, and how many choices were near a tie."""
-    close = f", {ties:,} near ties" if ties else ""
+    close = f", {ties:,} near {'tie' if ties == 1 else 'ties'}" if ties else ""
     return f"{accepted:,} of {drafted:,} guesses right{close}"
 
 
 def _answer(chat: Chat, terminal: Terminal, pieces: Iterator[Piece]) -> None:
     terminal.show(pieces)
-    for line in (ended(chat), _wanted(chat), figures(chat)):
+    for line in (ended(chat, goes_on=True), _wanted(chat), figures(chat)):
         if line:
             terminal.say(line)
 
@@ -174,16 +182,18 @@ def _command(chat: Chat, terminal: Terminal, line: str) -> None:
             chat.options = dataclasses.replace(chat.options, think=THINK[rest])
         now = next(k for k, v in THINK.items() if v == chat.options.think)
         say(f"Thinking is {now}." if rest in (*THINK, "") else "/think takes on, off or auto.")
+        if note := unheard(chat):
+            say(note)
     elif name in ("/save", "/load") and not rest:
         say(f"{name} needs a file name.")
     elif name == "/save":
         chat.save(rest)
-        say(f"Saved {chat.session.pos} tokens to {rest}.")
+        say(f"Saved {chat.used:,} tokens to {rest}.")
     elif name == "/load":
         chat.load(rest)
-        say(f"Loaded {chat.session.pos} tokens, {_messages(chat)}.")
+        say(f"Loaded {chat.used:,} tokens, {_messages(chat)}.")
     elif name == "/context":
-        used, ctx = chat.session.pos, chat.session.plan.ctx
+        used, ctx = chat.used, chat.session.plan.ctx
         say(f"{used:,} of {ctx:,} tokens ({used / ctx:.0%}), {_messages(chat)}.")
     elif name == "/stats":
         say(terminal.stats())

@@ -121,7 +121,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Stream tokens on this machine: one reply, or a conversation."""
-    from edge_kv.cli.repl import THINK, Terminal, converse, ended
+    from edge_kv.cli.repl import THINK, Terminal, converse, ended, unheard
     from edge_kv.guidance import open_artifact
     from edge_kv.runtime import load
     from edge_kv.runtime.base import COMMAND
@@ -173,6 +173,8 @@ def run(
         )
         if restore:
             chat.load(restore)
+        if note := unheard(chat):
+            say(note)
         if text is None:
             converse(chat, Terminal(partial(_show, chat), say, partial(_figures, chat, base)))
         else:
@@ -188,7 +190,10 @@ def run(
     if as_json:
         print_json(summary)
     elif summary["decode_tokens"]:
-        for line in (ended(chat) if text is not None else "", _summary_line(summary)):
+        for line in (
+            ended(chat, goes_on=False) if text is not None else "",
+            _summary_line(summary),
+        ):
             if line:
                 say(line)
 
