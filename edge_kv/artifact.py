@@ -18,7 +18,14 @@ from typing import Any
 
 from edge_kv.errors import ArtifactError, PlanError, unusable
 from edge_kv.files import write_text
-from edge_kv.manifest import SCHEMA_VERSION, Backend, FileEntry, Manifest, parse_manifest
+from edge_kv.manifest import (
+    LONGEST_MANIFEST,
+    SCHEMA_VERSION,
+    Backend,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+)
 
 CHECKED_BYTES = 64 << 20  # of a program whose digest is checked at every load
 SAMPLES, SAMPLE = 64, 4096  # pieces of a file that are read at every load, bytes of each
@@ -143,6 +150,11 @@ def _read(root: Path) -> Artifact:
         raise ArtifactError(f"{root} is not a directory; give the directory `edge-kv export` made.")
     if not path.is_file():
         raise ArtifactError(f"{root} has no {MANIFEST}; it is not an edge-kv artifact.")
+    if (size := path.stat().st_size) > LONGEST_MANIFEST:
+        raise ArtifactError(
+            f"{path} has {size} bytes, at most {LONGEST_MANIFEST} are read; "
+            "the artifact is damaged."
+        )
     try:
         text = path.read_bytes()
         raw = json.loads(text)

@@ -25,7 +25,7 @@ else:
     import fcntl
 
 
-_LONGEST_TEXT = 64 << 20  # bytes: more than a million tokens
+LONGEST_TEXT = 64 << 20  # bytes: more than a million tokens, twice the largest tokenizer
 
 
 def unfinished(out: Path) -> Path:
@@ -39,9 +39,9 @@ def read_bounded(file: BinaryIO) -> bytes:
     Raises:
         OSError: it is longer than any context.
     """
-    content = file.read(_LONGEST_TEXT + 1)
-    if len(content) > _LONGEST_TEXT:
-        raise OSError(errno.EFBIG, f"it holds more than {_LONGEST_TEXT >> 20} MiB")
+    content = file.read(LONGEST_TEXT + 1)
+    if len(content) > LONGEST_TEXT:
+        raise OSError(errno.EFBIG, f"it holds more than {LONGEST_TEXT >> 20} MiB")
     return content
 
 

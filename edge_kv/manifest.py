@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_kv.errors import ArtifactError, PlanError
+from edge_kv.files import LONGEST_TEXT
 from edge_kv.needs import Needs
 from edge_kv.plan import MOST_DRAFTS, Plan, Table
 
@@ -28,6 +29,7 @@ CARRY = f"{HIDDEN}.out"  # what `draft` returns for the next draft
 TOKENS = "tokens"  # which tokens its logits are of
 PLE = "ple"  # input of programs that take rows of the per-layer embedding
 UNFINISHED = "0" * 64  # stands for every digest while an export is not over
+LONGEST_MANIFEST = 8 << 20  # bytes
 STATE_LIMIT = 1 << 42  # bytes of state that no plan exceeds
 _MOST = (1 << 31) - 1
 
@@ -344,6 +346,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             "export again."
         )
     _check_token_rows(manifest, where)
+    _check_texts(manifest, where)
     return manifest
 
 
@@ -363,6 +366,18 @@ def _check_token_rows(manifest: Manifest, where: str) -> None:
                     f"{program.file} takes {wanted[0] if wanted else None}; it was edited; copy or "
                     "export the artifact again."
                 )
+
+
+def _check_texts(manifest: Manifest, where: str) -> None:
+    """What is read as a whole, tokenizer and template, is no longer than any text."""
+    entry = manifest.tokenizer
+    for name in (entry.file, entry.chat_template) if entry else ():
+        listed = manifest.files.get(name or "")
+        if listed and listed.size > LONGEST_TEXT:
+            raise ArtifactError(
+                f"{where} lists {name} with {listed.size} bytes, at most {LONGEST_TEXT} are read; "
+                "it was edited; export again."
+            )
 
 
 def _part_of(wanted: tuple[int | str, ...], ple: PleEntry) -> bool:

@@ -15,6 +15,8 @@ from tiny_models import FEWEST
 
 from edge_kv.artifact import read_artifact, sample_of, sha256_file
 from edge_kv.errors import EdgeKVError
+from edge_kv.files import LONGEST_TEXT
+from edge_kv.manifest import LONGEST_MANIFEST
 from edge_kv.parity import divergence
 from edge_kv.plan import Table
 from edge_kv.ple import PleTable
@@ -369,6 +371,11 @@ def damage(root, what):
         manifest.write_text("{")
     elif what == "a list":
         manifest.write_text("[]")
+    elif what == "a long text":
+        manifest.write_text(json.dumps(raw) + " " * LONGEST_MANIFEST)
+    elif what == "a long tokenizer":
+        raw["files"]["tokenizer.json"]["size"] = LONGEST_TEXT + 1
+        edit_manifest(root, files=raw["files"])
     elif what == "schema 1":
         edit_manifest(root, schema_version=1)
     elif what == "wrong type":
@@ -405,6 +412,8 @@ def damage(root, what):
     [
         ("not JSON", "is not valid JSON"),
         ("a list", "is not a JSON object"),
+        ("a long text", f"at most {LONGEST_MANIFEST} are read"),
+        ("a long tokenizer", f"at most {LONGEST_TEXT} are read"),
         ("schema 1", "has schema_version 1, this app reads 2; update the app or export again"),
         ("wrong type", 'ctx is "many", expected a whole number'),
         ("outside", "a path outside the artifact; refused"),

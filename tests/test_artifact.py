@@ -11,7 +11,8 @@ from fake_artifact import write_artifact
 
 from edge_kv.artifact import CHECKED_BYTES, MANIFEST, read_artifact, sample_of, write_manifest
 from edge_kv.errors import ArtifactError
-from edge_kv.manifest import PleEntry
+from edge_kv.files import LONGEST_TEXT
+from edge_kv.manifest import LONGEST_MANIFEST, PleEntry
 from edge_kv.runtime import load
 
 
@@ -85,6 +86,21 @@ def test_changed_manifests_are_refused(root, path, to, message):
 def test_manifests_that_are_no_json_object(root, content):
     (root / MANIFEST).write_bytes(content)
     with pytest.raises(ArtifactError, match="the artifact is damaged"):
+        read_artifact(root)
+
+
+def test_texts_of_any_length_are_not_read(root):
+    """A file with a hole stands for one of gigabytes."""
+    raw = json.loads((root / MANIFEST).read_text())
+    with (root / "tokenizer.json").open("r+b") as f:
+        f.truncate(LONGEST_TEXT + 1)
+    change(root, "files", "tokenizer.json", "size", to=LONGEST_TEXT + 1)
+    with pytest.raises(ArtifactError, match=r"lists tokenizer.json with 67108865 bytes, at most"):
+        read_artifact(root)
+    (root / MANIFEST).write_text(json.dumps(raw))
+    with (root / MANIFEST).open("r+b") as f:
+        f.truncate(LONGEST_MANIFEST + 1)
+    with pytest.raises(ArtifactError, match=r"manifest.json has 8388609 bytes, at most 8388608"):
         read_artifact(root)
 
 

@@ -11,6 +11,7 @@ import pytest
 from snapshot_forgery import forge, seal
 from test_executorch import CONFIG, CTX, exported, ids_for
 
+from edge_kv.manifest import LONGEST_MANIFEST
 from edge_kv.runtime import load, native_library
 
 COUNT = 12
@@ -242,7 +243,7 @@ def test_manifests_that_cannot_be_read_are_refused(root, tmp_path):
     path, text = copy / "manifest.json", (root / "manifest.json").read_text()
     path.write_text(text[: len(text) // 2])
     refused(run(copy, "--ids", "1"), "manifest.json cannot be read (")
-    path.write_text(text + " " * (8 << 20))
+    path.write_text(text + " " * LONGEST_MANIFEST)
     refused(run(copy, "--ids", "1"), "it is too long")
     path.unlink()
     refused(run(copy, "--ids", "1"), "manifest.json cannot be read (")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_kv.errors import WeightsError
+from edge_kv.files import LONGEST_TEXT
 from edge_kv.weights.safetensors_file import open_safetensors
 from edge_kv.weights.source import Stored
 
@@ -21,6 +22,10 @@ def read_text(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
+        if (size := path.stat().st_size) > LONGEST_TEXT:
+            raise WeightsError(
+                f"{path} has {size} bytes, at most {LONGEST_TEXT} are read; download it again."
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise WeightsError(f"{path} cannot be read as text ({e}); download it again.") from e

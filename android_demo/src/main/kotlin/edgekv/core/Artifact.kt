@@ -80,12 +80,7 @@ class Artifact private constructor(val root: File, val manifest: Manifest) {
             if (!manifest.isFile) {
                 throw ArtifactException("$root has no ${Manifest.FILE}; it is not an edge-kv artifact.")
             }
-            val bytes = try {
-                manifest.readBytes()
-            } catch (e: IOException) {
-                throw ArtifactException("Cannot read $manifest: ${e.message}.", e)
-            }
-            val read = Manifest.parse(bytes, manifest.path)
+            val read = Manifest.read(manifest)
             for ((name, entry) in read.files) check(root, name, entry)
             read.namedFiles.firstOrNull { it !in read.files }?.let {
                 throw ArtifactException("$manifest uses '$it' but does not list its size and digest.")

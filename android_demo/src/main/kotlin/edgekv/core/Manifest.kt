@@ -1,5 +1,8 @@
 package edgekv.core
 
+import java.io.File
+import java.io.IOException
+
 class FileEntry(val size: Long, val sha256: String, val sample: String?)
 
 /** The vocabulary's size and the ids with a meaning of their own. */
@@ -68,11 +71,20 @@ class Manifest private constructor(
         private const val FEW = 4096
         private const val MOST_DRAFTS = 8
         private const val STATE_LIMIT = 1L shl 42
+        private const val LONGEST = 8L shl 20 // bytes of a manifest
+        private const val LONGEST_TEXT = 64L shl 20 // of a tokenizer or a template
 
-        /** @throws ArtifactException not JSON, another version, or not the schema */
-        fun parse(bytes: ByteArray, where: String): Manifest {
+        /** @throws ArtifactException not to be read, too long, not JSON, another version, or not the schema */
+        fun read(file: File): Manifest {
+            val where = file.path
+            val size = file.length()
+            if (size > LONGEST) {
+                throw ArtifactException("$where has $size bytes, at most $LONGEST are read; the artifact is damaged.")
+            }
             val tree = try {
-                Json.parse(bytes)
+                Json.parse(file.readBytes())
+            } catch (e: IOException) {
+                throw ArtifactException("Cannot read $where: ${e.message}.", e)
             } catch (e: JsonException) {
                 throw ArtifactException("$where is not valid JSON (${e.message}); the artifact is damaged.", e)
             }
@@ -99,6 +111,15 @@ class Manifest private constructor(
                 val sample = if (it.has("sample")) it.text("sample", DIGEST) else null
                 FileEntry(it.long("size", SIZE), it.text("sha256", DIGEST), sample)
             }
+            val tokenizer = f.fieldsOrNull("tokenizer")?.let(::tokenizer)
+            for (name in listOfNotNull(tokenizer?.file, tokenizer?.chatTemplate)) {
+                val size = files[name]?.size ?: continue
+                if (size > LONGEST_TEXT) {
+                    throw ArtifactException(
+                        "The manifest lists $name with $size bytes, at most $LONGEST_TEXT are read; export again.",
+                    )
+                }
+            }
             return Manifest(
                 name = f.text("name", LABEL),
                 madeBy = f.text("edge_kv", LABEL),
@@ -109,7 +130,7 @@ class Manifest private constructor(
                 quant = quant(f.fields("quant")),
                 ple = f.fieldsOrNull("ple")?.let(::ple),
                 backends = f.fields("backends").entries(NAME, ::backend),
-                tokenizer = f.fieldsOrNull("tokenizer")?.let(::tokenizer),
+                tokenizer = tokenizer,
                 needs = needs(f.fields("needs")),
                 files = files,
                 vectors = f.fields("parity").entries(NAME, ::vectors).values.toList(),

@@ -65,6 +65,6 @@ class Models(private val storage: File) {
             open(path).use { from -> to.outputStream().use { from.copyTo(it) } }
         }
         copy(Manifest.FILE)
-        Manifest.parse(File(part, Manifest.FILE).readBytes(), Manifest.FILE).files.keys.forEach(::copy)
+        Manifest.read(File(part, Manifest.FILE)).files.keys.forEach(::copy)
     }
 }
