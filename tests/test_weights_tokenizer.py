@@ -130,8 +130,13 @@ def test_a_text_begins_as_transformers_begins_it(tmp_path, ends, beside):
     expected = ids[0] if ids[: len(bare)] != bare else None
 
     text = HFText(tmp_path, 5, ())
-    bos, added = text_start(opened(text.tokenizer_json(), "x"), text.named("bos_token"), 3, 5, "x")
-    assert (bos if added else None) == expected or made.bos_token_id not in (None, expected)
+    asked = opened(text.tokenizer_json(), "x"), text.named("bos_token"), 3, 5, "x"
+    if expected is not None and made.bos_token_id not in (None, expected):
+        with pytest.raises(WeightsError, match=r"begins a text with \['a'\], expected"):
+            text_start(*asked)
+        return
+    bos, added = text_start(*asked)
+    assert (bos if added else None) == expected
     if made.bos_token is not None:
         assert bos == made.bos_token_id
 
@@ -150,6 +155,27 @@ def test_a_start_token_the_model_does_not_have_is_refused():
     odd["special_tokens"]["a"]["ids"] = [7]
     with pytest.raises(WeightsError, match="begins a text with token 7, and the model has 5"):
         text_start(opened(tokenizer(post_processor=odd), "x"), None, 1, 5, "x")
+
+
+def test_texts_that_begin_with_two_tokens_are_refused():
+    step = post_processor(1, 2)
+    step["single"] = [step["single"][i] for i in (0, 2, 1)]
+    with pytest.raises(WeightsError, match=r"begins a text with \['a', 'b'\], expected"):
+        text_start(opened(tokenizer(post_processor=step), "x"), "a", 1, 5, "x")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"split_special_tokens": True},
+        {"add_prefix_space": True, "tokenizer_class": "GPT2TokenizerFast"},
+    ],
+)
+def test_tokenizers_that_transformers_runs_otherwise_are_refused(tmp_path, beside):
+    (tmp_path / "tokenizer.json").write_text(tokenizer())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    with pytest.raises(ConfigError, match=f"{next(iter(beside))} = true is not supported"):
+        HFText(tmp_path, 5, ()).tokenizer_json()
 
 
 MARK = {"content": "<mark>", "lstrip": False, "rstrip": False, "normalized": False,

@@ -65,6 +65,7 @@ class Config(Model):
         yield from self.not_positive("out_rank", "sparse_stride", "dense_stride", "index_heads")
         yield from self.not_positive("index_dim", "index_top_k", "experts", "top_k", "expert_width")
         yield from self.not_positive("shared_experts", "limit", "streams", "sinkhorn_iters")
+        yield from self.not_positive("stream_eps")
         yield from self.not_one_of("pattern", WINDOW + SPARSE + DENSE)
         if self.out_groups > 0 and self.q_heads % self.out_groups:
             yield f"q_heads {self.q_heads} must be a multiple of out_groups {self.out_groups}"
@@ -145,7 +146,9 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
     fields.refuse_unless("norm_topk_prob", True)
     fields.refuse_unless("scoring_func", "sqrtsoftplus", "sigmoid", "softmax")
     if quantized := reading.nested(fields, "quantization_config"):
-        Fields(quantized, f"{where}: quantization_config").refuse_unless("quant_method", "fp8")
+        stored = Fields(quantized, f"{where}: quantization_config")
+        stored.refuse_unless("quant_method", "fp8")
+        stored.refuse_unless("weight_block_size", [128, 128])
     common = reading.sizes(fields)
     sparse, dense = "compressed_sparse_attention", "heavily_compressed_attention"
     strides = dict(reading.nested(fields, "compress_rates") or {sparse: 4, dense: 128})

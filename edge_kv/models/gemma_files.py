@@ -151,6 +151,8 @@ def _hf_gemma3(fields: Fields, **common: Any) -> Config:
 def _gemma3_ropes(fields: Fields) -> dict[str, dict[str, Any]]:
     """rope_parameters, completed by the older rope_theta / rope_local_base_freq / rope_scaling."""
     rope = _nested_ropes(fields)
+    if fields.get("rope_parameters") is None:  # then the older name of rope_type says nothing
+        rope = {layer_type: {"rope_type": "default"} for layer_type in rope}
     scaling = fields.get("rope_scaling")
     if scaling is not None:
         if not isinstance(scaling, dict):

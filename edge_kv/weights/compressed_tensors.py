@@ -30,6 +30,7 @@ def is_pack_quantised(config: Mapping[str, Any]) -> bool:
         and found.get("quant_method") == "compressed-tensors"
         and found.get("format") == "pack-quantized"
         and not found.get("kv_cache_scheme")
+        and not found.get("transform_config")  # rotations of activations
     )
 
 

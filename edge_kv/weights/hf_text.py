@@ -24,6 +24,8 @@ _TEXTS = (
     "chat_template.json",
 )  # fmt: skip
 
+# Classes of transformers that make their steps anew and put a space before a text if told so.
+_BUILT_ANEW = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _TOP_K = 50  # transformers' own, where a checkpoint that is to be sampled says none
 # What transformers' `generate` also does to a text, with the value that does nothing (None: any
 # does something). Settings of length and speed are not among them: a request decides those.
@@ -130,6 +132,9 @@ class HFText:
     @cached_property
     def _tokenizer(self) -> str | None:
         """tokenizer.json with the added tokens that are listed beside it."""
+        self._beside.refuse_unless("split_special_tokens", False)
+        if str(self._beside.get("tokenizer_class")).removesuffix("Fast") in _BUILT_ANEW:
+            self._beside.refuse_unless("add_prefix_space", False)
         content, listed = self._text("tokenizer.json"), self._beside.get("added_tokens_decoder")
         by_id = listed if isinstance(listed, dict) else {}
         if not all(i.isdecimal() and isinstance(token, dict) for i, token in by_id.items()):

@@ -111,8 +111,7 @@ def text_start(
     """The start token that templates may name, and whether it goes before every text.
 
     As in transformers, the tokenizer's own last step decides about the latter: that a config has a
-    start token does not put it before texts (Qwen's config has one, its texts do not). Where that
-    step puts another token than the named one, none is put.
+    start token does not put it before texts (Qwen's config has one, its texts do not).
 
     Args:
         engine: the tokenizer, as `opened`.
@@ -120,20 +119,26 @@ def text_start(
         bos_id: the start token of the model's config, where none is named.
 
     Raises:
-        WeightsError: it begins texts with a token the model does not have.
+        WeightsError: it begins texts with a token the model does not have, with several, or with
+            another than the named one.
     """
     encoded = engine.encode(_TRIED)
-    added = encoded.ids[0] if encoded.special_tokens_mask[:1] == [1] else None
+    begun = encoded.tokens[: [*encoded.special_tokens_mask, 0].index(0)]
+    added = encoded.ids[0] if begun else None
     if added is not None and added >= vocab_size:
         raise WeightsError(
             f"The tokenizer of {where} begins a text with token {added}, and the model has "
             f"{vocab_size}; use the tokenizer of this checkpoint."
         )
-    if named:
-        bos_id = engine.token_to_id(named)
-        return bos_id, added is not None and bos_id == added
-    if added is not None:
-        return added, True
+    wanted = engine.token_to_id(named) if named else added
+    if len(begun) > 1 or added not in (None, wanted):
+        raise WeightsError(
+            f"The tokenizer of {where} begins a text with {begun}, expected its bos_token alone "
+            f"({named or 'it names none'}); name that in tokenizer_config.json, or use another "
+            "tokenizer."
+        )
+    if named or added is not None:
+        return wanted, added is not None
     return (None if named == "" else bos_id), False
 
 
