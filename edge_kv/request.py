@@ -15,9 +15,9 @@ from pathlib import Path
 
 from edge_kv import models
 from edge_kv.amounts import size
-from edge_kv.errors import ConfigError, ExportError, WeightsError, did_you_mean
+from edge_kv.errors import ConfigError, ExportError, did_you_mean
 from edge_kv.guidance import check_model, model_meant
-from edge_kv.models.checkpoint import open_checkpoint, read_config
+from edge_kv.models.checkpoint import Checkpoint, open_described
 from edge_kv.models.model import Model, Row
 from edge_kv.models.sources import (
     check_same,
@@ -46,6 +46,7 @@ class Subject:
     weights: str  # what export reads: a path, a hub id, `random` or `random:SEED`
     model: str | None  # the row of `--model`, where one was named
     revision: str | None
+    checkpoint: Checkpoint | None = None  # where all of it is here
 
     @property
     def on_hub(self) -> bool:
@@ -63,11 +64,7 @@ class Subject:
 
     def formats(self) -> dict[str, str]:
         """The formats of a quantised checkpoint's matrices; none of one that is not here whole."""
-        path = Path(self.weights).expanduser()
-        try:
-            return open_checkpoint(path).formats() if path.exists() else {}
-        except WeightsError:
-            return {}
+        return self.checkpoint.formats() if self.checkpoint else {}
 
 
 def find_subject(model: str | None, weights: str | None, revision: str | None = None) -> Subject:
@@ -93,10 +90,10 @@ def find_subject(model: str | None, weights: str | None, revision: str | None = 
     path = Path(weights).expanduser()
     if is_hub_id(weights):
         path = download(weights, revision, config_only=True)
-    config = _described(path, weights)
+    config, checkpoint = _described(path, weights)
     if row is not None:
         check_same(weights, config, row.config)
-    return Subject(name, config, weights, model, revision)
+    return Subject(name, config, weights, model, revision, checkpoint)
 
 
 def find_assistant(spec: str, target: Model) -> Model:
@@ -113,7 +110,7 @@ def find_assistant(spec: str, target: Model) -> Model:
     path = Path(spec).expanduser()
     if is_hub_id(spec) and not path.exists():
         path = download(spec, config_only=True)
-    return models.attach(_described(path, spec), target)
+    return models.attach(_described(path, spec)[0], target)
 
 
 def fetch_assistant(spec: str, progress: Progress | None = None) -> str:
@@ -135,11 +132,11 @@ def _row(model: str) -> Row:
     return models.get_row(model)
 
 
-def _described(path: Path, spec: str) -> Model:
-    """The config of a checkpoint directory or a GGUF file."""
+def _described(path: Path, spec: str) -> tuple[Model, Checkpoint | None]:
+    """See `open_described`; `spec` is what was given for the path."""
     if not path.exists():
         raise not_there(spec)
-    return read_config(path)
+    return open_described(path)
 
 
 def check_backend(backend: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from edge_kv import models
 from edge_kv.cli import app
+from edge_kv.manifest import LONGEST_MANIFEST
 
 TABLE = Path(__file__).parent.parent / "docs" / "errors.md"
 # What is said once, when a machine's native code is compiled.
@@ -416,7 +417,7 @@ CASES = [
     Case("weights", "nothing there", EXPORT),
     Case("weights", "a file of another kind", EXPORT, file("model", b"weights")),
     Case("weights", "no tensors", EXPORT, checkpoint_file("model.safetensors", gone)),
-    Case("weights", "missing, surplus and misshaped tensors", EXPORT, tensors(three_faults)),
+    Case("weights", "missing, surplus and misshaped tensors", PLAN, tensors(three_faults)),
     Case("weights", "a value that is not a number", EXPORT, tensors(not_a_number)),
     Case(
         "weights", "a download that was cut off", EXPORT,
@@ -467,6 +468,10 @@ CASES = [
     ),
     Case("artifact", "nothing there", INSPECT),
     Case("artifact", "the name of a model", "run e2b Hello"),
+    Case(
+        "artifact", "a manifest of megabytes", INSPECT,
+        artifact_file("manifest.json", lambda b: b.ljust(LONGEST_MANIFEST + 1)),
+    ),
     Case("artifact", "a checkpoint", "run DIR/model Hello", checkpoint),
     Case("artifact", "a GGUF file", "run DIR/model.gguf Hello", file("model.gguf", b"GGUF")),
     Case("artifact", "a folder of artifacts", "run DIR Hello", artifact()),

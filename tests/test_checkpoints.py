@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -19,7 +20,7 @@ from weights_models import tiny_hf
 
 from edge_kv import models
 from edge_kv.errors import ConfigError, WeightsError
-from edge_kv.models.checkpoint import config_from_hf, open_checkpoint
+from edge_kv.models.checkpoint import config_from_hf, open_checkpoint, open_described
 from edge_kv.nets.oracle import oracle, table_values
 from edge_kv.nets.weights import Weights
 
@@ -440,6 +441,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("zaya-sliding", {"rope_parameters": {"hybrid": PLAIN, "hybrid_sliding": PLAIN}}),
         ("gemma3", {"rope_scaling": {"type": "default"}}),
         ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("gemma3", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}),
     ],
 )  # fmt: skip
 def test_fields_that_are_said_twice_count_as_in_transformers(saved, name, fields):
@@ -469,6 +471,18 @@ def test_one_error_lists_every_fault(saved):
     assert "model.layers.2.mlp.extra.weight is not part of the model" in text
     with pytest.raises(WeightsError, match="has shape"):
         open_checkpoint(root).read("norm")
+
+
+def test_what_is_planned_is_what_the_tensors_are(saved, tmp_path):
+    root = saved("llama")
+    config, checkpoint = open_described(root)
+    assert checkpoint and checkpoint.config == config
+    configure(root, intermediate_size=72)
+    for path in (root, as_gguf(root, tmp_path / "x.gguf", "llama")):
+        with pytest.raises(WeightsError, match=r"has shape \(64, 48\), expected \(72, 48\)"):
+            open_described(path)
+    (root / "model.safetensors").unlink()  # a download that is not over
+    assert open_described(root) == (replace(config, mlp_width=72), None)
 
 
 REFUSED = [
@@ -532,6 +546,7 @@ REFUSED = [
     ("deepseek_v4", {"layer_types": None}, "compress_ratios is absent, expected a list of 6"),
     ("deepseek_v4", {"num_key_value_heads": 2}, "num_key_value_heads = 2 is not supported"),
     ("deepseek_v4", {"hc_mult": 0}, "streams 0 must be positive"),
+    ("deepseek_v4", {"hc_eps": -1.0}, "stream_eps -1 must be positive"),
 ]
 
 

@@ -210,18 +210,26 @@ class Checkpoint:
             WeightsError: one error that lists every missing, surplus, wrongly shaped, unreadable
                 and (with `values`) not finite tensor.
         """
-        faults: list[str] = []
-        for name, row in self.rows.items():
-            if fault := self._fault(row):
-                faults.append(fault)
-            elif values and (where := self._not_finite(row)) is not None:
-                faults.append(f"{self.stored_name(name)} is not finite at {list(where)}")
-        faults += [f"{name} is not part of the model" for name in self.surplus()]
+        faults = self._faults()
+        for row in self.rows.values() if values else ():
+            if not self._fault(row) and (where := self._not_finite(row)) is not None:
+                faults.append(f"{self.stored_name(row.name)} is not finite at {list(where)}")
         if self.own_head():
             faults.append(
                 f"{self.own_head()} is an LM head of its own (it differs from the token table), "
                 "and this model has none"
             )
+        self._refuse(faults)
+
+    def check_headers(self) -> None:
+        """`check` as far as names, shapes and types of tensors tell: no value is read."""
+        self._refuse(self._faults())
+
+    def _faults(self) -> list[str]:
+        found = [fault for row in self.rows.values() if (fault := self._fault(row))]
+        return found + [f"{name} is not part of the model" for name in self.surplus()]
+
+    def _refuse(self, faults: list[str]) -> None:
         if not faults:
             return
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
@@ -437,17 +445,25 @@ def _gguf_config(file: GGUFFile, where: str) -> Model:
     return _described(lambda: module.read_gguf(file, where), where)
 
 
-def read_config(path: Path) -> Model:
-    """The config of a Hugging Face directory or a GGUF file; no tensor is looked at.
+def open_described(path: Path) -> tuple[Model, Checkpoint | None]:
+    """What model the checkpoint at `path` describes, and the checkpoint, its headers compared with
+    that; None of a directory whose weights are not all there.
 
     Raises:
-        WeightsError: nothing there, a file that is damaged, or a directory of several models.
+        WeightsError: nothing there, a file that is damaged, a directory of several models, or
+            tensors that are not those of the config.
         ConfigError: a model that is not supported, or a field with a wrong value.
     """
-    path = _model_path(path)
-    if path.is_dir():
-        return config_from_hf(_config_json(path), str(path / "config.json"))
-    return _gguf_config(_gguf(path), path.name)
+    at = _model_path(path)
+    if at.is_dir():
+        raw = _config_json(at)
+        try:
+            weight_files(at, raw.get("transformers_weights"))
+        except WeightsError:
+            return config_from_hf(raw, str(at / "config.json")), None
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_headers()
+    return checkpoint.config, checkpoint
 
 
 def _model_path(path: Path) -> Path:
