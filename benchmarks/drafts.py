@@ -92,7 +92,7 @@ class Ours:
             repetition_penalty=1.0,
         )  # fmt: skip
         generator = self.ways[way]
-        generator.forget()
+        generator.prompts.forget()
         prompt = case.text if self.raw else case.prompt
         turn = generator.reply([Message("user", prompt)], options=options)
         for _ in turn:

@@ -7,7 +7,7 @@ and feed the ids of earlier replies as they were generated, wherever the templat
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edge_kv.errors import ConfigError, PromptError, SnapshotError
 from edge_kv.runtime.generation import Constraint, Slide, Trace, generate
 from edge_kv.runtime.messages import Message, Tool, ToolCall
+from edge_kv.runtime.prompts import Asked, Prompt, Prompts
 from edge_kv.runtime.replies import CONTENT, Holdback, Piece, ReplyFormat, ReplyParser
 from edge_kv.runtime.sampling import Sampling, TokenLogprobs
 from edge_kv.runtime.session import Session
@@ -33,10 +34,6 @@ __all__ = [
 ]  # fmt: skip
 
 STOP, LENGTH, FULL, CALLS, CANCELLED = "stop", "length", "full", "calls", "cancelled"
-_THINK = "enable_thinking"  # the variable of templates
-_CONVERSATIONS = 8  # conversations whose ids are remembered
-_CONTENTS = 512  # answers whose ids are remembered
-_HOLE = "\ue000{}\ue001"  # stands for an answer while its place in a rendered text is looked for
 
 
 @dataclass(frozen=True)
@@ -98,32 +95,6 @@ class Reply:
         return Message("assistant", self.text, self.thinking, self.calls)
 
 
-@dataclass
-class _Known:
-    """A conversation as it was fed: its text, its ids, and the part that sliding forgot."""
-
-    text: str
-    ids: list[int]
-    gap: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    messages: tuple[Message, ...]
-    text: str
-    ids: list[int]
-    gap: tuple[int, int]
-    keep_first: int
-    opening: int  # how many of `fed` conversations with the same system prompt and tools share
-    stays: int  # how many of `fed` stay when the conversation goes on
-    thinking: bool
-
-    @property
-    def fed(self) -> list[int]:
-        """The ids without what sliding forgot."""
-        return self.ids[: self.gap[0]] + self.ids[self.gap[1] :]
-
-
 class Turn(Iterator[Piece]):
     """A reply under way: iterate for its pieces, close it to stop; `reply` describes it at the end.
 
@@ -180,13 +151,13 @@ class Generator:
         self.sampling = Sampling.of(artifact)
         self.on_slide = on_slide
         self.drafts: Speculation | str = Speculation.of(drafts, session) or OFF
-        self._ids = _Ids(session)
-        self.stop_ids = self._ids.stop | self.format.ends
+        tokens = artifact.tokens
+        self.prompts = Prompts(self.tokenizer, template, self.format, tokens.eos, session.plan.ctx)
+        self.stop_ids = frozenset(tokens.eos) | self.format.ends
+        self._suppress = frozenset(tokens.suppress)
         self._engine: Engine | None = None
         # Hears ids before they are read, and how many of them stay when the conversation goes on.
         self.on_prompt: Callable[[Sequence[int], int], None] | None = None
-        self._conversations: list[_Known] = []  # the newest last
-        self._answers: OrderedDict[str, list[int]] = OrderedDict()  # text -> ids as generated
 
     def reply(
         self,
@@ -211,7 +182,8 @@ class Generator:
         """
         begin = time.perf_counter()
         options = options or Options()
-        prompt = self._prompt(messages, tools, options)
+        asked = Asked(tuple(messages), tuple(tools), options.think)
+        prompt = self.prompts.make(asked, slides=options.on_full == "slide")
         constraint = self._constraint(prompt, tools, options, grammar, tool_choice)
         sampling = options.sampling(self.sampling)
         trace = Trace()
@@ -239,7 +211,7 @@ class Generator:
             keep_first=prompt.keep_first,
             on_slide=slid,
             logit_bias=options.logit_bias,
-            suppress=self._ids.suppress,
+            suppress=self._suppress,
             constraint=constraint,
             logprobs=options.logprobs,
             checkpoints=(prompt.opening, prompt.stays),
@@ -270,14 +242,15 @@ class Generator:
                 if finished or said.ids:  # a question that failed before its reply was not asked
                     seconds = time.perf_counter() - begin
                     turn.reply = said.reply(prompt, trace, first, seconds, finished)
-                    self._remember(prompt, said, (gap[0], gap[1]))
+                    answer = said.content, said.answer_ids()
+                    self.prompts.remember(prompt, said.whole, (gap[0], gap[1]), answer)
 
         turn = Turn(pieces())
         return turn
 
     def _constraint(
         self,
-        prompt: _Prompt,
+        prompt: Prompt,
         tools: Sequence[Tool],
         options: Options,
         grammar: Grammar | None,
@@ -288,7 +261,8 @@ class Generator:
         from edge_kv.runtime.constraints import Engine, ReplyConstraint
 
         if self._engine is None:
-            self._engine = Engine(self.tokenizer, _Ids.vocab(self.session), self.stop_ids)
+            vocab = self.session.artifact.tokens.vocab
+            self._engine = Engine(self.tokenizer, vocab, self.stop_ids)
         return ReplyConstraint(
             self._engine,
             self.format,
@@ -298,207 +272,6 @@ class Generator:
             thinking=prompt.thinking,
             may_think=options.think is not False,
         )
-
-    def _prompt(
-        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options
-    ) -> _Prompt:
-        text = self._render(messages, tools, options)
-        ids = self._encode(messages, tools, options, text)
-        slides = options.on_full == "slide"
-        gap = self._gap(ids) if slides else (0, 0)
-        stays = self._staying(messages, tools, options, text)
-        turn, opening = self._cut(text, ids, stays)
-        turn = min(turn, len(ids) - 1)  # the last id is decoded, not read
-        head = (
-            self._head(messages, text)
-            if slides
-            else self._opening(messages, tools, options, text, ids)
-        )
-        removed = gap[1] - gap[0]
-        return _Prompt(
-            messages=tuple(messages),
-            text=text,
-            ids=ids,
-            gap=gap,
-            keep_first=gap[0] or head,
-            opening=head if head > 1 else 0,
-            stays=turn - removed if turn > gap[1] else 0,
-            thinking=self.format.opened(opening),
-        )
-
-    def _staying(
-        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options, text: str
-    ) -> int:
-        """How many characters of a prompt the history of later turns is sure to begin with.
-
-        Templates open thoughts that history leaves out, and drop thoughts of earlier turns when a
-        new question comes: the conversation is rendered as if it had gone on.
-        """
-        later = [*messages, Message("assistant", "a"), Message("user", "a")]
-        try:
-            texts = [self._render(later, tools, options)]
-        except PromptError:  # a template that wants its turns in another order
-            texts = []
-        texts.append(self._render(messages, tools, options, add_generation_prompt=False))
-        return min(_shared(text, other) for other in texts)
-
-    def _cut(self, text: str, ids: list[int], at: int) -> tuple[int, list[int]]:
-        """How many ids stand for the first `at` characters of a prompt, and the ids behind them.
-
-        Where `at` lies inside a token, the cut moves left to where a line or a mark begins.
-        """
-        for cut in (at, text.rfind("<", 0, at), text.rfind("\n", 0, at) + 1):
-            rest = self.tokenizer.encode(text[max(cut, 0) :], start=False)
-            if ids[len(ids) - len(rest) :] == rest:
-                return len(ids) - len(rest), rest
-        return 0, self.tokenizer.encode(text[at:], start=False)
-
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options, **more: Any
-    ) -> str:
-        if options.think is not None:
-            more[_THINK] = options.think
-        eos = self._ids.eos
-        return self.template.render(
-            [m.as_dict() for m in messages],
-            tools=[t.as_dict() for t in tools] or None,
-            bos_token=self.tokenizer.bos_token,
-            eos_token=self.tokenizer.token(eos[0]) if eos else "",
-            **more,
-        )
-
-    def _encode(
-        self, messages: Sequence[Message], tools: Sequence[Tool], options: Options, text: str
-    ) -> list[int]:
-        """Ids of a rendered conversation, earlier turns as they were read and generated."""
-        known = max(
-            (c for c in self._conversations if text.startswith(c.text)),
-            key=lambda c: len(c.text),
-            default=None,
-        )
-        if known is None:
-            ids, at, start = [], 0, True
-        else:
-            ids, at, start = list(known.ids), len(known.text), not known.ids
-        if known and not known.text and text.startswith(self.tokenizer.bos_token):
-            at = len(self.tokenizer.bos_token)  # a context restored without a conversation has it
-        for begin, end, answer in self._places(messages, tools, options, text, at):
-            ids += self.tokenizer.encode(text[at:begin], start=start) + answer
-            at, start = end, False
-        if at < len(text) or start:
-            ids += self.tokenizer.encode(text[at:], start=start)
-        return ids
-
-    def _places(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool],
-        options: Options,
-        text: str,
-        at: int,
-    ) -> list[tuple[int, int, list[int]]]:
-        """Where answers whose ids are known stand in `text` from `at` on; none if that is unsure.
-
-        The conversation is rendered once more with a mark instead of each such answer. Templates
-        that look into answers (to trim, to strip thoughts) may then write another text: no places.
-        """
-        answers = {
-            i: m.content
-            for i, m in enumerate(messages)
-            if m.role == "assistant" and m.content in self._answers
-        }
-        if not answers or at >= len(text):
-            return []
-        marked = [
-            replace(m, content=_HOLE.format(i)) if i in answers else m
-            for i, m in enumerate(messages)
-        ]
-        rest = self._render(marked, tools, options)
-        places, made, length = [], [], 0
-        for i, answer in answers.items():
-            before, found, rest = rest.partition(_HOLE.format(i))
-            if not found:
-                return []
-            begin = length + len(before)
-            length = begin + len(answer)
-            made += [before, answer]
-            if begin >= at:
-                places.append((begin, length, self._answers[answer]))
-        return places if "".join([*made, rest]) == text else []
-
-    def _gap(self, ids: list[int]) -> tuple[int, int]:
-        """What sliding has forgotten of the beginning of `ids`, in an earlier turn."""
-        gaps = (c for c in reversed(self._conversations) if c.gap[1])
-        return next((c.gap for c in gaps if ids[: c.gap[1]] == c.ids[: c.gap[1]]), (0, 0))
-
-    def _head(self, messages: Sequence[Message], text: str) -> int:
-        """Tokens up to the end of the system prompt, which sliding never forgets."""
-        system = messages[0].content.strip() if messages and messages[0].role == "system" else ""
-        at = text.find(system) if system else -1
-        if at < 0:
-            return 1
-        head = self.tokenizer.encode(text[: at + len(system)])
-        half: int = self.session.plan.ctx // 2
-        return min(len(head), half)
-
-    def _opening(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool],
-        options: Options,
-        text: str,
-        ids: list[int],
-    ) -> int:
-        """How many ids stand before the first question: system prompt and tools; 0 without any.
-
-        The conversation is rendered with another question. The cut moves left to where a line or a
-        mark begins, so that no question changes the ids before it.
-        """
-        first = next((i for i, m in enumerate(messages) if m.role != "system"), None)
-        if first is None or not (first or tools):
-            return 0
-        asked = [*messages[:first], replace(messages[first], content=_HOLE.format(first))]
-        try:
-            at = _shared(text, self._render(asked, tools, options))
-        except PromptError:  # a template that looks into questions
-            return 0
-        for cut in (text.rfind("\n", 0, at) + 1, text.rfind("<", 0, at)):
-            head = self.tokenizer.encode(text[: max(cut, 0)])
-            if ids[: len(head)] == head:
-                return len(head)
-        return 0
-
-    def _remember(self, prompt: _Prompt, said: _Said, gap: tuple[int, int]) -> None:
-        ids = prompt.ids + said.whole
-        text = prompt.text + self.tokenizer.decode(said.whole, special=True)
-        self.know(text, ids, gap)
-        answer = said.answer_ids()
-        if answer:
-            self._answers[said.content] = answer
-            self._answers.move_to_end(said.content)
-            if len(self._answers) > _CONTENTS:
-                self._answers.popitem(last=False)
-
-    def know(self, text: str, ids: Sequence[int], gap: tuple[int, int] = (0, 0)) -> None:
-        """Take `ids` for the encoding of `text` wherever a conversation begins with it."""
-        kept = [c for c in self._conversations if not text.startswith(c.text)]
-        self._conversations = [*kept[1 - _CONVERSATIONS :], _Known(text, list(ids), gap)]
-
-    @property
-    def heeds_think(self) -> bool:
-        """Whether the template looks at `Options.think`."""
-        return _THINK in self.template.source
-
-    def forget(self) -> None:
-        """Recognise nothing that was said so far."""
-        self._conversations.clear()
-        self._answers.clear()
-
-    @property
-    def newest(self) -> tuple[str, list[int], tuple[int, int]]:
-        """Text, ids and forgotten part of the conversation answered last."""
-        known = self._conversations[-1] if self._conversations else _Known("", [])
-        return known.text, known.ids, known.gap
 
 
 class _Said:
@@ -584,16 +357,17 @@ class _Said:
             return []
         marks = self.parser.marks
         start = max((i + 1 for i, t in enumerate(self.ids) if t in marks), default=0)
-        for at in range(start, len(self.whole)):
-            text = self._tokenizer.decode(self.whole[at:])
+        whole = self.whole
+        for at in range(start, len(whole)):
+            text = self._tokenizer.decode(whole[at:])
             if text == self.content:
-                return self.whole[at:]
+                return whole[at:]
             if len(text) < len(self.content):
                 return []
         return []
 
     def reply(
-        self, prompt: _Prompt, trace: Trace, first: float, seconds: float, finished: bool
+        self, prompt: Prompt, trace: Trace, first: float, seconds: float, finished: bool
     ) -> Reply:
         finish = STOP if self.stopped_by else trace.finish or (STOP if finished else CANCELLED)
         if self.calls and finish == STOP:
@@ -676,13 +450,13 @@ class Chat:
     @property
     def used(self) -> int:
         """Tokens of the context that the conversation takes, as far as it was read."""
-        return self.session.pos if self.generator.newest[1] else 0
+        return self.session.pos if self.generator.prompts.newest.ids else 0
 
     def reset(self) -> None:
         """Start a new conversation; the session keeps what it can reuse, and saves none of it."""
         self.history = [Message("system", self.system)] if self.system else []
         self.last = None
-        self.generator.forget()
+        self.generator.prompts.forget()
 
     def save(self, path: str | Path) -> None:
         """Snapshot the session together with the conversation.
@@ -690,7 +464,7 @@ class Chat:
         Raises:
             SnapshotError: the file cannot be written.
         """
-        text, ids, gap = self.generator.newest
+        text, ids, gap = self.generator.prompts.newest
         if not ids:
             self.session.reset()  # what is held belongs to an earlier conversation
         note = {"messages": self.messages, "text": text, "ids": ids, "gap": list(gap)}
@@ -720,7 +494,7 @@ class Chat:
         ):
             raise SnapshotError(f"{path} holds a conversation that is damaged; take it again.")
         if ids:
-            self.generator.know(text, ids, (gap[0], gap[1]))
+            self.generator.prompts.know(text, ids, (gap[0], gap[1]))
 
     def send(self, content: str) -> Iterator[str]:
         """Ask and yield the answer in pieces of whole characters; `last` describes it at the end.
@@ -776,31 +550,3 @@ class Chat:
                     yield piece.text
         finally:
             pieces.close()  # type: ignore[attr-defined]
-
-
-def _shared(a: str, b: str) -> int:
-    """Length of the common beginning of two texts."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-class _Ids:
-    """What a model's vocabulary says about itself: its size, ends of turns, what is never drawn."""
-
-    def __init__(self, session: Session) -> None:
-        known: Any = session  # stand-ins for a session may have a model's config alone
-        tokens = getattr(session.artifact, "tokens", None)
-        self.eos: tuple[int, ...] = tuple(tokens.eos if tokens else known.config.eos_ids)
-        self.stop = frozenset(self.eos)
-        self.suppress = frozenset(tokens.suppress if tokens else ())
-
-    @staticmethod
-    def vocab(session: Session) -> int:
-        """How many logits the model gives."""
-        return int(session.artifact.tokens.vocab)

@@ -491,7 +491,7 @@ def test_a_stop_text_in_the_middle_of_a_pass_leaves_what_was_said(repeating):
         assert "".join(ask(chat, "to be?")) == "to be, to be, to be, to "
         assert chat.last.stopped_by == "be or"
         held.append(chat.session.tokens)
-        assert list(held[-1]) == chat.generator.newest[1][:-1]
+        assert list(held[-1]) == chat.generator.prompts.newest.ids[:-1]
         chat.options = Options()
         assert "".join(ask(chat, "again")) == "to be, to be, to be."
         replies.append(chat.last)
@@ -524,4 +524,4 @@ def test_a_reply_that_is_stopped_early_keeps_what_was_shown(repeating):
     shown = "".join(next(pieces) for _ in range(9))
     pieces.close()
     assert chat.last.text == shown and chat.last.finish == "cancelled"
-    assert list(drafting.tokens) == chat.generator.newest[1][:-1]
+    assert list(drafting.tokens) == chat.generator.prompts.newest.ids[:-1]

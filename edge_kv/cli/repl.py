@@ -96,7 +96,7 @@ def ended(chat: Chat, *, goes_on: bool) -> str:
 
 def unheard(chat: Chat) -> str:
     """That thinking was asked for or against in vain, if it was."""
-    if chat.options.think is None or chat.generator.heeds_think:
+    if chat.options.think is None or chat.generator.prompts.heeds_think:
         return ""
     return "(the chat template of this model does not ask whether to think)"
 

@@ -153,7 +153,7 @@ class States:
     def _written_down(self, tokens: tuple[int, ...], older: list[Kept]) -> Kept | None:
         path = older[-1].path if older else None
         path = path or self._free_name()
-        text, ids, gap = self._generator.newest
+        text, ids, gap = self._generator.prompts.newest
         known = tuple(ids[: len(tokens)]) == tokens
         note: dict[str, Any] = {"stays": self._stays}
         if known:
@@ -203,7 +203,7 @@ class States:
         self._kept.append(kept)
         text, ids, gap = note.get("text"), note.get("ids"), note.get("gap")
         if isinstance(text, str) and isinstance(ids, list) and isinstance(gap, list):
-            self._generator.know(text, [int(i) for i in ids], (int(gap[0]), int(gap[1])))
+            self._generator.prompts.know(text, [int(i) for i in ids], (int(gap[0]), int(gap[1])))
 
     def _free_name(self) -> Path:
         assert self._folder
