@@ -8,11 +8,10 @@ import pytest
 from fake_artifact import NumpySession, write_artifact
 
 from edge_kv.artifact import read_artifact
-from edge_kv.runtime.chat import Generator, Piece, Reply, Turn
+from edge_kv.runtime.chat import Piece, Reply, Turn
 from edge_kv.runtime.replies import CONTENT, THINKING
-from edge_kv.runtime.template import RAW_TEMPLATE, Template
-from edge_kv.serve.app import Server, Settings, make_app
-from edge_kv.serve.states import States
+from edge_kv.serve.app import Settings, make_app
+from edge_kv.serve.command import make_server
 
 pytestmark = pytest.mark.skipif(
     browsers.PROGRAM is None, reason="no browser; on Debian and Ubuntu: apt install chromium"
@@ -47,10 +46,7 @@ def served(tmp_path_factory):
     import uvicorn
 
     root = write_artifact(tmp_path_factory.mktemp("page") / "toy", ctx=2048, programs=False)
-    session = Slow(read_artifact(root))
-    generator = Generator(session)
-    raw = Generator(session, generator.tokenizer, Template(RAW_TEMPLATE))
-    server = Server(generator, raw, States(generator), Settings(planned=90 << 20))
+    server = make_server(Slow(read_artifact(root)), Settings(planned=90 << 20))
     config = uvicorn.Config(make_app(server), port=0, log_level="error")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)

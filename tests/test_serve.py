@@ -17,9 +17,8 @@ from edge_kv.memory import predict_artifact
 from edge_kv.runtime.chat import Generator, Message, Reply
 from edge_kv.runtime.generation import feed
 from edge_kv.runtime.messages import Tool
-from edge_kv.runtime.template import RAW_TEMPLATE, Template
 from edge_kv.serve.app import Server, Settings, make_app, most_bytes, serve
-from edge_kv.serve.command import run_server
+from edge_kv.serve.command import make_server, run_server
 from edge_kv.serve.schema import ChatRequest, finish_reason, parse
 from edge_kv.serve.states import WORTH_KEEPING, States, kept_bytes
 from edge_kv.serve.worker import Job, QueueFull, TimeIsUp, Worker
@@ -34,12 +33,10 @@ def artifact(tmp_path_factory):
 
 
 def serving(artifact, folder, settings=None, most=4, ram=None):
-    session = NumpySession(artifact)
-    generator = Generator(session)
-    states = States(generator, folder, most, ram)
-    raw = Generator(session, generator.tokenizer, Template(RAW_TEMPLATE))
-    generator.on_prompt = raw.on_prompt = states.enter
-    return Server(generator, raw, states, settings or Settings())
+    return make_server(
+        NumpySession(artifact), settings or Settings(), state=folder, conversations=most,
+        kept_ram=ram,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 from fake_artifact import NumpySession, write_artifact
@@ -9,10 +10,8 @@ from openai import BadRequestError, OpenAI
 from starlette.testclient import TestClient
 
 from edge_kv.artifact import read_artifact
-from edge_kv.runtime.chat import Generator
-from edge_kv.runtime.template import RAW_TEMPLATE, Template
-from edge_kv.serve.app import Server, Settings, make_app
-from edge_kv.serve.states import States
+from edge_kv.serve.app import Settings, make_app
+from edge_kv.serve.command import make_server
 
 HELLO = [{"role": "user", "content": "Hello"}]
 PERSON = {
@@ -24,17 +23,19 @@ PERSON = {
 COUNT = {"type": "function", "function": {"name": "count", "parameters": PERSON}}
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    root = write_artifact(tmp_path_factory.mktemp("asked") / "a", ctx=512, programs=False)
-    session = NumpySession(read_artifact(root))
-    generator = Generator(session)
-    raw = Generator(session, generator.tokenizer, Template(RAW_TEMPLATE))
-    server = Server(generator, raw, States(generator), Settings())
+@contextmanager
+def asking(server):
     with TestClient(make_app(server), base_url="http://localhost") as http:
         yield OpenAI(
             base_url="http://localhost/v1", api_key="unused", http_client=http, max_retries=0
         )
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    root = write_artifact(tmp_path_factory.mktemp("asked") / "a", ctx=512, programs=False)
+    with asking(make_server(NumpySession(read_artifact(root)), Settings())) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,10 @@ def thinker(tmp_path_factory):
         template=CHATML,
     )  # fmt: skip
     session = Scripted(read_artifact(root))
-    generator = Generator(session, drafts="off")
-    server = Server(generator, generator, States(generator), Settings())
-    with TestClient(make_app(server), base_url="http://localhost") as http:
-        client = OpenAI(
-            base_url="http://localhost/v1", api_key="unused", http_client=http, max_retries=0
-        )
-        yield client, lambda text: session.script(generator.tokenizer.encode(text, start=False))
+    server = make_server(session, Settings(), drafts="off")
+    encode = server.generator.tokenizer.encode
+    with asking(server) as client:
+        yield client, lambda text: session.script(encode(text, start=False))
 
 
 class Scripted(NumpySession):

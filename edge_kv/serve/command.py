@@ -50,11 +50,27 @@ def run_server(
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as e:
             raise ConfigError(f"Cannot make the folder {state} ({e.strerror}).") from e
+    server = make_server(
+        session, settings, state=state, conversations=conversations, kept_ram=kept_ram,
+        drafts=drafts,
+    )  # fmt: skip
+    serve(server, host, port, ready=ready)
+
+
+def make_server(
+    session: Session,
+    settings: Settings,
+    *,
+    state: Path | None = None,
+    conversations: int = 4,
+    kept_ram: int | None = None,
+    drafts: str = AUTO,
+) -> Server:
+    """A server that listens nowhere yet; as `run_server`."""
     raw = Template(RAW_TEMPLATE)
     template = Template.of(session.artifact) or raw
     generator = Generator(session, template=template, drafts=drafts)
     states = States(generator, state, conversations, kept_ram)
     texts = Generator(session, generator.tokenizer, raw, drafts=generator.drafts)
-    server = Server(generator, texts, states, settings)
-    generator.on_prompt = server.raw.on_prompt = states.enter
-    serve(server, host, port, ready=ready)
+    generator.on_prompt = texts.on_prompt = states.enter
+    return Server(generator, texts, states, settings)
