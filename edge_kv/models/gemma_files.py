@@ -107,7 +107,7 @@ def read_hf(raw: dict[str, Any], where: str) -> Config:
         pad_id=fields.integer("pad_token_id"),
         bos_id=fields.integer("bos_token_id"),
         eos_ids=tuple(dict.fromkeys((*outer.ids("eos_token_id"), *fields.ids("eos_token_id")))),
-        tied=outer.flag("tie_word_embeddings") and fields.flag("tie_word_embeddings"),
+        tied=outer.flag("tie_word_embeddings"),
     )
 
 
