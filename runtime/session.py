@@ -497,6 +497,8 @@ class Session(ABC):
         """
         self._check_open()
         with snapshots.verified(Path(path), self.identity, self.plan) as held:
+            if not all(0 <= token < self.artifact.tokens.vocab for token in held.tokens):
+                raise SnapshotError(f"{path} holds ids that are no tokens here; take it again.")
             self.reset()
             self._checkpoints.clear()
             try:

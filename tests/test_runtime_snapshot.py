@@ -12,7 +12,7 @@ import pytest
 from fake_artifact import VOCAB, NumpySession, write_artifact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from snapshot_forgery import forge, header_of
+from snapshot_forgery import forge, header_of, seal
 
 from edge_kv.artifact import read_artifact
 from edge_kv.errors import SnapshotError
@@ -110,6 +110,20 @@ def test_wrong_headers_with_a_right_digest(artifacts, taken, changes, message):
         NumpySession(artifacts["f32"]).restore(
             forge(taken, taken.with_name("forged.kv"), **changes)
         )
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_ids_that_are_no_tokens(artifacts, taken, token):
+    raw = taken.read_bytes()
+    at = 16 + struct.unpack("<I", raw[12:16])[0]
+    forged = seal(
+        taken.with_name("forged.kv"), raw[:at] + struct.pack("<i", token) + raw[at + 4 : -32]
+    )
+    session = NumpySession(artifacts["f32"])
+    session.prefill([7])
+    with pytest.raises(SnapshotError, match="holds ids that are no tokens here"):
+        session.restore(forged)
+    assert session.tokens == (7,)
 
 
 @pytest.mark.parametrize(
