@@ -231,6 +231,7 @@ def test_integers_of_gemma_mean_what_transformers_says(tmp_path, bits):
 
 def test_bits_that_cannot_be_are_refused(tmp_path):
     for quantisation in ({"num_bits": 3}, {"module_quant_configs": {"(": {}}},
+                         {"module_quant_configs": [1]},
                          {"module_quant_configs": {"a": {"num_bits": "4"}}}):  # fmt: skip
         with pytest.raises(ConfigError, match="quantization_config"):
             joined_integers({}, quantisation)

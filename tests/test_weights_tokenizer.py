@@ -210,7 +210,14 @@ def test_added_tokens_beside_the_tokenizer_count_as_in_transformers(tmp_path, be
         assert ids == made(text, add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("entry", [{"content": 3}, {"odd": 1}, "x"])
+@pytest.mark.parametrize("given", ["\ud800", [{"name": "default", "template": "\ud800"}]])
+def test_a_template_that_is_no_text_is_refused(tmp_path, given):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+    with pytest.raises(WeightsError, match=r"chat template of .* is not UTF-8 text"):
+        HFText(tmp_path, 9, ()).chat_template()
+
+
+@pytest.mark.parametrize("entry", [{"content": 3}, {"odd": 1}, "x", {"content": "\ud800"}])
 def test_an_added_token_that_is_none_is_refused(tmp_path, entry):
     (tmp_path / "tokenizer.json").write_text(tokenizer())
     beside = json.dumps({"added_tokens_decoder": {"5": entry}})

@@ -63,7 +63,13 @@ class _Widths:
     def __init__(self, quantisation: Mapping[str, Any]):
         self._default = self._checked(quantisation.get("num_bits", 4))
         self._patterns = []
-        for pattern, options in (quantisation.get("module_quant_configs") or {}).items():
+        configs = quantisation.get("module_quant_configs") or {}
+        if not isinstance(configs, dict):
+            raise ConfigError(
+                f"quantization_config: module_quant_configs is {str(configs)[:40]!r}, expected an "
+                "object of patterns."
+            )
+        for pattern, options in configs.items():
             try:
                 found = re.compile(pattern)
                 bits = options.get("num_bits", self._default)

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edge_kv.errors import WeightsError
 from edge_kv.weights.fields import Fields
 from edge_kv.weights.hf_files import parsed, read_json, read_text
 from edge_kv.weights.source import (
@@ -65,6 +66,16 @@ class HFText:
         return token
 
     def chat_template(self) -> str | None:
+        template = self._template()
+        try:
+            (template or "").encode()
+        except UnicodeError as e:  # half of a surrogate pair can stand in JSON
+            raise WeightsError(
+                f"The chat template of {self._root} is not UTF-8 text; download it again."
+            ) from e
+        return template
+
+    def _template(self) -> str | None:
         if (text := self._text("chat_template.jinja")) is not None:
             return one_template(text, self._text(TOOL_USE))
         for file in (_CONFIG, "chat_template.json"):

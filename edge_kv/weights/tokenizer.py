@@ -79,7 +79,7 @@ def with_added(
     try:
         tokens = [_token(entry) for entry in listed]
         named = [_token({"content": t} if isinstance(t, str) else t, special=True) for t in special]
-    except TypeError as e:
+    except (TypeError, UnicodeError) as e:  # half of a surrogate pair can stand in JSON
         raise WeightsError(
             f"{where} lists an added token that is none ({e}); download the tokenizer again."
         ) from e
