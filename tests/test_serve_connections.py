@@ -14,7 +14,8 @@ import uvicorn
 from fake_artifact import NumpySession
 from test_serve import ASK, CHAT, artifact, serving  # noqa: F401
 
-from edge_kv.serve.app import make_app
+from edge_kv.serve.app import Settings, make_app
+from edge_kv.serve.command import make_server
 from edge_kv.serve.connection import Connection, Listener
 
 PART, PARTS = bytes(1 << 16), 1000
@@ -36,10 +37,12 @@ def listening(app):
     )
     thread = threading.Thread(target=running.run, args=([bound],))
     thread.start()
-    yield bound.getsockname()[1]
-    running.should_exit = True
-    thread.join(10)
-    bound.close()
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        running.should_exit = running.force_exit = True
+        thread.join(10)
+        bound.close()
 
 
 @pytest.fixture(scope="module")
@@ -134,23 +137,47 @@ def test_chunks_of_wrong_lengths_are_refused(port, size):
     assert answered(port)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_replies_and_the_server_and_is_no_failure(artifact, monkeypatch, number):  # noqa: F811
-    def slow(session, ids, pos):
+@pytest.fixture
+def slow(artifact, monkeypatch):  # noqa: F811
+    """A server whose replies of 500 tokens take ten seconds, and the bytes that ask for one."""
+
+    def slowly(session, ids, pos):
         time.sleep(0.02)
         return decode(session, ids, pos)
 
     decode = NumpySession._run_decode
-    monkeypatch.setattr(NumpySession, "_run_decode", slow)
-    server = serving(artifact, None)
+    monkeypatch.setattr(NumpySession, "_run_decode", slowly)
+
+    def request(**more):
+        body = json.dumps({**ASK, "max_tokens": 500, "temperature": 0, **more})
+        return f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    return make_server(NumpySession(artifact), Settings(), drafts="off"), request
+
+
+def test_a_reply_in_one_document_ends_when_its_client_has_gone(slow):
+    server, request = slow
+    with listening(make_app(server)) as port:
+        with connected(port) as client:
+            client.sendall(request())
+            while not server.worker.busy:
+                time.sleep(0.01)
+        until = time.monotonic() + 4
+        while server.worker.busy:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_replies_and_the_server_and_is_no_failure(slow, number):
+    server, request = slow
     config = uvicorn.Config(make_app(server), log_level="error", http=Connection, ws="none")
     running = Listener(config, server.worker.end)
-    body = json.dumps({**ASK, "max_tokens": 500, "stream": True, "temperature": 0})
     heard = []
 
     def ask():
         with connected(bound.getsockname()[1]) as client:
-            client.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            client.sendall(request(stream=True))
             heard.append(client.recv(1))
             signal.raise_signal(number)  # Python lets its main thread, the server's, hear it
             heard.append(said(client))

@@ -21,7 +21,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -64,7 +64,7 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:/?#@\[\]\\\s]+))(?::[0-9]{1,5})?",
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # bounds of the histograms
 _STOP_SECONDS = 30.0
-_POLL_SECONDS = 0.5  # how often a waiting request looks whether its client is still there
+_POLL_SECONDS = 0.5  # how often a request looks whether its client is still there
 
 
 @dataclass(frozen=True)
@@ -416,6 +416,7 @@ class _Waiting:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Piece | Reply | Exception] = asyncio.Queue()
         self._request, self._server = request, server
+        self._look = 0.0  # when to look again whether the client is still there
 
         def told(event: Piece | Reply | Exception) -> None:
             if isinstance(event, Reply):
@@ -452,11 +453,12 @@ class _Waiting:
 
     async def _next(self) -> Piece | Reply | Exception:
         while True:
-            try:
-                return await asyncio.wait_for(self._events.get(), _POLL_SECONDS)
-            except TimeoutError:
+            if time.monotonic() >= self._look:  # also while one event follows another
+                self._look = time.monotonic() + _POLL_SECONDS
                 if await self._request.is_disconnected():
-                    raise ClientDisconnect from None
+                    raise ClientDisconnect
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(self._events.get(), _POLL_SECONDS)
 
 
 def _replying(server: Server, asked: schema.ChatRequest | ResponsesRequest) -> Begin:
@@ -511,6 +513,8 @@ async def _answer(
         except EdgeKVError as e:
             server.metrics.requests.labels("failed").inc()
             yield _lines(answer.broken(_document(e)))
+        except ClientDisconnect:
+            return
         yield answer.ends.encode()
 
     async def closing() -> AsyncIterator[bytes]:
