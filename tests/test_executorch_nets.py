@@ -11,7 +11,7 @@ import pytest
 import torch
 from parity_runs import BOUND, CHUNK, CTX, LENGTH
 from test_models import RESTLESS, ROUNDED
-from tiny_models import NAMES, tiny
+from tiny_models import FEWEST, NAMES, tiny
 
 from edge_kv import models
 from edge_kv.export.lower_executorch import lower_executorch
@@ -125,16 +125,25 @@ def errors(engine, ids, expected):
 STORED = ("e2b", "26b", "llama", "laguna-element", "zaya-sliding", "deepseek_v4")
 
 
-@pytest.fixture(scope="module")
-def case(request, tmp_path_factory):
+def saved(name, folder, **changes):
     """A saved tiny model, ids, and transformers' logits of them."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model = tiny(request.param)
+    model = tiny(name, **changes)
     model.save_pretrained(folder)
     ids = torch.from_numpy(np.random.default_rng(1).integers(3, 90, LENGTH))
     with torch.no_grad():
         expected = model(ids[None], use_cache=False).logits[0].numpy()
-    return request.param, open_checkpoint(folder), ids.numpy(), expected
+    return name, open_checkpoint(folder), ids.numpy(), expected
+
+
+@pytest.fixture(scope="module")
+def case(request, tmp_path_factory):
+    return saved(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def few_layers(request, tmp_path_factory):
+    changes = FEWEST.get(request.param, {})
+    return saved(request.param, tmp_path_factory.mktemp(request.param), **changes)
 
 
 @pytest.mark.parametrize("case", NAMES, indirect=True)
@@ -144,19 +153,19 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     assert errors(Engine(program, stored.path, checkpoint), ids, expected).max() <= BOUND
 
 
-@pytest.mark.parametrize("case", STORED, indirect=True)
-def test_rounded_state_stays_near(case, tmp_path):
-    name, checkpoint, ids, expected = case
+@pytest.mark.parametrize("few_layers", STORED, indirect=True)
+def test_rounded_state_stays_near(few_layers, tmp_path):
+    name, checkpoint, ids, expected = few_layers
     for kv in ("int8", "f16") if name in ("e2b", "deepseek_v4") else ("int8",):
         program, stored = lowered(checkpoint, tmp_path, kv)
         found = errors(Engine(program, stored.path, checkpoint), ids, expected)
         assert np.median(found) <= RESTLESS.get(name, ROUNDED[kv])
 
 
-@pytest.mark.parametrize("case", STORED, indirect=True)
-def test_packed_weights_multiply_exactly_when_asked(case, tmp_path):
+@pytest.mark.parametrize("few_layers", STORED, indirect=True)
+def test_packed_weights_multiply_exactly_when_asked(few_layers, tmp_path):
     """Float activations: the logits of the stored weights; rounded ones are another path."""
-    name, checkpoint, ids, _ = case
+    name, checkpoint, ids, _ = few_layers
     for quant in ("int4", "int8") if name in ("e2b", "laguna-element") else ("int4",):
         program, stored = lowered(checkpoint, tmp_path, "f32", quant)
         expected = stored_logits(checkpoint, stored, ids)
