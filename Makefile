@@ -94,7 +94,7 @@ FORCE:
 
 # Stamps: a second run installs nothing, a changed pyproject.toml installs what it asks for now.
 $(VENV)/export.stamp: pyproject.toml $(ENGINES_CHOSEN) | $(BIN)/python
-	@echo "Installing into $(VENV): about 290 MB of downloads, 1.3 GB on disk; PyTorch's CPU build is most of it."
+	@echo "Installing into $(VENV): about 290 MB of downloads and 1.3 GB on disk with PyTorch's build without CUDA."
 	@$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)' || { echo \
 		"PyTorch's build without CUDA ($(TORCH)) cannot be had from $(TORCH_INDEX); to take the one of pip's own index, with CUDA and 5 GB on disk, run: make $(MAKECMDGOALS) TORCH=torch==2.13.0" >&2; exit 1; }
 	@$(if $(filter executorch,$(ENGINES)),$(PIP) --no-deps executorch==1.5.1)

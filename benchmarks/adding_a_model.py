@@ -77,7 +77,7 @@ def diff_stat(family: str) -> dict[str, int]:
         (less / LIST).write_text(re.sub(rf"\b{family}, |, {family}\b", "", listed))
         (less / ORACLES).write_text(without(family, (less / ORACLES).read_text()))
         done = subprocess.run(
-            [sys.executable, "-c", KEPT], cwd=less, capture_output=True, text=True,
+            [sys.executable, "-B", "-c", KEPT], cwd=less, capture_output=True, text=True,
             env=os.environ | {"PYTHONPATH": str(less)},
         )  # fmt: skip
         others = len(models.ROWS) - len(vars(models)[family].ROWS)

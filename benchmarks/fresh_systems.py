@@ -28,7 +28,7 @@ PACKAGES = "python3,python3-venv,python3-pip,make,git,ca-certificates"
 COMPILER = "g++"
 # What a chroot needs of this machine to reach package indexes the way it does.
 SHARED = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
-MOUNTED = {"proc": "proc", "devpts": "dev/pts"}  # kind -> where; tests open terminals
+MOUNTED = {"proc": "proc", "sysfs": "sys", "devpts": "dev/pts"}  # kind -> where
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def measure(name: str, compiler: bool, args: argparse.Namespace) -> dict[str, An
             }
             say(f"{name} {'with' if compiler else 'without'} g++: {target} {row[target]}")
             if done.returncode:
-                say("\n".join([*done.stdout.splitlines()[-60:], *done.stderr.splitlines()[-20:]]))
+                say("\n".join([*done.stdout.splitlines()[-400:], *done.stderr.splitlines()[-20:]]))
     finally:
         for place in MOUNTED.values():
             run("umount", str(home / "root" / place))

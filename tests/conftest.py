@@ -1,5 +1,6 @@
 """What tests share: a cache directory of their own, and one export of tiny."""
 
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,10 @@ from edge_kv.runtime.native_library import (
     build_onnx_operators,
     lack_of_onnx_operators,
 )
+
+# Processes that tests start write as a user's do: late, and with their bytecode kept.
+for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
+    os.environ.pop(name, None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,6 +6,7 @@ errors are caught in one place and shown as one line on stderr, exit status 1.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from typing import Annotated
@@ -16,8 +17,9 @@ from edge_kv import __version__
 from edge_kv.cli import bench, deploy, evaluate, export, plan, run, serve, shelf, verify
 from edge_kv.cli.commands import Commands
 from edge_kv.cli.options import flag
-from edge_kv.cli.printing import Notices
-from edge_kv.cli.streams import open_streams
+from edge_kv.cli.printing import Notices, say_error
+from edge_kv.cli.streams import flush_stdout, open_streams
+from edge_kv.errors import unusable
 from edge_kv.signals import end_on_signals, say_of_cut_files
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -50,7 +52,20 @@ def main() -> None:
     open_streams()
     end_on_signals()
     say_of_cut_files()
-    app(prog_name="edge-kv")
+    status: str | int | None = 0
+    fault: OSError | None = None
+    try:
+        app(prog_name="edge-kv")
+    except SystemExit as done:
+        status = done.code
+    except OSError as e:  # --help and --version, which are no commands, could not be printed
+        fault = e
+    fault = flush_stdout() or fault
+    if fault and not status:
+        if fault.errno != errno.EPIPE:  # whoever read this has gone
+            say_error(unusable(fault))
+        status = 1
+    raise SystemExit(status)
 
 
 def _version(wanted: bool) -> None:

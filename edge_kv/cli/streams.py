@@ -23,3 +23,16 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def flush_stdout() -> OSError | None:
+    """Write what stdout still holds back; why that cannot be done, if so, and the rest is dropped.
+
+    Python would try again when it exits, and end with a message and a status of its own.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return e
+    return None
