@@ -475,6 +475,8 @@ def test_coming_back_to_a_conversation_reads_nothing_again(artifact, tmp_path, w
         states.enter(talk)
         assert list(session.tokens) == talk
     assert states.restored == 8 and states.count <= 4
+    for _ in range(2):
+        assert b"edge_kv_restored_conversations_total 8.0" in server.prometheus()
     assert states.ram == (states.bytes if where == "memory" else 0) and states.bytes > 0
     session.reset()
     fresh = NumpySession(artifact)

@@ -129,7 +129,7 @@ class Metrics:
         self.queue = gauge("queued_requests", "Requests that wait.")
         self.kept = gauge("kept_conversations", "Conversations kept aside.")
         self.kept_bytes = gauge("kept_bytes", "Bytes of them; what they share counts once.")
-        self.restored = gauge("restored_conversations", "Times one was taken up.")
+        self.restored = counter("restored_conversations", "Times one was taken up.")
 
 
 class Server:
@@ -144,6 +144,7 @@ class Server:
         self.metrics = Metrics()
         self.last: Reply | None = None
         self._count = 0
+        self._restored = 0  # conversations that `/metrics` has counted
         self.model = generator.session.artifact.manifest.name
 
     def number(self) -> str:
@@ -205,7 +206,8 @@ class Server:
         m.queue.set(self.worker.queued)
         m.kept.set(self.states.count)
         m.kept_bytes.set(self.states.bytes)
-        m.restored.set(self.states.restored)
+        m.restored.inc(self.states.restored - self._restored)
+        self._restored = self.states.restored
         return bytes(generate_latest(m.registry))
 
     def stop(self) -> None:
