@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_kv import models
 from edge_kv.amounts import size
-from edge_kv.errors import ConfigError, ExportError, did_you_mean
+from edge_kv.errors import ConfigError, ExportError, did_you_mean, one_line
 from edge_kv.guidance import check_model, model_meant
 from edge_kv.models.checkpoint import Checkpoint, open_described
 from edge_kv.models.model import Model, Row
@@ -175,8 +175,12 @@ def check_new(out: Path) -> None:
     """Refuse a target that exists; a link to nothing does too, since a rename does not replace it.
 
     Raises:
-        ExportError: it exists.
+        ExportError: it exists, or its name, which the manifest holds, is no text.
     """
+    try:
+        out.name.encode()
+    except UnicodeError:
+        raise ExportError(f"{one_line(str(out))} is no UTF-8 text; choose another --out.") from None
     if os.path.lexists(out):
         raise ExportError(f"{out} already exists; remove it or choose another --out.")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import gguf
@@ -19,10 +20,11 @@ from weights_gguf import write_gguf
 from weights_models import tiny_hf
 
 from edge_kv import models
-from edge_kv.errors import ConfigError, WeightsError
+from edge_kv.errors import ConfigError, ExportError, WeightsError
 from edge_kv.models.checkpoint import config_from_hf, open_checkpoint, open_described
 from edge_kv.nets.oracle import oracle, table_values
 from edge_kv.nets.weights import Weights
+from edge_kv.request import check_new
 
 
 @pytest.fixture
@@ -483,6 +485,15 @@ def test_what_is_planned_is_what_the_tensors_are(saved, tmp_path):
             open_described(path)
     (root / "model.safetensors").unlink()  # a download that is not over
     assert open_described(root) == (replace(config, mlp_width=72), None)
+
+
+def test_names_that_are_no_text(saved, tmp_path):
+    """The manifest holds the names of the source and of the artifact."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    saved("llama").rename(odd)
+    assert open_checkpoint(odd).label == r"directory caf\udce9"
+    with pytest.raises(ExportError, match=r"caf\\udce9 is no UTF-8 text; choose another"):
+        check_new(odd)
 
 
 REFUSED = [

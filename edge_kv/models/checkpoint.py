@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from edge_kv import models
-from edge_kv.errors import ArtifactError, ConfigError, WeightsError
+from edge_kv.errors import ArtifactError, ConfigError, WeightsError, one_line
 from edge_kv.formats import Format, Quantised, find_format, pack
 from edge_kv.models.model import EMBED, FLOAT, PLE_TABLE, TABLE, Model, Weight
 from edge_kv.weights.compressed_tensors import is_pack_quantised, joined_packed
@@ -410,12 +410,12 @@ def open_checkpoint(path: Path, label: str = "") -> Checkpoint:
             stored = on_grids(stored)
         hf_text = HFText(path, config.vocab, config.eos_ids)
         files = [path / "config.json", *hf_text.files(), *files]
-        label = label or f"directory {path.resolve().name}"
+        label = label or f"directory {one_line(path.resolve().name)}"
         return _with_own_head(Checkpoint(config, stored, "hf", label, hf_text, files))
     file = _gguf(path)
     config = _gguf_config(file, path.name)
     text = GGUFText(file.metadata, path.name, config.vocab, config.eos_ids)
-    label = label or f"{path.name} (GGUF)"
+    label = label or f"{one_line(path.name)} (GGUF)"
     return _with_own_head(Checkpoint(config, file.tensors, "gguf", label, text, file.files))
 
 
