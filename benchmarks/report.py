@@ -668,8 +668,7 @@ def jvm() -> str:
         f"{t['tokenizer']} {t['equal']:,} of {t['strings']:,}" for t in result["tokenizers"]
     )
     sentence = f"Strings with the ids of Hugging Face `tokenizers`: {strings}."
-    when = f"Measured {result['date']}; int4 and int8 in the formats of then, with f32 scales."
-    return f"{table(head, rows, left=2)}\n\n{sentence} {when}"
+    return f"{table(head, rows, left=2)}\n\n{sentence} Measured {result['date']}."
 
 
 def apk() -> str:
@@ -678,8 +677,7 @@ def apk() -> str:
     files = sorted(result["files"], key=lambda f: -f["stored"])
     rows = [[f"`{f['path']}`", size(f["bytes"]), size(f["stored"])] for f in files]
     rows.append(["the APK, signed", "", size(result["bytes"])])
-    when = f"Built {result['date']}, without the model that it ships with now."
-    return f"{table(['file', 'bytes', 'in the APK'], rows)}\n\n{when}"
+    return f"{table(['file', 'bytes', 'in the APK'], rows)}\n\nBuilt {result['date']}."
 
 
 def executorch_export() -> str:
