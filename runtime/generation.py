@@ -138,8 +138,8 @@ def generate(
         raise ConfigError(f"keep_first {keep_first} must lie in 0 … {ctx - 2} of a {ctx} context.")
     if len(prompt) > ctx and not slides:
         raise ContextFullError(
-            f"The prompt has {len(prompt)} tokens, the context {ctx}; shorten it, use "
-            "--on-full slide, or export with a larger --ctx."
+            f"The prompt has {len(prompt)} tokens, the context {ctx}; shorten it, or export with "
+            "a larger --ctx (`edge-kv run --on-full slide` forgets its middle instead)."
         )
     speculation = Speculation.of(drafts, session)
     if speculation and seed is not None and temperature > 0 and not speculation.repeatable:
