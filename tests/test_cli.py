@@ -21,7 +21,9 @@ from typer.testing import CliRunner
 
 from edge_kv import models, request
 from edge_kv.amounts import size
+from edge_kv.artifact import read_artifact
 from edge_kv.cli import app
+from edge_kv.cli.export_screen import print_summary
 from edge_kv.cli.terminal import layers
 from edge_kv.tensors import weight_formats
 
@@ -199,6 +201,14 @@ def test_inspect_shows_quantisation_errors_and_memory(tmp_path):
     out = " ".join(good("inspect", root).stdout.split())
     assert "9 tensors, relative error 0.04 (median); worst: t8 0.08" in out
     assert "Stored as: linear int4-s8, kv int8-s8." in out
+
+
+def test_an_export_says_that_its_template_is_no_template(tmp_path):
+    lines = []
+    root = write_artifact(tmp_path / "a", programs=False, template="{% if")
+    print_summary(read_artifact(root), 3.0, lines.append)
+    assert any("cannot chat: The chat_template.jinja is not a valid Jinja" in x for x in lines)
+    assert lines[-1] == f"Next: edge-kv run {root} --raw 'Once upon a time'"
 
 
 def test_inspect_shows_parity_as_a_table(tmp_path):

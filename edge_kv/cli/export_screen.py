@@ -13,7 +13,7 @@ from edge_kv import models
 from edge_kv.amounts import size
 from edge_kv.artifact import Artifact
 from edge_kv.cli.terminal import Bar
-from edge_kv.errors import Cancelled
+from edge_kv.errors import Cancelled, EdgeKVError
 from edge_kv.files import unfinished
 from edge_kv.memory import COSTS, predict_artifact
 from edge_kv.needs import count_needs
@@ -130,6 +130,7 @@ def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) ->
     """What was made: size, time, what quantisation lost, planned memory, and what to do next."""
     from edge_kv.cli.report import parity_line, unused_line, unused_settings
     from edge_kv.runtime.base import lacks_plan, machine_base
+    from edge_kv.runtime.template import Template
 
     name = made.root
     minutes, rest = divmod(round(seconds), 60)
@@ -151,8 +152,12 @@ def print_summary(made: Artifact, seconds: float, say: Callable[[str], None]) ->
             f"{size(memory.conversation)}, of it {size(memory.stays)} that stays."
         )
     option = "" if engine in (None, "onnx") else f" --engine {engine}"
-    text = made.manifest.tokenizer
-    if text and not text.chat_template:
-        option += " --raw"  # a base model: it goes on with a text, and answers nothing
-    said = "'Hello'" if text and text.chat_template else "'Once upon a time'"
+    text, chats = made.manifest.tokenizer, False
+    try:
+        chats = Template.of(made) is not None
+    except EdgeKVError as e:
+        say(f"It continues texts, but cannot chat: {e}")
+    if text and not chats:
+        option += " --raw"  # a base model goes on with a text, and answers nothing
+    said = "'Hello'" if chats else "'Once upon a time'"
     say(f"Next: edge-kv run {name}{option} {said}" if text else f"Next: edge-kv bench {name}")
