@@ -82,9 +82,10 @@ build_runtime() { # core, onnx and screen: the classes that the APK holds and th
     newer build/runtime.stamp $main/core $main/onnx $main/screen $replies build.sh || return 0
     say "compiling the runtime"
     rm -rf build/runtime
+    touch build/runtime.begun # a source that changes meanwhile is newer
     kotlinc -no-jdk -cp "$android:$ort:$kotlin/kotlin-stdlib.jar" -d build/runtime $main/core $main/onnx $main/screen
     cp $replies build/runtime/
-    touch build/runtime.stamp
+    mv build/runtime.begun build/runtime.stamp
 }
 
 build_host() {
@@ -98,8 +99,9 @@ build_host() {
     if newer build/host.stamp src/test/kotlin build/runtime.stamp; then
         say "compiling the host server"
         rm -rf build/host/classes
+        touch build/host.begun
         kotlinc -cp "build/runtime:$ort:$kotlin/kotlin-stdlib.jar" -d build/host/classes src/test/kotlin
-        touch build/host.stamp
+        mv build/host.begun build/host.stamp
     fi
     cat >build/host/server <<'RUN'
 #!/bin/sh
