@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,8 +58,8 @@ def ended_by() -> int:
 
 def _end(number: int, frame: FrameType | None) -> None:
     _heard.append(number)
-    with suppress(OSError, ValueError):
-        print(f"Ended by {signal.Signals(number).name}.", file=sys.stderr, flush=True)
+    with suppress(OSError):  # not through sys.stderr, whose write this may have interrupted
+        os.write(2, f"Ended by {signal.Signals(number).name}.\n".encode())
     raise SystemExit(_BY_SIGNAL + number)
 
 

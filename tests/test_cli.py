@@ -66,7 +66,7 @@ def test_a_preset_is_meant_where_a_folder_has_its_name(monkeypatch, tmp_path):
 def test_plan_leads_with_the_answer_and_ends_with_the_tables():
     args = ["plan", "--model", "e2b", "--ctx", "32768", "--kv", "f16"]
     short, out = good(*args).stdout, good(*args, "--buffers").stdout
-    assert re.match(r"Needs 1\.\d\d GB of RAM: [345]\d\d MB that stays, and 1", out.splitlines()[1])
+    assert re.match(r"Needs 1\.\d+ GB of RAM: [345]\d\d MB that stays, and 1", out.splitlines()[1])
     assert "Fits: Pi 4/5, 4 GB" in out
     assert "639×1×256" in out and "0-3, 5-8, 10-13" in out and "639×1×256" not in short
     for number in ("1.41 GB", "604 MB", "484 MB", "208 MB"):  # the four baselines

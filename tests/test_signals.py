@@ -9,7 +9,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from edge_kv.files import replacing
 from edge_kv.signals import end_on_signals, hang_up
@@ -48,6 +48,12 @@ def test_what_is_being_written_is_removed(tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_line_that_is_being_written_does_not_end_in_a_traceback(tmp_path):
+    wait = "\n    while True: print('busy', file=sys.stderr)"
+    status, _, err = ended(tmp_path, signal.SIGTERM, wait=wait)
+    assert status == 143 and "Ended by SIGTERM.\n" in err and "Traceback" not in err
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     status, out, _ = ended(tmp_path, signal.SIGHUP, before=ignore, wait="time.sleep(0.5)")
@@ -56,7 +62,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 
 def test_a_server_that_is_hung_up_on_ends_in_its_own_time(tmp_path):
-    heard = "hang_up(lambda number, frame: print('heard', flush=True))"
+    heard = "hang_up(lambda number, frame: os.write(1, b'heard\\n'))"
     status, out, err = ended(
         tmp_path, signal.SIGHUP, around=heard, wait="time.sleep(0.5); print('kept', flush=True)"
     )
