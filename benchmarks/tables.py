@@ -334,7 +334,7 @@ def clean_systems(r: dict[str, Any]) -> str:
             cell = "not run"
             if ran:
                 cell = f"status {ran['status']}, {ran['seconds'] / 60:.0f} min"
-                if counts := re.search(r"\d+ passed[^=]*?(?= in )", ran["last"]):
+                if counts := re.search(r"\d+ (failed|passed)[^=]*?(?= in )", ran["last"]):
                     cell += f", {counts[0]}"
                 cell += f" ({ran['commit'][:7]})"
             cells.append(cell)
